@@ -1,0 +1,406 @@
+"""The training objective of Self-E: every equation of Sec. 2, Sec. 3 and S.1-S.2 that is computed, one function each.
+
+    loss = losses.SelfE(network, ema)                       # one nn.Module, so DDP sees a single forward
+    value, stats = loss(x0, c, null, fake, is_null, losses.draw(seed, step, index, x0.shape[1:]), tau=1.0, aux=False)
+
+The functions work on tensors of any trailing shape: [B, ...] pictures, latents or points in the plane, times [B].
+The 2-D toy and the 2B model run these very lines.
+
+Symbols, as in the paper                                                                            section
+    x0, eps     [B, ...]  data and the noise it is mixed with                                       2
+    t, s        [B]       times, s <= t; alpha_t = 1 - t, sigma_t = t                               2, 3
+    x_t         [B, ...]  (1 - t) x0 + t eps                                                        2
+    c, null     tuples    the condition and the null prompt phi: tensors with leading dimension B   3
+    x0_hat      [B, ...]  G(x_t, t, s, c), the model's prediction of x0                             3
+    x_s_hat     [B, ...]  x0_hat, noised again to time s                                            3.2
+    Delta       [B, ...]  the self-evaluation: how x0_hat should change, with opposite sign         S.1.2
+    x_self      [B, ...]  x0_hat - Delta, the pseudo-target                                         3.2
+    lam         [B]       lambda_{s,t}, the weight of self-evaluation                               3.3
+    x_tar, x_renorm       the implicit target, and the same at the energy of x0                     3.3
+    tau         scalar    annealed from 0 to 1: how far below t the second time may lie             S.2
+    k           scalar    the share of the classifier term in Delta, 0.9                            S.1.2
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model import G
+from randomness import normal, rng
+
+
+def like(t: Tensor, x: Tensor) -> Tensor:
+    """Times [B] -> [B, 1, ..., 1], to multiply tensors shaped like x."""
+    return t.view(-1, *[1] * (x.dim() - 1))
+
+
+def squared_norm(x: Tensor) -> Tensor:
+    """||x||^2 over all but the first dimension: [B, ...] -> [B]."""
+    return x.flatten(1).square().sum(dim=1)
+
+
+# =====================================================================================================================
+# Sec. 2: flow matching
+# =====================================================================================================================
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 1      x_t = alpha_t x0 + sigma_t eps,   (alpha_t, sigma_t) = (1 - t, t)
+# Eq. 8      the same line makes x_s ~ p_theta(x_s | c) from a generated x0_hat: x_s_hat = alpha_s x0_hat + sigma_s eps
+# ---------------------------------------------------------------------------------------------------------------------
+def add_noise(x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """x0 and eps [B, ...], t [B] -> x_t [B, ...]."""
+    return (1 - like(t, x0)) * x0 + like(t, x0) * eps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 2      v = d x_t / dt = eps - x0
+# ---------------------------------------------------------------------------------------------------------------------
+def velocity(x0: Tensor, eps: Tensor) -> Tensor:
+    """The velocity of the straight path from x0 (t = 0) to eps (t = 1); it does not depend on t."""
+    return eps - x0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 3      L_CFM = || V(x_t, t, c) - v ||^2
+# ---------------------------------------------------------------------------------------------------------------------
+def cfm_loss(V: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+    """The conditional flow matching loss of each sample, [B]. V is the network's output at x_t."""
+    return squared_norm(V - velocity(x0, eps))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 4      x0_hat = x_t - t V(x_t, t, c)  ~  E[x0 | x_t, c] for the V that minimises Eq. 3
+# ---------------------------------------------------------------------------------------------------------------------
+def one_step_estimate(x_t: Tensor, t: Tensor, V: Tensor) -> Tensor:
+    """The naive one-step estimate of x0: the posterior mean, a blend of all pictures that x_t could come from."""
+    return x_t - like(t, x_t) * V
+
+
+# =====================================================================================================================
+# Sec. 3.1: learning from data
+# =====================================================================================================================
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 7      L_data = || G(x_t, t, s, c) - x0 ||^2
+# ---------------------------------------------------------------------------------------------------------------------
+def data_loss(x0_hat: Tensor, x0: Tensor) -> Tensor:
+    """The data loss of each sample, [B]. Weighted with 1/t^2 (Eq. 21) it is exactly Eq. 3, since x0_hat - x0 = t (v - V)."""
+    return squared_norm(x0_hat - x0)
+
+
+# =====================================================================================================================
+# Sec. 3.2 and S.1: learning by self-evaluation. Scores first, then what the network has in their place: posterior means.
+# =====================================================================================================================
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 10     delta(x_s) = grad log p_theta(x_s | c) - grad log q(x_s | c)
+#            E[delta dx_s/dtheta] is the gradient of the reverse KL divergence of Eq. 9
+# ---------------------------------------------------------------------------------------------------------------------
+def reverse_kl_direction(score_p: Tensor, score_q: Tensor) -> Tensor:
+    """The gradient of KL(p || q) with respect to a sample of p; samples move against it."""
+    return score_p - score_q
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 11     grad log q(x_s | c) = (alpha_s E[x0 | x_s, c] - x_s) / sigma_s^2                              (Tweedie)
+# ---------------------------------------------------------------------------------------------------------------------
+def score_from_mean(mean: Tensor, x_s: Tensor, s: Tensor) -> Tensor:
+    """The score of the noisy distribution at time s > 0 from its posterior mean of x0."""
+    return ((1 - like(s, x_s)) * mean - x_s) / like(s, x_s) ** 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. s.1    E[x0 | x_s, c] = (x_s + sigma_s^2 grad log q(x_s | c)) / alpha_s                  (Eq. 11 read backwards)
+# ---------------------------------------------------------------------------------------------------------------------
+def mean_from_score(score: Tensor, x_s: Tensor, s: Tensor) -> Tensor:
+    """The posterior mean of x0 from the score at time s < 1."""
+    return (x_s + like(s, x_s) ** 2 * score) / (1 - like(s, x_s))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. s.2    E_q[x0 | x_s] - E_q[x0 | x_s, c]   = sigma_s^2 / alpha_s (grad log q(x_s) - grad log q(x_s | c))
+# Eq. s.3    E_p[x0 | x_s, c] - E_q[x0 | x_s, c] = sigma_s^2 / alpha_s (grad log p(x_s | c) - grad log q(x_s | c))
+# ---------------------------------------------------------------------------------------------------------------------
+def mean_gap(score_a: Tensor, score_b: Tensor, s: Tensor) -> Tensor:
+    """The gap between two posterior means, from the gap between the two scores (s < 1)."""
+    return like(s, score_a) ** 2 / (1 - like(s, score_a)) * (score_a - score_b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 12     grad log q_w = grad log q(x_s | c) + (w - 1) grad log [q(x_s | c) / q(x_s | phi)]
+# ---------------------------------------------------------------------------------------------------------------------
+def guided_score(score_c: Tensor, score_null: Tensor, w: float) -> Tensor:
+    """The score of the conditionally sharpened distribution at guidance scale w (1 leaves it as it is)."""
+    return score_c + (w - 1) * (score_c - score_null)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 13     delta(x_s) = (w - 1) (grad log q(x_s | phi) - grad log q(x_s | c))      classifier score term
+#                         + (grad log p_theta(x_s | c) - grad log q(x_s | c))        auxiliary term (optional)
+# ---------------------------------------------------------------------------------------------------------------------
+def self_evaluation_scores(score_null: Tensor, score_c: Tensor, score_p: Tensor, w: float) -> tuple[Tensor, Tensor]:
+    """Eq. 10 against the guided score of Eq. 12, apart in its two terms: (classifier score term, auxiliary term)."""
+    return (w - 1) * (score_null - score_c), reverse_kl_direction(score_p, score_c)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. s.6    Delta = k (G_null - G_c) + (1 - k) (G_fake - G_c),   each G evaluated at (x_s_hat, s, s)
+#            k = (w - 1) / w makes it proportional to Eq. 13; k = 1 is the classifier term alone
+# ---------------------------------------------------------------------------------------------------------------------
+def self_evaluation(G_null: Tensor, G_c: Tensor, G_fake: Tensor | None = None, k: float = 1.0) -> Tensor:
+    """The self-evaluation Delta, [B, ...]. Without G_fake the auxiliary term is off and k is 1."""
+    if G_fake is None:
+        return G_null - G_c
+    return k * (G_null - G_c) + (1 - k) * (G_fake - G_c)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 14     x_self = sg[ x0_hat - Delta ]
+# ---------------------------------------------------------------------------------------------------------------------
+def pseudo_target(x0_hat: Tensor, Delta: Tensor) -> Tensor:
+    """The model's prediction, corrected by its own evaluation. No gradient flows through it."""
+    return (x0_hat - Delta).detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 15     L_self-evaluate = || x0_hat - x_self ||^2                                            (s.4 is the same line)
+# Eq. s.5, s.7   its gradient with respect to x_s_hat is 2 Delta / alpha_s = 2 sigma_s^2 / alpha_s^2 * Eq. 13 / w
+# ---------------------------------------------------------------------------------------------------------------------
+def self_evaluation_loss(x0_hat: Tensor, x_self: Tensor) -> Tensor:
+    """The self-evaluation loss of each sample, [B]. Its value is ||Delta||^2; what counts is its gradient, 2 Delta."""
+    return squared_norm(x0_hat - x_self)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. s.8    L_fake = || G(sg[x_s_hat], s, s, c_fake) - sg[x0_hat] ||^2
+#            here times 1/s^2, the weight of Eq. 21 at time s, so that it is a velocity loss (Eq. 3) on generated data
+# ---------------------------------------------------------------------------------------------------------------------
+def fake_loss(V_fake: Tensor, x0_hat: Tensor, eps: Tensor) -> Tensor:
+    """The loss of each sample, [B], that teaches the "fake image" prompt the posterior mean of the model's own samples.
+
+    V_fake is the network's output at (x_s_hat, s, s, c_fake), x_s_hat was made without gradient from x0_hat and eps.
+    Written with the velocity, because dividing by s^2 afterwards loses all digits as s -> 0.
+    """
+    return cfm_loss(V_fake, x0_hat.detach(), eps)
+
+
+# =====================================================================================================================
+# Sec. 3.3: the final objective
+# =====================================================================================================================
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 17     lam = sigma_t / alpha_t - sigma_s / alpha_s = t / (1 - t) - s / (1 - s)
+# ---------------------------------------------------------------------------------------------------------------------
+def lam(t: Tensor, s: Tensor) -> Tensor:
+    """lambda_{s,t} >= 0, [B]: zero where s = t, infinite at t = 1 (s < t). The targets use `mix_weight` instead."""
+    return (t - s) / ((1 - t) * (1 - s))
+
+
+def mix_weight(t: Tensor, s: Tensor, scale: float = 1.0) -> Tensor:
+    """w = lam / (1 + lam) in [0, 1], [B], the share of x_self in Eq. 18; finite everywhere, also at t = 1.
+
+    The paper leaves open what happens as t -> 1, where lam diverges. Eq. 19 does not depend on the scale of its argument,
+    so x0 + lam x_self may be divided by 1 + lam, and the target is a convex mix whose weight has the limit 1. Where s = t
+    the weight is 0, at s = t = 1 too. `scale` multiplies lam (1 is the paper).
+    """
+    gap = scale * (t - s)
+    return torch.where(gap > 0, gap / (gap + (1 - t) * (1 - s)).clamp_min(torch.finfo(t.dtype).tiny), 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 5      L = L_data + lambda L_self-evaluate
+# Eq. 16     L_{s,t} = || x0_hat - x0 ||^2 + lam || x0_hat - x_self ||^2
+# ---------------------------------------------------------------------------------------------------------------------
+def hybrid_loss(x0_hat: Tensor, x0: Tensor, x_self: Tensor, lam: Tensor) -> Tensor:
+    """The two-term loss of each sample, [B]. Its gradient is (1 + lam) times that of || x0_hat - x_tar ||^2."""
+    return data_loss(x0_hat, x0) + lam * self_evaluation_loss(x0_hat, x_self)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 18     x_tar = (x0 + lam x_self) / (1 + lam) = (1 - w) x0 + w x_self,   w = lam / (1 + lam)
+# ---------------------------------------------------------------------------------------------------------------------
+def implicit_target(x0: Tensor, x_self: Tensor, w: Tensor) -> Tensor:
+    """The point at which the gradient of Eq. 16 vanishes. w [B] is `mix_weight`."""
+    return (1 - like(w, x0)) * x0 + like(w, x0) * x_self
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 19     x_renorm = (x0 + lam x_self) / || x0 + lam x_self || * || x0 ||
+# ---------------------------------------------------------------------------------------------------------------------
+def renormalise(x_tar: Tensor, x0: Tensor) -> Tensor:
+    """x_tar (or any positive multiple of it) brought to the energy of x0, sample by sample.
+
+    Without it large lam overpowers the data term and colours drift (Sec. 3.3). A target of zero stays zero.
+    """
+    ratio = squared_norm(x0).sqrt() / squared_norm(x_tar).sqrt().clamp_min(torch.finfo(x0.dtype).tiny)
+    return x_tar * like(ratio, x_tar)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 20     L_{s,t} = || x0_hat - x_renorm ||^2
+#            The factor (1 + lam) between Eq. 16 and Eq. 18 is dropped here on purpose, as in the paper.
+# ---------------------------------------------------------------------------------------------------------------------
+def target_loss(x0_hat: Tensor, target: Tensor) -> Tensor:
+    """The regression loss of each sample, [B]. The target carries no gradient."""
+    return squared_norm(x0_hat - target)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 21     L = E_{s,t}[ w_{s,t} L_{s,t} ],   w_{s,t} = 1 / t^2   (S.2)
+# ---------------------------------------------------------------------------------------------------------------------
+def time_weight(t: Tensor) -> Tensor:
+    """w_{s,t}, [B]: turns a loss on x0_hat into a loss on the velocity, because x0_hat = x_t - t V."""
+    return 1 / t**2
+
+
+# =====================================================================================================================
+# S.2: the law of (t, s)
+# =====================================================================================================================
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. s.11   t_raw = sigmoid(z),  z ~ N(0, 1)
+# Eq. s.12   t = e^mu / (e^mu + (1 / t_raw - 1)),   mu(L) linear through (512, 0.5) and (4096, 1.15)
+# ---------------------------------------------------------------------------------------------------------------------
+def mu_of_length(L: int) -> float:
+    """The shift of the noise schedule for pictures of L tokens: longer sequences hide less under the same noise."""
+    return 0.5 + (1.15 - 0.5) * (L - 512) / (4096 - 512)
+
+
+def warp(t_raw: Tensor, mu: float) -> Tensor:
+    """Move times in [0, 1] towards 1 for mu > 0; 0 and 1 stay where they are. Written without dividing by t_raw."""
+    odds = t_raw * torch.exp(torch.as_tensor(mu, dtype=t_raw.dtype))
+    return odds / (odds + (1 - t_raw))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. s.13   s = t for half of the samples,   s ~ U((1 - tau) t, t) for the others
+# ---------------------------------------------------------------------------------------------------------------------
+def sample_times(z: Tensor, u: Tensor, jump: Tensor, mu: float, tau: float) -> tuple[Tensor, Tensor]:
+    """z normal [B], u uniform in [0, 1) [B], jump [n]: the positions with s < t -> t, s [B] each (s.11 to s.13)."""
+    t = warp(torch.sigmoid(z), mu)
+    s = t.index_copy(0, jump, ((1 - tau * u) * t)[jump])
+    return t, s
+
+
+def jump_positions(index: list[int], p_equal: float = 0.5) -> Tensor:
+    """Which positions of the micro-batch `index` (global sample indices) have s < t: int64 [n].
+
+    The paper draws s = t with probability 0.5 per sample; here it is exactly every second sample by global index, so the
+    two extra passes run on a half of fixed size. p_equal in [0, 1] is the share with s = t; 1 is flow matching.
+    """
+    jumps = [i for i, g in enumerate(index) if int((g + 1) * (1 - p_equal)) > int(g * (1 - p_equal))]
+    return torch.tensor(jumps, dtype=torch.int64)
+
+
+class Draws(NamedTuple):
+    """The random numbers of one micro-batch."""
+
+    z: Tensor  # [B] normal, for t
+    u: Tensor  # [B] uniform in [0, 1), for s
+    eps: Tensor  # [B, ...] normal, makes x_t
+    eps_s: Tensor  # [B, ...] normal, makes x_s_hat
+    jump: Tensor  # [n] int64, the positions with s < t
+
+
+def draw(seed: int, step: int, index: list[int], shape: tuple, p_equal: float = 0.5, device="cpu") -> Draws:
+    """The Draws of the samples with the given global indices at one step; shape is that of one sample."""
+    keys = [(step, i) for i in index]
+    u = torch.tensor([rng(seed, "second time", *key).random(dtype="float32") for key in keys])
+    z = normal(seed, "time", keys, ())
+    eps, eps_s = normal(seed, "noise", keys, shape), normal(seed, "second noise", keys, shape)
+    return Draws(*(x.to(device, non_blocking=True) for x in (z, u, eps, eps_s, jump_positions(index, p_equal))))
+
+
+# =====================================================================================================================
+# The whole step
+# =====================================================================================================================
+
+
+class SelfE(nn.Module):
+    """One training step of Self-E as one forward pass (Sec. 3.3, Fig. 2): data in, scalar loss out.
+
+    network        V(x_t, t, s, *c), trained. It also gives the unconditional and the fake branch ("online").
+    ema            its moving average, gives the conditional branch (S.2). Only evaluated, never trained here.
+    mu             shift of the time law (s.12)
+    target         "renorm" Eq. 20 | "tar" Eq. 18 as target, no normalisation | "sum" Eq. 16 to the letter
+    k              weight of the classifier term once the auxiliary term is on (S.1.2)
+    delta_scale    multiplies Delta; 1 is the paper, 0 the control that keeps Eq. 19 and has nothing to say about x0_hat
+    lam_scale      multiplies lambda; 1 is the paper
+    lam_s          the second time that lambda sees, as a function of (t, s); None is the paper: s itself (cf. S.3.1)
+    null_target    what a null prompt learns at s < t: "data" x0 | "renorm" Eq. 19 with its own Delta (zero without
+                   the auxiliary term). The paper does not say; guidance needs the null branch to follow the data.
+    unconditional  the network of the null branch; None is the paper: `network`
+
+    Flow matching is the same module with draws that have no s < t (p_equal = 1).
+    """
+
+    def __init__(self, network, ema, *, mu=0.0, target="renorm", k=0.9, delta_scale=1.0, lam_scale=1.0, lam_s=None,
+                 null_target="data", unconditional=None):  # fmt: skip
+        super().__init__()
+        if target not in ("renorm", "tar", "sum") or null_target not in ("data", "renorm"):
+            raise ValueError(f"unknown target {target!r} or null_target {null_target!r}")
+        self.network, self.ema, self.unconditional = network, ema, unconditional or network
+        self.mu, self.target, self.null_target = mu, target, null_target
+        self.k, self.delta_scale, self.lam_scale = k, delta_scale, lam_scale
+        self.lam_s = lam_s or (lambda t, s: s)
+
+    def forward(self, x0: Tensor, c: tuple, null: tuple, fake: tuple | None, is_null: Tensor, draws: Draws, tau: float,
+                aux: bool = False) -> tuple[Tensor, dict]:  # fmt: skip
+        """The loss of one micro-batch, per value of x0, and what one wants to watch.
+
+        x0 [B, ...] fp32; c, null, fake tuples of tensors with leading dimension B (fake is read only with aux);
+        is_null [B] bool, where the prompt was dropped; tau in [0, 1] (s.13); aux switches the auxiliary term on.
+        Returns the scalar loss and a dict of detached tensors: t, s, loss [B]; delta_norm and w [n]; fake_loss [n].
+        """
+        t, s = sample_times(draws.z, draws.u, draws.jump, self.mu, tau)  # s.11-s.13
+        x_t = add_noise(x0, t, draws.eps)  # Eq. 1
+        x0_hat = G(self.network, x_t, t, s, c)  # Eq. 6: the only pass with gradient, but for s.8
+        if len(draws.jump) == 0:  # flow matching: s = t everywhere
+            loss = time_weight(t) * data_loss(x0_hat, x0)  # Eq. 7, 21
+            return loss.mean() / x0[0].numel(), {"t": t, "s": s, "loss": loss.detach() / x0[0].numel()}
+
+        # The half with s < t meets its own evaluation; j picks it.
+        def j(x):
+            return tuple(a[draws.jump] for a in x) if isinstance(x, tuple) else x[draws.jump]
+
+        t_j, s_j, x0_j, x0_hat_j, eps_s = j(t), j(s), j(x0), j(x0_hat), j(draws.eps_s)
+        x_s_hat = add_noise(x0_hat_j, s_j, eps_s).detach()  # Eq. 8; the evaluation sees the sample, not its gradient
+        with torch.no_grad():
+            G_c = G(self.ema, x_s_hat, s_j, s_j, j(c))
+            G_null = G(self.unconditional, x_s_hat, s_j, s_j, j(null))
+            # A null prompt has no classifier score: EMA minus online would be the difference of two networks, noise.
+            G_c = torch.where(like(j(is_null), G_c), G_null, G_c)
+        G_fake, loss_fake = None, None
+        if aux:  # one pass with gradient serves both the evaluation (s.6) and the loss of the fake branch (s.8)
+            V_fake = self.network(x_s_hat, s_j, s_j, *j(fake))
+            G_fake = one_step_estimate(x_s_hat, s_j, V_fake).detach()
+            loss_fake = fake_loss(V_fake, x0_hat_j, eps_s)
+
+        Delta = self.delta_scale * self_evaluation(G_null, G_c, G_fake, self.k)  # s.6
+        x_self = pseudo_target(x0_hat_j, Delta)  # Eq. 14
+        w = mix_weight(t_j, self.lam_s(t_j, s_j), self.lam_scale)  # Eq. 17 as lam / (1 + lam)
+        if self.null_target == "data" and not aux:
+            w = torch.where(j(is_null), 0.0, w)  # a plain data target for the null prompt, at every (t, s)
+
+        if self.target == "sum":
+            loss_j = hybrid_loss(x0_hat_j, x0_j, x_self, w / (1 - w))  # Eq. 16, lam = w / (1 - w)
+        else:
+            x_tar = implicit_target(x0_j, x_self, w)  # Eq. 18
+            x_renorm = renormalise(x_tar, x0_j) if self.target == "renorm" else x_tar  # Eq. 19
+            loss_j = target_loss(x0_hat_j, x_renorm)  # Eq. 20
+        loss = time_weight(t) * data_loss(x0_hat, x0).index_copy(0, draws.jump, loss_j)  # Eq. 7 where s = t; Eq. 21
+        total = loss.mean()
+        if aux:
+            total = total + loss_fake.sum() / len(x0)  # coefficient 1, over the full batch like the rest
+
+        D = x0[0].numel()  # the paper sums over values; the mean differs by a constant and reads the same at every size
+        stats = {"t": t, "s": s, "loss": loss.detach() / D, "w": w, "delta_norm": (squared_norm(Delta) / D).sqrt()}
+        if aux:
+            stats["fake_loss"] = loss_fake.detach() / D
+        return total / D, stats

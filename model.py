@@ -1,0 +1,281 @@
+"""The network of Self-E: a FLUX-style transformer with two times (Sec. 3, S.2 "Architecture").
+
+    import model
+    V = model.Denoiser(**model.SIZES["laptop"])        # v = V(x_t, t, s, txt, vec)
+    x0_hat = model.G(V, x_t, t, s, (txt, vec))         # Eq. 6
+    python model.py                                    # prints the size table with parameter and FLOP counts
+
+Symbols, as in the paper
+    x_t     [B, C, H, W]  noisy picture or latent, x_t = (1 - t) x0 + t eps                      Eq. 1
+    t, s    [B]           times in [0, 1], s <= t; t = 0 is data, t = 1 is noise                 Sec. 2, 3
+    txt     [B, L, d_txt] token states of a frozen text encoder                                  S.2 (c)
+    vec     [B, d_vec]    its pooled vector (CLIP's, for the big sizes)                          S.2 (c)
+    V       [B, C, H, W]  the network's output, a velocity (eps - x0 where s = t)                Eq. 6
+    d       the model width; h heads of size d / h
+
+What differs from FLUX is one embedder: `gap_in`, which reads t - s (Eq. s.9). Parameter names are FLUX's, so a
+FLUX state dict loads with `gap_in.*` as its only missing part.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+# Every number of the two big sizes is from S.2 (a)-(d); `laptop` is ours. `double` and `single` count the blocks;
+# `axes` are the RoPE dimensions over (t, y, x) and sum to the head size d / heads. `patch` is the side of a patch,
+# so a token holds channels * patch^2 values: 16 * 2^2 = 64 for FLUX latents. V has to carry the noise through the
+# width, hence width must exceed that number; 8 x 8 RGB patches (192 values) through width 128 leave every picture grainy.
+SIZES = {
+    "laptop": dict(width=128, heads=4, double=2, single=4, axes=(8, 12, 12), channels=3, patch=4, txt_dim=256, vec_dim=256),
+    "0.5b": dict(width=1024, heads=16, double=8, single=16, axes=(8, 28, 28), channels=16, patch=2, txt_dim=4096, vec_dim=768),
+    "2b": dict(width=2048, heads=16, double=8, single=16, axes=(16, 56, 56), channels=16, patch=2, txt_dim=4096, vec_dim=768),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 6      x0_hat = G(x_t, t, s, c) = x_t - t V(x_t, t, s, c)
+# ---------------------------------------------------------------------------------------------------------------------
+def G(V, x_t: Tensor, t: Tensor, s: Tensor, cond: tuple) -> Tensor:
+    """The sample head: the clean sample that the network V predicts from x_t (Eq. 6).
+
+    V is any callable V(x_t, t, s, *cond) -> tensor like x_t; x_t is [B, ...] of any trailing shape, t and s are [B],
+    and cond is a tuple of tensors with leading dimension B. At t = 0 the prediction is x_t itself.
+    """
+    return x_t - t.view(-1, *[1] * (x_t.dim() - 1)) * V(x_t, t, s, *cond)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. s.9    e_t = MLP_t(Sinusoid(t)),   e_s = MLP_s(Sinusoid(t - s))
+# Eq. s.10   the combined embedding e_t + e_s stands wherever FLUX has e_t
+# ---------------------------------------------------------------------------------------------------------------------
+def sinusoid(t: Tensor, features: int = 256, max_period: float = 10000.0) -> Tensor:
+    """[B] times in [0, 1] -> [B, features]: cos then sin of 1000 t at geometrically spaced frequencies, in fp32."""
+    half = features // 2
+    frequencies = torch.exp(-torch.log(torch.tensor(max_period)) * torch.arange(half, dtype=torch.float32) / half)
+    angles = 1000.0 * t.float()[:, None] * frequencies.to(t.device)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class Embedder(nn.Module):
+    """Linear, SiLU, Linear: the small MLP that turns time features or the pooled text vector into width d."""
+
+    def __init__(self, dim_in: int, width: int):
+        super().__init__()
+        self.in_layer = nn.Linear(dim_in, width)
+        self.out_layer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotary positions over (t, y, x): text tokens sit at the origin, image tokens at (0, y, x)
+# ---------------------------------------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=64)
+def rope_table(txt_len: int, rows: int, cols: int, axes: tuple, device: torch.device) -> Tensor:
+    """[2, txt_len + rows * cols, sum(axes) / 2]: cosines and sines of each token's rotation angles (theta = 10000).
+
+    The angles are computed in float64 on the CPU, because not every device has float64, and kept per picture size.
+    """
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+    position = torch.stack([torch.zeros_like(x), y, x], dim=-1).reshape(-1, 3)  # [rows * cols, 3]
+    position = torch.cat([position.new_zeros(txt_len, 3), position]).double()  # text first, as in the attention
+    angles = [position[:, i : i + 1] * 10000.0 ** (-torch.arange(0, n, 2).double() / n) for i, n in enumerate(axes)]
+    angles = torch.cat(angles, dim=-1)
+    return torch.stack([angles.cos(), angles.sin()]).float().to(device)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn each interleaved pair of x [B, h, N, d/h] by its token's angles; fp32 inside, x's dtype outside."""
+    cos, sin = rope
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, h, N, d/2h] each
+    return torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1).flatten(-2).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The blocks of FLUX
+# ---------------------------------------------------------------------------------------------------------------------
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last dimension, eps 1e-6, fp32 inside."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + 1e-6) * self.scale).to(x.dtype)
+
+
+class QKNorm(nn.Module):
+    """Per-head RMSNorm of queries and keys, then the rotation by position."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.query_norm = RMSNorm(head_dim)
+        self.key_norm = RMSNorm(head_dim)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q), self.key_norm(k)
+
+
+class Modulation(nn.Module):
+    """vec [B, d] -> n tensors [B, 1, d]: the shifts, scales and gates of adaLN, all zero at initialisation."""
+
+    def __init__(self, width: int, n: int):
+        super().__init__()
+        self.n = n
+        self.lin = nn.Linear(width, n * width)
+
+    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
+        return self.lin(F.silu(vec))[:, None, :].chunk(self.n, dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without learned parameters (eps 1e-6), then x (1 + scale) + shift. x [B, N, d]."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, rope: Tensor) -> Tensor:
+    """Full attention over all tokens, [B, h, N, d/h] each -> [B, N, d]."""
+    out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
+    return rearrange(out, "b h n c -> b n (h c)")
+
+
+class SelfAttention(nn.Module):
+    """The projections of one stream; the attention itself is joint over both streams."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.norm = QKNorm(width // heads)
+        self.proj = nn.Linear(width, width)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = rearrange(self.qkv(x), "b n (three h c) -> three b h n c", three=3, h=self.heads).unbind(0)
+        return *self.norm(q, k), v
+
+
+class DoubleBlock(nn.Module):
+    """Text and image keep separate weights and meet in one joint attention (text first)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        for stream in ("img", "txt"):
+            self.add_module(f"{stream}_mod", Modulation(width, 6))
+            self.add_module(f"{stream}_attn", SelfAttention(width, heads))
+            mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+            self.add_module(f"{stream}_mlp", mlp)
+
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = self.img_mod(vec)
+        t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = self.txt_mod(vec)
+
+        i_q, i_k, i_v = self.img_attn.project(modulate(img, i_shift1, i_scale1))
+        t_q, t_k, t_v = self.txt_attn.project(modulate(txt, t_shift1, t_scale1))
+        q, k, v = (torch.cat(pair, dim=2) for pair in ((t_q, i_q), (t_k, i_k), (t_v, i_v)))
+        t_out, i_out = attention(q, k, v, rope).split([txt.shape[1], img.shape[1]], dim=1)
+
+        img = img + i_gate1 * self.img_attn.proj(i_out)
+        img = img + i_gate2 * self.img_mlp(modulate(img, i_shift2, i_scale2))
+        txt = txt + t_gate1 * self.txt_attn.proj(t_out)
+        txt = txt + t_gate2 * self.txt_mlp(modulate(txt, t_shift2, t_scale2))
+        return img, txt
+
+
+class SingleBlock(nn.Module):
+    """One stream of text and image tokens; attention and MLP run side by side and share their two linears."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.modulation = Modulation(width, 3)
+        self.linear1 = nn.Linear(width, 3 * width + 4 * width)
+        self.norm = QKNorm(width // heads)
+        self.linear2 = nn.Linear(width + 4 * width, width)
+
+    def forward(self, x: Tensor, vec: Tensor, rope: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(vec)
+        d = x.shape[-1]
+        qkv, mlp = self.linear1(modulate(x, shift, scale)).split([3 * d, 4 * d], dim=-1)
+        q, k, v = rearrange(qkv, "b n (three h c) -> three b h n c", three=3, h=self.heads).unbind(0)
+        out = attention(*self.norm(q, k), v, rope)
+        return x + gate * self.linear2(torch.cat([out, F.gelu(mlp, approximate="tanh")], dim=-1))
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm, (shift, scale) from vec, Linear to the values of a patch; zero at initialisation."""
+
+    def __init__(self, width: int, patch_values: int):
+        super().__init__()
+        self.linear = nn.Linear(width, patch_values)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
+        return self.linear(modulate(x, shift, scale))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The denoiser
+# ---------------------------------------------------------------------------------------------------------------------
+class Denoiser(nn.Module):
+    """V_theta(x_t, t, s, c), S.2 (d). The keyword arguments are the columns of `SIZES`.
+
+    `precision` is the dtype of the network's inside (torch.bfloat16 runs it under autocast); the time features and
+    embedders, the input and the output stay in fp32 whatever it is.
+    """
+
+    def __init__(self, width, heads, double, single, axes, channels, patch, txt_dim, vec_dim, precision=torch.float32):
+        super().__init__()
+        if sum(axes) != width // heads:
+            raise ValueError(f"RoPE axes {axes} must sum to the head size, {width} / {heads}")
+        self.axes, self.patch, self.channels, self.precision = tuple(axes), patch, channels, precision
+        self.img_in = nn.Linear(channels * patch**2, width)
+        self.txt_in = nn.Linear(txt_dim, width)
+        self.time_in = Embedder(256, width)
+        self.gap_in = Embedder(256, width)
+        self.vector_in = Embedder(vec_dim, width)
+        self.double_blocks = nn.ModuleList(DoubleBlock(width, heads) for _ in range(double))
+        self.single_blocks = nn.ModuleList(SingleBlock(width, heads) for _ in range(single))
+        self.final_layer = FinalLayer(width, channels * patch**2)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """DiT's habit, FLUX publishes none: Xavier linears, zero biases, embedders N(0, 0.02), every gate and the output zero."""
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                nn.init.constant_(p, 1.0 if name.endswith("norm.scale") else 0.0)
+            elif ".lin." in name or name.startswith("final_layer"):
+                nn.init.zeros_(p)
+            elif name.startswith(("time_in", "gap_in", "vector_in")):
+                nn.init.normal_(p, std=0.02)
+            else:
+                nn.init.xavier_uniform_(p)
+
+    def forward(self, x_t: Tensor, t: Tensor, s: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
+        """x_t [B, C, H, W], t and s [B], txt [B, L, d_txt], vec [B, d_vec] -> V [B, C, H, W] in fp32 (Eq. 6).
+
+        H and W must be multiples of the patch side. Eq. s.9-s.10 are the line that makes `vec`.
+        """
+        p, rows, cols = self.patch, x_t.shape[2] // self.patch, x_t.shape[3] // self.patch
+        vec = self.time_in(sinusoid(t)) + self.gap_in(sinusoid(t - s)) + self.vector_in(vec.float())  # [B, d]
+        rope = rope_table(txt.shape[1], rows, cols, self.axes, x_t.device)
+
+        # Autocast begins and ends inside this call. Its cache of cast weights therefore never outlives one forward pass,
+        # so a pass without gradient can not leave casts without gradient behind for the pass that needs them
+        # (pytorch issue 112583).
+        with torch.autocast(x_t.device.type, self.precision, enabled=self.precision != torch.float32):
+            img = self.img_in(rearrange(x_t, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=p, pw=p))  # [B, rows * cols, d]
+            txt = self.txt_in(txt)  # [B, L, d]
+            for block in self.double_blocks:
+                img, txt = block(img, txt, vec, rope)
+            x = torch.cat([txt, img], dim=1)  # [B, L + rows * cols, d]
+            for block in self.single_blocks:
+                x = block(x, vec, rope)
+            img = self.final_layer(x[:, txt.shape[1] :], vec)
+        return rearrange(img.float(), "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=rows, w=cols, ph=p, pw=p)

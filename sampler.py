@@ -1,0 +1,106 @@
+"""Any-step sampling (Sec. 3.4, S.2 "Inference", S.3.1): from noise to data in N evaluations of the network.
+
+    x = sampler.sample(V, noise, cond, null, steps=4, draw_noise=lambda k: torch.randn_like(noise))
+
+One update serves every sampler of the paper, from (x_t, x0_hat) at time t to time s:
+
+    x_s = alpha_s x0_hat + sqrt(sigma_s^2 - std^2) eps_hat + std * fresh noise,   eps_hat = (x_t - alpha_t x0_hat) / sigma_t
+
+    choice             std                                                    what it is
+    eta = 0            0                                                      Eq. 22, the deterministic (DDIM) step
+    eta = 1            sigma_s sqrt(1 - (alpha_t sigma_s / alpha_s sigma_t)^2)  the exact q(x_s | x_t, x0_hat), the paper's choice
+    0 < eta < 1        eta times that                                         in between
+    eta = "renoise"    sigma_s                                                Eq. 8: forget x_t, noise x0_hat anew
+    at s = 0           0                                                      every choice returns x0_hat itself
+
+and s_k, the second time that the network is told (S.3.1), is a fraction f of the way back from t_{k+1} to t_k:
+
+    s_rule = 0         s_k = t_{k+1}    the paper's default: predict for the jump that will be made
+    s_rule = 1         s_k = t_k        the flow-matching head; the only one a flow-matching model has learned
+    s_rule = 0.5       half-way, good for one step without guidance (Fig. S.4)
+
+"N steps" means N evaluations of the network, N + 1 grid points. (The paper's {t_1 .. t_N} makes N - 1 moves.)
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from losses import like, one_step_estimate, squared_norm, warp
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. s.12   the time grid: linear from 1 to 0, then warped as in training
+# ---------------------------------------------------------------------------------------------------------------------
+def time_grid(steps: int, mu: float) -> list[float]:
+    """steps + 1 falling times from exactly 1 to exactly 0. steps >= 1; mu as in `losses.mu_of_length`."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    return warp(torch.linspace(1, 0, steps + 1, dtype=torch.float64), mu).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 12     as energy-preserving guidance (Sec. 3.4): V_null + w (V_c - V_null), brought back to the energy of V_c
+# ---------------------------------------------------------------------------------------------------------------------
+def energy_preserving(guided: Tensor, conditional: Tensor) -> Tensor:
+    """`guided` [B, ...] scaled, sample by sample, to the norm of `conditional`; zero stays zero."""
+    tiny = torch.finfo(guided.dtype).tiny
+    return guided * like((squared_norm(conditional) / squared_norm(guided).clamp_min(tiny)).sqrt(), guided)
+
+
+def predict(V: Callable, x_t: Tensor, t: Tensor, s: Tensor, cond: tuple, null: tuple | None, guidance: float,
+            space: str = "v") -> Tensor:  # fmt: skip
+    """x0_hat [B, ...] at x_t (Eq. 6), guided. Both branches are evaluated at the same (t, s), in one batch of 2B.
+
+    guidance 1 evaluates the conditional branch only (null may then be None). `space` is where the energy is kept:
+    "v", the velocity, or "x0", the prediction.
+    """
+    if guidance == 1:
+        return one_step_estimate(x_t, t, V(x_t, t, s, *cond))
+    both = tuple(torch.cat([c, n]) for c, n in zip(cond, null, strict=True))
+    v_c, v_null = V(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([s, s]), *both).chunk(2)
+    if space == "v":
+        return one_step_estimate(x_t, t, energy_preserving(v_null + guidance * (v_c - v_null), v_c))
+    x0_c, x0_null = one_step_estimate(x_t, t, v_c), one_step_estimate(x_t, t, v_null)
+    return energy_preserving(x0_null + guidance * (x0_c - x0_null), x0_c)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 22     x_{t_{k+1}} = x_{t_k} - (t_k - t_{k+1}) V(x_{t_k}, t_k, s_k, c)             (eta = 0; the table above for others)
+# ---------------------------------------------------------------------------------------------------------------------
+def update(x_t: Tensor, x0_hat: Tensor, t: float, s: float, eta: float | str, noise: Tensor | None) -> Tensor:
+    """One step from time t in (0, 1] to s in [0, t). noise [B, ...] is read unless eta = 0 or s = 0."""
+    eps_hat = (x_t - (1 - t) * x0_hat) / t
+    variance = s**2 * (1 - ((1 - t) * s / ((1 - s) * t)) ** 2)  # of q(x_s | x_t, x0)
+    std = s if eta == "renoise" else eta * variance**0.5
+    x_s = (1 - s) * x0_hat + max(s**2 - std**2, 0.0) ** 0.5 * eps_hat
+    return x_s + std * noise if std > 0 else x_s
+
+
+@torch.no_grad()
+def trajectory(V: Callable, x: Tensor, cond: tuple, null: tuple | None = None, *, steps: int, mu: float = 0.0,
+               s_rule: float = 0.0, eta: float | str = 1.0, guidance: float = 1.0, space: str = "v",
+               draw_noise: Callable[[int], Tensor] | None = None) -> Iterator[tuple[float, Tensor, Tensor]]:  # fmt: skip
+    """Yield (t_{k+1}, x at that time, x0_hat) for k = 1 .. steps, from x at time 1; the last x is the sample.
+
+    V(x_t, t, s, *cond) is the network; x [B, ...] standard normal; cond and null tuples of tensors with leading
+    dimension B. draw_noise(k) gives the fresh noise of step k, like x; None draws it from torch's global generator.
+    s_rule in [0, 1], eta in [0, 1] or "renoise", guidance >= 0.
+    """
+    grid = time_grid(steps, mu)
+    for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
+        s_k = t_next + s_rule * (t - t_next)
+        times = [torch.full((len(x),), value, dtype=x.dtype, device=x.device) for value in (t, s_k)]
+        x0_hat = predict(V, x, *times, cond, null, guidance, space)
+        fresh = eta != 0 and t_next > 0
+        noise = (draw_noise(k) if draw_noise else torch.randn_like(x)) if fresh else None
+        x = update(x, x0_hat, t, t_next, eta, noise)
+        yield t_next, x, x0_hat
+
+
+def sample(V: Callable, x: Tensor, cond: tuple, null: tuple | None = None, **choices) -> Tensor:
+    """The end of `trajectory`, whose arguments it takes: samples [B, ...] from the noise x."""
+    for _, x, _ in trajectory(V, x, cond, null, **choices):
+        pass
+    return x
