@@ -1,0 +1,394 @@
+"""Captioned pictures: the built-in shapes, and a folder of your own (S.2: text-to-image data).
+
+    source = data.Shapes(size=32, seed=0)            # endless, seeded: GenEval in miniature
+    source = data.ImageFolder("pictures/", size=32)  # images with metadata.jsonl, or a .txt beside each
+    picture, caption, key = source.sample(g, seed)   # g = 0, 1, 2, ...: the global index of the sample in training
+
+    python data.py --out shapes.png                  # looks at the built-in data: a sheet of pictures with captions
+
+A source is a function from the global sample index g to a sample: it has no position of its own, so the position of a
+run in its data is the one integer that train.py counts, and any number of processes can share the work.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from randomness import rng
+
+
+class Sample(NamedTuple):
+    """One captioned picture: uint8 [H, W, 3], its caption, and a key that names it in logs."""
+
+    picture: np.ndarray
+    caption: str
+    key: str
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message says which file and what to do."""
+
+
+def to_tensor(pictures: list[np.ndarray]) -> Tensor:
+    """uint8 pictures [H, W, 3] of one size -> fp32 [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_pictures(x: Tensor) -> list[np.ndarray]:
+    """The way back: [B, 3, H, W] -> uint8 pictures [H, W, 3]; values outside [-1, 1] are cut off."""
+    x = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return list(x.permute(0, 2, 3, 1).cpu().numpy())
+
+
+# =====================================================================================================================
+# (a) Built-in shapes: GenEval in miniature
+# =====================================================================================================================
+# GenEval (Ghosh et al. 2023) asks for objects, colours, counts and places in six kinds of prompt. Here the objects are
+# flat shapes on a grey ground, so that a program can judge every picture exactly (evaluate.py). The ground's shade and
+# the sizes vary on purpose: if all pictures had one energy, the normalisation of Eq. 19 alone would hand over part of
+# the answer.
+
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+COLORS = {
+    "red": (220, 40, 40),
+    "yellow": (245, 220, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 80, 220),
+    "purple": (130, 40, 170),
+    "pink": (255, 140, 200),
+    "black": (10, 10, 10),
+    "white": (250, 250, 250),
+}
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+COUNTS = {2: "two", 3: "three", 4: "four"}
+RELATIONS = ("left of", "right of", "above", "below")
+
+# Never rendered for training, neither alone nor beside another shape: what a model draws for them, it has composed.
+HELD_OUT_PAIRS = {("red", "triangle"), ("blue", "ring"), ("yellow", "square"), ("green", "cross")}
+
+GREYS = (80, 170)  # the range of the ground's shade; black and white shapes stay visible on all of it
+DIAMETERS = (8.0, 13.0)  # of a shape, in 32nds of the picture's side
+GAP = 1.5  # between two shapes, and to the border, in the same unit
+
+
+@dataclass(frozen=True)
+class Object:
+    """One shape: kind, colour name, centre and diameter in pixels (x to the right, y downwards)."""
+
+    shape: str
+    color: str
+    x: float
+    y: float
+    diameter: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows, and the prompt for it in GenEval's metadata format."""
+
+    objects: tuple[Object, ...]
+    ground: int
+    metadata: dict
+
+
+def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
+    """How far a point lies outside a shape of radius r at the origin (negative inside), in pixels."""
+    if shape == "circle":
+        return np.hypot(x, y) - r
+    if shape == "ring":
+        return np.abs(np.hypot(x, y) - 0.75 * r) - 0.25 * r
+    if shape == "square":
+        return np.maximum(np.abs(x), np.abs(y)) - 0.88 * r
+    if shape == "triangle":  # isosceles, tip up: base at y = +0.88 r, sides of slope 2
+        return np.maximum(y - 0.88 * r, (2 * np.abs(x) - y - 0.88 * r) / np.sqrt(5.0))
+    if shape == "cross":
+        long, short = r, 0.34 * r
+        bar1 = np.maximum(np.abs(x) - long, np.abs(y) - short)
+        bar2 = np.maximum(np.abs(x) - short, np.abs(y) - long)
+        return np.minimum(bar1, bar2)
+    raise ValueError(f"unknown shape {shape!r}; known are {', '.join(SHAPES)}")
+
+
+def coverage(item: Object, size: int) -> np.ndarray:
+    """[size, size] in [0, 1]: how much of each pixel the object covers (anti-aliased by its signed distance)."""
+    centre = np.arange(size) + 0.5
+    distance = signed_distance(item.shape, centre[None, :] - item.x, centre[:, None] - item.y, item.diameter / 2)
+    return np.clip(0.5 - distance, 0.0, 1.0)
+
+
+def render(scene: Scene, size: int) -> np.ndarray:
+    """The picture of a scene, uint8 [size, size, 3]."""
+    picture = np.full((size, size, 3), float(scene.ground))
+    for item in scene.objects:
+        a = coverage(item, size)[..., None]
+        picture = (1 - a) * picture + a * np.array(COLORS[item.color], dtype=float)
+    return picture.round().astype(np.uint8)
+
+
+def place(random: np.random.Generator, n: int, size: int) -> list[tuple[float, float, float]] | None:
+    """n non-overlapping (x, y, diameter), or None if the first tries leave no room (the caller draws again)."""
+    unit = size / 32
+    placed = []
+    for _ in range(n):
+        for _ in range(40):
+            d = random.uniform(*DIAMETERS) * unit
+            if n > 2:
+                d = min(d, 11 * unit)
+            x, y = random.uniform(d / 2 + GAP * unit, size - d / 2 - GAP * unit, size=2)
+            if all(max(abs(x - x2), abs(y - y2)) > (d + d2) / 2 + GAP * unit for x2, y2, d2 in placed):
+                placed.append((x, y, d))
+                break
+        else:
+            return None
+    return placed
+
+
+def holds(relation: str, a: tuple, b: tuple) -> bool:
+    """Whether a = (x, y, diameter) is clearly "left of" (or ...) b: their extents do not overlap along that axis."""
+    axis, sign = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}[relation]
+    return sign * (b[axis] - a[axis]) > (a[2] + b[2]) / 2
+
+
+def with_article(shape: str, color: str | None) -> str:
+    return f"a {color} {shape}" if color else f"a {shape}"
+
+
+def prompt_metadata(tag: str, shapes: list[str], colors: list[str | None], count: int = 1, relation: str = "") -> dict:
+    """The prompt and its metadata, fields and wording as in GenEval's evaluation_metadata.jsonl."""
+    items = [{"class": s, "count": count} | ({"color": c} if c else {}) for s, c in zip(shapes, colors)]
+    if tag == "counting":
+        prompt = f"a photo of {COUNTS[count]} {shapes[0]}{'es' if shapes[0] == 'cross' else 's'}"
+        exclude = {"exclude": [{"class": shapes[0], "count": count + 1}]}
+        return {"tag": tag, "include": items, **exclude, "prompt": prompt}
+    first = with_article(shapes[0], colors[0])
+    if tag in ("single_object", "colors"):
+        return {"tag": tag, "include": items, "prompt": f"a photo of {first}"}
+    second = with_article(shapes[1], colors[1])
+    if tag == "position":  # GenEval lists the reference first: "a dog right of a cat" is [cat, dog right of object 0]
+        items = [items[1], items[0] | {"position": [relation, 0]}]
+        return {"tag": tag, "include": items, "prompt": f"a photo of {first} {relation} {second}"}
+    return {"tag": tag, "include": items, "prompt": f"a photo of {first} and {second}"}
+
+
+def split_of(prompt: str) -> str:
+    """"train", "validation" or "test": a fixed lot by the prompt's hash, 1/10 and 2/10 of the prompts held out.
+
+    Prompts with one object belong to training whatever their lot: there are too few of them to spare any, and the
+    held-out colour-shape pairs already ask that question.
+    """
+    words = prompt.split()
+    if " and " not in prompt and not any(r in prompt for r in RELATIONS) and words[3] not in COUNTS.values():
+        return "train"
+    lot = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "little") % 10
+    return "validation" if lot == 0 else "test" if lot in (1, 2) else "train"
+
+
+def draw_prompt(random: np.random.Generator, tag: str) -> tuple[dict, list[str], list[str], str]:
+    """A random prompt of a tag and what to draw for it: (metadata, shapes, colours, relation)."""
+    n = 1 if tag in ("single_object", "colors") else 2
+    shapes = [str(s) for s in random.choice(SHAPES, size=n, replace=False)]
+    if tag == "color_attr":
+        colors = [str(c) for c in random.choice(list(COLORS), size=2, replace=False)]
+    else:
+        colors = [str(c) for c in random.choice(list(COLORS), size=n)]
+    if tag == "counting":
+        count = int(random.choice(list(COUNTS)))
+        return prompt_metadata(tag, shapes[:1], [None], count), shapes[:1] * count, colors[:1] * count, ""
+    relation = str(random.choice(RELATIONS)) if tag == "position" else ""
+    told = list(colors)  # which colours the prompt tells
+    if tag in ("single_object", "two_object"):
+        told = [None] * n
+    if tag == "position":  # GenEval tells none here; training also tells one or both, so that the prompts can be mixed
+        told = [c if random.random() < 0.5 else None for c in colors]
+    return prompt_metadata(tag, shapes, told, relation=relation), shapes, colors, relation
+
+
+def draw_scene(random: np.random.Generator, size: int, tag: str) -> Scene:
+    """A random scene of the training distribution: no held-out pair, no held-out prompt."""
+    while True:
+        metadata, shapes, colors, relation = draw_prompt(random, tag)
+        if set(zip(colors, shapes)) & HELD_OUT_PAIRS or split_of(metadata["prompt"]) != "train":
+            continue
+        places = place(random, len(shapes), size)
+        if places is None or (relation and not holds(relation, *places)):
+            continue
+        objects = tuple(Object(s, c, *p) for s, c, p in zip(shapes, colors, places))
+        return Scene(objects, int(random.integers(*GREYS)), metadata)
+
+
+class Shapes:
+    """Endless captioned pictures of shapes, size x size pixels; sample g is a function of (seed, g) alone."""
+
+    def __init__(self, size: int = 32, tags: tuple[str, ...] = TAGS):
+        self.size, self.tags, self.name = size, tags, "shapes"
+
+    def __len__(self) -> int:
+        raise TypeError("the built-in shapes are endless")
+
+    def scene(self, g: int, seed: int = 0) -> Scene:
+        random = rng(seed, "shapes", g)
+        return draw_scene(random, self.size, str(random.choice(self.tags)))
+
+    def sample(self, g: int, seed: int = 0) -> Sample:
+        scene = self.scene(g, seed)
+        return Sample(render(scene, self.size), scene.metadata["prompt"], f"shapes-{seed}-{g}")
+
+
+# =====================================================================================================================
+# (b) A folder of pictures
+# =====================================================================================================================
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+
+
+def square_crop(image: Image.Image, size: int) -> np.ndarray:
+    """A PIL image -> uint8 [size, size, 3]: transparency over white, shorter side to `size` (Lanczos), centre crop."""
+    if "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def read_captions(folder: Path) -> dict[str, str]:
+    """File name -> caption, from metadata.jsonl (`file_name`, `text`) or from a .txt beside each picture.
+
+    Raises DataError when the folder is missing, has no captions, or a caption line is not what it should be.
+    """
+    if not folder.is_dir():
+        raise DataError(f"no such folder: {folder}")
+    metadata = folder / "metadata.jsonl"
+    if not metadata.exists():
+        pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
+        texts = {p.name: p.with_suffix(".txt") for p in pictures}
+        captions = {name: text.read_text(encoding="utf-8").strip() for name, text in texts.items() if text.exists()}
+        if not captions:
+            raise DataError(f"{folder} has no captions: give it a metadata.jsonl with one line "
+                            '{"file_name": ..., "text": ...} per picture, or a .txt beside each picture')  # fmt: skip
+        if len(captions) < len(pictures):
+            print(f"{folder}: {len(pictures) - len(captions)} of {len(pictures)} pictures have no .txt and are left out",
+                  file=sys.stderr)  # fmt: skip
+        return captions
+    captions = {}
+    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            captions[entry["file_name"]] = entry["text"].strip()
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f'{metadata}, line {number}: expected {{"file_name": "...", "text": "..."}}, '
+                            f"found {line.strip()[:60]!r} ({type(error).__name__})") from error  # fmt: skip
+    if not captions:
+        raise DataError(f"{metadata} is empty: it needs one line per picture")
+    return captions
+
+
+class ImageFolder:
+    """The captioned pictures of a folder, cropped square to size x size and held in memory (3 size^2 bytes each).
+
+    Sample g is picture number g mod n of epoch g div n, in an order shuffled by (seed, epoch). A picture that cannot be
+    read is skipped, counted in `skipped` and named on stderr; DataError when none is left.
+    """
+
+    def __init__(self, folder: str | Path, size: int):
+        self.folder, self.size, self.name = Path(folder), size, str(folder)
+        self.skipped: list[str] = []
+        self.pictures: list[np.ndarray] = []
+        self.captions: list[str] = []
+        self.keys: list[str] = []
+        captions = read_captions(self.folder)
+        for name in tqdm(sorted(captions), desc=f"reading {folder}", unit=" pictures", leave=False, disable=None):
+            try:
+                with Image.open(self.folder / name) as image:
+                    self.pictures.append(square_crop(image, size))
+            except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                self.skipped.append(name)
+                print(f"skipped {self.folder / name}: {type(error).__name__}: {error}", file=sys.stderr)
+                continue
+            self.captions.append(captions[name])
+            self.keys.append(name)
+        if self.skipped:
+            print(f"{self.folder}: skipped {len(self.skipped)} of {len(captions)} pictures", file=sys.stderr)
+        if not self.pictures:
+            raise DataError(f"{self.folder}: none of its {len(captions)} pictures can be read")
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    @functools.lru_cache(maxsize=4)
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The shuffled order of one epoch."""
+        return rng(seed, "epoch", epoch).permutation(len(self))
+
+    def sample(self, g: int, seed: int = 0) -> Sample:
+        i = int(self.order(seed, g // len(self))[g % len(self)])
+        return Sample(self.pictures[i], self.captions[i], self.keys[i])
+
+
+def open_source(spec: str, size: int) -> Shapes | ImageFolder:
+    """"shapes", or the path of a folder of pictures. Raises DataError with what is wrong and what to do."""
+    return Shapes(size) if spec == "shapes" else ImageFolder(spec, size)
+
+
+# =====================================================================================================================
+# Picture grids
+# =====================================================================================================================
+
+
+def label_grid(rows: list[list[np.ndarray]], columns: list[str], captions: list[str], scale: int = 1) -> Image.Image:
+    """A sheet: one row per caption, one column per label; rows[r][c] is a uint8 picture, enlarged `scale` times."""
+    h, w = (side * scale for side in rows[0][0].shape[:2])
+    pad, top, line = 6, 18, 13
+    width, height = len(columns) * (w + pad) + pad, top + len(rows) * (h + line + pad) + pad
+    sheet = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for c, label in enumerate(columns):
+        pen.text((pad + c * (w + pad), 4), label, fill="black")
+    for r, (pictures, caption) in enumerate(zip(rows, captions)):
+        y = top + r * (h + line + pad)
+        for c, picture in enumerate(pictures):
+            enlarged = Image.fromarray(picture).resize((w, h), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (pad + c * (w + pad), y))
+        pen.text((pad, y + h), caption, fill="black")
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw a sheet of training pictures with their captions.")
+    parser.add_argument("--data", default="shapes", help='"shapes" or a folder of captioned pictures (default: shapes)')
+    parser.add_argument("--size", type=int, default=32, help="side of the pictures in pixels (default: 32)")
+    parser.add_argument("--seed", type=int, default=0, help="which pictures (default: 0)")
+    parser.add_argument("--out", default="data.png", help="where to write the sheet (default: data.png)")
+    args = parser.parse_args()
+    try:
+        source = open_source(args.data, args.size)
+        samples = [source.sample(g, args.seed) for g in range(24)]
+        columns = [samples[i : i + 6] for i in range(0, 24, 6)]
+        sheet = [label_grid([[s.picture] for s in column], [""], [s.caption for s in column], max(1, 256 // args.size))
+                 for column in columns]  # fmt: skip
+        whole = Image.new("RGB", (sum(x.width for x in sheet), sheet[0].height), "white")
+        for i, part in enumerate(sheet):
+            whole.paste(part, (i * part.width, 0))
+        whole.save(args.out)
+    except (DataError, OSError) as error:
+        sys.exit(print(f"data.py: {error}", file=sys.stderr) or 2)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
