@@ -866,7 +866,7 @@ def main() -> int:
         return 2
 
     start, failed = time.perf_counter(), 0
-    print(f"{'equation':22s} {'what equals what':82s} {'error':>9s}   {"bound":>8s}  verdict")
+    print(f"{'equation':22s} {'what equals what':82s} {'error':>9s}   {'bound':>8s}  verdict")
     for equation, claim, bound, is_above, function in chosen:
         number = function()
         holds = number >= bound if is_above else number <= bound
