@@ -1,0 +1,398 @@
+"""Frozen encoders: prompts to conditions, pictures to latents and back (S.2 a and c). Nothing in this file is trained.
+
+    text = encoders.text_encoder("words", 16, "cpu")
+    cond = text(["a photo of a red circle"])            # (tokens [B, txt_len, d_txt], pooled [B, d_vec]), fp32
+    null, fake = text([""]), text([encoders.fake_prompt("a photo of a red circle")])
+    V(x_t, t, s, *cond)
+
+    ae = encoders.autoencoder("pixels", "cpu")
+    x0 = ae.encode(images)                              # [B, 3, H, W] in [-1, 1] -> [B, channels, H/factor, W/factor]
+    images = ae.decode(x0)                              # and back, clamped to [-1, 1]
+
+    text encoder        what it is                                                                d_txt   d_vec
+    "words"             hashed word vectors, built in: no download, no training, any vocabulary     256     256
+    "flux"              T5-XXL tokens and CLIP ViT-L/14 pooled, as in S.2 (c); = "hf:" + FLUX_TEXT  4096     768
+    "hf:A"              one Hugging Face encoder for both tokens and pooled                         its own width
+    "hf:A,B"            tokens from A, pooled from B                                                their widths
+
+    auto-encoder        what it is                                                                channels  factor
+    "pixels"            the picture itself, shifted and scaled                                          3       1
+    "flux"              FLUX's VAE (S.2 a), through diffusers; = "kl:" + FLUX_VAE                      16       8
+    "kl:A"              any AutoencoderKL, through diffusers                                           its own
+
+A and B are a local folder (./folder, ~/folder, /folder or any folder that exists; no comma in the path) or a Hugging
+Face name `owner/name`, with a folder inside the repository after it if need be: `owner/name/folder`.
+
+Every failure that a user can cause is an `EncoderError`, a ValueError whose message is one readable line.
+"""
+
+import functools
+import hashlib
+import os
+import re
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# FLUX.1-schnell's repository holds all three frozen parts of S.2 as safetensors and under Apache-2.0: the VAE (the same as
+# FLUX.1-dev's), the encoder half of T5 v1.1 XXL in bf16, and CLIP's text tower. It asks for a log-in (`hf auth login`).
+# google/t5-v1_1-xxl holds the same T5, but as pickled weights with the decoder, which this project does not load.
+FLUX_TEXT = "black-forest-labs/FLUX.1-schnell/text_encoder_2,black-forest-labs/FLUX.1-schnell/text_encoder"
+FLUX_VAE = "black-forest-labs/FLUX.1-schnell/vae"
+
+# x0 = (picture - shift) * scale for "pixels". Flow matching mixes data with noise of variance 1 and expects the data to be as
+# large: coloured shapes and emoji in [-1, 1] have a standard deviation of about 0.5 around a mean that depends on the
+# background, so they are doubled and not shifted. Fixed constants, not the statistics of a data set: a checkpoint then
+# means the same thing whatever folder it was trained on.
+PIXEL_SHIFT, PIXEL_SCALE = 0.0, 2.0
+
+
+class EncoderError(ValueError):
+    """An encoder that can not be had as asked for; the message is one line for the user."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# S.1.2      the prompts that are not the user's: the null prompt phi is "", the auxiliary term's is the "fake image" one
+# ---------------------------------------------------------------------------------------------------------------------
+def fake_prompt(prompt: str) -> str:
+    """The condition c_fake: "fake image" joined with the prompt. It stands first, and truncation cuts at the end."""
+    return "fake image " + prompt
+
+
+# =====================================================================================================================
+# Text
+# =====================================================================================================================
+
+
+class TextEncoder:
+    """text(prompts) -> (tokens [B, txt_len, d_txt], pooled [B, d_vec]), both fp32 on `device`, without gradient.
+
+    name      rebuilds the encoder: `text_encoder(text.name, text.txt_len, device)`. Folders are in it as absolute paths.
+    txt_len   tokens a prompt is cut or padded to; the denoiser sees all of them, unmasked, as in FLUX
+    """
+
+    name: str
+    txt_len: int
+    d_txt: int
+    d_vec: int
+
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        if isinstance(prompts, str):
+            raise TypeError("a text encoder takes a list of prompts; a single string would be read letter by letter")
+        with torch.no_grad():
+            return self.encode(list(prompts))
+
+    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+def text_encoder(name: str, txt_len: int | None = None, device: torch.device | str = "cpu") -> TextEncoder:
+    """The text encoder of that name (the table on top). txt_len None: 16 for "words", 256 for the others.
+
+    Raises EncoderError for an unknown name, a folder or name that can not be loaded, or a txt_len out of range.
+    """
+    if txt_len is not None and txt_len < 4:
+        raise EncoderError(f'txt_len must be at least 4, not {txt_len}: "fake image" and an end token must fit')
+    if name == "words":
+        return WordVectors(txt_len or 16, device)
+    if name == "flux" or name.startswith("hf:"):
+        return HuggingFaceText(name, txt_len or 256, device)
+    raise EncoderError(f'unknown text encoder {name!r}: use "words", "flux", "hf:NAME_OR_FOLDER" or "hf:TOKENS,POOLED"')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# "words": hashed word vectors
+#
+# A word's vector is 128 bits of its hash, read as signs. Two words' vectors are then nearly orthogonal (cosine 0 +- 0.09),
+# which is all that a network needs to learn one from the other; that "circle" and "circles" have to do with each other
+# it learns from pictures. No table, no file, no random generator: integers and signs come out alike on every machine, Python
+# and library version, so a checkpoint never meets different vectors from those it was trained with.
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Code points that are a word each: punctuation and symbols, emoji, and the scripts written without spaces (Chinese, Japanese).
+# Written out, because the classes of Python's `re` follow the Unicode edition of the Python in use.
+SINGLE = (
+    r"!-/:-@\[-`{-~\u00a1-\u00bf\u00d7\u00f7\u2010-\u2bff\u2e00-\u2e7f\u3001-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    r"\U0001f000-\U0001faff\U00020000-\U0003ffff"
+)
+# What separates words: white space, and the invisible joiners and selectors inside emoji.
+GAP = r"\s\u200b-\u200f\ufe0e\ufe0f"
+WORD = re.compile(rf"(?![{GAP}])[{SINGLE}]|[^{SINGLE}{GAP}]+")
+
+
+def split_words(prompt: str) -> list[str]:
+    """Lower-cased words and single symbols: "A red-hot café!" -> a, red, -, hot, café, !
+
+    NFKC first, so that composed and decomposed letters, full-width and plain ones are one word.
+    """
+    return WORD.findall(unicodedata.normalize("NFKC", prompt).lower())
+
+
+@functools.lru_cache(maxsize=65536)
+def hashed_signs(kind: bytes, word: str) -> np.ndarray:
+    """[128] of +-1 in fp32, a function of (kind, word). `kind` keeps words apart from positions and marks."""
+    digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=16, person=kind).digest()
+    signs = 2 * np.unpackbits(np.frombuffer(digest, np.uint8)).astype(np.float32) - 1
+    signs.setflags(write=False)  # the cache hands the same array to everyone
+    return signs
+
+
+def near_root(variance: int) -> float:
+    """1 / sqrt(variance) to the nearest power of two, so that multiplying by it is exact; 1 for 0."""
+    return 2.0 ** -(variance.bit_length() // 2)
+
+
+class WordVectors(TextEncoder):
+    """The built-in encoder of the laptop size: state i describes word i and its place in the sentence.
+
+    A state is four slots side by side, so that a linear layer can read each by itself:
+
+        [0:128]    word i              what it is
+        [128:176]  word i - 1          what it belongs to: "red circle left of blue square" has the same words as
+        [176:224]  word i + 1          "blue circle left of red square", and only neighbours tell which shape is red
+        [224:256]  the position i      FLUX gives all text tokens one position (ids 0), so attention can not tell "a left
+                                       of b" from "b left of a" unless the states do
+
+    A prompt ends with an end token, so that "" is one token and not nothing; then zeros. Beyond the first and the last
+    token stands one more mark. Over-long prompts lose words before the end token.
+
+    pooled = [bag of the word vectors | their first moment in position]: which words, and roughly where; the moment makes
+    the vector depend on their order. Both are sums of +-1 (times small integers), exact in fp32 in any order, then
+    divided by the power of two nearest to their standard deviation, so entries are O(1) for any number of words.
+    """
+
+    d_txt, d_vec = 256, 256
+
+    def __init__(self, txt_len: int, device: torch.device | str):
+        self.name, self.txt_len, self.device = "words", txt_len, device
+        self.position = np.stack([hashed_signs(b"position", str(i))[:32] for i in range(txt_len)])
+        self.end, self.beyond = hashed_signs(b"mark", "end"), hashed_signs(b"mark", "beyond")
+
+    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        tokens = np.zeros((len(prompts), self.txt_len, self.d_txt), np.float32)
+        pooled = np.zeros((len(prompts), self.d_vec), np.float32)
+        for b, prompt in enumerate(prompts):
+            words = [hashed_signs(b"word", word) for word in split_words(prompt)[: self.txt_len - 1]]
+            v = np.stack([self.beyond, *words, self.end, self.beyond])  # [1 + n + 1, 128]
+            n = len(v) - 2  # tokens, the end included
+            tokens[b, :n] = np.concatenate([v[1:-1], v[:-2, :48], v[2:, :48], self.position[:n]], axis=1)
+            place = 2 * np.arange(n, dtype=np.float32) - (n - 1)  # -(n-1), -(n-3), .. n-1: centred, integers
+            pooled[b, :128] = v[1:-1].sum(axis=0) * near_root(n)
+            pooled[b, 128:] = (place[:, None] * v[1:-1]).sum(axis=0) * near_root(n * (n * n - 1) // 3)
+        return torch.from_numpy(tokens).to(self.device), torch.from_numpy(pooled).to(self.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a frozen network comes from
+# ---------------------------------------------------------------------------------------------------------------------
+def locate(place: str) -> tuple[str, str]:
+    """A folder or Hugging Face name -> (folder or repository, folder inside the repository, may be empty)."""
+    place = place.strip()
+    folder = os.path.expanduser(place)
+    if place and os.path.isdir(folder):
+        return os.path.abspath(folder), ""
+    if not place:
+        raise EncoderError("the name of an encoder is empty: give a folder or a Hugging Face name after the colon")
+    if place[0] in "./~" or "\\" in place:
+        raise EncoderError(f"no such folder to load an encoder from: {place}")
+    owner_name, inside = place.split("/")[:2], place.split("/")[2:]
+    return "/".join(owner_name), "/".join(inside)
+
+
+def check_folder(folder: str) -> None:
+    """Raise EncoderError unless a local folder holds a config.json and safetensors weights."""
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise EncoderError(f"{folder} holds no config.json: give the folder that save_pretrained wrote")
+    if not any(Path(folder).glob("*.safetensors")):
+        raise EncoderError(
+            f"{folder} holds no .safetensors weights, and pickled ones (.bin) are not loaded, because they can run code: "
+            "save the model again with save_pretrained(folder, safe_serialization=True)"
+        )
+
+
+def load(what: str, place: str, from_pretrained, **arguments):
+    """from_pretrained(...) for a place as in `locate`, any failure of it as an EncoderError of one line."""
+    root, inside = locate(place)
+    try:
+        return from_pretrained(root, **({"subfolder": inside} if inside else {}), **arguments)
+    except Exception as error:  # the libraries raise OSError, ValueError, ImportError, SafetensorError, plain Exception ..
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        kind = "folder" if os.path.isdir(root) else "Hugging Face name (and there is no such folder here)"
+        raise EncoderError(f"cannot load the {what} from the {kind} {place}: {reason}") from error
+
+
+def precision(device: torch.device | str) -> torch.dtype:
+    """The dtype that frozen networks run in: bf16 on CUDA, where it halves memory and time; fp32 elsewhere."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# "hf:": any Hugging Face encoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The families of which only a part is wanted: T5's encoder half, CLIP's text tower. Others load whole, with AutoModel.
+TEXT_PART = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel", "clip": "CLIPTextModel",
+             "clip_text_model": "CLIPTextModel"}  # fmt: skip
+
+
+class FrozenTransformer:
+    """One Hugging Face encoder with its tokenizer: prompts -> (states [B, length, width], pooled [B, width]), fp32.
+
+    pooled is the model's own (CLIP's end token, BERT's pooler) or, without one, the mean of the states of real tokens.
+    """
+
+    def __init__(self, place: str, device: torch.device | str):
+        import transformers
+
+        root, inside = locate(place)
+        if os.path.isdir(root):
+            check_folder(root)
+        config = load("text encoder", place, transformers.AutoConfig.from_pretrained)
+        part = TEXT_PART.get(config.model_type)
+        if part is None and (hasattr(config, "text_config") or config.is_encoder_decoder):
+            raise EncoderError(f"{place} is a {config.model_type} model: use a text encoder such as T5, CLIP or BERT")
+        load_tokenizer = transformers.AutoTokenizer.from_pretrained
+        self.tokenizer = load("tokenizer", tokenizer_place(place), load_tokenizer, config=config)
+        # Where the vocabulary is missing, some versions of transformers make an empty tokenizer, and every word is the same.
+        if self.tokenizer("red circle")["input_ids"] == self.tokenizer("fake image")["input_ids"]:
+            raise EncoderError(f"the tokenizer of {place} can not tell words apart: its vocabulary files are missing")
+        if self.tokenizer.pad_token is None:
+            raise EncoderError(f"the tokenizer of {place} has no padding token: its prompts can not be padded to one length")
+        # Cut and pad at the end, whatever the tokenizer's own habit, so that "fake image" survives.
+        self.tokenizer.truncation_side = self.tokenizer.padding_side = "right"
+
+        dtype = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # the argument's name
+        model_class = getattr(transformers, part or "AutoModel")
+        arguments = {dtype: precision(device), "use_safetensors": True, "output_loading_info": True}
+        model, info = load("text encoder", place, model_class.from_pretrained, **arguments)
+        # Weights that the file lacks are filled with random numbers. A pooler may be missing (masked language models are saved
+        # without one) and is then not used; anything else would be noise in every state.
+        missing = [key for key in info["missing_keys"] if not key.endswith("position_ids")]
+        self.has_pooler = not any("pooler" in key for key in missing)
+        lost = [key for key in missing if "pooler" not in key]
+        if lost:
+            raise EncoderError(f"{place} lacks {len(lost)} weights of a {config.model_type} encoder, among them {lost[0]}")
+        self.place, self.device = place, device
+        self.model = model.eval().requires_grad_(False).to(device)
+        self.width = model.config.hidden_size
+        self.limit = min(self.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 10**9))
+        # FLUX lets T5 and CLIP see the padding, and so does this; BERT and its kin read padding only behind a mask.
+        self.masked = part is None
+
+    def __call__(self, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
+        batch = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
+        out = self.model(input_ids=ids, attention_mask=mask if self.masked else None)
+        states = out.last_hidden_state.float()
+        pooled = getattr(out, "pooler_output", None) if self.has_pooler else None
+        if pooled is None:
+            real = mask[..., None].float()  # at least one token is real: tokenizers add an end or a start to ""
+            pooled = (states * real).sum(dim=1) / real.sum(dim=1).clamp_min(1.0)
+        return states, pooled.float()
+
+
+def tokenizer_place(place: str) -> str:
+    """The tokenizer lies with its model or, in a pipeline's repository, beside it: text_encoder_2 -> tokenizer_2."""
+    root, inside = locate(place)
+    parent, _, last = (inside or root).replace(os.sep, "/").rpartition("/")
+    beside = "/".join([*([parent] if parent else []), "tokenizer" + last.removeprefix("text_encoder")])
+    if not last.startswith("text_encoder") or (not inside and not os.path.isdir(beside)):
+        return place
+    return f"{root}/{beside}" if inside else beside
+
+
+class HuggingFaceText(TextEncoder):
+    """Tokens from one frozen transformer, the pooled vector from a second or from the same one (S.2 c)."""
+
+    def __init__(self, name: str, txt_len: int, device: torch.device | str):
+        places = (FLUX_TEXT if name == "flux" else name.removeprefix("hf:")).split(",")
+        if len(places) > 2:
+            raise EncoderError(f'"{name}" names {len(places)} encoders: use "hf:BOTH" or "hf:TOKENS,POOLED"')
+        self.name = name if name == "flux" else "hf:" + ",".join("/".join(filter(None, locate(p))) for p in places)
+        self.txt_len = txt_len
+        self.of_tokens = FrozenTransformer(places[0], device)
+        self.of_pooled = FrozenTransformer(places[1], device) if len(places) == 2 else self.of_tokens
+        if txt_len > self.of_tokens.limit:
+            raise EncoderError(f"{places[0]} reads at most {self.of_tokens.limit} tokens: txt_len {txt_len} is too long")
+        self.d_txt, self.d_vec = self.of_tokens.width, self.of_pooled.width
+
+    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        tokens, pooled = self.of_tokens(prompts, self.txt_len)
+        if self.of_pooled is not self.of_tokens:
+            _, pooled = self.of_pooled(prompts, min(self.txt_len, self.of_pooled.limit))  # CLIP reads 77 tokens
+        return tokens, pooled
+
+
+# =====================================================================================================================
+# Pictures
+# =====================================================================================================================
+
+
+class Pixels:
+    """The picture itself as latent, at the scale of the noise (PIXEL_SHIFT and PIXEL_SCALE say why)."""
+
+    name, channels, factor = "pixels", 3, 1
+
+    def encode(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> [B, 3, H, W]"""
+        return (images - PIXEL_SHIFT) * PIXEL_SCALE
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, 3, H, W] in [-1, 1]"""
+        return (latents / PIXEL_SCALE + PIXEL_SHIFT).clamp(-1, 1)
+
+
+class KLAutoencoder:
+    """A frozen VAE through diffusers: latents are (z - shift) * scale, both read from its config (FLUX: 0.1159, 0.3611).
+
+    z is the posterior's mean, not a sample: FLUX's posterior is so narrow that the sample adds next to nothing, and with
+    the mean a picture has one latent, whatever the seed.
+    """
+
+    def __init__(self, name: str, device: torch.device | str):
+        try:
+            import diffusers
+        except ImportError as error:
+            message = f"auto-encoder {name!r} needs diffusers, which can not be imported ({error}): pip install diffusers"
+            raise EncoderError(message) from error
+        place = FLUX_VAE if name == "flux" else name.removeprefix("kl:")
+        root, inside = locate(place)
+        if os.path.isdir(root):
+            check_folder(root)
+        arguments = {"torch_dtype": precision(device), "use_safetensors": True, "low_cpu_mem_usage": False}
+        vae, info = load("auto-encoder", place, diffusers.AutoencoderKL.from_pretrained, output_loading_info=True, **arguments)
+        if info["missing_keys"]:
+            lost = list(info["missing_keys"])
+            raise EncoderError(f"{place} lacks {len(lost)} weights of an auto-encoder, among them {lost[0]}")
+        self.name = name if name == "flux" else "kl:" + "/".join(filter(None, (root, inside)))
+        self.device, self.dtype = device, precision(device)
+        self.vae = vae.eval().requires_grad_(False).to(device)
+        self.channels = vae.config.latent_channels
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # each level but the last halves the side
+        self.shift, self.scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> [B, channels, H/factor, W/factor] in fp32; H and W multiples of factor."""
+        if images.shape[-2] % self.factor or images.shape[-1] % self.factor:
+            raise EncoderError(f"picture sides must be multiples of {self.factor}, not {tuple(images.shape[-2:])}")
+        z = self.vae.encode(images.to(self.device, self.dtype)).latent_dist.mode()
+        return (z.float() - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, channels, h, w] -> [B, 3, h * factor, w * factor] in [-1, 1], fp32."""
+        z = latents.float() / self.scale + self.shift
+        return self.vae.decode(z.to(self.device, self.dtype)).sample.float().clamp(-1, 1)
+
+
+def autoencoder(name: str, device: torch.device | str = "cpu") -> Pixels | KLAutoencoder:
+    """The auto-encoder of that name (the table on top). Raises EncoderError for one that is unknown or can not be loaded."""
+    if name == "pixels":
+        return Pixels()
+    if name == "flux" or name.startswith("kl:"):
+        return KLAutoencoder(name, device)
+    raise EncoderError(f'unknown auto-encoder {name!r}: use "pixels", "flux" or "kl:NAME_OR_FOLDER"')

@@ -1,0 +1,450 @@
+"""encoders.py against hand-made word vectors, and against transformers and diffusers on tiny models saved to a folder.
+
+Nothing here touches a network: the models are created, saved and loaded on the spot.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import encoders
+
+PAIR = ["a photo of a red circle left of a blue square", "a photo of a blue circle left of a red square"]
+
+
+# --------------------------------------------------------------------------------------------------- word vectors
+@pytest.fixture(scope="module")
+def words():
+    return encoders.text_encoder("words", 16, "cpu")
+
+
+SENTENCE = "81da74c3085becc85feff3bc2a1a5ea860fd748138480d63a74a8a47811dcbff"
+UNICODE = "e1bd9965372d880ce8d72ec4ce3622b6edc7e161af3a5c6183a43a5bd3a61afa"
+
+
+def sha256(*tensors):
+    digest = hashlib.sha256()
+    for x in tensors:
+        digest.update(x.numpy().astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+def test_words_are_these_very_vectors(words):
+    """The digests were computed once; a platform, library or code that moves a single bit shows here."""
+    assert sha256(*words(["A photo of 3 red circles, left of a blue café"])) == SENTENCE
+    assert sha256(*words(["", "🙂 红色 ｆｕｌｌ", "fake image Ünïcödé!"])) == UNICODE
+
+
+def test_words_layout_by_hand(words):
+    """Every slot rebuilt from hash bits with plain Python integers."""
+
+    def signs(kind, word):
+        number = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=16, person=kind).digest(), "big")
+        return [1.0 if number >> (127 - bit) & 1 else -1.0 for bit in range(128)]
+
+    red, circle = signs(b"word", "red"), signs(b"word", "circle")
+    end, beyond = signs(b"mark", "end"), signs(b"mark", "beyond")
+    places = [signs(b"position", str(i))[:32] for i in range(3)]
+    tokens, pooled = words(["Red  circle"])
+    assert tokens.dtype == pooled.dtype == torch.float32 and tokens.shape == (1, 16, 256) and pooled.shape == (1, 256)
+    assert tokens[0, 0].tolist() == red + beyond[:48] + circle[:48] + places[0]
+    assert tokens[0, 1].tolist() == circle + red[:48] + end[:48] + places[1]
+    assert tokens[0, 2].tolist() == end + circle[:48] + beyond[:48] + places[2]
+    assert tokens[0, 3:].eq(0).all()
+    assert pooled[0, :128].tolist() == [(a + b + c) / 2 for a, b, c in zip(red, circle, end)]  # sqrt(3) -> 2
+    assert pooled[0, 128:].tolist() == [2 * (c - a) / 4 for a, c in zip(red, end)]  # places -2, 0, 2; sqrt(8) -> 4
+
+
+def test_words_order_matters_to_every_part(words):
+    tokens, pooled = words(PAIR)
+    assert sorted(PAIR[0].split()) == sorted(PAIR[1].split())
+    assert not tokens[0].equal(tokens[1]) and not pooled[0].equal(pooled[1])
+    assert pooled[0, :128].equal(pooled[1, :128])  # the bag is the same, the moment is what differs
+    # The same word between the same neighbours, at two places: only the position tells them apart.
+    tokens, _ = words(["x dog y x dog y"])
+    assert tokens[0, 1, :224].equal(tokens[0, 4, :224]) and not tokens[0, 1].equal(tokens[0, 4])
+    # "circle" knows its colour: its state differs between the two prompts at the very same place.
+    tokens, _ = words(PAIR)
+    assert tokens[0, 5, :128].equal(tokens[1, 5, :128]) and not tokens[0, 5, 128:176].equal(tokens[1, 5, 128:176])
+
+
+def test_words_any_vocabulary(words):
+    odd = ["zxqv", "zxqw", "smiling face with 🕶️", "🕶", "красный круг", "红色圆形", "\ud800 lone", "\x00", "e\u0301", "naïve"]
+    tokens, pooled = words(odd)
+    assert tokens[:, 0].abs().eq(1).all()  # every one has a first token, all signs
+    assert len({sha256(t) for t in tokens}) == len(odd) == len({sha256(p) for p in pooled})
+    assert words(["e\u0301"])[0].equal(words(["É"])[0])  # composed or not, capital or not: one word
+    assert encoders.split_words("a cat: “two”—3\n❤️👩‍🚀红圆") == [*"a cat : “ two ” — 3 ❤ 👩 🚀 红 圆".split()]
+
+
+def test_words_have_unit_scale(words):
+    vocabulary = [f"word{i}" for i in range(400)]
+    for n in (1, 2, 5, 10, 15):
+        tokens, pooled = words([" ".join(vocabulary[i * n : (i + 1) * n]) for i in range(400 // n)])
+        assert tokens[:, : n + 1].square().eq(1).all()
+        assert 0.6 < pooled[:, :128].std() < 1.5 and 0.6 < pooled[:, 128:].std() < 1.5, n
+    vectors = tokens.new_tensor([encoders.hashed_signs(b"word", w).tolist() for w in vocabulary])
+    cosines = (vectors @ vectors.T / 128).fill_diagonal_(0)
+    assert abs(cosines.square().mean().sqrt() - 128**-0.5) < 0.01 and cosines.abs().max() < 0.6  # as random signs
+
+
+def test_words_null_and_fake_prompt(words):
+    tokens, pooled = words(["", "   ", encoders.fake_prompt("")])
+    assert tokens[0].equal(tokens[1]) and pooled[0].equal(pooled[1])
+    assert tokens[0, 0].abs().eq(1).all() and tokens[0, 1:].eq(0).all() and pooled[0].abs().max() == 1
+    assert not tokens[0].equal(tokens[2])
+    long = " ".join(f"w{i}" for i in range(100))
+    assert encoders.fake_prompt(long) == "fake image " + long
+    tokens, _ = words([long, encoders.fake_prompt(long), encoders.fake_prompt("w0")])
+    assert tokens[1, 0].equal(tokens[2, 0])  # "fake" at the front, with "image" behind it
+    assert tokens[1, 2, :128].equal(tokens[0, 0, :128])  # then the prompt
+    assert tokens[0, 15, :128].equal(tokens[1, 15, :128]) and tokens[1, 15, :128].equal(tokens[2, 3, :128])  # the end
+    assert words([long])[0].equal(words([" ".join(long.split()[:15])])[0])  # what is cut is the end of the prompt
+
+
+def test_words_are_the_same_in_any_batch_and_rebuilt(words):
+    again = encoders.text_encoder(words.name, words.txt_len, "cpu")
+    both = again(PAIR)
+    for i, prompt in enumerate(PAIR):
+        assert all(x[0].equal(y[i]) for x, y in zip(words([prompt]), both))
+    both[0].zero_()  # what a caller does to its tensors must not reach the cache
+    assert again(PAIR)[0].abs().sum() > 0
+    assert (words.d_txt, words.d_vec, encoders.text_encoder("words").txt_len) == (256, 256, 16)
+
+
+# ------------------------------------------------------------------------------------------- tiny Hugging Face models
+VOCABULARY = ["<pad>", "</s>", "<unk>", "<s>", "fake", "image", "a", "photo", "of", "red", "blue", "circle", "square"]
+
+
+def save_tokenizer(folder, template, **special):
+    """A WordLevel tokenizer made on the spot; `template` is where the end (and start) tokens go."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    core.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=[("</s>", 1), ("<s>", 3)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>", **special)
+    tokenizer.save_pretrained(folder)
+
+
+def ids(prompt, length, start=False):
+    """The same by hand, padding included."""
+    words = [VOCABULARY.index(w) for w in prompt.split()]
+    words = [3] * start + words[: length - 1 - start] + [1]
+    return torch.tensor([words + [0] * (length - len(words))])
+
+
+def shake(model):
+    """Weights of size 0.3, so that no output is close to constant."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    """A whole T5, of which the encoder half is wanted."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("t5")
+    config = T5Config(vocab_size=16, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    model = shake(T5ForConditionalGeneration(config))
+    model.save_pretrained(folder)
+    save_tokenizer(folder, "$A </s>", pad_token="<pad>")
+    return str(folder), model.get_encoder()
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """CLIP's text tower with CLIP's habits: start and end tokens, padding with a token of its own."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    folder = tmp_path_factory.mktemp("clip")
+    config = CLIPTextConfig(vocab_size=16, hidden_size=20, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                            max_position_embeddings=9, bos_token_id=3, eos_token_id=1, pad_token_id=0)  # fmt: skip
+    model = shake(CLIPTextModel(config))
+    model.save_pretrained(folder)
+    save_tokenizer(folder, "<s> $A </s>", pad_token="<pad>", bos_token="<s>")
+    return str(folder), model
+
+
+def bert_config():
+    from transformers import BertConfig
+
+    return BertConfig(vocab_size=16, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+                      max_position_embeddings=40, pad_token_id=0)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    from transformers import BertModel
+
+    folder = tmp_path_factory.mktemp("bert")
+    model = shake(BertModel(bert_config()))
+    model.save_pretrained(folder)
+    save_tokenizer(folder, "<s> $A </s>", pad_token="<pad>")
+    return str(folder), model
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    from diffusers import AutoencoderKL
+
+    folder = tmp_path_factory.mktemp("vae")
+    model = AutoencoderKL(
+        block_out_channels=(4, 4, 8, 8), norm_num_groups=2, layers_per_block=1, latent_channels=16, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, use_quant_conv=False,
+        use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159)  # fmt: skip
+    model = shake(model)
+    model.save_pretrained(folder)
+    return str(folder), model
+
+
+def frozen(network):
+    return not network.training and not any(p.requires_grad for p in network.parameters())
+
+
+def test_t5_alone(t5):
+    folder, reference = t5
+    text = encoders.text_encoder("hf:" + folder, 10, "cpu")
+    prompt = "a photo of a red circle"
+    tokens, pooled = text([prompt, ""])
+    with torch.no_grad():
+        want = reference(input_ids=ids(prompt, 10)).last_hidden_state[0]  # unmasked: the padding is read, as in FLUX
+    assert tokens.shape == (2, 10, 24) and pooled.shape == (2, 24) and (text.d_txt, text.d_vec) == (24, 24)
+    torch.testing.assert_close(tokens[0], want)
+    torch.testing.assert_close(pooled[0], want[:7].mean(dim=0))  # six words and the end token
+    torch.testing.assert_close(pooled[1], tokens[1, 0])  # the null prompt: the end token alone
+    assert not tokens.requires_grad and frozen(text.of_tokens.model) and "Encoder" in type(text.of_tokens.model).__name__
+
+
+def test_clip_alone(clip):
+    folder, reference = clip
+    text = encoders.text_encoder("hf:" + folder, 9, "cpu")
+    tokens, pooled = text(["red circle", ""])
+    with torch.no_grad():
+        want = reference(input_ids=ids("red circle", 9, start=True)).last_hidden_state[0]
+    torch.testing.assert_close(tokens[0], want)
+    torch.testing.assert_close(pooled[0], want[3])  # CLIP's own pooling: the state of the end token
+    torch.testing.assert_close(pooled[1], tokens[1, 1])
+    with pytest.raises(ValueError, match="reads at most 9 tokens: txt_len 16 is too long"):
+        encoders.text_encoder("hf:" + folder, 16, "cpu")
+
+
+def test_bert_like_folder_with_its_pooler(bert):
+    folder, reference = bert
+    text, longer = (encoders.text_encoder("hf:" + folder, n, "cpu") for n in (8, 20))
+    tokens, pooled = text(["blue square of a photo", "red"])
+    with torch.no_grad():
+        want = reference(input_ids=torch.tensor([[3, 9, 1]]))  # the short prompt by itself, without padding
+    torch.testing.assert_close(tokens[1, :3], want.last_hidden_state[0])
+    torch.testing.assert_close(pooled[1], want.pooler_output[0])
+    torch.testing.assert_close(longer(["red"])[0][0, :3], tokens[1, :3])  # masked: padding changes nothing
+
+
+def test_bert_saved_without_pooler(tmp_path):
+    """A masked language model has no pooler; AutoModel would fill one with random numbers, different at each start."""
+    from transformers import BertForMaskedLM
+
+    shake(BertForMaskedLM(bert_config())).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, "<s> $A </s>", pad_token="<pad>")
+    first, second = (encoders.text_encoder(f"hf:{tmp_path}", 8, "cpu")(["red circle"]) for _ in range(2))
+    assert first[1].equal(second[1])
+    torch.testing.assert_close(first[1][0], first[0][0, :4].mean(dim=0))
+
+
+def test_pair_and_rebuilding_from_its_name(t5, clip, monkeypatch):
+    monkeypatch.chdir(Path(t5[0]).parent)
+    text = encoders.text_encoder(f"hf:{Path(t5[0]).name},{clip[0]}", 12, "cpu")  # a relative folder
+    tokens, pooled = text(PAIR)
+    assert (text.d_txt, text.d_vec, tokens.shape, pooled.shape) == (24, 20, (2, 12, 24), (2, 20))
+    monkeypatch.chdir("/")  # the name must mean the same from elsewhere
+    again = encoders.text_encoder(text.name, text.txt_len, "cpu")
+    assert again.name == text.name and all(x.equal(y) for x, y in zip(again(PAIR), (tokens, pooled)))
+    # tokens come from T5 and the pooled vector from CLIP, at CLIP's own length (9 here, 77 in earnest)
+    torch.testing.assert_close(tokens, encoders.text_encoder("hf:" + t5[0], 12, "cpu")(PAIR)[0])
+    torch.testing.assert_close(pooled, encoders.text_encoder("hf:" + clip[0], 9, "cpu")(PAIR)[1])
+
+
+def test_fake_prefix_survives_truncation(tmp_path, t5, clip):
+    """Even with a tokenizer that says it cuts at the front."""
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(t5[0], tmp_path / "left")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.truncation_side = tokenizer.padding_side = "left"
+    tokenizer.save_pretrained(folder)
+    long = "a photo of a red circle " * 20
+    want_tokens, _ = encoders.text_encoder("hf:" + t5[0], 12, "cpu")([encoders.fake_prompt(long)])
+    text = encoders.text_encoder(f"hf:{folder},{clip[0]}", 12, "cpu")
+    tokens, pooled = text([encoders.fake_prompt(long), long])
+    torch.testing.assert_close(tokens[0], want_tokens[0])
+    assert not pooled[0].equal(pooled[1])
+    with torch.no_grad():
+        want = t5[1](input_ids=ids(encoders.fake_prompt(long), 12)).last_hidden_state[0]
+        assert ids(encoders.fake_prompt(long), 12)[0, :2].tolist() == [4, 5]
+    torch.testing.assert_close(tokens[0], want)
+
+
+# ------------------------------------------------------------------------------------------------- auto-encoders
+def test_pixels():
+    ae = encoders.autoencoder("pixels", "cpu")
+    images = torch.rand(2, 3, 6, 5) * 2 - 1
+    assert (ae.name, ae.channels, ae.factor, ae.encode(images).shape) == ("pixels", 3, 1, (2, 3, 6, 5))
+    torch.testing.assert_close(ae.decode(ae.encode(images)), images)
+    half = torch.tensor([-0.5, 0.5]).repeat(24).reshape(1, 3, 4, 4)  # a picture of standard deviation 0.5
+    assert ae.encode(half).std(correction=0) == 1
+    assert ae.decode(100 * images).abs().max() == 1
+
+
+def test_vae(vae):
+    folder, reference = vae
+    ae = encoders.autoencoder("kl:" + folder, "cpu")
+    assert (ae.channels, ae.factor) == (16, 8) and frozen(ae.vae)
+    images = torch.rand(2, 3, 32, 48) * 2 - 1
+    latents = ae.encode(images)
+    with torch.no_grad():
+        mean = reference.encoder(images)[:, :16]  # the encoder gives mean and log-variance; no sample is drawn
+        want = reference.decoder(mean)
+    torch.testing.assert_close(latents, (mean - 0.1159) * 0.3611)
+    assert latents.shape == (2, 16, 4, 6) and latents.equal(ae.encode(images)) and not latents.requires_grad
+    decoded = ae.decode(latents)
+    assert decoded.shape == images.shape and decoded.dtype == torch.float32 and not decoded.requires_grad
+    torch.testing.assert_close(decoded, want.clamp(-1, 1), atol=1e-4, rtol=1e-4)
+    assert want.abs().max() > 1 and decoded.std() > 0.1  # so that the clamp and the picture are both seen
+    assert encoders.autoencoder(ae.name, "cpu").encode(images).equal(latents)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        ae.encode(images[..., :47])
+
+
+def test_vae_without_shift_in_its_config(tmp_path, vae):
+    """Stable Diffusion's VAEs have a scale and no shift."""
+    import json
+    import shutil
+
+    folder = shutil.copytree(vae[0], tmp_path / "vae")
+    config = json.loads((folder / "config.json").read_text())
+    del config["shift_factor"]
+    (folder / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    images = torch.rand(1, 3, 16, 16)
+    flux, plain = (encoders.autoencoder(f"kl:{f}", "cpu").encode(images) for f in (vae[0], folder))
+    torch.testing.assert_close(plain / 0.5, flux / 0.3611 + 0.1159)
+
+
+# --------------------------------------------------------------------------- the default names, from a cache without network
+@pytest.mark.slow
+def test_default_names_load_from_a_hugging_face_cache(tmp_path, t5, clip, vae):
+    """A repository laid out like FLUX.1-schnell's, with tiny weights, where the hub's client keeps its downloads."""
+    import shutil
+
+    repository = tmp_path / "models--black-forest-labs--FLUX.1-schnell"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    for source, model, tokenizer in ((clip[0], "text_encoder", "tokenizer"), (t5[0], "text_encoder_2", "tokenizer_2")):
+        shutil.copytree(source, snapshot / model, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*"))
+        shutil.copytree(source, snapshot / tokenizer, ignore=shutil.ignore_patterns("model*", "config.json", "generation*"))
+    shutil.copytree(vae[0], snapshot / "vae")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    program = f"""
+import torch, encoders
+text = encoders.text_encoder("flux", 12, "cpu")
+tokens, pooled = text({PAIR})
+ae = encoders.autoencoder("flux", "cpu")
+torch.save([text.name, tokens, pooled, ae.name, ae.encode(torch.full((1, 3, 16, 16), 0.5))], {str(tmp_path / "out")!r})
+folder = {str(snapshot)!r}  # the same layout as a local folder: the tokenizers are found beside the models
+local = encoders.text_encoder(f"hf:{{folder}}/text_encoder_2,{{folder}}/text_encoder", 12, "cpu")({PAIR})
+assert local[0].equal(tokens) and local[1].equal(pooled)
+"""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    root = Path(__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", program], env=environment, cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    name, tokens, pooled, ae_name, latents = torch.load(tmp_path / "out")
+    want = encoders.text_encoder(f"hf:{t5[0]},{clip[0]}", 12, "cpu")(PAIR)
+    assert (name, ae_name) == ("flux", "flux")
+    torch.testing.assert_close((tokens, pooled), want)
+    torch.testing.assert_close(latents, encoders.autoencoder("kl:" + vae[0]).encode(torch.full((1, 3, 16, 16), 0.5)))
+
+
+# -------------------------------------------------------------------------------------------------------- what goes wrong
+def refused(call, *arguments):
+    """The message of the ValueError: one readable line."""
+    with pytest.raises(encoders.EncoderError) as caught:
+        call(*arguments)
+    message = str(caught.value)
+    assert isinstance(caught.value, ValueError) and "\n" not in message and 20 < len(message) < 600
+    return message
+
+
+def test_unknown_names():
+    assert '"words"' in refused(encoders.text_encoder, "bert", 16) and '"pixels"' in refused(encoders.autoencoder, "vae")
+    assert "3 encoders" in refused(encoders.text_encoder, "hf:a/b,c/d,e/f", 16)
+    assert "at least 4" in refused(encoders.text_encoder, "words", 3)
+    for name in ("hf:/no/such/folder", "hf:./nowhere", "hf:~/nowhere/at/all", "hf:../x,a/b"):
+        assert "no such folder" in refused(encoders.text_encoder, name, 16)
+    assert "empty" in refused(encoders.text_encoder, "hf:", 16) and "empty" in refused(encoders.text_encoder, "hf:a/b,", 16)
+    assert "/no/such/vae" in refused(encoders.autoencoder, "kl:/no/such/vae")
+    with pytest.raises(TypeError, match="list of prompts"):
+        encoders.text_encoder("words")("a bare string")
+
+
+def test_names_that_can_not_be_downloaded():
+    assert "no-such-owner/no-such-model" in refused(encoders.text_encoder, "hf:no-such-owner/no-such-model", 16)
+    assert "no-such-owner/no-such-model" in refused(encoders.autoencoder, "kl:no-such-owner/no-such-model/vae")
+    assert "not a name!" in refused(encoders.text_encoder, "hf:not a name!", 16)
+
+
+def test_folders_that_are_not_what_they_should_be(tmp_path, t5, bert, vae):
+    import shutil
+
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in refused(encoders.text_encoder, f"hf:{tmp_path}/empty", 16)
+
+    for source, call, prefix in ((bert, encoders.text_encoder, "hf:"), (vae, encoders.autoencoder, "kl:")):
+        pickled = shutil.copytree(source[0], tmp_path / prefix[:2] / "pickled")
+        (weights,) = pickled.glob("*.safetensors")
+        torch.save(source[1].state_dict(), pickled / (weights.stem.replace("model", "pytorch_model") + ".bin"))
+        intact = weights.read_bytes()
+        weights.write_bytes(intact[: len(intact) // 2])  # cut short, as a broken download
+        assert "cannot load" in refused(call, f"{prefix}{pickled}")
+        weights.unlink()  # and never the pickle instead
+        assert ".bin" in refused(call, f"{prefix}{pickled}")
+
+    def spoil(folder, source, change, name="model.safetensors"):
+        from safetensors.torch import load_file, save_file
+
+        shutil.copytree(source, folder)
+        state = load_file(folder / name)
+        change(state)
+        save_file(state, folder / name, metadata={"format": "pt"})
+        return folder
+
+    lacking = spoil(tmp_path / "lacking", bert[0], lambda s: s.pop("encoder.layer.1.output.dense.weight"))
+    assert "lacks 1 weight" in refused(encoders.text_encoder, f"hf:{lacking}", 16)
+    name = "diffusion_pytorch_model.safetensors"
+    lacking = spoil(tmp_path / "lacking_vae", vae[0], lambda s: s.pop("decoder.conv_in.weight"), name)
+    assert "decoder.conv_in.weight" in refused(encoders.autoencoder, f"kl:{lacking}")
+
+    without = shutil.copytree(bert[0], tmp_path / "no_tokenizer", ignore=shutil.ignore_patterns("*token*"))
+    assert "tokenizer" in refused(encoders.text_encoder, f"hf:{without}", 16)
+    no_padding = shutil.copytree(without, tmp_path / "no_padding")
+    save_tokenizer(no_padding, "$A </s>")
+    assert "no padding token" in refused(encoders.text_encoder, f"hf:{no_padding}", 16)
+
+
+def test_the_vae_without_diffusers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert "pip install diffusers" in refused(encoders.autoencoder, "flux")
+    assert encoders.autoencoder("pixels").channels == 3  # which needs nothing
