@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import hessian, jvp
+from torch.autograd.functional import hessian
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
@@ -116,11 +116,13 @@ def worst(*differences: Tensor) -> float:
 # =====================================================================================================================
 # Sec. 2 and 3.1: flow matching, and learning from data
 # =====================================================================================================================
-@check("Eq. 1-2", "velocity = d x_t / dt, by forward differentiation", below=1e-14)
+@check("Eq. 1-2", "velocity = d x_t / dt, by automatic differentiation", below=1e-14)
 def path_velocity():
     x0, t, c = points()
     eps = points(seed=1)[0]
-    x_t, derivative = jvp(lambda t: losses.add_noise(x0, t, eps), (t,), (torch.ones_like(t),))
+    t.requires_grad_()
+    x_t = losses.add_noise(x0, t, eps)
+    derivative = torch.stack([torch.autograd.grad(x.sum(), t, retain_graph=True)[0] for x in x_t.T], dim=1)
     ends = [losses.add_noise(x0, full(end, x0), eps) - x for end, x in ((0.0, x0), (1.0, eps))]
     return worst(derivative - losses.velocity(x0, eps), *ends)
 
@@ -169,7 +171,7 @@ def data_loss_is_flat():
 
 @check("Eq. 7", "... and rises in every one of them, and their mixtures (curvature)", above=0.01)
 def data_loss_rises():
-    H = hessian(data_loss_along_bumps)(torch.zeros(8, dtype=torch.float64))
+    H = hessian(data_loss_along_bumps, torch.zeros(8, dtype=torch.float64))
     return float(torch.linalg.eigvalsh(H).min())
 
 
@@ -372,7 +374,8 @@ def fake_branch_learns_the_posterior():
         return (w * losses.fake_loss(x_s @ theta[:4].view(2, 2) + theta[4:], x0_hat, eps)).sum()
 
     zero = torch.zeros(6, dtype=torch.float64)  # the loss is quadratic: one Newton step from zero is its minimum
-    theta = -torch.linalg.solve(hessian(loss)(zero), torch.func.grad(loss)(zero))
+    slope = torch.autograd.grad(loss(zero.requires_grad_()), zero)[0]
+    theta = -torch.linalg.solve(hessian(loss, zero.detach()), slope)
     fitted = losses.one_step_estimate(x_s, full(s, x_s), x_s @ theta[:4].view(2, 2) + theta[4:])
     gain = (1 - s) * std**2 / ((1 - s) ** 2 * std**2 + s**2)
     return worst(fitted - (m + gain * (x_s - (1 - s) * m)))
@@ -516,16 +519,16 @@ def the_split():
     return worst(torch.tensor([*shares, float(whole != parts)], dtype=torch.float64))
 
 
-@check("S.2", "draws belong to (seed, step, sample): halves = whole, and no two share numbers", below=0.1)
+@check("S.2", "draws belong to (seed, step, sample): halves = whole, and no two share numbers", below=0.15)
 def random_numbers():
-    whole = losses.draw(3, 5, list(range(2048)), (2,))
-    part = losses.draw(3, 5, list(range(1024, 2048)), (2,))
-    if any(bool((a[1024:] != b).any()) for a, b in zip(whole[:4], part[:4])):
+    whole = losses.draw(3, 5, list(range(1024)), (2,))
+    part = losses.draw(3, 5, list(range(512, 1024)), (2,))
+    if any(bool((a[512:] != b).any()) for a, b in zip(whole[:4], part[:4])):
         return torch.inf
-    other = losses.draw(3, 6, list(range(2048)), (2,))
+    other = losses.draw(3, 6, list(range(1024)), (2,))
     columns = [whole.z, whole.u, *whole.eps.T, *whole.eps_s.T, other.z, other.eps[:, 0], other.eps_s[:, 0]]
     correlation = torch.corrcoef(torch.stack(columns).double()) - torch.eye(len(columns))
-    return worst(correlation)  # 1 / sqrt(2048) = 0.022 is one standard error
+    return worst(correlation)  # one standard error is 1 / sqrt(1024) = 0.03
 
 
 # =====================================================================================================================

@@ -1,0 +1,172 @@
+"""Can the identities fail? Each mutant is losses.py or sampler.py with one token changed; some identity must notice.
+
+    python -m pytest -q -s tests/test_mutations.py      # prints which identity killed which mutant
+
+A mutant is a substitution in the source text. The changed source is executed as a fresh module in this process, with a
+fresh copy of toy/identities.py on top of it; nothing on disk and no module of the other tests is touched. The checks run
+from the quickest to the slowest and stop at the first that fails or raises.
+"""
+
+import functools
+import sys
+import time
+import types
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+LOSSES = [  # (what is wrong, the text, its replacement)
+    ("Eq. 1: sign of alpha", "return (1 - like(t, x0)) * x0 +", "return (1 + like(t, x0)) * x0 +"),
+    ("Eq. 1: eps subtracted", "* x0 + like(t, x0) * eps", "* x0 - like(t, x0) * eps"),
+    ("Eq. 2: sign", "return eps - x0", "return x0 - eps"),
+    ("Eq. 3: sign of the target", "squared_norm(V - velocity(", "squared_norm(V + velocity("),
+    ("Eq. 4: sign of V", "return x_t - like(t, x_t) * V", "return x_t + like(t, x_t) * V"),
+    ("Eq. 7: sign", "return squared_norm(x0_hat - x0)", "return squared_norm(x0_hat + x0)"),
+    ("Eq. 10: real minus fake", "return score_p - score_q", "return score_q - score_p"),
+    ("Eq. 11: sigma for sigma^2", "* mean - x_s) / like(s, x_s) ** 2", "* mean - x_s) / like(s, x_s) ** 1"),
+    ("Eq. s.1: sign of the score", "(x_s + like(s, x_s) ** 2 * score)", "(x_s - like(s, x_s) ** 2 * score)"),
+    ("Eq. s.2: alpha forgotten", "** 2 / (1 - like(s, score_a))", "** 2 / (1 - 0 * like(s, score_a))"),
+    ("Eq. 12: w for w - 1", "score_c + (w - 1)", "score_c + (w - 0)"),
+    ("Eq. 13: classifier term reversed", "(w - 1) * (score_null - score_c)", "(w - 1) * (score_c - score_null)"),
+    ("Eq. 14: evaluation reversed", "return G_null - G_c", "return G_c - G_null"),
+    ("Eq. s.6: k for 1 - k", "+ (1 - k) * (G_fake - G_c)", "+ k * (G_fake - G_c)"),
+    ("Eq. s.6: fake against null", "(1 - k) * (G_fake - G_c)", "(1 - k) * (G_fake - G_null)"),
+    ("Eq. 14: Delta added", "return (x0_hat - Delta).detach()", "return (x0_hat + Delta).detach()"),
+    ("Eq. 14: no stop-gradient", "return (x0_hat - Delta).detach()", "return (x0_hat - Delta)"),
+    ("Eq. s.8: the sample learns too", "cfm_loss(V_fake, x0_hat.detach(), eps)", "cfm_loss(V_fake, x0_hat, eps)"),
+    ("Eq. 17: t for t - s", "return (t - s) / ((1 - t) * (1 - s))", "return (t - 0) / ((1 - t) * (1 - s))"),
+    ("Eq. 17: 1 - s forgotten in w", "(gap + (1 - t) * (1 - s))", "(gap + (1 - t) * (1 - 0))"),
+    ("lam_scale ignored", "gap = scale * (t - s)", "gap = 1 * (t - s)"),
+    ("Eq. 16: self-evaluation subtracted", "data_loss(x0_hat, x0) + lam *", "data_loss(x0_hat, x0) - lam *"),
+    ("Eq. 16: lambda squared", "+ lam * self_evaluation_loss", "+ lam**2 * self_evaluation_loss"),
+    ("Eq. 18: data left at full weight", "return (1 - like(w, x0)) * x0 +", "return (1 - 0 * like(w, x0)) * x0 +"),
+    ("Eq. 19: energy for norm", "ratio = squared_norm(x0).sqrt()", "ratio = squared_norm(x0)"),
+    ("Eq. 20: sign", "return squared_norm(x0_hat - target)", "return squared_norm(x0_hat + target)"),
+    ("Eq. 21: 1/t", "return 1 / t**2", "return 1 / t**1"),
+    ("Eq. s.12: FLUX's anchor", "(L - 512)", "(L - 256)"),
+    ("Eq. s.12: mu's sign", "odds = t_raw * torch.exp(", "odds = t_raw / torch.exp("),
+    ("Eq. s.13: tau ignored", "((1 - tau * u) * t)", "((1 - 1 * u) * t)"),
+    ("Eq. s.13: s around 1 instead of t", "((1 - tau * u) * t)", "((1 - tau * u) * 1)"),
+    ("p(s = t): every sample jumps", "if int((g + 1) * (1 - p_equal)) > int(g", "if int((g + 1) * (1 - p_equal)) >= int(g"),
+    ("Eq. 8 reuses the noise of Eq. 1", 'normal(seed, "second noise", keys', 'normal(seed, "noise", keys'),
+    ("G told t twice", "G(self.network, x_t, t, s, c)", "G(self.network, x_t, t, t, c)"),
+    ("prediction detached", "x0_hat = G(self.network, x_t, t, s, c)", "x0_hat = G(self.network, x_t, t, s, c).detach()"),
+    ("evaluated at t instead of s", "add_noise(x0_hat_j, s_j, eps_s)", "add_noise(x0_hat_j, t_j, eps_s)"),
+    ("evaluation lets gradient through", "x_s_hat = add_noise(x0_hat_j, s_j, eps_s).detach()", "x_s_hat = add_noise(x0_hat_j, s_j, eps_s)"),
+    ("evaluates the data, not the sample", "add_noise(x0_hat_j, s_j, eps_s)", "add_noise(x0_j, s_j, eps_s)"),
+    ("EMA for online: the null branch", "G_null = G(self.unconditional,", "G_null = G(self.ema,"),
+    ("online for EMA: the conditional branch", "G_c = G(self.ema,", "G_c = G(self.network,"),
+    ("conditional branch told t", "G_c = G(self.ema, x_s_hat, s_j, s_j,", "G_c = G(self.ema, x_s_hat, t_j, s_j,"),
+    ("null branch sees the condition", "s_j, s_j, j(null))", "s_j, s_j, j(c))"),
+    ("fake branch sees the real prompt", "s_j, s_j, *j(fake))", "s_j, s_j, *j(c))"),
+    ("null prompts keep EMA - online", "torch.where(like(j(is_null), G_c), G_null, G_c)", "torch.where(like(j(is_null), G_c), G_c, G_c)"),
+    ("Delta := 0", "Delta = self.delta_scale * self_evaluation(", "Delta = 0 * self_evaluation("),
+    ("k ignored", "self_evaluation(G_null, G_c, G_fake, self.k)", "self_evaluation(G_null, G_c, G_fake, 1)"),
+    ("lam_s ignored", "mix_weight(t_j, self.lam_s(t_j, s_j),", "mix_weight(t_j, s_j,"),
+    ("null target inverted", 'if self.null_target == "data" and not aux', 'if self.null_target != "data" and not aux'),
+    ("w for lambda in Eq. 16", "x_self, w / (1 - w))", "x_self, w)"),
+    ("x_renorm := x0", "x_renorm = renormalise(x_tar, x0_j) if", "x_renorm = x0_j if"),
+    ("Eq. 18 normalised too", 'if self.target == "renorm" else x_tar', 'if self.target != "sum" else x_tar'),
+    ("1/s^2 instead of 1/t^2", "loss = time_weight(t) * data_loss(x0_hat, x0).index", "loss = time_weight(s) * data_loss(x0_hat, x0).index"),
+    ("flow matching unweighted", "loss = time_weight(t) * data_loss(x0_hat, x0)  # Eq", "loss = 1 * data_loss(x0_hat, x0)  # Eq"),
+    ("s.8 over half a batch", "loss_fake.sum() / len(x0)", "loss_fake.sum() / len(x0_j)"),
+]
+
+SAMPLER = [
+    ("grid upside down", "torch.linspace(1, 0, steps + 1", "torch.linspace(0, 1, steps + 1"),
+    ("one evaluation too few", "torch.linspace(1, 0, steps + 1", "torch.linspace(1, 0, steps + 0"),
+    ("grid not warped", "dtype=torch.float64), mu).tolist()", "dtype=torch.float64), 0).tolist()"),
+    ("energy for norm in guidance", ".clamp_min(tiny)).sqrt(), guided)", ".clamp_min(tiny)), guided)"),
+    ("guidance from the conditional branch", "energy_preserving(v_null + guidance", "energy_preserving(v_c + guidance"),
+    ("guidance away from the condition", "guidance * (v_c - v_null), v_c)", "guidance * (v_null - v_c), v_c)"),
+    ("energy of the null branch", "guidance * (v_c - v_null), v_c)", "guidance * (v_c - v_null), v_null)"),
+    ("x0 space: energy of the null branch", "(x0_c - x0_null), x0_c)", "(x0_c - x0_null), x0_null)"),
+    ("guided branches told t twice", "torch.cat([s, s])", "torch.cat([t, t])"),
+    ("eps_hat with alpha_s", "eps_hat = (x_t - (1 - t) * x0_hat) / t", "eps_hat = (x_t - (1 - s) * x0_hat) / t"),
+    ("eps_hat over s", "eps_hat = (x_t - (1 - t) * x0_hat) / t", "eps_hat = (x_t - (1 - t) * x0_hat) / s"),
+    ("posterior variance not squared", "((1 - s) * t)) ** 2)", "((1 - s) * t)) ** 1)"),
+    ("posterior variance: alphas swapped", "((1 - t) * s / ((1 - s) * t))", "((1 - s) * s / ((1 - t) * t))"),
+    ("re-noising to t", 'std = s if eta == "renoise"', 'std = t if eta == "renoise"'),
+    ("eta ignored", "else eta * variance**0.5", "else 1 * variance**0.5"),
+    ("eta scales the variance", "else eta * variance**0.5", "else eta**0.5 * variance**0.5"),
+    ("old noise kept in full", "max(s**2 - std**2, 0.0)", "max(s**2 - 0 * std**2, 0.0)"),
+    ("fresh noise at the scale of its variance", "return x_s + std * noise", "return x_s + std**2 * noise"),
+    ("s_rule reversed", "s_k = t_next + s_rule * (t - t_next)", "s_k = t - s_rule * (t - t_next)"),
+    ("s_k ignored", "for value in (t, s_k)]", "for value in (t, t)]"),
+    ("noise at the last step", "fresh = eta != 0 and t_next > 0", "fresh = eta != 0 and t_next >= 0"),
+    ("the same fresh noise at every step", "(draw_noise(k) if", "(draw_noise(0) if"),
+    ("next step starts from x0_hat", "x = update(x, x0_hat, t, t_next, eta, noise)", "x = update(x0_hat, x0_hat, t, t_next, eta, noise)"),
+]  # fmt: skip
+
+MUTANTS = [("losses", *m) for m in LOSSES] + [("sampler", *m) for m in SAMPLER]
+
+
+@functools.cache  # what is not mutated is compiled once
+def compiled(text: str, name: str):
+    return compile(text, f"<{name}>", "exec")
+
+
+@contextmanager
+def modules_of(sources: dict):
+    """Execute the sources, in order, as fresh modules that see one another; the real ones come back afterwards."""
+    saved = {name: sys.modules.get(name) for name in sources}
+    try:
+        fresh = {}
+        for name, text in sources.items():
+            module = fresh[name] = sys.modules[name] = types.ModuleType(name)
+            module.__file__ = str(ROOT / "toy" / "identities.py")  # identities.py asks where it lies
+            exec(compiled(text, name), module.__dict__)
+        yield fresh
+    finally:
+        for name, module in saved.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
+
+
+def read(*parts: str) -> str:
+    return ROOT.joinpath(*parts).read_text(encoding="utf-8")
+
+
+ORIGINAL = {"losses": read("losses.py"), "sampler": read("sampler.py"), "mutated_identities": read("toy", "identities.py")}
+
+
+def first_failure(identities, order: list[str]) -> str | None:
+    """The name of the first check that fails, with what it said; None if all hold."""
+    checks = {line[-1].__name__: line for line in identities.CHECKS}
+    for name in order:
+        equation, _, bound, is_above, function = checks[name]
+        try:
+            number = function()
+        except Exception as error:  # a mutant may well crash; that is a death too, and its cause is printed
+            return f"{equation}: {name} raised {type(error).__name__}"
+        if not (number >= bound if is_above else number <= bound):
+            return f"{equation}: {name} ({number:.1e} against {bound:.0e})"
+    return None
+
+
+@pytest.fixture(scope="module")
+def quickest_first() -> list[str]:
+    """The checks by their time on the unchanged code, where each of them must hold."""
+    with modules_of(ORIGINAL) as fresh:
+        took = {}
+        for *_, function in fresh["mutated_identities"].CHECKS:
+            start = time.perf_counter()
+            failure = first_failure(fresh["mutated_identities"], [function.__name__])
+            took[function.__name__] = time.perf_counter() - start
+            assert failure is None, failure
+    return sorted(took, key=took.get)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=[f"{m[0]}: {m[1]}" for m in MUTANTS])
+def test_mutant_is_killed(mutant, quickest_first):
+    name, what, old, new = mutant
+    assert ORIGINAL[name].count(old) == 1, f"{old!r} must occur exactly once in {name}.py, or this mutant tests nothing"
+    with modules_of(ORIGINAL | {name: ORIGINAL[name].replace(old, new)}) as fresh:
+        killer = first_failure(fresh["mutated_identities"], quickest_first)
+    assert killer, f"{name}.py with {old!r} -> {new!r} passes every identity"
+    print(f"{name + '.py':11s} {what:42s} killed by {killer}")
