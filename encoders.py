@@ -11,13 +11,13 @@
 
     text encoder        what it is                                                                d_txt   d_vec
     "words"             hashed word vectors, built in: no download, no training, any vocabulary     256     256
-    "flux"              T5-XXL tokens and CLIP ViT-L/14 pooled, as in S.2 (c); = "hf:" + FLUX_TEXT  4096     768
+    "flux"              T5-XXL tokens and CLIP ViT-L/14 pooled, as in S.2 (c); short for FLUX_TEXT  4096     768
     "hf:A"              one Hugging Face encoder for both tokens and pooled                         its own width
     "hf:A,B"            tokens from A, pooled from B                                                their widths
 
     auto-encoder        what it is                                                                channels  factor
     "pixels"            the picture itself, shifted and scaled                                          3       1
-    "flux"              FLUX's VAE (S.2 a), through diffusers; = "kl:" + FLUX_VAE                      16       8
+    "flux"              FLUX's VAE (S.2 a), through diffusers; short for FLUX_VAE                      16       8
     "kl:A"              any AutoencoderKL, through diffusers                                           its own
 
 A and B are a local folder (./folder, ~/folder, /folder or any folder that exists; no comma in the path) or a Hugging
@@ -37,16 +37,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# FLUX.1-schnell's repository holds all three frozen parts of S.2 as safetensors and under Apache-2.0: the VAE (the same as
-# FLUX.1-dev's), the encoder half of T5 v1.1 XXL in bf16, and CLIP's text tower. It asks for a log-in (`hf auth login`).
+# FLUX.1-schnell's repository holds all three frozen parts of S.2 as safetensors and under Apache-2.0: the VAE (the same
+# as FLUX.1-dev's), the encoder half of T5 v1.1 XXL in bf16, and CLIP's text tower. It asks for a log-in on the hub.
 # google/t5-v1_1-xxl holds the same T5, but as pickled weights with the decoder, which this project does not load.
-FLUX_TEXT = "black-forest-labs/FLUX.1-schnell/text_encoder_2,black-forest-labs/FLUX.1-schnell/text_encoder"
-FLUX_VAE = "black-forest-labs/FLUX.1-schnell/vae"
+FLUX_TEXT = "hf:black-forest-labs/FLUX.1-schnell/text_encoder_2,black-forest-labs/FLUX.1-schnell/text_encoder"
+FLUX_VAE = "kl:black-forest-labs/FLUX.1-schnell/vae"
 
-# x0 = (picture - shift) * scale for "pixels". Flow matching mixes data with noise of variance 1 and expects the data to be as
-# large: coloured shapes and emoji in [-1, 1] have a standard deviation of about 0.5 around a mean that depends on the
-# background, so they are doubled and not shifted. Fixed constants, not the statistics of a data set: a checkpoint then
-# means the same thing whatever folder it was trained on.
+# x0 = (picture - shift) * scale for "pixels". Flow matching mixes data with noise of variance 1 and expects data of about
+# that size. In [-1, 1] the built-in shapes have a standard deviation of 0.3 and emoji on white one of 0.57, around a mean
+# that depends on the background; so pictures are doubled and not shifted. Fixed constants, not the statistics of a data
+# set: then a checkpoint means the same thing whatever folder it was trained on.
 PIXEL_SHIFT, PIXEL_SCALE = 0.0, 2.0
 
 
@@ -55,7 +55,7 @@ class EncoderError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# S.1.2      the prompts that are not the user's: the null prompt phi is "", the auxiliary term's is the "fake image" one
+# S.1.2      the prompts that are not the user's: the null prompt phi is "", c_fake is the prompt of generated pictures
 # ---------------------------------------------------------------------------------------------------------------------
 def fake_prompt(prompt: str) -> str:
     """The condition c_fake: "fake image" joined with the prompt. It stands first, and truncation cuts at the end."""
@@ -70,7 +70,7 @@ def fake_prompt(prompt: str) -> str:
 class TextEncoder:
     """text(prompts) -> (tokens [B, txt_len, d_txt], pooled [B, d_vec]), both fp32 on `device`, without gradient.
 
-    name      rebuilds the encoder: `text_encoder(text.name, text.txt_len, device)`. Folders are in it as absolute paths.
+    name      rebuilds the encoder: `text_encoder(text.name, text.txt_len, device)`; its folders are absolute paths
     txt_len   tokens a prompt is cut or padded to; the denoiser sees all of them, unmasked, as in FLUX
     """
 
@@ -106,13 +106,14 @@ def text_encoder(name: str, txt_len: int | None = None, device: torch.device | s
 # ---------------------------------------------------------------------------------------------------------------------
 # "words": hashed word vectors
 #
-# A word's vector is 128 bits of its hash, read as signs. Two words' vectors are then nearly orthogonal (cosine 0 +- 0.09),
-# which is all that a network needs to learn one from the other; that "circle" and "circles" have to do with each other
-# it learns from pictures. No table, no file, no random generator: integers and signs come out alike on every machine, Python
-# and library version, so a checkpoint never meets different vectors from those it was trained with.
+# A word's vector is 128 bits of its hash, read as signs. Two words' vectors are nearly orthogonal (cosine 0 +- 0.09),
+# which is all that a network needs to tell one from the other; that "circle" and "circles" have to do with each other
+# it learns from pictures. No table, no file, no random generator: integers and signs come out alike on every machine
+# and with every library version, so a checkpoint never meets different vectors from those it was trained with.
+# (Lower-casing and NFKC are promised not to change for a character once Unicode has it; Python 3.10 has Unicode 13.)
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Code points that are a word each: punctuation and symbols, emoji, and the scripts written without spaces (Chinese, Japanese).
+# Code points that are a word each: punctuation and symbols, emoji, and scripts without spaces (Chinese, Japanese).
 # Written out, because the classes of Python's `re` follow the Unicode edition of the Python in use.
 SINGLE = (
     r"!-/:-@\[-`{-~\u00a1-\u00bf\u00d7\u00f7\u2010-\u2bff\u2e00-\u2e7f\u3001-\u30ff\u3400-\u9fff\uf900-\ufaff"
@@ -153,14 +154,14 @@ class WordVectors(TextEncoder):
         [0:128]    word i              what it is
         [128:176]  word i - 1          what it belongs to: "red circle left of blue square" has the same words as
         [176:224]  word i + 1          "blue circle left of red square", and only neighbours tell which shape is red
-        [224:256]  the position i      FLUX gives all text tokens one position (ids 0), so attention can not tell "a left
-                                       of b" from "b left of a" unless the states do
+        [224:256]  the position i      FLUX gives all text tokens one position (ids 0), so attention can not tell which
+                                       word stands first unless the states do
 
     A prompt ends with an end token, so that "" is one token and not nothing; then zeros. Beyond the first and the last
     token stands one more mark. Over-long prompts lose words before the end token.
 
-    pooled = [bag of the word vectors | their first moment in position]: which words, and roughly where; the moment makes
-    the vector depend on their order. Both are sums of +-1 (times small integers), exact in fp32 in any order, then
+    pooled = [bag of the word vectors | their first moment in position]: which words, and roughly where; the moment
+    makes the vector depend on their order. Both are sums of +-1 (times small integers), exact in fp32 in any order,
     divided by the power of two nearest to their standard deviation, so entries are O(1) for any number of words.
     """
 
@@ -208,7 +209,7 @@ def check_folder(folder: str) -> None:
         raise EncoderError(f"{folder} holds no config.json: give the folder that save_pretrained wrote")
     if not any(Path(folder).glob("*.safetensors")):
         raise EncoderError(
-            f"{folder} holds no .safetensors weights, and pickled ones (.bin) are not loaded, because they can run code: "
+            f"{folder} holds no .safetensors weights, and pickled ones (.bin) are not loaded, as they can run code: "
             "save the model again with save_pretrained(folder, safe_serialization=True)"
         )
 
@@ -218,7 +219,7 @@ def load(what: str, place: str, from_pretrained, **arguments):
     root, inside = locate(place)
     try:
         return from_pretrained(root, **({"subfolder": inside} if inside else {}), **arguments)
-    except Exception as error:  # the libraries raise OSError, ValueError, ImportError, SafetensorError, plain Exception ..
+    except Exception as error:  # OSError, ValueError, ImportError, SafetensorError, tokenizers' plain Exception ..
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         kind = "folder" if os.path.isdir(root) else "Hugging Face name (and there is no such folder here)"
         raise EncoderError(f"cannot load the {what} from the {kind} {place}: {reason}") from error
@@ -256,11 +257,11 @@ class FrozenTransformer:
             raise EncoderError(f"{place} is a {config.model_type} model: use a text encoder such as T5, CLIP or BERT")
         load_tokenizer = transformers.AutoTokenizer.from_pretrained
         self.tokenizer = load("tokenizer", tokenizer_place(place), load_tokenizer, config=config)
-        # Where the vocabulary is missing, some versions of transformers make an empty tokenizer, and every word is the same.
+        # Without vocabulary files some versions of transformers make an empty tokenizer, to which all words are alike.
         if self.tokenizer("red circle")["input_ids"] == self.tokenizer("fake image")["input_ids"]:
             raise EncoderError(f"the tokenizer of {place} can not tell words apart: its vocabulary files are missing")
         if self.tokenizer.pad_token is None:
-            raise EncoderError(f"the tokenizer of {place} has no padding token: its prompts can not be padded to one length")
+            raise EncoderError(f"the tokenizer of {place} has no padding token to bring prompts to one length with")
         # Cut and pad at the end, whatever the tokenizer's own habit, so that "fake image" survives.
         self.tokenizer.truncation_side = self.tokenizer.padding_side = "right"
 
@@ -268,13 +269,13 @@ class FrozenTransformer:
         model_class = getattr(transformers, part or "AutoModel")
         arguments = {dtype: precision(device), "use_safetensors": True, "output_loading_info": True}
         model, info = load("text encoder", place, model_class.from_pretrained, **arguments)
-        # Weights that the file lacks are filled with random numbers. A pooler may be missing (masked language models are saved
-        # without one) and is then not used; anything else would be noise in every state.
+        # Weights that the file lacks are filled with random numbers. A pooler may be missing (masked language models
+        # are saved without one) and is then not used; anything else would be noise in every state.
         missing = [key for key in info["missing_keys"] if not key.endswith("position_ids")]
         self.has_pooler = not any("pooler" in key for key in missing)
         lost = [key for key in missing if "pooler" not in key]
         if lost:
-            raise EncoderError(f"{place} lacks {len(lost)} weights of a {config.model_type} encoder, among them {lost[0]}")
+            raise EncoderError(f"{place} lacks {len(lost)} weights of a {config.model_type} model, such as {lost[0]}")
         self.place, self.device = place, device
         self.model = model.eval().requires_grad_(False).to(device)
         self.width = model.config.hidden_size
@@ -308,7 +309,7 @@ class HuggingFaceText(TextEncoder):
     """Tokens from one frozen transformer, the pooled vector from a second or from the same one (S.2 c)."""
 
     def __init__(self, name: str, txt_len: int, device: torch.device | str):
-        places = (FLUX_TEXT if name == "flux" else name.removeprefix("hf:")).split(",")
+        places = (FLUX_TEXT if name == "flux" else name).removeprefix("hf:").split(",")
         if len(places) > 2:
             raise EncoderError(f'"{name}" names {len(places)} encoders: use "hf:BOTH" or "hf:TOKENS,POOLED"')
         self.name = name if name == "flux" else "hf:" + ",".join("/".join(filter(None, locate(p))) for p in places)
@@ -316,7 +317,8 @@ class HuggingFaceText(TextEncoder):
         self.of_tokens = FrozenTransformer(places[0], device)
         self.of_pooled = FrozenTransformer(places[1], device) if len(places) == 2 else self.of_tokens
         if txt_len > self.of_tokens.limit:
-            raise EncoderError(f"{places[0]} reads at most {self.of_tokens.limit} tokens: txt_len {txt_len} is too long")
+            limit = self.of_tokens.limit
+            raise EncoderError(f"{places[0]} reads at most {limit} tokens: txt_len {txt_len} is too long")
         self.d_txt, self.d_vec = self.of_tokens.width, self.of_pooled.width
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -346,27 +348,27 @@ class Pixels:
 
 
 class KLAutoencoder:
-    """A frozen VAE through diffusers: latents are (z - shift) * scale, both read from its config (FLUX: 0.1159, 0.3611).
+    """A frozen VAE through diffusers: latents are (z - shift) * scale, both from its config (FLUX: 0.1159, 0.3611).
 
-    z is the posterior's mean, not a sample: FLUX's posterior is so narrow that the sample adds next to nothing, and with
-    the mean a picture has one latent, whatever the seed.
+    z is the posterior's mean, not a sample, so that a picture has one latent, whatever the seed (the paper is silent).
     """
 
     def __init__(self, name: str, device: torch.device | str):
         try:
             import diffusers
         except ImportError as error:
-            message = f"auto-encoder {name!r} needs diffusers, which can not be imported ({error}): pip install diffusers"
+            message = f"auto-encoder {name!r} needs diffusers: pip install diffusers ({error})"
             raise EncoderError(message) from error
-        place = FLUX_VAE if name == "flux" else name.removeprefix("kl:")
+        place = (FLUX_VAE if name == "flux" else name).removeprefix("kl:")
         root, inside = locate(place)
         if os.path.isdir(root):
             check_folder(root)
-        arguments = {"torch_dtype": precision(device), "use_safetensors": True, "low_cpu_mem_usage": False}
-        vae, info = load("auto-encoder", place, diffusers.AutoencoderKL.from_pretrained, output_loading_info=True, **arguments)
+        arguments = {"torch_dtype": precision(device), "use_safetensors": True, "output_loading_info": True}
+        arguments["low_cpu_mem_usage"] = False  # True needs the accelerate package
+        vae, info = load("auto-encoder", place, diffusers.AutoencoderKL.from_pretrained, **arguments)
         if info["missing_keys"]:
             lost = list(info["missing_keys"])
-            raise EncoderError(f"{place} lacks {len(lost)} weights of an auto-encoder, among them {lost[0]}")
+            raise EncoderError(f"{place} lacks {len(lost)} weights of an auto-encoder, such as {lost[0]}")
         self.name = name if name == "flux" else "kl:" + "/".join(filter(None, (root, inside)))
         self.device, self.dtype = device, precision(device)
         self.vae = vae.eval().requires_grad_(False).to(device)
@@ -390,7 +392,7 @@ class KLAutoencoder:
 
 
 def autoencoder(name: str, device: torch.device | str = "cpu") -> Pixels | KLAutoencoder:
-    """The auto-encoder of that name (the table on top). Raises EncoderError for one that is unknown or can not be loaded."""
+    """The auto-encoder of that name (the table on top). Raises EncoderError for one unknown or impossible to load."""
     if name == "pixels":
         return Pixels()
     if name == "flux" or name.startswith("kl:"):
