@@ -1,4 +1,4 @@
-"""losses.py against the formulas as printed in the paper, autograd, finite differences, closed-form Gaussians, quadrature."""
+"""losses.py against the formulas as printed in the paper, autograd, differences, closed-form Gaussians, quadrature."""
 
 import math
 from typing import NamedTuple
@@ -184,7 +184,7 @@ def test_lambda():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_mix_weight_at_the_end_of_time(dtype):
-    """w -> 1 as t -> 1 for s < t, w = 0 wherever s = t, s = t = 1 included, and nothing in between is lost to rounding."""
+    """w -> 1 as t -> 1 for s < t, w = 0 wherever s = t, s = t = 1 included, and rounding loses nothing in between."""
     one = torch.ones((), dtype=dtype)
     below = torch.nextafter(one, torch.zeros((), dtype=dtype))
     t = torch.stack([one, one, one, below, one])
@@ -343,7 +343,7 @@ def paper_step(b: Batch, online: Net, ema: Net, *, tau=1.0, aux=False, target="r
 
 
 def paper_loss(b: Batch, online: Net, constants: dict, theta: Tensor, aux: bool, target: str) -> Tensor:
-    """Eq. 20, 21 (or 16) and s.8 over s^2, as a function of theta with the targets, x_s_hat and c_fake's data frozen."""
+    """Eq. 20, 21 (or 16) and s.8 over s^2, as a function of theta, with the targets, x_s_hat and sg[x0_hat] frozen."""
     t, s, total = constants["t"], constants["s"], 0.0
     for i in range(len(t)):
         args = constants["x_t"][i][None], t[i, None], s[i, None], b.c[i][None]
@@ -362,7 +362,7 @@ def paper_loss(b: Batch, online: Net, constants: dict, theta: Tensor, aux: bool,
 
 
 def regression_target(call: Call, x_t: Tensor, t: Tensor) -> Tensor:
-    """Where the step pulls x0_hat: solved from the gradient that reached the network's output, for loss ||x0_hat - y||^2 / t^2."""
+    """The y towards which the step pulls x0_hat, solved from dL/dV of the main pass for L = mean ||x0_hat - y||^2 / t^2."""
     x0_hat = x_t - per_sample(t, x_t) * call.out.detach()
     by_x0_hat = -call.out.grad / per_sample(t, x_t)
     return x0_hat - by_x0_hat * per_sample(t**2, x_t) / 2 * len(t) * x_t[0].numel()
@@ -457,8 +457,8 @@ def test_gradient_reaches_x0_hat_in_both_halves():
 # --- who evaluates ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("aux", [False, True])
 def test_who_is_asked_what(aux):
-    """One pass with gradient on the batch; on the half with s < t, at (x_s_hat, s, s): c to the EMA, null to the online network,
-    both without gradient; and with the auxiliary term the fake prompt to the online network."""
+    """One pass with gradient on the batch; on the half with s < t, at (x_s_hat, s, s): c to the EMA and null to the
+    online network, both without gradient; and with the auxiliary term the fake prompt to the online network."""
     b, (online, ema) = batch(), networks()
     b.step(losses.SelfE(online, ema, mu=MU), aux=aux)[0].backward()
     expected = paper_step(b, online, ema)
@@ -488,7 +488,8 @@ def test_the_ema_serves_the_prompt_and_the_online_network_the_null_branch():
         other = paper_step(b, online, ema)
         for i in (1, 5):
             x_s, s, x0 = other["x_s_hat"][i][None], other["s"][i, None], b.x0[i]
-            V_null, V_c = unconditional.velocity(x_s, s, s, b.null[i][None]), conditional.velocity(x_s, s, s, b.c[i][None])
+            V_null = unconditional.velocity(x_s, s, s, b.null[i][None])
+            V_c = conditional.velocity(x_s, s, s, b.c[i][None])
             mixed = x0 + other["lam"][i] * (other["x0_hat"][i] + s * (V_null - V_c)[0])
             assert (mixed / mixed.norm() * x0.norm() - actual[i]).norm() > 1e-4  # the roles above agree to 1e-9
 
@@ -511,7 +512,7 @@ def test_a_null_prompt_learns_from_the_data_alone():
 
 
 def test_a_null_prompt_may_keep_the_renormalised_target():
-    """null_target = "renorm": Delta = 0, so the target is x0 + lam x0_hat at the energy of x0, whatever the EMA thinks."""
+    """null_target = "renorm": Delta = 0, so the target is x0 + lam x0_hat at the energy of x0, whatever the EMA says."""
     b, (online, ema) = batch(), networks()
     b.step(losses.SelfE(online, ema, mu=MU, null_target="renorm"))[0].backward()
     p = paper_step(b, online, ema)
@@ -541,7 +542,7 @@ def test_a_null_prompt_with_the_auxiliary_term_keeps_the_fake_score_only():
 
 # --- the auxiliary stage ---------------------------------------------------------------------------------------------
 def test_the_fake_loss_reaches_the_network_through_the_fake_branch_alone():
-    """The gradient at the main output is the same with and without s.8; at the fake output it is 2 (V_fake - (eps - x0_hat))."""
+    """dL/dV is the same with and without s.8; at the fake branch it is 2 (V_fake - (eps - x0_hat)) over the batch."""
     b, (online, ema) = batch(), networks()
     b.step(losses.SelfE(online, ema, mu=MU, target="sum", k=1.0), aux=True)[0].backward()
     quiet, ema_2 = networks()
@@ -606,7 +607,7 @@ def test_delta_scale_zero_is_the_control_that_says_nothing_about_x0_hat(aux):
 
 @pytest.mark.parametrize("options", [dict(lam_scale=0.3), dict(lam_s=lambda t, s: (t + s) / 2), dict(delta_scale=2.0)])
 def test_the_other_choices(options):
-    """lam_scale multiplies lambda, lam_s moves the time that lambda sees (and only that), delta_scale multiplies Delta."""
+    """lam_scale multiplies lambda, lam_s moves the time that lambda alone sees, delta_scale multiplies Delta."""
     b, (online, ema) = batch(), networks()
     b.step(losses.SelfE(online, ema, mu=MU, target="tar", **options))[0].backward()
     p = paper_step(b, online, ema, target="tar")
@@ -665,7 +666,7 @@ def test_the_statistics_are_those_of_the_step():
 
 
 def test_the_step_runs_the_denoiser_itself():
-    """Pictures through model.Denoiser in fp32, the auxiliary term on: a finite loss and a gradient for every weight that can have one."""
+    """Pictures through model.Denoiser in fp32, the auxiliary term on: a finite loss, and every weight gets a gradient."""
     config = dict(width=32, heads=2, double=1, single=1, axes=(4, 6, 6), channels=3, patch=2, txt_dim=6, vec_dim=5)
     torch.manual_seed(0)
     network, ema = model.Denoiser(**config), model.Denoiser(**config).requires_grad_(False)
@@ -751,7 +752,7 @@ def test_the_law_of_t_and_s_against_quadrature(mu, tau):
 
 @pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
 def test_the_law_of_t_and_s_as_drawn(drawn, tau):
-    """KS tests at the 0.1% level on the numbers that training uses, and independence of t and s / t on a 6 x 6 table."""
+    """KS tests at the 0.1% level on the numbers that training uses; t and s / t are independent on a 6 x 6 table."""
     mu = 0.5
     t, s = losses.sample_times(drawn.z, drawn.u, drawn.jump, mu, tau)
     jumped = torch.zeros(len(t), dtype=torch.bool)

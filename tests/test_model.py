@@ -140,7 +140,8 @@ def test_the_two_embedders_see_t_and_the_gap_in_fp32(precision):
     network = away_from_zero(SMALL, precision=precision)
     seen = {}
     for name in ("time_in", "gap_in"):
-        getattr(network, name).register_forward_hook(lambda _, args, out, name=name: seen.update({name: (args[0], out)}))
+        embedder = getattr(network, name)
+        embedder.register_forward_hook(lambda _, args, out, name=name: seen.update({name: (args[0], out)}))
     x_t, _, _, txt, vec = inputs(SMALL)
     t, s = torch.tensor([0.8, 0.6543, 1.0]), torch.tensor([0.5, 0.6542, 0.0])
     with torch.no_grad():
@@ -153,7 +154,7 @@ def test_the_two_embedders_see_t_and_the_gap_in_fp32(precision):
 
 @pytest.mark.parametrize("pair", [((0.8, 0.5), (0.6, 0.3)), ((0.75, 0.5), (0.5, 0.25))])
 def test_the_second_input_is_the_gap_and_nothing_else(pair):
-    """With time_in zeroed V(x, .8, .5) = V(x, .6, .3), but not V(x, .8, .3). The second pair has no rounding in t - s."""
+    """With time_in zeroed V(x, .8, .5) = V(x, .6, .3), but not V(x, .8, .3). The second pair is free of rounding."""
     network = away_from_zero(SMALL)
     x_t, _, _, txt, vec = inputs(SMALL)
 

@@ -1,0 +1,82 @@
+"""randomness.py: the same numbers everywhere, different numbers for different purposes, and the right law."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import randomness
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_row_depends_on_its_own_key_alone():
+    keys = [(3, 0), (3, 7), (4, 0), (0, 3)]
+    whole = randomness.normal(1, "noise", keys, (2, 5))
+    assert whole.shape == (4, 2, 5) and whole.dtype == torch.float32
+    for i, key in enumerate(keys):
+        assert torch.equal(randomness.normal(1, "noise", [key], (2, 5))[0], whole[i])
+    assert torch.equal(randomness.normal(1, "noise", keys[::-1], (2, 5)), whole.flip(0))
+    assert randomness.normal(1, "time", keys, ()).shape == (4,)
+
+
+def test_every_part_of_the_key_counts():
+    """Seeds, purposes, steps, indices and their order: no two of these streams share a number."""
+    keys = [(1, 2), (2, 1), (1, 3), (12, 0)]
+    calls = [(seed, p, *key) for seed in (0, 1, 2**40) for p in ("noise", "time", "Noise") for key in keys]
+    values = np.concatenate([randomness.rng(*call).random(8) for call in calls])
+    assert len(np.unique(values)) == len(values) == 8 * 36
+
+
+def test_global_random_state_is_neither_read_nor_changed():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    first = randomness.normal(5, "noise", [(1, 1)], (3,))
+    torch_next, numpy_next = torch.rand(1), np.random.rand()
+    torch.manual_seed(1)
+    np.random.seed(1)
+    assert torch.equal(randomness.normal(5, "noise", [(1, 1)], (3,)), first)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    assert torch.equal(torch.rand(1), torch_next) and np.random.rand() == numpy_next
+
+
+def test_negative_keys_are_refused():
+    with pytest.raises(ValueError):
+        randomness.rng(0, "noise", -1)
+
+
+def test_the_numbers_themselves():
+    """Written down once: a change here changes every seeded result, on this machine or between two of them."""
+    integers = [2101075135, 2763782779, 2150871399, 2719410709]
+    assert randomness.rng(7, "noise", 3, 11).integers(0, 2**32, 4).tolist() == integers
+    normals = [0.98642856, 0.96624613, -0.68490297, 0.44363254]
+    np.testing.assert_allclose(randomness.normal(7, "noise", [(3, 11)], (4,))[0], normals, rtol=1e-6)
+
+
+def test_another_process_draws_the_same():
+    """With another hash seed and another number of threads."""
+    program = "import json, randomness as r; print(json.dumps(r.normal(7, 'noise', [(3, 11), (3, 12)], (6,)).tolist()))"
+    env = os.environ | {"PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "2"}
+    out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert json.loads(out.stdout) == randomness.normal(7, "noise", [(3, 11), (3, 12)], (6,)).tolist()
+
+
+def test_normals_have_the_normal_law_and_neighbours_are_independent():
+    """A Kolmogorov-Smirnov test at the 0.1% level within and across rows, moments, correlations of adjacent keys."""
+    x = randomness.normal(0, "noise", [(step, i) for step in range(20) for i in range(100)], (10,)).double()
+    for sample in (x.flatten(), x[:, 0]):
+        F = 0.5 * (1 + torch.erf(sample.sort().values / math.sqrt(2)))
+        n = len(F)
+        distance = max((torch.arange(1, n + 1) / n - F).max(), (F - torch.arange(n) / n).max())
+        assert distance < 1.95 / n**0.5
+    n = x.numel()
+    assert abs(x.mean()) < 4 / n**0.5 and abs(x.var() - 1) < 4 * (2 / n) ** 0.5
+    assert abs((x**4).mean() - 3) < 4 * (96 / n) ** 0.5
+    assert abs((x[1:] * x[:-1]).mean()) < 4 / n**0.5 and abs((x[:, 1:] * x[:, :-1]).mean()) < 4 / n**0.5
