@@ -283,17 +283,16 @@ def test_pair_and_rebuilding_from_its_name(t5, clip, monkeypatch):
 
 def test_fake_prefix_survives_truncation(tmp_path, t5, clip):
     """Even with a tokenizer that says it cuts at the front."""
-    from transformers import AutoTokenizer
-
     folder = shutil.copytree(t5[0], tmp_path / "left")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.truncation_side = tokenizer.padding_side = "left"
-    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"truncation_side": "left", "padding_side": "left"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     long = "a photo of a red circle " * 20
     want_tokens, _ = encoders.text_encoder("hf:" + t5[0], 12, "cpu")([encoders.fake_prompt(long)])
     text = encoders.text_encoder(f"hf:{folder},{clip[0]}", 12, "cpu")
     tokens, pooled = text([encoders.fake_prompt(long), long])
     torch.testing.assert_close(tokens[0], want_tokens[0])
+    torch.testing.assert_close(text(["red"])[0][0], encoders.text_encoder("hf:" + t5[0], 12, "cpu")(["red"])[0][0])
     assert not pooled[0].equal(pooled[1])
     with torch.no_grad():
         want = t5[1](input_ids=ids(encoders.fake_prompt(long), 12)).last_hidden_state[0]
@@ -386,6 +385,19 @@ def test_half_precision_inside_single_outside(monkeypatch, t5, clip, bert, vae):
     for single, half in zip(*results.values()):
         assert single.dtype == half.dtype == torch.float32
         assert 0 < (single - half).abs().max() and (single - half).norm() < 0.05 * single.norm()
+
+
+def test_a_repository_with_pickled_weights_alone_is_refused(tmp_path, monkeypatch, bert):
+    repository = tmp_path / "models--owner--pickled"
+    snapshot = shutil.copytree(bert[0], repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    cached = functools.partial(encoders.load, cache_dir=str(tmp_path), local_files_only=True)
+    monkeypatch.setattr(encoders, "load", cached)
+    assert encoders.text_encoder("hf:owner/pickled", 8, "cpu").d_txt == 12
+    (snapshot / "model.safetensors").unlink()
+    torch.save(bert[1].state_dict(), snapshot / "pytorch_model.bin")
+    assert "owner/pickled" in refused(encoders.text_encoder, "hf:owner/pickled", 8, "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------- what goes wrong
