@@ -1,0 +1,175 @@
+"""Prompts to pictures, with as many steps as you like (Sec. 3.4).
+
+    python sample.py --checkpoint runs/laptop --prompt "a photo of a red circle" --steps 2
+    python sample.py --checkpoint runs/laptop --prompt "a photo of two rings" --prompt "a photo of a cross" --steps 1 2 4 8 50
+
+One prompt at one step count gives that picture; more give a labelled sheet, prompts in rows and steps in columns. The
+same seed gives the same picture, whatever stands beside it.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import checkpoint
+import data
+import encoders
+import machine
+import model
+import sampler
+from randomness import normal
+
+S_RULES = {"next": 0.0, "same": 1.0}  # names for s_k = t_{k+1} and s_k = t_k (S.3.1)
+
+
+@dataclass
+class Loaded:
+    """A trained model with all that sampling needs."""
+
+    network: model.Denoiser
+    config: dict
+    text: object
+    autoencoder: object
+
+
+def load(folder: Path, device: torch.device, precision: torch.dtype | None = None) -> Loaded:
+    """The EMA model of a run, ready to sample. Raises CheckpointError or ValueError with one clear line.
+
+    precision None takes fp32 on the CPU and what the run was trained in elsewhere.
+    """
+    if not folder.is_dir():
+        raise checkpoint.CheckpointError(f"no such checkpoint folder: {folder}")
+    config = checkpoint.read_json(folder / "config.json")
+    if precision is None:
+        precision = torch.float32 if device.type == "cpu" else getattr(torch, config["precision"])
+    try:
+        network = model.Denoiser(**config["model"], precision=precision)
+    except (KeyError, TypeError) as error:
+        raise checkpoint.CheckpointError(f"{folder / 'config.json'} does not describe a model ({error})") from error
+    checkpoint.load_weights(folder / "model.safetensors", network)
+    text = encoders.text_encoder(config["text_encoder"], config["txt_len"], device)
+    autoencoder = encoders.autoencoder(config["autoencoder"], device)
+    return Loaded(network.to(device).eval().requires_grad_(False), config, text, autoencoder)
+
+
+def generate(loaded: Loaded, prompts: list[str], keys: list[tuple[int, ...]], *, seed: int = 0, steps: int = 2,
+             guidance: float | None = None, eta: float | str | None = None, s_rule: float | None = None,
+             space: str | None = None, batch_size: int = 64) -> list[np.ndarray]:  # fmt: skip
+    """One uint8 picture [H, W, 3] per prompt. The noise of picture i depends on (seed, keys[i]) alone, never on the batch.
+
+    None takes what config.json says. Raises ValueError when a flow-matching model is asked for s_k other than t_k.
+    """
+    config = loaded.config
+    guidance, eta, s_rule, space = (config[name] if value is None else value for name, value in (
+        ("guidance", guidance), ("eta", eta), ("s_rule", s_rule), ("guidance_space", space)))  # fmt: skip
+    if config["objective"] == "flow_matching" and s_rule != 1:
+        raise ValueError("a flow-matching model has never seen s < t; it is sampled with --s-rule same")
+    device = next(loaded.network.parameters()).device
+    side = config["side"] // loaded.autoencoder.factor
+    shape = (loaded.autoencoder.channels, side, side)
+    pictures = []
+    for first in range(0, len(prompts), batch_size):
+        some = slice(first, first + batch_size)
+        part = keys[some]
+        cond = loaded.text(prompts[some])
+        null = tuple(a.expand(len(part), *a.shape[1:]) for a in loaded.text([""]))
+
+        def draw_noise(k, part=part):
+            return normal(seed, "sampling", [(k + 1, *key) for key in part], shape).to(device)
+
+        x = sampler.sample(loaded.network, draw_noise(-1), cond, null, steps=steps, mu=config["mu"], s_rule=s_rule,
+                           eta=eta, guidance=guidance, space=space, draw_noise=draw_noise)  # fmt: skip
+        pictures += data.to_pictures(loaded.autoencoder.decode(x))
+    return pictures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+def fraction_or_name(names: dict):
+    """An argparse type: a number in [0, 1] or one of `names`."""
+
+    def parse(text: str):
+        if text in names:
+            return names[text]
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 to 1 nor one of {', '.join(names)}")
+        return value
+
+    return parse
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Make pictures from prompts.", usage="sample.py --prompt TEXT [options]")
+    a = parser.add_argument_group("what").add_argument
+    a("--checkpoint", default="checkpoints/laptop", help="folder of a run (default: checkpoints/laptop)")
+    a("--prompt", action="append", default=[], help="what to draw; may be given several times")
+    a("--prompts", type=Path, help="a text file with one prompt per line")
+    a("--images", type=int, default=1, help="pictures per prompt (default: 1)")
+    a("--seed", type=int, default=0, help="same seed, same picture (default: 0)")
+    a("--out", type=Path, default=Path("samples.png"), help="the PNG to write (default: samples.png)")
+    a = parser.add_argument_group("how (each default is the checkpoint's own)").add_argument
+    a("--steps", type=int, nargs="+", default=[2], help="evaluations of the network; several give a sheet (default: 2)")
+    a("--guidance", type=float, help="scale of energy-preserving guidance; 1 is off")
+    a("--eta", type=fraction_or_name({"renoise": "renoise"}), help='0 deterministic .. 1 ancestral, or "renoise"')
+    a("--s-rule", type=fraction_or_name(S_RULES), help='second time: "next" (t_k+1), "same" (t_k) or a fraction between')
+    a("--space", choices=("v", "x0"), help="where guidance keeps the energy")
+    a("--scale", type=int, default=0, help="enlarge pixels so many times; 0 picks it (default: 0)")
+    a("--device", default="auto", help="cuda, mps, cpu (default: the best there is)")
+    args = parser.parse_args(argv)
+    if args.prompts:
+        if not args.prompts.is_file():
+            parser.error(f"no such prompt file: {args.prompts}")
+        args.prompt += [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not args.prompt:
+        parser.error("give at least one --prompt, or --prompts FILE")
+    if min(args.steps) < 1:
+        parser.error("--steps must be at least 1")
+    if args.guidance is not None and not 0 <= args.guidance <= 100:
+        parser.error("--guidance must lie between 0 and 100")
+    if args.images < 1 or args.scale < 0 or args.seed < 0:
+        parser.error("--images must be at least 1, --scale and --seed not negative")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    machine.keep_freed_memory()
+    try:
+        if not args.out.parent.is_dir():
+            raise ValueError(f"cannot write {args.out}: {args.out.parent} is not a folder")
+        if args.out.suffix.lower() != ".png":
+            raise ValueError(f"--out must name a .png file, not {args.out}")
+        loaded = load(Path(args.checkpoint), machine.pick_device(args.device))
+        prompts = [p for p in args.prompt for _ in range(args.images)]
+        # Picture i of every prompt starts from the same noise, at every step count, so that columns compare.
+        keys = [(i,) for _ in args.prompt for i in range(args.images)]
+        columns = [generate(loaded, prompts, keys, seed=args.seed, steps=n, guidance=args.guidance, eta=args.eta,
+                            s_rule=args.s_rule, space=args.space) for n in args.steps]  # fmt: skip
+        side = columns[0][0].shape[0]
+        scale = args.scale or max(1, 128 // side)
+        if len(columns) == len(prompts) == 1:
+            sheet = Image.fromarray(columns[0][0]).resize((side * scale,) * 2, Image.Resampling.NEAREST)
+        else:
+            labels = [f"{n} step{'s' if n > 1 else ''}" for n in args.steps]
+            sheet = data.label_grid([list(row) for row in zip(*columns)], labels, prompts, scale)
+        partial = args.out.with_name(args.out.name + ".partial")
+        sheet.save(partial, format="PNG")
+        partial.replace(args.out)
+    except (ValueError, OSError) as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"wrote {args.out}: {len(prompts)} picture{'s' if len(prompts) > 1 else ''} at {args.steps} steps")
+
+
+if __name__ == "__main__":
+    main()

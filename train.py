@@ -1,0 +1,371 @@
+"""Train Self-E: the one loop, from a laptop's CPU to many GPUs (Sec. 3.3, S.2).
+
+    python train.py                                            # the laptop model on the built-in shapes, on this machine
+    python train.py --data pictures/ --out runs/mine           # your own folder of captioned pictures
+    python train.py --objective flow_matching --out runs/fm    # the baseline of Table 2
+    python train.py --resume --out runs/mine                   # go on where a run stopped
+    torchrun --nproc-per-node 8 train.py --size 2b --data ...  # the paper's model
+
+What it prints: the plan, then one line with loss, images/s and time left, and at the end the command that samples.
+What it writes: see checkpoint.py; besides, grids/step_*.png: fixed prompts and noise in rows, 1, 2, 4, 8, 50 steps in columns.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import checkpoint
+import data
+import encoders
+import losses
+import machine
+import model
+import sampler
+from randomness import normal, rng
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# S.2        The recipe. For the big sizes every number is the paper's; `laptop` is chosen for the result per minute.
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Recipe:
+    steps: int  # iterations
+    batch_size: int  # global: over all ranks and micro-batches
+    side: int  # of the pictures, pixels
+    lr: float  # peak learning rate, reached after the warm-up,
+    lr_end: float  # and where its linear decay ends
+    data: str = "shapes"
+    text: str = encoders.FLUX_TEXT
+    txt_len: int = 256
+    autoencoder: str = encoders.FLUX_VAE
+    warmup: int = 1000  # iterations, at most 5% of the run
+    clip: float = 1.0  # largest gradient norm
+    betas: tuple[float, float] = (0.9, 0.95)
+    ema: float = 0.9999
+    dropout: float = 0.1  # share of prompts replaced by ""
+    grid_guidance: float = 5.0  # of the picture grids
+
+
+RECIPES = {
+    "laptop": Recipe(2600, 64, 32, 2e-3, 1e-5, text="words", txt_len=16, autoencoder="pixels", grid_guidance=2.0),
+    "0.5b": Recipe(300_000, 1024, 256, 3e-4, 1e-5),
+    "2b": Recipe(710_000, 1024, 256, 3e-4, 1e-5),
+}
+
+# When things happen, as shares of the run: the paper's iterations out of its 710k (S.2).
+TAU_UNTIL = 300 / 710  # tau rises linearly from 0 to 1 until here (s.13)
+AUX_FROM = 550 / 710  # the auxiliary term joins here
+STEP_COUNTS = (1, 2, 4, 8, 50)  # the columns of the picture grids
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """The learning rate of iteration `step` = 0, 1, ...: linear warm-up, then linear decay to lr_end."""
+    warmup = min(recipe.warmup, max(1, recipe.steps // 20))
+    if step < warmup:
+        return recipe.lr * (step + 1) / warmup
+    return recipe.lr + (recipe.lr_end - recipe.lr) * (step - warmup) / max(1, recipe.steps - warmup)
+
+
+def anneal(step: int, steps: int, until: float) -> float:
+    """tau of iteration `step`: 0 at the start, 1 from `until` (a share of the run) on."""
+    return min(1.0, step / (until * steps)) if until > 0 else 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One micro-batch
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Batch:
+    x0: torch.Tensor
+    c: tuple
+    null: tuple
+    fake: tuple | None
+    is_null: torch.Tensor
+    keys: list[str]
+
+
+class Feed:
+    """Turns global sample indices into what the loss takes: latents and encoded prompts, with prompts dropped."""
+
+    def __init__(self, source, text, autoencoder, seed: int, dropout: float, device: torch.device):
+        self.source, self.text, self.autoencoder = source, text, autoencoder
+        self.seed, self.dropout, self.device = seed, dropout, device
+
+    def batch(self, index: list[int], with_fake: bool) -> Batch:
+        samples = [self.source.sample(g, self.seed) for g in index]
+        x0 = self.autoencoder.encode(data.to_tensor([s.picture for s in samples]).to(self.device))
+        prompts = ["" if rng(self.seed, "dropout", g).random() < self.dropout else s.caption
+                   for g, s in zip(index, samples)]  # fmt: skip
+        c, fake = self.text(prompts), None
+        if with_fake:
+            fake = self.text([encoders.fake_prompt(p) for p in prompts])
+        null = tuple(a.expand(len(index), *a.shape[1:]) for a in self.text([""]))
+        is_null = torch.tensor([p == "" for p in prompts], device=self.device)
+        return Batch(x0, c, null, fake, is_null, [s.key for s in samples])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping: Ctrl-C and SIGTERM finish the iteration, save, and say how to go on
+# ---------------------------------------------------------------------------------------------------------------------
+class StopSignal:
+    """Becomes true at the first SIGINT or SIGTERM; a second one ends the process as usual."""
+
+    def __init__(self):
+        self.name = ""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame) -> None:
+        self.name = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+    def __bool__(self) -> bool:
+        return self.name != ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures on the way
+# ---------------------------------------------------------------------------------------------------------------------
+def grid_prompts(source, n: int = 8) -> list[str]:
+    """The prompts of the picture grids: the first captions of the data, no two alike."""
+    captions = [source.sample(g, 0).caption for g in range(64)]
+    return list(dict.fromkeys(captions))[:n]
+
+
+def draw_grid(network, feed: Feed, prompts: list[str], shape: tuple, config: dict, stop: StopSignal):
+    """The sheet of pictures, or None when a stop signal came while drawing."""
+    noise = normal(0, "grid noise", [(i,) for i in range(len(prompts))], shape).to(feed.device)
+    cond = feed.text(prompts)
+    null = tuple(a.expand(len(prompts), *a.shape[1:]) for a in feed.text([""]))
+    rows = [[] for _ in prompts]
+    for steps in STEP_COUNTS:
+        def draw_noise(k):
+            keys = [(i, steps, k) for i in range(len(prompts))]
+            return normal(0, "grid noise", keys, shape).to(feed.device)
+
+        for _, x, _ in sampler.trajectory(network, noise, cond, null, steps=steps, mu=config["mu"], s_rule=config["s_rule"],
+                                          guidance=config["guidance"], draw_noise=draw_noise):  # fmt: skip
+            if stop:
+                return None
+        for row, picture in zip(rows, data.to_pictures(feed.autoencoder.decode(x))):
+            row.append(picture)
+    return data.label_grid(rows, [f"{n} steps" for n in STEP_COUNTS], prompts, scale=max(1, 96 // rows[0][0].shape[0]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train Self-E.", usage="train.py [options]")
+    a = parser.add_argument_group("the run").add_argument
+    a("--size", default="laptop", choices=list(model.SIZES), help="model and recipe (default: laptop)")
+    a("--data", help='"shapes" or a folder of captioned pictures (default: the recipe\'s)')
+    a("--out", default="runs/laptop", help="folder of the run (default: runs/laptop)")
+    a("--resume", action="store_true", help="go on from the last state in --out")
+    a("--steps", type=int, help="iterations (default: the recipe's)")
+    a("--batch-size", type=int, help="pictures an iteration, over all processes (default: the recipe's)")
+    a("--micro-batch", type=int, help="pictures a process computes at once (default: all of its share)")
+    a("--lr", type=float, help="peak learning rate (default: the recipe's)")
+    a("--seed", type=int, default=0, help="of everything random (default: 0)")
+    a("--device", default="auto", help="cuda, mps, cpu (default: the best there is)")
+    a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="inside the network (default: the faster)")
+    a("--compile", action=argparse.BooleanOptionalAction, help="torch.compile each block (default: on CUDA)")
+    a = parser.add_argument_group("the objective (Sec. 3.3, Table 2)").add_argument
+    a("--objective", default="self_e", choices=("self_e", "flow_matching"), help="default: self_e")
+    a("--target", default="renorm", choices=("renorm", "tar", "sum"), help="Eq. 20, Eq. 18 or Eq. 16 (default: renorm)")
+    a("--delta-scale", type=float, default=1.0, help="times the self-evaluation; 0 is the control (default: 1)")
+    a("--aux-from", type=float, default=AUX_FROM, help="share of the run after which the auxiliary term joins; 1 is never "
+      f"(default: {AUX_FROM:.3f})")  # fmt: skip
+    a = parser.add_argument_group("what is written").add_argument
+    a("--grid-every", type=int, help="iterations between picture grids; 0 is off (default: ten a run, and an early one)")
+    a("--save-every", type=int, help="iterations between saved states; 0 is only at the end (default: five a run)")
+    a("--log-every", type=int, default=20, help="iterations between lines of metrics.jsonl (default: 20)")
+    args = parser.parse_args(argv)
+    for name in ("steps", "batch_size", "micro_batch", "log_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.batch_size is not None and args.batch_size % 2:
+        parser.error("--batch-size must be even: every second sample has s < t (s.13)")
+    if args.micro_batch is not None and args.micro_batch % 2:
+        parser.error("--micro-batch must be even: every second sample has s < t (s.13)")
+    if not 0 <= args.aux_from <= 1:
+        parser.error("--aux-from is a share of the run, between 0 and 1")
+    return args
+
+
+def fail(message) -> None:
+    """One line on stderr and exit code 2."""
+    print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+def main() -> None:
+    args = parse_arguments()
+    machine.keep_freed_memory()
+    recipe = dataclasses.replace(RECIPES[args.size])
+    for name in ("steps", "batch_size", "data", "lr"):
+        if getattr(args, name) is not None:
+            setattr(recipe, name, getattr(args, name))
+    run = Path(args.out)
+    try:
+        train(args, recipe, run)
+    except (data.DataError, checkpoint.CheckpointError, ValueError, OSError) as error:
+        fail(error)
+
+
+def train(args, recipe: Recipe, run: Path) -> None:
+    # Where: one process, or as many as torchrun started.
+    device = machine.pick_device(args.device)
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    chief = rank == 0
+    share = recipe.batch_size // world
+    micro = args.micro_batch or share
+    if recipe.batch_size % world or share % micro or micro % 2:
+        raise ValueError(f"a batch of {recipe.batch_size} does not divide into {world} processes x micro-batches of {micro}")
+
+    # What: data, frozen encoders, the network and its average.
+    source = data.open_source(recipe.data, recipe.side)
+    text = encoders.text_encoder(recipe.text, recipe.txt_len, device)
+    autoencoder = encoders.autoencoder(recipe.autoencoder, device)
+    feed = Feed(source, text, autoencoder, args.seed, recipe.dropout, device)
+    side = recipe.side // autoencoder.factor
+    shape = (autoencoder.channels, side, side)
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision) or machine.pick_precision(device)
+    torch.manual_seed(args.seed)
+    sizes = model.SIZES[args.size]
+    network = model.Denoiser(**sizes, precision=precision).to(device)
+    ema = copy.deepcopy(network).requires_grad_(False)
+    self_e = args.objective == "self_e"
+    mu = losses.mu_of_length((side // sizes["patch"]) ** 2)
+    objective = losses.SelfE(network, ema, mu=mu, target=args.target, delta_scale=args.delta_scale)
+    adam = torch.optim.Adam(network.parameters(), lr=recipe.lr, betas=recipe.betas, fused=True)
+
+    config = {
+        "format": 1, "size": args.size, "model": sizes, "objective": args.objective, "target": args.target,
+        "delta_scale": args.delta_scale, "aux_from": args.aux_from, "side": recipe.side, "mu": mu,
+        "text_encoder": recipe.text, "txt_len": recipe.txt_len, "autoencoder": recipe.autoencoder, "data": recipe.data,
+        "s_rule": 0.0 if self_e else 1.0, "eta": 1.0, "guidance": recipe.grid_guidance, "guidance_space": "v",
+        "steps": recipe.steps, "batch_size": recipe.batch_size, "lr": recipe.lr, "seed": args.seed,
+        "precision": str(precision).removeprefix("torch."), "machine": machine.describe(device),
+        "command": " ".join(["python train.py", *sys.argv[1:]]),
+    }  # fmt: skip
+
+    # Go on, or start afresh; never over another run.
+    start, elapsed_before = 0, 0.0
+    states = checkpoint.complete_states(run)
+    if args.resume:
+        if not states:
+            raise checkpoint.CheckpointError(f"nothing to resume: {run / 'state'} holds no complete state")
+        state = checkpoint.load_state(states[-1], network, ema, adam)
+        start, elapsed_before = state["step"], state["elapsed"]
+    elif states or (run / "model.safetensors").exists():
+        raise ValueError(f"{run} already holds a run; add --resume to go on, or choose another --out")
+    if chief:
+        (run / "grids").mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(run / "config.json", config)
+
+    wanted = device.type == "cuda" if args.compile is None else args.compile
+    compiled, why_not = machine.compile_works(device) if wanted else (False, "no --compile")
+    if compiled:
+        for block in [*network.double_blocks, *network.single_blocks, *ema.double_blocks, *ema.single_blocks]:
+            block.compile()
+    step_module = DistributedDataParallel(objective, broadcast_buffers=False) if world > 1 else objective
+    average = get_ema_multi_avg_fn
+    if chief:
+        parameters = sum(p.numel() for p in network.parameters())
+        print(f"{args.size}: {parameters / 1e6:.2f} M parameters, {recipe.side} x {recipe.side} pixels, {args.objective}; "
+              f"{recipe.steps} iterations of {recipe.batch_size} on {config['machine']} in {config['precision']}, "
+              + ("compiled" if compiled else f"eager ({why_not})"))  # fmt: skip
+
+    # Iterate.
+    stop = StopSignal()
+    grid_every = args.grid_every if args.grid_every is not None else max(1, recipe.steps // 10)
+    save_every = args.save_every if args.save_every is not None else max(1, recipe.steps // 5)
+    prompts = grid_prompts(source)
+    metrics = open(run / "metrics.jsonl", "a", encoding="utf-8") if chief else None
+    began, window_began, window = time.perf_counter(), time.perf_counter(), []
+    bar = tqdm(total=recipe.steps, initial=start, disable=not chief, unit="it", dynamic_ncols=True, smoothing=0.05)
+    step = start
+    while step < recipe.steps and not stop:
+        tau = anneal(step, recipe.steps, TAU_UNTIL)
+        aux = self_e and step >= args.aux_from * recipe.steps and args.aux_from < 1
+        for group in adam.param_groups:
+            group["lr"] = learning_rate(step, recipe)
+
+        first = step * recipe.batch_size + rank * share
+        total = 0.0
+        for m in range(0, share, micro):
+            index = list(range(first + m, first + m + micro))
+            batch = feed.batch(index, with_fake=aux)
+            draws = losses.draw(args.seed, step, index, shape, 0.5 if self_e else 1.0, device)
+            last = m + micro == share
+            step_module.require_backward_grad_sync = last  # what DDP's no_sync() sets: reduce once an iteration
+            loss, stats = step_module(batch.x0, batch.c, batch.null, batch.fake, batch.is_null, draws, tau, aux)
+            (loss * micro / share).backward()
+            total += loss.item() * micro / share
+        norm = nn.utils.clip_grad_norm_(network.parameters(), recipe.clip).item()
+        adam.step()
+        adam.zero_grad(set_to_none=False)
+        decay = min(recipe.ema, (1 + step) / (10 + step))
+        average(decay)(list(ema.parameters()), list(network.parameters()), 0)
+        step += 1
+
+        window.append(total)
+        bar.update()
+        if chief and (step % args.log_every == 0 or step == recipe.steps):
+            seconds = time.perf_counter() - window_began
+            rate = len(window) * recipe.batch_size / seconds
+            record = {"step": step, "loss": sum(window) / len(window), "grad_norm": norm, "lr": adam.param_groups[0]["lr"],
+                      "tau": tau, "aux": aux, "images_per_s": round(rate, 2),
+                      "elapsed": round(elapsed_before + time.perf_counter() - began, 1)}  # fmt: skip
+            record |= {k: v.float().mean().item() for k, v in stats.items() if k in ("w", "delta_norm", "fake_loss")}
+            metrics.write(json.dumps(record) + "\n")
+            metrics.flush()
+            bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.0f} images/s")
+            window, window_began = [], time.perf_counter()
+        early = step == min(20, recipe.steps)
+        if chief and grid_every and (step % grid_every == 0 or step == recipe.steps or early) and not stop:
+            pause = time.perf_counter()
+            with torch.compiler.set_stance("force_eager"):  # sampling's batch shapes are not worth compiling for
+                sheet = draw_grid(ema, feed, prompts, shape, config, stop)
+            if sheet:
+                sheet.save(run / "grids" / f"step_{step:06d}.png")
+            window_began += time.perf_counter() - pause
+        if stop or step == recipe.steps or (save_every and step % save_every == 0):
+            if chief:
+                state = {"step": step, "elapsed": elapsed_before + time.perf_counter() - began, "seed": args.seed}
+                checkpoint.save_state(run, step, network, ema, adam.state_dict(), state)
+                checkpoint.save_weights(run / "model.safetensors", ema)
+    bar.close()
+    if chief:
+        if stop:
+            print(f"stopped by {stop.name} after iteration {step}; the state is saved. To go on:\n"
+                  f"  {config['command']}{'' if args.resume else ' --resume'}")  # fmt: skip
+        else:
+            print(f"done: {run}. To make pictures:\n  python sample.py --checkpoint {run} --steps 1 2 4 8 50 "
+                  f'--prompt "{prompts[0]}"')  # fmt: skip
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
