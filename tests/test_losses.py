@@ -362,7 +362,7 @@ def paper_loss(b: Batch, online: Net, constants: dict, theta: Tensor, aux: bool,
 
 
 def regression_target(call: Call, x_t: Tensor, t: Tensor) -> Tensor:
-    """The y towards which the step pulls x0_hat, solved from dL/dV of the main pass for L = mean ||x0_hat - y||^2 / t^2."""
+    """The y that x0_hat is pulled towards, solved from dL/dV of the main pass for L = mean ||x0_hat - y||^2 / t^2."""
     x0_hat = x_t - per_sample(t, x_t) * call.out.detach()
     by_x0_hat = -call.out.grad / per_sample(t, x_t)
     return x0_hat - by_x0_hat * per_sample(t**2, x_t) / 2 * len(t) * x_t[0].numel()
@@ -512,7 +512,7 @@ def test_a_null_prompt_learns_from_the_data_alone():
 
 
 def test_a_null_prompt_may_keep_the_renormalised_target():
-    """null_target = "renorm": Delta = 0, so the target is x0 + lam x0_hat at the energy of x0, whatever the EMA says."""
+    """null_target = "renorm": Delta = 0, the target is x0 + lam x0_hat at the energy of x0, whatever the EMA says."""
     b, (online, ema) = batch(), networks()
     b.step(losses.SelfE(online, ema, mu=MU, null_target="renorm"))[0].backward()
     p = paper_step(b, online, ema)
@@ -666,7 +666,7 @@ def test_the_statistics_are_those_of_the_step():
 
 
 def test_the_step_runs_the_denoiser_itself():
-    """Pictures through model.Denoiser in fp32, the auxiliary term on: a finite loss, and every weight gets a gradient."""
+    """Pictures through model.Denoiser in fp32 with the auxiliary term: a finite loss, a gradient for every weight."""
     config = dict(width=32, heads=2, double=1, single=1, axes=(4, 6, 6), channels=3, patch=2, txt_dim=6, vec_dim=5)
     torch.manual_seed(0)
     network, ema = model.Denoiser(**config), model.Denoiser(**config).requires_grad_(False)

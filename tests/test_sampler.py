@@ -182,7 +182,7 @@ def test_with_the_posterior_mean_the_variance_tends_to_the_data(mean, variance, 
 def test_with_the_posterior_mean_re_noising_does_not_get_there(mean, variance):
     """Re-noising tends to half the variance of the data.
 
-    A step takes the variance u of x0_hat to g^2 (alpha^2 u + sigma^2), with the gain g = alpha v / (alpha^2 v + sigma^2).
+    A step takes the variance u of x0_hat to g^2 (alpha^2 u + sigma^2), with gain g = alpha v / (alpha^2 v + sigma^2).
     At a time s that hardly moves, u settles at g^2 s^2 / (1 - g^2 alpha^2), which tends to v / 2 as s -> 0.
     """
     errors = []
