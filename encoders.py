@@ -37,6 +37,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import errors
+
 # FLUX.1-schnell's repository holds all three frozen parts of S.2 as safetensors and under Apache-2.0: the VAE (the same
 # as FLUX.1-dev's), the encoder half of T5 v1.1 XXL in bf16, and CLIP's text tower. It asks for a log-in on the hub.
 # google/t5-v1_1-xxl holds the same T5, but as pickled weights with the decoder, which this project does not load.
@@ -50,7 +52,7 @@ FLUX_VAE = "kl:black-forest-labs/FLUX.1-schnell/vae"
 PIXEL_SHIFT, PIXEL_SCALE = 0.0, 2.0
 
 
-class EncoderError(ValueError):
+class EncoderError(errors.UserError):
     """An encoder that can not be had as asked for; the message is one line for the user."""
 
 
