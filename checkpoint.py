@@ -19,8 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import errors
 
-class CheckpointError(ValueError):
+
+class CheckpointError(errors.UserError):
     """A checkpoint cannot be used; the message says which file and what to do."""
 
 

@@ -10,7 +10,6 @@ A source is a function from the global sample index g to a sample: it has no pos
 run in its data is the one integer that train.py counts, and any number of processes can share the work.
 """
 
-import argparse
 import functools
 import hashlib
 import json
@@ -25,6 +24,7 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+import errors
 from randomness import rng
 
 
@@ -36,7 +36,7 @@ class Sample(NamedTuple):
     key: str
 
 
-class DataError(ValueError):
+class DataError(errors.UserError):
     """The data cannot be used; the message says which file and what to do."""
 
 
@@ -369,26 +369,23 @@ def label_grid(rows: list[list[np.ndarray]], columns: list[str], captions: list[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw a sheet of training pictures with their captions.")
+    parser = errors.Parser("data.py", "Draw a sheet of training pictures with their captions.")
     parser.add_argument("--data", default="shapes", help='"shapes" or a folder of captioned pictures (default: shapes)')
     parser.add_argument("--size", type=int, default=32, help="side of the pictures in pixels (default: 32)")
     parser.add_argument("--seed", type=int, default=0, help="which pictures (default: 0)")
     parser.add_argument("--out", default="data.png", help="where to write the sheet (default: data.png)")
     args = parser.parse_args()
-    try:
-        source = open_source(args.data, args.size)
-        samples = [source.sample(g, args.seed) for g in range(24)]
-        columns = [samples[i : i + 6] for i in range(0, 24, 6)]
-        sheet = [label_grid([[s.picture] for s in column], [""], [s.caption for s in column], max(1, 256 // args.size))
-                 for column in columns]  # fmt: skip
-        whole = Image.new("RGB", (sum(x.width for x in sheet), sheet[0].height), "white")
-        for i, part in enumerate(sheet):
-            whole.paste(part, (i * part.width, 0))
-        whole.save(args.out)
-    except (DataError, OSError) as error:
-        sys.exit(print(f"data.py: {error}", file=sys.stderr) or 2)
+    source = open_source(args.data, args.size)
+    samples = [source.sample(g, args.seed) for g in range(24)]
+    columns = [samples[i : i + 6] for i in range(0, 24, 6)]
+    sheets = [label_grid([[s.picture] for s in column], [""], [s.caption for s in column], max(1, 256 // args.size))
+              for column in columns]  # fmt: skip
+    whole = Image.new("RGB", (sum(sheet.width for sheet in sheets), sheets[0].height), "white")
+    for i, sheet in enumerate(sheets):
+        whole.paste(sheet, (i * sheet.width, 0))
+    whole.save(args.out)
     print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

@@ -13,11 +13,13 @@ import time
 
 import torch
 
+import errors
+
 
 def pick_device(name: str = "auto") -> torch.device:
     """The device called `name`; "auto" takes CUDA (this process's LOCAL_RANK), then Apple MPS, then the CPU.
 
-    Raises ValueError when the named device does not exist here.
+    Raises UserError when the named device does not exist here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -28,7 +30,7 @@ def pick_device(name: str = "auto") -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"device {name!r} is not usable here: {reason}") from error
+        raise errors.UserError(f"device {name!r} is not usable here: {reason}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -8,7 +8,6 @@ same seed gives the same picture, whatever stands beside it.
 """
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from PIL import Image
 import checkpoint
 import data
 import encoders
+import errors
 import machine
 import model
 import sampler
@@ -38,7 +38,7 @@ class Loaded:
 
 
 def load(folder: Path, device: torch.device, precision: torch.dtype | None = None) -> Loaded:
-    """The EMA model of a run, ready to sample. Raises CheckpointError or ValueError with one clear line.
+    """The EMA model of a run, ready to sample. Raises UserError with one clear line.
 
     precision None takes fp32 on the CPU and what the run was trained in elsewhere.
     """
@@ -62,13 +62,13 @@ def generate(loaded: Loaded, prompts: list[str], keys: list[tuple[int, ...]], *,
              space: str | None = None, batch_size: int = 64) -> list[np.ndarray]:  # fmt: skip
     """One uint8 picture [H, W, 3] per prompt. The noise of picture i depends on (seed, keys[i]) alone, never on the batch.
 
-    None takes what config.json says. Raises ValueError when a flow-matching model is asked for s_k other than t_k.
+    None takes what config.json says. Raises UserError when a flow-matching model is asked for s_k other than t_k.
     """
     config = loaded.config
     guidance, eta, s_rule, space = (config[name] if value is None else value for name, value in (
         ("guidance", guidance), ("eta", eta), ("s_rule", s_rule), ("guidance_space", space)))  # fmt: skip
     if config["objective"] == "flow_matching" and s_rule != 1:
-        raise ValueError("a flow-matching model has never seen s < t; it is sampled with --s-rule same")
+        raise errors.UserError("a flow-matching model has never seen s < t; it is sampled with --s-rule same")
     device = next(loaded.network.parameters()).device
     side = config["side"] // loaded.autoencoder.factor
     shape = (loaded.autoencoder.channels, side, side)
@@ -109,7 +109,7 @@ def fraction_or_name(names: dict):
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Make pictures from prompts.", usage="sample.py --prompt TEXT [options]")
+    parser = errors.Parser("sample.py", "Make pictures from prompts.")
     a = parser.add_argument_group("what").add_argument
     a("--checkpoint", default="checkpoints/laptop", help="folder of a run (default: checkpoints/laptop)")
     a("--prompt", action="append", default=[], help="what to draw; may be given several times")
@@ -144,32 +144,26 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     machine.keep_freed_memory()
-    try:
-        if not args.out.parent.is_dir():
-            raise ValueError(f"cannot write {args.out}: {args.out.parent} is not a folder")
-        if args.out.suffix.lower() != ".png":
-            raise ValueError(f"--out must name a .png file, not {args.out}")
-        loaded = load(Path(args.checkpoint), machine.pick_device(args.device))
-        prompts = [p for p in args.prompt for _ in range(args.images)]
-        # Picture i of every prompt starts from the same noise, at every step count, so that columns compare.
-        keys = [(i,) for _ in args.prompt for i in range(args.images)]
-        columns = [generate(loaded, prompts, keys, seed=args.seed, steps=n, guidance=args.guidance, eta=args.eta,
-                            s_rule=args.s_rule, space=args.space) for n in args.steps]  # fmt: skip
-        side = columns[0][0].shape[0]
-        scale = args.scale or max(1, 128 // side)
-        if len(columns) == len(prompts) == 1:
-            sheet = Image.fromarray(columns[0][0]).resize((side * scale,) * 2, Image.Resampling.NEAREST)
-        else:
-            labels = [f"{n} step{'s' if n > 1 else ''}" for n in args.steps]
-            sheet = data.label_grid([list(row) for row in zip(*columns)], labels, prompts, scale)
-        partial = args.out.with_name(args.out.name + ".partial")
-        sheet.save(partial, format="PNG")
-        partial.replace(args.out)
-    except (ValueError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"wrote {args.out}: {len(prompts)} picture{'s' if len(prompts) > 1 else ''} at {args.steps} steps")
+    if not args.out.parent.is_dir() or args.out.suffix.lower() != ".png":
+        raise errors.UserError(f"--out must name a .png file in a folder that exists, not {args.out}")
+    loaded = load(Path(args.checkpoint), machine.pick_device(args.device))
+    prompts = [p for p in args.prompt for _ in range(args.images)]
+    # Picture i of every prompt starts from the same noise, at every step count, so that columns compare.
+    keys = [(i,) for _ in args.prompt for i in range(args.images)]
+    columns = [generate(loaded, prompts, keys, seed=args.seed, steps=n, guidance=args.guidance, eta=args.eta,
+                        s_rule=args.s_rule, space=args.space) for n in args.steps]  # fmt: skip
+    side = columns[0][0].shape[0]
+    scale = args.scale or max(1, 128 // side)
+    if len(columns) == len(prompts) == 1:
+        sheet = Image.fromarray(columns[0][0]).resize((side * scale,) * 2, Image.Resampling.NEAREST)
+    else:
+        labels = [f"{n} step{'s' if n > 1 else ''}" for n in args.steps]
+        sheet = data.label_grid([list(row) for row in zip(*columns)], labels, prompts, scale)
+    partial = args.out.with_name(args.out.name + ".partial")
+    sheet.save(partial, format="PNG")
+    partial.replace(args.out)
+    print(f"wrote {args.out}: {len(prompts)} prompt{'s' if len(prompts) > 1 else ''} at {args.steps} steps")
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

@@ -31,6 +31,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import encoders
+import errors
 import losses
 import machine
 import model
@@ -170,31 +171,35 @@ def draw_grid(network, feed: Feed, prompts: list[str], shape: tuple, config: dic
 # Arguments
 # ---------------------------------------------------------------------------------------------------------------------
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train Self-E.", usage="train.py [options]")
+    """The flags; with --resume, those not given are taken from the run that goes on."""
+    parser = errors.Parser("train.py", "Train Self-E.")
     a = parser.add_argument_group("the run").add_argument
     a("--size", default="laptop", choices=list(model.SIZES), help="model and recipe (default: laptop)")
-    a("--data", help='"shapes" or a folder of captioned pictures (default: the recipe\'s)')
-    a("--out", default="runs/laptop", help="folder of the run (default: runs/laptop)")
+    a("--data", metavar="DIR", help='"shapes" or a folder of captioned pictures (default: the recipe\'s)')
+    a("--out", metavar="DIR", default="runs/laptop", help="folder of the run (default: runs/laptop)")
     a("--resume", action="store_true", help="go on from the last state in --out")
-    a("--steps", type=int, help="iterations (default: the recipe's)")
-    a("--batch-size", type=int, help="pictures an iteration, over all processes (default: the recipe's)")
-    a("--micro-batch", type=int, help="pictures a process computes at once (default: all of its share)")
-    a("--lr", type=float, help="peak learning rate (default: the recipe's)")
-    a("--seed", type=int, default=0, help="of everything random (default: 0)")
-    a("--device", default="auto", help="cuda, mps, cpu (default: the best there is)")
+    a("--steps", metavar="N", type=int, help="iterations (default: the recipe's)")
+    a("--batch-size", metavar="N", type=int, help="pictures an iteration, over all processes (default: the recipe's)")
+    a("--micro-batch", metavar="N", type=int, help="pictures a process computes at once (default: all of its share)")
+    a("--lr", metavar="X", type=float, help="peak learning rate (default: the recipe's)")
+    a("--seed", metavar="N", type=int, default=0, help="of everything random (default: 0)")
+    a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="inside the network (default: the faster)")
     a("--compile", action=argparse.BooleanOptionalAction, help="torch.compile each block (default: on CUDA)")
     a = parser.add_argument_group("the objective (Sec. 3.3, Table 2)").add_argument
     a("--objective", default="self_e", choices=("self_e", "flow_matching"), help="default: self_e")
     a("--target", default="renorm", choices=("renorm", "tar", "sum"), help="Eq. 20, Eq. 18 or Eq. 16 (default: renorm)")
-    a("--delta-scale", type=float, default=1.0, help="times the self-evaluation; 0 is the control (default: 1)")
-    a("--aux-from", type=float, default=AUX_FROM, help="share of the run after which the auxiliary term joins; 1 is never "
+    a("--delta-scale", metavar="X", type=float, default=1.0, help="times the self-evaluation; 0 is the control (default: 1)")
+    a("--aux-from", metavar="X", type=float, default=AUX_FROM, help="share of the run after which the auxiliary term joins; 1 is never "
       f"(default: {AUX_FROM:.3f})")  # fmt: skip
     a = parser.add_argument_group("what is written").add_argument
-    a("--grid-every", type=int, help="iterations between picture grids; 0 is off (default: ten a run, and an early one)")
-    a("--save-every", type=int, help="iterations between saved states; 0 is only at the end (default: five a run)")
-    a("--log-every", type=int, default=20, help="iterations between lines of metrics.jsonl (default: 20)")
+    a("--grid-every", metavar="N", type=int, help="iterations between picture grids; 0 is off (default: ten a run, and an early one)")
+    a("--save-every", metavar="N", type=int, help="iterations between saved states; 0 is only at the end (default: five a run)")
+    a("--log-every", metavar="N", type=int, default=20, help="iterations between lines of metrics.jsonl (default: 20)")
     args = parser.parse_args(argv)
+    if args.resume:
+        parser.set_defaults(**checkpoint.read_json(Path(args.out) / "config.json")["arguments"])
+        args = parser.parse_args(argv)
     for name in ("steps", "batch_size", "micro_batch", "log_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -207,12 +212,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return args
 
 
-def fail(message) -> None:
-    """One line on stderr and exit code 2."""
-    print(f"train.py: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,11 +222,7 @@ def main() -> None:
     for name in ("steps", "batch_size", "data", "lr"):
         if getattr(args, name) is not None:
             setattr(recipe, name, getattr(args, name))
-    run = Path(args.out)
-    try:
-        train(args, recipe, run)
-    except (data.DataError, checkpoint.CheckpointError, ValueError, OSError) as error:
-        fail(error)
+    train(args, recipe, Path(args.out))
 
 
 def train(args, recipe: Recipe, run: Path) -> None:
@@ -240,7 +235,7 @@ def train(args, recipe: Recipe, run: Path) -> None:
     share = recipe.batch_size // world
     micro = args.micro_batch or share
     if recipe.batch_size % world or share % micro or micro % 2:
-        raise ValueError(f"a batch of {recipe.batch_size} does not divide into {world} processes x micro-batches of {micro}")
+        raise errors.UserError(f"a batch of {recipe.batch_size} does not divide into {world} processes x micro-batches of {micro}")
 
     # What: data, frozen encoders, the network and its average.
     source = data.open_source(recipe.data, recipe.side)
@@ -267,6 +262,7 @@ def train(args, recipe: Recipe, run: Path) -> None:
         "steps": recipe.steps, "batch_size": recipe.batch_size, "lr": recipe.lr, "seed": args.seed,
         "precision": str(precision).removeprefix("torch."), "machine": machine.describe(device),
         "command": " ".join(["python train.py", *sys.argv[1:]]),
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device")},
     }  # fmt: skip
 
     # Go on, or start afresh; never over another run.
@@ -278,7 +274,7 @@ def train(args, recipe: Recipe, run: Path) -> None:
         state = checkpoint.load_state(states[-1], network, ema, adam)
         start, elapsed_before = state["step"], state["elapsed"]
     elif states or (run / "model.safetensors").exists():
-        raise ValueError(f"{run} already holds a run; add --resume to go on, or choose another --out")
+        raise errors.UserError(f"{run} already holds a run; add --resume to go on, or choose another --out")
     if chief:
         (run / "grids").mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(run / "config.json", config)
@@ -359,7 +355,7 @@ def train(args, recipe: Recipe, run: Path) -> None:
     if chief:
         if stop:
             print(f"stopped by {stop.name} after iteration {step}; the state is saved. To go on:\n"
-                  f"  {config['command']}{'' if args.resume else ' --resume'}")  # fmt: skip
+                  f"  python train.py --resume --out {run}")  # fmt: skip
         else:
             print(f"done: {run}. To make pictures:\n  python sample.py --checkpoint {run} --steps 1 2 4 8 50 "
                   f'--prompt "{prompts[0]}"')  # fmt: skip
@@ -368,4 +364,4 @@ def train(args, recipe: Recipe, run: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)
