@@ -1,0 +1,109 @@
+"""Samples of the toy networks, and how far they are from the data: energy distance, sliced Wasserstein-2, mass per mode.
+
+    evaluate(net, members)              # for each member {"1": measures, "2": ..., "50": ...} by number of steps
+    evaluate(None, members)             # the floor: fresh data, measured as if it had been generated
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
+
+import sampler
+from randomness import rng
+from toy.training import Member, Net
+
+BUDGETS = (1, 2, 4, 8, 50)  # network evaluations, Tab. 1 and one step
+SAMPLES, REFERENCE = 1000, 4000  # per condition: generated, and fresh data to compare with
+
+
+def generate(net: Net, members: list[Member], c: Tensor, steps: int, **choices) -> Tensor:
+    """Samples [E, n, 2] for the conditions c [n] (every member the same). The choices go to sampler.sample.
+
+    The noise is a function of the member's seed and the step, so every objective and every choice meets the same.
+    """
+
+    def noise(k: int) -> Tensor:
+        rows = [rng(m.seed, "toy sampling", k).standard_normal((len(c), 2), dtype=np.float32) for m in members]
+        return torch.from_numpy(np.concatenate(rows))
+
+    prompts = c.repeat(len(members))
+    null = torch.full_like(prompts, members[0].q.C)
+    x = sampler.sample(net, noise(0), (prompts,), (null,), steps=steps, draw_noise=lambda k: noise(k + 1), **choices)
+    return x.view(len(members), len(c), 2)
+
+
+def within(x: Tensor) -> float:
+    """E|X - X'| over pairs of different samples."""
+    return float(torch.cdist(x, x).sum() / (len(x) * (len(x) - 1)))
+
+
+def energy_distance(x: Tensor, y: Tensor, within_y: float | None = None) -> float:
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'|: zero only for equal laws. Unbiased, so two equal laws scatter around zero."""
+    return 2 * float(torch.cdist(x, y).mean()) - within(x) - (within(y) if within_y is None else within_y)
+
+
+def quantiles(x: Tensor, directions: int = 64, levels: int = 500) -> Tensor:
+    """The quantiles of x [n, 2] along `directions` lines through the origin: [levels, directions]."""
+    angle = torch.arange(directions) * (torch.pi / directions)
+    axes = torch.stack([angle.cos(), angle.sin()])
+    return torch.quantile(x @ axes, (torch.arange(levels) + 0.5) / levels, dim=0)
+
+
+def sliced_wasserstein(x: Tensor, y: Tensor) -> float:
+    """Sliced Wasserstein-2: in one dimension the best transport pairs quantiles; mean square over lines, then the root."""
+    return float((quantiles(x) - quantiles(y)).square().mean().sqrt())
+
+
+class Truth:
+    """q(x0 | c) of one member and one condition: its modes, and fresh data to compare with."""
+
+    def __init__(self, member: Member, c: int):
+        q = member.q
+        own = q.table[c] > 0  # all modes for the null prompt, which has row C of the table
+        self.means, self.std, self.weights = q.m[own], q.v[own].sqrt(), q.table[c][own]
+        self.data = q.sample(torch.full((REFERENCE,), c), rng(member.seed, "toy reference", c))
+        self.within, self.quantiles = within(self.data), quantiles(self.data)
+
+    def measure(self, x: Tensor) -> dict:
+        """What is reported of the samples x [n, 2]."""
+        distance = torch.cdist(x, self.means) / self.std
+        mass = torch.bincount(distance.argmin(1), minlength=len(self.means)) / len(x)
+        deviation = [(a - a.mean(0)).square().sum(1).mean().sqrt() for a in (x, self.data)]
+        return {
+            "energy": energy_distance(x, self.data, self.within),
+            "sliced_w2": float((quantiles(x) - self.quantiles).square().mean().sqrt()),
+            "mass": [round(a, 4) for a in mass.tolist()],  # share of the samples nearest to each mode
+            "mass_error": float((mass - self.weights).abs().sum() / 2),  # total variation against the true shares
+            "off_modes": float((distance.min(1).values > 4).float().mean()),  # > 4 std from every mode: neither this nor that
+            "spread": float(deviation[0] / deviation[1]),  # root mean square distance from the centre, 1 for the data
+        }
+
+
+def average(rows: list[dict]) -> dict:
+    """Mean of each measure over conditions; lists stay side by side, condition by condition."""
+    return {k: [r[k] for r in rows] if k == "mass" else float(np.mean([r[k] for r in rows])) for k in rows[0]}
+
+
+def evaluate(net: Net | None, members: list[Member], labels: bool = True, budgets=BUDGETS, **choices) -> list[dict]:
+    """For each member {"1": measures, ..., "50": measures}, averaged over the conditions (labels False: the null prompt).
+
+    net None measures fresh data against fresh data, the floor.
+    """
+    C = members[0].q.C
+    conditions = list(range(C)) if labels else [C]
+    truth = [[Truth(m, k) for k in conditions] for m in members]
+    c = torch.tensor(conditions).repeat_interleave(SAMPLES)
+    result = [{} for _ in members]
+    for steps in budgets:
+        if net is None:
+            x = [m.q.sample(c, rng(m.seed, "toy floor", steps)) for m in members]
+        else:
+            x = generate(net, members, c, steps, **choices)
+        for row, parts, samples in zip(result, truth, x):
+            row[str(steps)] = average([part.measure(a) for part, a in zip(parts, samples.split(SAMPLES))])
+    return result

@@ -1,0 +1,171 @@
+"""A small two-time network in the plane, and its training with losses.SelfE, the very module that train.py uses.
+
+    members = [Member("between", 0), Member("far", 0)]
+    net = train(members, target="tar")                 # one network per member, trained side by side; returns the EMA
+
+PAPER below lists every choice of the objective with the paper's value; train takes departures from it.
+"""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
+
+import losses
+from randomness import rng
+from toy.mixture import LAYOUTS, Mixture
+
+STEPS, BATCH = 2000, 256
+
+
+class Member(NamedTuple):
+    """One network of an ensemble: its data and its seed. They also name every random number it meets."""
+
+    layout: str
+    seed: int
+
+    @property
+    def q(self) -> Mixture:
+        return Mixture(**LAYOUTS[self.layout])
+
+
+# =====================================================================================================================
+# The network
+# =====================================================================================================================
+class Net(nn.Module):
+    """V(x_t, t, s, c) for E members at once: residual MLPs that share nothing but the matrix product (Eq. 6, s.9-s.10).
+
+    Rows of x_t [E * B, 2] come member by member. E separate trainings would give the same networks and take E times as
+    long, because at this size the time goes into calling operations, not into arithmetic. Member e starts from its seed.
+    """
+
+    FREQUENCIES = (1.0, 2.0, 4.0, 8.0, 16.0)
+
+    def __init__(self, seeds: list[int], conditions: int, width: int = 96, depth: int = 4):
+        super().__init__()
+        self.E = len(seeds)
+        times = 2 * len(self.FREQUENCIES)
+        prompts = 2 * (conditions + 1)  # c, the null prompt, and "fake image " + each of them
+        shapes = {"x": (2, width), "t": (times, width), "gap": (times, width), "prompt": (prompts, width)}
+        shapes |= {f"block{i}": (width, width) for i in range(depth)}
+        for name, (fan_in, fan_out) in shapes.items():
+            std = 1.0 if name == "prompt" else fan_in**-0.5
+            init = [rng(seed, f"weights of {name}").standard_normal((fan_in, fan_out)) * std for seed in seeds]
+            self.register_parameter(name, nn.Parameter(torch.tensor(np.stack(init), dtype=torch.float32)))
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(self.E, 1, fan_out)))
+        self.out = nn.Parameter(torch.zeros(self.E, width, 2))
+        self.blocks = [f"block{i}" for i in range(depth)]
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return torch.baddbmm(getattr(self, f"{name}_bias"), x, getattr(self, name))  # [E, B, width]
+
+    def waves(self, t: Tensor) -> Tensor:
+        angles = t.view(self.E, -1, 1) * torch.tensor(self.FREQUENCIES)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)  # [E, B, times]
+
+    def forward(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor) -> Tensor:
+        """x_t [E * B, 2], t and s [E * B], c [E * B] int64 -> V [E * B, 2]."""
+        prompt = self.prompt.flatten(0, 1)[c + len(self.prompt[0]) * self.member(c)].view(self.E, -1, self.prompt.shape[2])
+        h = self.linear("x", x_t.view(self.E, -1, 2)) + prompt
+        h = h + self.linear("t", self.waves(t)) + self.linear("gap", self.waves(t - s))  # s.9, s.10
+        for name in self.blocks:
+            h = h + self.linear(name, silu(h))
+        return (silu(h) @ self.out).view_as(x_t)
+
+    def member(self, rows: Tensor) -> Tensor:
+        """Which member each row belongs to."""
+        return torch.arange(self.E).repeat_interleave(len(rows) // self.E)
+
+    def weights_of(self, e: int) -> dict:
+        """The state dict of member e alone, an ensemble of one."""
+        return {name: value[e : e + 1].clone() for name, value in self.state_dict().items()}
+
+
+def assemble(members: list[Member], weights: list[dict]) -> Net:
+    """The ensemble of the given members from their own state dicts."""
+    net = Net([m.seed for m in members], members[0].q.C)
+    net.load_state_dict({name: torch.cat([w[name] for w in weights]) for name in weights[0]})
+    return net
+
+
+# =====================================================================================================================
+# Training
+# =====================================================================================================================
+PAPER = dict(
+    p_equal=0.5,  # share of s = t
+    tau_over=0.42,  # share of the training over which tau rises from 0 to 1 (s.13); 0 starts at 1
+    aux_from=None,  # share of the training after which the auxiliary term is on; None: never
+    conditional="ema",  # which network evaluates with the condition,
+    unconditional="online",  # and which with the null prompt
+    target="renorm",  # Eq. 20; "tar": Eq. 18 as the target; "sum": Eq. 16 to the letter
+    k=0.9,
+    delta_scale=1.0,
+    lam_scale=1.0,
+    lam_s="s",  # the second time that lambda sees
+    null_target="data",
+    labels=True,  # False: no condition is ever shown
+)
+
+LAM_S = {
+    "s": None,  # the paper
+    "0": lambda t, s: torch.zeros_like(s),  # full strength at every s < t
+    "(s+t)/2": lambda t, s: (s + t) / 2,  # weaker
+    "s/2": lambda t, s: s / 2,  # stronger
+}
+
+
+def batches(member: Member, steps: int, labels: bool, at_once: int = 100):
+    """Yield (x0, c, is_null, z, u, eps, eps_s) for each step: a function of the member's layout, seed and the step."""
+    q = member.q
+    for start in range(0, steps, at_once):
+        g, n = rng(member.seed, "toy batches", start), at_once * BATCH
+        c = torch.from_numpy(g.integers(0, q.C, n))
+        x0 = q.sample(c, g)
+        is_null = torch.from_numpy(g.random(n) < (0.1 if labels else 1.0))  # prompt dropout
+        c = torch.where(is_null, q.C, c)
+        z, u = (torch.from_numpy(a.astype(np.float32)) for a in (g.standard_normal(n), g.random(n)))
+        eps, eps_s = (torch.from_numpy(g.standard_normal((n, 2)).astype(np.float32)) for _ in range(2))
+        yield from zip(*(a.split(BATCH) for a in (x0, c, is_null, z, u, eps, eps_s)))
+
+
+def train(members: list[Member], steps: int = STEPS, **changes) -> Net:
+    """Train one network per member; `changes` are departures from PAPER. Returns the moving average of the weights."""
+    o = PAPER | changes
+    C = members[0].q.C
+    net, ema = (Net([m.seed for m in members], C) for _ in range(2))
+    ema.requires_grad_(False)
+    choose = {"online": net, "ema": ema}
+    step_loss = losses.SelfE(
+        net, choose[o["conditional"]], unconditional=choose[o["unconditional"]], target=o["target"], k=o["k"],
+        delta_scale=o["delta_scale"], lam_scale=o["lam_scale"], lam_s=LAM_S[o["lam_s"]], null_target=o["null_target"],
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.9, 0.95))
+    schedule = lambda i: min((i + 1) / 100, 1) * (1 - i / steps)  # noqa: E731  warm-up, then linearly to zero
+    half = losses.jump_positions(list(range(BATCH)), o["p_equal"])
+    jump = torch.cat([half + BATCH * e for e in range(len(members))])
+
+    for i, rows in enumerate(zip(*(batches(m, steps, o["labels"]) for m in members))):
+        if i == steps:  # batches come by the hundred
+            break
+        x0, c, is_null, z, u, eps, eps_s = (torch.cat(column) for column in zip(*rows))
+        tau = min(i / (o["tau_over"] * steps), 1.0) if o["tau_over"] > 0 else 1.0
+        aux = o["aux_from"] is not None and i >= o["aux_from"] * steps
+        null, fake = torch.full_like(c, C), c + C + 1
+        loss, _ = step_loss(x0, (c,), (null,), (fake,), is_null, losses.Draws(z, u, eps, eps_s, jump), tau, aux)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {float(loss)} at step {i}: {o}")
+        optimizer.zero_grad()
+        (loss * len(members)).backward()  # the loss is a mean over the members; each gets its own gradient in full
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * schedule(i)
+        optimizer.step()
+        with torch.no_grad():
+            keep = min(0.999, (1 + i) / (10 + i))
+            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - keep)
+    return ema
