@@ -207,6 +207,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.error("--batch-size must be even: every second sample has s < t (s.13)")
     if args.micro_batch is not None and args.micro_batch % 2:
         parser.error("--micro-batch must be even: every second sample has s < t (s.13)")
+    if args.seed < 0:
+        parser.error("--seed must not be negative")
+    if args.lr is not None and not 0 < args.lr < 1:
+        parser.error("--lr must lie between 0 and 1")
+    if not 0 <= args.delta_scale < float("inf"):
+        parser.error("--delta-scale must be a number from 0 up")
     if not 0 <= args.aux_from <= 1:
         parser.error("--aux-from is a share of the run, between 0 and 1")
     return args
