@@ -237,7 +237,8 @@ def renormalise(x_tar: Tensor, x0: Tensor) -> Tensor:
 
     Without it large lam overpowers the data term and colours drift (Sec. 3.3). A target of zero stays zero.
     """
-    ratio = squared_norm(x0).sqrt() / squared_norm(x_tar).sqrt().clamp_min(torch.finfo(x0.dtype).tiny)
+    energy = squared_norm(x_tar)
+    ratio = torch.where(energy > 0, squared_norm(x0) / energy, 0.0).sqrt()
     return x_tar * like(ratio, x_tar)
 
 
@@ -292,9 +293,11 @@ def jump_positions(index: list[int], p_equal: float = 0.5) -> Tensor:
     """Which positions of the micro-batch `index` (global sample indices) have s < t: int64 [n].
 
     The paper draws s = t with probability 0.5 per sample; here it is exactly every second sample by global index, so the
-    two extra passes run on a half of fixed size. p_equal in [0, 1] is the share with s = t; 1 is flow matching.
+    two extra passes run on a half of fixed size. `index` must be a run of consecutive integers (a rank that took every
+    second one would get all of the jumps or none). p_equal in [0, 1] is the share with s = t; 1 is flow matching.
     """
-    jumps = [i for i, g in enumerate(index) if int((g + 1) * (1 - p_equal)) > int(g * (1 - p_equal))]
+    share = 1 - p_equal + 1e-12  # 1 - 0.9 is a little less than 0.1
+    jumps = [i for i, g in enumerate(index) if int((g + 1) * share) > int(g * share)]
     return torch.tensor(jumps, dtype=torch.int64)
 
 

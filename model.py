@@ -85,7 +85,8 @@ def rope_table(txt_len: int, rows: int, cols: int, axes: tuple, device: torch.de
     position = torch.cat([position.new_zeros(txt_len, 3), position]).double()  # text first, as in the attention
     angles = [position[:, i : i + 1] * 10000.0 ** (-torch.arange(0, n, 2).double() / n) for i, n in enumerate(axes)]
     angles = torch.cat(angles, dim=-1)
-    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device)
+    with torch.inference_mode(False):  # a table made while sampling must serve a later training step too
+        return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -232,7 +233,7 @@ class Denoiser(nn.Module):
     """V_theta(x_t, t, s, c), S.2 (d). The keyword arguments are the columns of `SIZES`.
 
     `precision` is the dtype of the network's inside (torch.bfloat16 runs it under autocast); the time features and
-    embedders, the input and the output stay in fp32 whatever it is.
+    embedders, the input and the output stay in fp32 whatever it is (call the network outside any autocast of your own).
     """
 
     def __init__(self, width, heads, double, single, axes, channels, patch, txt_dim, vec_dim, precision=torch.float32):

@@ -45,8 +45,8 @@ def time_grid(steps: int, mu: float) -> list[float]:
 # ---------------------------------------------------------------------------------------------------------------------
 def energy_preserving(guided: Tensor, conditional: Tensor) -> Tensor:
     """`guided` [B, ...] scaled, sample by sample, to the norm of `conditional`; zero stays zero."""
-    tiny = torch.finfo(guided.dtype).tiny
-    return guided * like((squared_norm(conditional) / squared_norm(guided).clamp_min(tiny)).sqrt(), guided)
+    energy = squared_norm(guided)
+    return guided * like(torch.where(energy > 0, squared_norm(conditional) / energy, 0.0).sqrt(), guided)
 
 
 def predict(V: Callable, x_t: Tensor, t: Tensor, s: Tensor, cond: tuple, null: tuple | None, guidance: float,
@@ -60,6 +60,8 @@ def predict(V: Callable, x_t: Tensor, t: Tensor, s: Tensor, cond: tuple, null: t
         return one_step_estimate(x_t, t, V(x_t, t, s, *cond))
     both = tuple(torch.cat([c, n]) for c, n in zip(cond, null, strict=True))
     v_c, v_null = V(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([s, s]), *both).chunk(2)
+    if space not in ("v", "x0"):
+        raise ValueError(f'space must be "v" or "x0", not {space!r}')
     if space == "v":
         return one_step_estimate(x_t, t, energy_preserving(v_null + guidance * (v_c - v_null), v_c))
     x0_c, x0_null = one_step_estimate(x_t, t, v_c), one_step_estimate(x_t, t, v_null)
@@ -88,6 +90,8 @@ def trajectory(V: Callable, x: Tensor, cond: tuple, null: tuple | None = None, *
     dimension B. draw_noise(k) gives the fresh noise of step k, like x; None draws it from torch's global generator.
     s_rule in [0, 1], eta in [0, 1] or "renoise", guidance >= 0.
     """
+    if not (eta == "renoise" or 0 <= eta <= 1) or not 0 <= s_rule <= 1:
+        raise ValueError(f'eta must be "renoise" or lie in [0, 1], s_rule in [0, 1]; they are {eta!r} and {s_rule!r}')
     grid = time_grid(steps, mu)
     for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
         s_k = t_next + s_rule * (t - t_next)
