@@ -1,21 +1,44 @@
 """GenEval in miniature: exact scores for the built-in shapes, per step count (Sec. 4, Tables 1 and 2).
 
-    ok, reason = evaluate.judge(picture, metadata)     # a uint8 picture [H, W, 3] against GenEval's metadata of its prompt
-    evaluate.find_objects(picture)                     # what is in it: data.Object(shape, color, x, y, diameter), ...
+    python evaluate.py --checkpoint runs/laptop --steps 1 2 4 8 50            # Table 1's columns, with 95% intervals
+    python evaluate.py --checkpoint runs/laptop --split validation --steps 2 --guidance 1.5 --eta 1
+
+    # pictures for GenEval's public scorer: of a checkpoint, and of any other system that diffusers can run
+    python evaluate.py --checkpoint runs/mine --steps 2 --prompts evaluation_metadata.jsonl --export out/
+    python evaluate.py --pipeline NAME --steps 4 --prompts evaluation_metadata.jsonl --export out/
+
+    ok, reason = evaluate.judge(picture, metadata)    # a uint8 picture [H, W, 3] against the prompt's metadata
+    evaluate.find_objects(picture)                    # what is in it: data.Object(shape, color, x, y, diameter), ...
 
 GenEval asks a detector what a picture shows. Here the objects are flat shapes of eight colours on a grey ground, so the
 question has an exact answer: a picture is right when a rendering of known objects explains it and these are the objects
-asked for, each of them, and nothing else. Anti-aliasing, slight blur and slight grain are part of "explains"; a missing,
-merged, cut-off, faded or additional object is not.
+asked for, each of them, and nothing else. Anti-aliasing, slight blur and slight grain are part of "explains"; a
+missing, merged, cut-off, faded or additional object is not.
 """
 
+import argparse
 import functools
-from collections.abc import Iterator
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
 
+import checkpoint
 import data
+import errors
+import machine
+import sample
 
 # =====================================================================================================================
 # The scorer. Lengths called "units" are 32nds of the picture's side, colours are distances in RGB of 0 .. 255.
@@ -25,7 +48,7 @@ GROUND_SHARE = 0.4  # of the picture, at least; four shapes of the largest size 
 LINE = 70.0  # a pixel further than this from every line ground-colour belongs to no object
 TINT = 40.0  # the mean of an object's inner pixels lies nearer than this to the line of its colour
 GRAIN = 0.12  # of coverage that is overlooked
-AGREEMENT = 0.88  # overlap of an object with its best-fitting shape, at least
+AGREEMENT = 0.875  # overlap of an object with its best-fitting shape, at least
 PRESENCE = (0.8, 1.25)  # observed over fitted coverage: below, the object has faded; blur leaves it at 1
 DIAMETER = (6.0, 16.0)  # of an object, in units; training has 8 to 13
 SHARED = 3.0  # square units that two objects may both claim; a hidden part of an object is a missing part
@@ -76,7 +99,7 @@ def outline(shape: str) -> Outline:
 
 
 def ground_color(picture: np.ndarray) -> np.ndarray:
-    """RGB of the ground: the median picks a ground pixel where more than half are ground, its neighbourhood refines it."""
+    """RGB of the ground: where more than half is ground the median is a ground pixel; the mean of those near it."""
     pixels = picture.reshape(-1, 3)
     median = np.median(pixels, axis=0)
     return pixels[np.square(pixels - median).sum(1) < 30.0**2].mean(0) if len(pixels) else median
@@ -288,9 +311,9 @@ def find_objects(picture: np.ndarray) -> list[data.Object]:
 def stands(relation: str, a: Found, b: Found) -> bool:
     """Whether a is clearly "left of" (or ...) b.
 
-    GenEval subtracts a tenth of the sizes from the offset of the centres and then wants an angle below 60 degrees to the
-    axis. The scenes of data.py promise instead that the extents do not overlap along the axis, at any angle: that is
-    asked here, with a tenth of the sizes as slack.
+    GenEval subtracts a tenth of the sizes from the offset of the centres and then wants an angle below 60 degrees to
+    the axis. The scenes of data.py promise instead that the extents do not overlap along the axis, at any angle: that
+    is asked here, with a tenth of the sizes as slack.
     """
     axis, sign = {"left of": ("x", 1), "right of": ("x", -1), "above": ("y", 1), "below": ("y", -1)}[relation]
     return sign * (getattr(b, axis) - getattr(a, axis)) > CLEARLY * (a.diameter + b.diameter)
@@ -321,9 +344,9 @@ def assignments(items: list[dict], objects: list[Found]) -> Iterator[list[list[F
 def judge(picture: np.ndarray, metadata: dict) -> tuple[bool, str]:
     """Whether a picture shows exactly what its prompt asks for, and if not, why.
 
-    picture: uint8 [H, W, 3]. metadata: GenEval's `include` (class, count, color, position: [relation, index of the entry it
-    refers to]) and `exclude` (class, count, color), whatever the tag, so a prompt may mix all of them. Stricter than GenEval:
-    the objects of `include` must be there in exactly their numbers, and nothing else.
+    picture: uint8 [H, W, 3]. metadata: GenEval's `include` (class, count, color, position: [relation, index of the
+    entry it refers to]) and `exclude` (class, count, color), whatever the tag, so a prompt may mix all of them.
+    Stricter than GenEval: the objects of `include` must be there in exactly their numbers, and nothing else.
     """
     _, objects, complaint = explain(picture)
     if complaint:
@@ -345,3 +368,427 @@ def judge(picture: np.ndarray, metadata: dict) -> tuple[bool, str]:
 def score(picture: np.ndarray, metadata: dict) -> bool:
     """`judge` without the reason."""
     return judge(picture, metadata)[0]
+
+
+# =====================================================================================================================
+# The prompts
+# =====================================================================================================================
+SPLITS = ("train", "validation", "test", "pairs")
+FEWEST = 5  # a tag with fewer prompts of its own in a split asks training prompts too, with noise of its own
+
+
+@functools.cache
+def all_prompts() -> tuple[dict, ...]:
+    """The metadata of every prompt there is, in an order fixed by their hashes within each tag.
+
+    The prompts of the position tag tell no colours, as in GenEval, or both.
+    """
+    found = []
+    for shape in data.SHAPES:
+        found.append(data.prompt_metadata("single_object", [shape], [None]))
+        found += [data.prompt_metadata("counting", [shape], [None], count) for count in data.COUNTS]
+        found += [data.prompt_metadata("colors", [shape], [color]) for color in data.COLORS]
+    for pair in itertools.permutations(data.SHAPES, 2):
+        found.append(data.prompt_metadata("two_object", list(pair), [None, None]))
+        found += [data.prompt_metadata("color_attr", list(pair), list(colors))
+                  for colors in itertools.permutations(data.COLORS, 2)]  # fmt: skip
+        told = [(None, None), *itertools.product(data.COLORS, repeat=2)]
+        found += [data.prompt_metadata("position", list(pair), list(colors), relation=relation)
+                  for colors in told for relation in data.RELATIONS]  # fmt: skip
+    return tuple(sorted(found, key=lambda m: (m["tag"], hashlib.sha256(m["prompt"].encode()).digest())))
+
+
+def split_of(metadata: dict) -> str:
+    """"pairs" for a prompt that asks for a colour-shape pair never rendered in training, else data.split_of."""
+    pairs = {(item.get("color"), item["class"]) for item in metadata["include"]}
+    return "pairs" if pairs & data.HELD_OUT_PAIRS else data.split_of(metadata["prompt"])
+
+
+def prompts(split: str, per_tag: int | None = None) -> list[dict]:
+    """The metadata of a split's prompts, tag after tag, always the same.
+
+    "train", "validation" and "test" ask GenEval's six kinds of prompt, those of the position tag without colours. A tag
+    that has fewer than five prompts of its own in the split (data.split_of gives all one-object prompts to training)
+    asks training prompts too. "pairs" asks for what was held out of every training picture, in the tags that can:
+    colors, position (with colours) and color_attr.
+
+    per_tag: so many of each tag, cycling if there are fewer; None gives every prompt once. Raises UserError for an
+    unknown split.
+    """
+    if split not in SPLITS:
+        raise errors.UserError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
+    chosen = []
+    for tag in data.TAGS:
+        of_tag = [m for m in all_prompts() if m["tag"] == tag]
+        if split != "pairs" and tag == "position":
+            of_tag = [m for m in of_tag if not any("color" in item for item in m["include"])]
+        own = [m for m in of_tag if split_of(m) == split]
+        if split != "pairs" and len(own) < FEWEST:
+            own += [m for m in of_tag if split_of(m) == "train"]
+        if own:
+            chosen += own if per_tag is None else list(itertools.islice(itertools.cycle(own), per_tag))
+    return chosen
+
+
+def fixed_64() -> list[dict]:
+    """The 64 fixed single_object and colors prompts of the README's goal: the 41 of training, cycling."""
+    simple = [m for m in prompts("train") if m["tag"] in ("single_object", "colors")]
+    return list(itertools.islice(itertools.cycle(simple), 64))
+
+
+# =====================================================================================================================
+# Intervals
+# =====================================================================================================================
+Z95 = 1.959963984540054  # the normal quantile of a two-sided 95%
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share; total >= 1."""
+    p, z2 = right / total, Z95**2 / total
+    centre, half = (p + z2 / 2) / (1 + z2), Z95 / (1 + z2) * (p * (1 - p) / total + z2 / (4 * total)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mean_interval(shares: list[tuple[int, int]]) -> tuple[float, float, float]:
+    """The unweighted mean of independent shares (right, total) and its 95% interval: (mean, low, high).
+
+    Square-and-add (Newcombe; Zou and Donner): the distances from each share to its own Wilson limits are added as
+    squares. It keeps a width where all is right or all wrong, which a bootstrap does not. The prompts are taken as
+    given: the interval is about the noise of sampling, and a little too wide where prompts differ in difficulty.
+    """
+    rates = [right / total for right, total in shares]
+    limits = [wilson(*share) for share in shares]
+    mean = sum(rates) / len(rates)
+    below = sum((p - low) ** 2 for p, (low, _) in zip(rates, limits)) ** 0.5 / len(rates)
+    above = sum((high - p) ** 2 for p, (_, high) in zip(rates, limits)) ** 0.5 / len(rates)
+    return mean, mean - below, mean + above
+
+
+# =====================================================================================================================
+# Scores of a model
+# =====================================================================================================================
+def measure(loaded: sample.Loaded, asked: list[dict], images: int, steps: int, *, seed: int = 0, stream: int = 0,
+            bar: tqdm | None = None, **choices) -> list[int]:  # fmt: skip
+    """How many of `images` pictures of each prompt are right at one step count, one number per prompt.
+
+    asked: metadata, as from `prompts`. choices: guidance, eta, s_rule, space of sample.generate. The noise of a picture
+    is a function of (seed, stream, position of the prompt, number of the image), so models are compared on one noise.
+    """
+    jobs = [(i, j) for i in range(len(asked)) for j in range(images)]
+    right = [0] * len(asked)
+    for first in range(0, len(jobs), 64):
+        part = jobs[first : first + 64]
+        pictures = sample.generate(loaded, [asked[i]["prompt"] for i, _ in part], [(stream, i, j) for i, j in part],
+                                   seed=seed, steps=steps, **choices)  # fmt: skip
+        for (i, _), picture in zip(part, pictures):
+            right[i] += score(picture, asked[i])
+        if bar is not None:
+            bar.update(len(part))
+    return right
+
+
+def summary(asked: list[dict], right: list[int], images: int) -> dict:
+    """Scores with 95% intervals: "overall" (unweighted mean of the tags), "tags", "prompts" ([right, total] each), and
+    "unseen": the mean of the tags again, over the prompts that training never met."""
+    tags, unseen, of_prompt = {}, {}, {}
+    for metadata, n in zip(asked, right):
+        where = [(tags, metadata["tag"]), (of_prompt, metadata["prompt"])]
+        if split_of(metadata) != "train":
+            where.append((unseen, metadata["tag"]))
+        for counts, key in where:
+            r, total = counts.get(key, (0, 0))
+            counts[key] = (r + n, total + images)
+
+    def entry(share):
+        low, high = wilson(*share)
+        return {"score": share[0] / share[1], "low": low, "high": high, "right": share[0], "total": share[1]}
+
+    def overall(counts):
+        return dict(zip(("score", "low", "high"), mean_interval(list(counts.values()))))
+
+    whole = {"overall": overall(tags), "tags": {tag: entry(share) for tag, share in tags.items()}}
+    if unseen:
+        whole["unseen"] = overall(unseen) | {"tags": {tag: entry(share) for tag, share in unseen.items()}}
+    return whole | {"prompts": of_prompt}
+
+
+TABLE_ORDER = ("single_object", "two_object", "color_attr", "colors", "counting", "position")  # as in Table 1
+COLUMN_NAMES = {"single_object": "Single Object", "two_object": "Two Object", "color_attr": "Attribute Binding",
+                "colors": "Colors", "counting": "Counting", "position": "Position"}  # fmt: skip
+
+
+def table(split: str, by_steps: dict[int, dict]) -> str:
+    """Table 1's columns as text, one row per step count."""
+    tags = [tag for tag in TABLE_ORDER if tag in next(iter(by_steps.values()))["tags"]]
+    names = ["Overall", *(COLUMN_NAMES[tag] for tag in tags)]
+    lines = ["Steps  " + "".join(f"{name:<20}" for name in names).rstrip()]
+    for steps, scores in by_steps.items():
+        cells = [scores["overall"], *(scores["tags"][tag] for tag in tags)]
+        texts = [f"{c['score']:.3f} [{c['low']:.3f} {c['high']:.3f}]" for c in cells]
+        lines.append(f"{steps:>5}  " + "".join(f"{text:<20}" for text in texts).rstrip())
+        if split != "pairs" and "unseen" in scores:
+            c, own = scores["unseen"], [t for t in TABLE_ORDER if t in scores["unseen"]["tags"]]
+            names = ", ".join(f"{COLUMN_NAMES[tag]} {c['tags'][tag]['score']:.3f}" for tag in own)
+            text = f"{c['score']:.3f} [{c['low']:.3f} {c['high']:.3f}]"
+            lines.append(f"{'':7}{text} on prompts never seen in training: {names}")
+    return "\n".join(lines)
+
+
+def draw_figure(results: dict, path: Path) -> None:
+    """Scores over step counts, one panel per split: overall with its interval, and each tag."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(results["splits"]), figsize=(5 * len(results["splits"]), 4), squeeze=False)
+    for panel, (split, by_steps) in zip(panels[0], results["splits"].items()):
+        x = list(range(len(by_steps)))
+        for tag in TABLE_ORDER:
+            if all(tag in scores["tags"] for scores in by_steps.values()):
+                y = [scores["tags"][tag]["score"] for scores in by_steps.values()]
+                panel.plot(x, y, marker=".", linewidth=1, alpha=0.6, label=COLUMN_NAMES[tag])
+        overall = [scores["overall"] for scores in by_steps.values()]
+        spread = [[c["score"] - c["low"] for c in overall], [c["high"] - c["score"] for c in overall]]
+        panel.errorbar(x, [c["score"] for c in overall], spread, color="black", marker="o", capsize=3, label="Overall")
+        panel.set(xticks=x, xticklabels=list(by_steps), ylim=(-0.02, 1.02), xlabel="steps", title=f"{split} prompts",
+                  ylabel="share of pictures that are right")  # fmt: skip
+        panel.grid(alpha=0.3)
+    panels[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, format="png", dpi=120)
+    os.replace(partial, path)
+    plt.close(figure)
+
+
+def commit_of_code() -> str:
+    """The commit this code is at, with "+" when files differ from it; "unknown" outside a git clone."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def provenance(device: torch.device) -> dict:
+    """What a result file says of where it comes from."""
+    return {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit_of_code(),
+            "machine": machine.describe(device), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+
+
+# =====================================================================================================================
+# Pictures for GenEval's public scorer
+# =====================================================================================================================
+def read_prompt_file(path: Path) -> list[dict]:
+    """The lines of a prompt file of GenEval's format: JSON objects with at least a "prompt". Raises UserError."""
+    if not path.is_file():
+        raise errors.UserError(f"no such prompt file: {path}")
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            metadata = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise errors.UserError(f"{path}, entry {number} is not JSON ({error})") from error
+        if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
+            raise errors.UserError(f'{path}, entry {number} has no "prompt"; GenEval\'s evaluation_metadata.jsonl has')
+        found.append(metadata)
+    if not found:
+        raise errors.UserError(f"{path} is empty")
+    return found
+
+
+def export(folder: Path, asked: list[dict], images: int, settings: dict,
+           draw: Callable[[list[tuple[int, int]]], list[Image.Image]], batch_size: int) -> int:  # fmt: skip
+    """Write pictures where GenEval's scorer reads them: 00000/metadata.jsonl, 00000/samples/0000.png, ...
+
+    draw([(prompt, image), ...]) makes pictures that depend on these two numbers alone. Files that are there are kept,
+    so a stopped export goes on where it was. `settings` is stored as settings.json; going on with others is refused.
+    Returns how many pictures were made. Raises UserError when the folder cannot be used.
+    """
+    if (folder / "settings.json").exists():
+        if checkpoint.read_json(folder / "settings.json") != settings:
+            raise errors.UserError(f"{folder} holds pictures of other settings (settings.json); choose another folder")
+    elif folder.exists() and any(folder.iterdir()):
+        raise errors.UserError(f"{folder} is not empty and holds no export to go on with; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(folder / "settings.json", settings)
+    for i, metadata in enumerate(asked):
+        (folder / f"{i:05}" / "samples").mkdir(parents=True, exist_ok=True)
+        put(folder / f"{i:05}" / "metadata.jsonl", lambda p, m=metadata: p.write_text(json.dumps(m), encoding="utf-8"))
+
+    def place(i, j):
+        return folder / f"{i:05}" / "samples" / f"{j:04}.png"
+
+    jobs = [(i, j) for i in range(len(asked)) for j in range(images) if not place(i, j).exists()]
+    whole = len(asked) * images
+    with tqdm(total=whole, initial=whole - len(jobs), unit=" pictures", disable=None) as bar:
+        for first in range(0, len(jobs), batch_size):
+            part = jobs[first : first + batch_size]
+            for job, picture in zip(part, draw(part), strict=True):
+                put(place(*job), lambda p, x=picture: x.save(p, format="PNG"))
+                bar.update()
+    return len(jobs)
+
+
+def put(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file in one piece. The name until then begins with a dot: GenEval reads whatever begins like 0000.png."""
+    partial = path.with_name("." + path.name + ".partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+def open_pipeline(name: str, device: torch.device):
+    """A diffusers text-to-image pipeline by its Hugging Face name or folder. Raises UserError when there is none."""
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError as error:
+        raise errors.UserError("--pipeline needs diffusers: pip install diffusers") from error
+    dtype = torch.float32 if device.type == "cpu" else machine.pick_precision(device)
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise errors.UserError(f"cannot load the pipeline {name!r}: {' '.join(str(error).split())[:300]}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def draw_with_pipeline(pipeline, asked: list[dict], seed: int, steps: int, guidance: float | None, side: int | None):
+    """The `draw` of `export` for a pipeline: one seeded generator per picture; None leaves a choice to the pipeline."""
+    options = {"guidance_scale": guidance, "height": side, "width": side}
+    options = {name: value for name, value in options.items() if value is not None}
+
+    def draw(jobs):
+        texts = [asked[i]["prompt"] for i, _ in jobs]
+        seeds = [int.from_bytes(hashlib.sha256(f"{seed} {i} {j}".encode()).digest()[:7], "little") for i, j in jobs]
+        generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]  # on the CPU: the same on every device
+        return pipeline(texts, num_inference_steps=steps, generator=generators, **options).images
+
+    return draw
+
+
+# =====================================================================================================================
+# The command
+# =====================================================================================================================
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = errors.Parser("evaluate.py", "Score a model per step count, or write its pictures for GenEval's scorer.")
+    a = parser.add_argument_group("what").add_argument
+    a("--checkpoint", type=Path, default=Path("checkpoints/laptop"),
+      help="folder of a run (default: checkpoints/laptop)")  # fmt: skip
+    a("--split", nargs="+", choices=SPLITS, default=["test", "pairs"], help="which prompts (default: test pairs)")
+    a("--per-tag", type=int, default=24, help="prompts of each tag, cycling (default: 24)")
+    a("--images", type=int, default=4, help="pictures per prompt (default: 4)")
+    a("--seed", type=int, default=0, help="of the noise (default: 0)")
+    a("--out", type=Path, help="the JSON to write, a figure beside it (default: evaluation.json in the checkpoint)")
+    a = parser.add_argument_group("how (each default is the checkpoint's own)").add_argument
+    a("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 50], help="evaluations of the network (default: 1 2 4 8 50)")
+    a("--guidance", type=float, help="scale of guidance; 1 is off")
+    a("--eta", type=sample.fraction_or_name({"renoise": "renoise"}), help='0 deterministic .. 1 ancestral; "renoise"')
+    a("--s-rule", type=sample.fraction_or_name(sample.S_RULES), help='"next" (t_k+1), "same" (t_k), or between: 0..1')
+    a("--space", choices=("v", "x0"), help="where guidance keeps the energy")
+    a("--device", default="auto", help="cuda, mps, cpu (default: the best there is)")
+    a = parser.add_argument_group("pictures for GenEval's scorer instead of scores").add_argument
+    a("--export", type=Path, help="folder to write 00000/samples/0000.png ... to; goes on where it stopped")
+    a("--prompts", type=Path, help="a file of GenEval's format, one JSON object with a prompt per line")
+    a("--pipeline", help="a diffusers text-to-image pipeline, by name or folder, in place of --checkpoint")
+    a("--side", type=int, help="side of the pipeline's pictures in pixels (default: the pipeline's)")
+    a("--batch-size", type=int, default=8, help="pictures at once in an export (default: 8)")
+    args = parser.parse_args(argv)
+    if min(args.steps) < 1:
+        parser.error("--steps must be at least 1")
+    if min(args.images, args.per_tag, args.batch_size) < 1 or args.seed < 0:
+        parser.error("--images, --per-tag and --batch-size must be at least 1, --seed not negative")
+    if args.guidance is not None and not 0 <= args.guidance <= 100:
+        parser.error("--guidance must lie between 0 and 100")
+    if (args.export is None) != (args.prompts is None):
+        parser.error("--export and --prompts go together")
+    if args.export is None and (args.pipeline or args.side):
+        parser.error("--pipeline and --side need --export: GenEval's own scorer judges photographs")
+    if args.export is not None and len(args.steps) != 1:
+        parser.error("--export takes one step count: give --steps N, and a folder for each N")
+    if args.side is not None and (not args.pipeline or args.side < 1):
+        parser.error("--side needs --pipeline, and must be at least 1")
+    if args.pipeline and any(value is not None for value in (args.eta, args.s_rule, args.space)):
+        parser.error("--eta, --s-rule and --space are choices of our sampler; a pipeline has its own")
+    args.steps = list(dict.fromkeys(args.steps))
+    args.split = list(dict.fromkeys(args.split))
+    return args
+
+
+def run_export(args: argparse.Namespace, device: torch.device) -> None:
+    asked = read_prompt_file(args.prompts)
+    steps, choices = args.steps[0], {"guidance": args.guidance}
+    settings = {"prompts": hashlib.sha256(args.prompts.read_bytes()).hexdigest(), "steps": steps, "seed": args.seed,
+                "guidance": args.guidance}  # fmt: skip
+    if args.pipeline:
+        pipeline = open_pipeline(args.pipeline, device)
+        draw = draw_with_pipeline(pipeline, asked, args.seed, steps, args.guidance, args.side)
+        settings |= {"pipeline": args.pipeline, "side": args.side}
+    else:
+        loaded = sample.load(args.checkpoint, device)
+        choices |= {"eta": args.eta, "s_rule": args.s_rule, "space": args.space}
+        weights = hashlib.sha256((args.checkpoint / "model.safetensors").read_bytes()).hexdigest()
+        settings |= choices | {"weights": weights}
+
+        def draw(jobs):
+            pictures = sample.generate(loaded, [asked[i]["prompt"] for i, _ in jobs], jobs, seed=args.seed, steps=steps,
+                                       **choices)  # fmt: skip
+            return [Image.fromarray(picture) for picture in pictures]
+
+    made = export(args.export, asked, args.images, settings, draw, args.batch_size)
+    print(f"wrote {args.export}: {made} new pictures, {len(asked) * args.images} in all, for GenEval's scorer")
+
+
+def run_scores(args: argparse.Namespace, device: torch.device) -> None:
+    out = args.out or args.checkpoint / "evaluation.json"
+    if out.suffix != ".json" or not (out.parent.is_dir() or out.parent == args.checkpoint):
+        raise errors.UserError(f"--out must name a .json file in a folder that exists, not {out}")
+    loaded = sample.load(args.checkpoint, device)
+    if loaded.config["data"] != "shapes":
+        raise errors.UserError(f"{args.checkpoint} was trained on {loaded.config['data']}; only the built-in shapes "
+                               "have exact scores. For other models: --export, and GenEval's own scorer")  # fmt: skip
+    flow_matching = loaded.config["objective"] == "flow_matching"  # has learned s = t alone, whatever its config says
+    own = {name: loaded.config[key] for name, key in (("guidance", "guidance"), ("eta", "eta"), ("s_rule", "s_rule"),
+                                                     ("space", "guidance_space"))}  # fmt: skip
+    if flow_matching:
+        own["s_rule"] = 1.0
+    choices = {name: own[name] if getattr(args, name) is None else getattr(args, name) for name in own}
+    results = provenance(device) | {"checkpoint": str(args.checkpoint), "seed": args.seed, "images": args.images,
+                                    "per_tag": args.per_tag, "choices": choices, "splits": {}}  # fmt: skip
+    began = time.perf_counter()
+    asked = {split: prompts(split, args.per_tag) for split in args.split}
+    total = sum(len(a) for a in asked.values()) * args.images * len(args.steps)
+    with tqdm(total=total, unit=" pictures", disable=None) as bar:
+        for split in args.split:
+            results["splits"][split] = {}
+            for steps in args.steps:
+                right = measure(loaded, asked[split], args.images, steps, seed=args.seed, stream=SPLITS.index(split),
+                                bar=bar, **choices)  # fmt: skip
+                results["splits"][split][steps] = summary(asked[split], right, args.images)
+    results["seconds"] = round(time.perf_counter() - began, 1)
+    for split in args.split:
+        pictures = len(asked[split]) * args.images
+        print(f"\n{split} prompts, {pictures} pictures a row, score [95% interval]")
+        print(table(split, results["splits"][split]))
+    checkpoint.write_json(out, results)
+    draw_figure(results, out.with_suffix(".png"))
+    print(f"\nwrote {out} and {out.with_suffix('.png')}")
+
+
+def main() -> None:
+    args = parse_arguments()
+    machine.keep_freed_memory()
+    device = machine.pick_device(args.device)
+    if args.export is not None:
+        run_export(args, device)
+    else:
+        run_scores(args, device)
+
+
+if __name__ == "__main__":
+    errors.run(main)
