@@ -1,0 +1,137 @@
+"""Any-step sampling in the plane: six objectives, one small network, one budget, and what each buys.
+
+    python toy/any_step.py                        # about two minutes on two cores: tables, and figures in toy/results
+    python toy/any_step.py --layout far           # one layout only
+    python toy/any_step.py --seed 1 --out runs/x  # another seed, another folder
+    python toy/any_step.py --study list           # the paper's open questions (toy/studies.py)
+    python toy/any_step.py --study s_rule         # one of them, three seeds, kept in toy/results/s_rule.json
+
+For N = 1, 2, 4, 8, 50 evaluations of the network it prints the energy distance to fresh data, the sliced Wasserstein-2
+distance and the share of samples that fell between the modes, averaged over the conditions. "floor" is what two samples
+of the data have between them. mixture.py holds the data, training.py the network, measures.py the distances.
+"""
+
+import argparse
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # so that it runs from any folder
+
+from toy import figures, studies
+from toy.measures import BUDGETS, evaluate
+from toy.mixture import LAYOUTS
+from toy.training import STEPS, Member, assemble, train
+
+# The objectives side by side: label -> (departures from training.PAPER, choices of the sampler).
+OBJECTIVES = {
+    label: studies.STUDIES["objectives"].settings[label]
+    for label in (
+        "flow matching",  # s = t always, sampled at s_k = t_k
+        "Self-E",  # the paper's first stage: Eq. 19-20, the classifier term alone
+        "Eq. 16 to the letter",  # no normalisation of the target
+        "control Delta = 0",  # Eq. 19 with nothing to say about x0_hat
+        "auxiliary throughout",  # s.6 with k = 0.9 from the first step
+        "auxiliary late",  # the same from 77% of the training, as in the paper
+    )
+}
+
+
+def one_objective(label: str, members: list[Member], steps: int) -> tuple[str, list[dict], list[dict], float]:
+    """Train and measure one row of the comparison; what comes back crosses a process boundary, hence plain dicts."""
+    torch.set_num_threads(1)  # the matrices are too small to share
+    start = time.perf_counter()
+    changes, sampling = OBJECTIVES[label]
+    net = train(members, steps, **changes)
+    results = evaluate(net, members, **sampling)
+    return label, results, [net.weights_of(e) for e in range(len(members))], time.perf_counter() - start
+
+
+def compare(layouts: list[str], seed: int, steps: int, out: Path, jobs: int) -> None:
+    """The main command: train all objectives, print the tables, write any_step.json and the figures."""
+    start = time.perf_counter()
+    members = [Member(layout, seed) for layout in layouts]
+    results, nets = {"floor": evaluate(None, members)}, {}
+    context = get_context("spawn")  # a forked torch may hang
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        waiting = [pool.submit(one_objective, label, members, steps) for label in OBJECTIVES]
+        for future in waiting:
+            label, results[label], weights, seconds = future.result()
+            nets[label] = assemble(members, weights)
+            print(f"trained and measured: {label}, {seconds:.0f} s", flush=True)
+
+    for e, layout in enumerate(layouts):
+        for measure in ("energy", "sliced_w2", "off_modes"):
+            print(f"\n{layout + ': ' + measure:24s}" + "".join(f"{f'N = {n}':>10s}" for n in BUDGETS))
+            for label, rows in results.items():
+                print(f"{label:24s}" + "".join(f"{rows[e][str(n)][measure]:10.4f}" for n in BUDGETS))
+        masses = {label: rows[e]["2"]["mass"][0] for label, rows in results.items()}
+        print(f"\n{layout}: share of each mode of condition 0 at N = 2 (truth {members[e].q.weights[0].tolist()})")
+        for label, mass in masses.items():
+            print(f"{label:24s}" + "".join(f"{share:10.3f}" for share in mass))
+
+    seconds = time.perf_counter() - start
+    record = {
+        "command": "python toy/any_step.py " + " ".join(sys.argv[1:]), "commit": studies.commit(), "hardware": studies.hardware(),
+        "torch": torch.__version__, "seed": seed, "steps": steps, "jobs": jobs, "seconds": round(seconds, 1),
+        "settings": {label: {"training": a, "sampling": b} for label, (a, b) in OBJECTIVES.items()},
+        "results": {layout: {label: rows[e] for label, rows in results.items()} for e, layout in enumerate(layouts)},
+    }  # fmt: skip
+    studies.write_json(out / "any_step.json", record)
+    sampling = {label: choices for label, (_, choices) in OBJECTIVES.items()}
+    for e, member in enumerate(members):
+        figures.samples(nets, sampling, members, e, out / f"samples_{member.layout}.png")
+    shown = layouts.index("between") if "between" in layouts else 0
+    figures.trajectories(nets, sampling, members, shown, out / "trajectories.png")
+    figures.distances(record["results"], out / "distances.png")
+    figures.fields(layouts, seed, out / "fields.png")
+    print(f"\nfigures and any_step.json in {out}; {time.perf_counter() - start:.0f} s in all, {jobs} processes")
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers bad input with one line, and exit code 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main() -> int:
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--layout", default="all", choices=["all", *LAYOUTS], help="which data; all shows the three side by side")
+    parser.add_argument("--study", help="an open question instead of the comparison; list names them all")
+    parser.add_argument("--seed", type=int, default=0, help="names every random number of the comparison (studies use 0, 1, 2)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps, {STEPS} unless told otherwise")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that train at the same time; 1 trains one by one")
+    parser.add_argument("--out", type=Path, default=ROOT / "toy" / "results", help="folder for the JSON file and the figures")
+    args = parser.parse_args()
+    if args.study not in (None, "list", *studies.STUDIES):
+        parser.error(f"--study: no {args.study!r}; choose from {', '.join(studies.STUDIES)}")
+    for name in ("steps", "jobs"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.seed < 0:
+        parser.error(f"--seed must be at least 0, not {args.seed}")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out must be a folder; {args.out} is a file")
+
+    torch.set_num_threads(1)
+    if args.study == "list":
+        for name, study in studies.STUDIES.items():
+            print(f"{name:14s} {study.question}")
+    elif args.study:
+        kept = studies.run(args.study, args.out, steps=args.steps)
+        print(studies.table(kept))
+        figures.study(kept, args.out / f"{args.study}.png")
+    else:
+        layouts = list(LAYOUTS) if args.layout == "all" else [args.layout]
+        compare(layouts, args.seed, args.steps, args.out, args.jobs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

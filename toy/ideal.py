@@ -1,0 +1,124 @@
+"""What does the objective ask for? The targets of Eq. 18 and 19 followed to their end, with nothing left to the network.
+
+    python toy/ideal.py                       # three seeds: a table, toy/results/ideal.json and ideal.png
+
+A trained network shows what an objective gives, but its own errors are mixed in. Here they are taken away:
+
+    every x_t has its own free answer x0_hat       no network to blend neighbours
+    G_null, G_c are exact posterior means          no error in the evaluation (Eq. 4, s.1)
+    G_fake is the exact mean of the answers        s.8 learned to perfection
+    t and s are fixed                              no sharing between times
+
+and the answers walk to the target again and again, x0_hat <- x0_hat + rate (target - x0_hat), each time with a new x0
+from q(x0 | x_t, c) and new noise in Eq. 8, until they stay. What is left is the objective's own opinion. It starts from
+the answer of flow matching, E[x0 | x_t, c]. The distance is measured where the paper promises it, between p(x_s | c) and
+q(x_s | c) (Sec. 3.2), and at s = 0.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # so that it runs from any folder
+
+import losses
+from randomness import rng
+from toy import figures, studies
+from toy.measures import energy_distance
+from toy.mixture import LAYOUTS, Mixture
+
+SEEDS, T, TIMES = (0, 1, 2), 0.9, (0.05, 0.3, 0.6)
+ANSWERS, ROUNDS = 300, 300  # answers per condition; rounds of following the target
+
+GOALS = {  # label -> (k or None, whether Eq. 19 follows Eq. 18, factor on Delta)
+    "flow matching": None,
+    "Eq. 19, Delta = 0": (1.0, True, 0.0),
+    "Eq. 19, classifier only": (1.0, True, 1.0),
+    "Eq. 19, k = 0.9": (0.9, True, 1.0),
+    "Eq. 19, k = 0": (0.0, True, 1.0),
+    "Eq. 18, classifier only": (1.0, False, 1.0),
+    "Eq. 18, k = 0": (0.0, False, 1.0),
+}
+
+
+def mean_of_answers(x_s: Tensor, s: float, x0_hat: Tensor) -> Tensor:
+    """E_p[x0 | x_s, c] when p(x0 | c) is the answers themselves: [C, n, 2] each, one row of answers per condition."""
+    distance2 = torch.cdist(x_s, (1 - s) * x0_hat).square()
+    return (-distance2 / (2 * s**2)).softmax(-1) @ x0_hat
+
+
+def settle(q: Mixture, s: float, goal: tuple | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Answers [C, n, 2] at time T that have followed their target to the end, and fresh data [C, n, 2]."""
+    g, n = rng(seed, "toy ideal"), ANSWERS
+    c = torch.arange(q.C).repeat_interleave(n)
+    normal = lambda: torch.from_numpy(g.standard_normal((len(c), 2), dtype=np.float32))  # noqa: E731
+    t, s_all = torch.full((len(c),), T), torch.full((len(c),), s)
+    x_t = losses.add_noise(q.sample(c, g), t, normal())
+    data = q.sample(c, g).view(q.C, n, 2)
+    x0_hat = q.posterior_mean(x_t, t, c)
+    if goal is None:
+        return x0_hat.view(q.C, n, 2), data
+    k, normalised, scale = goal
+    w = losses.mix_weight(t, s_all)
+    for i in range(ROUNDS):
+        x0 = q.posterior_sample(x_t, t, c, g)  # training meets every x0 that this x_t could have come from
+        x_s = losses.add_noise(x0_hat, s_all, normal())
+        G_null, G_c = q.posterior_mean(x_s, s_all, q.null(c)), q.posterior_mean(x_s, s_all, c)
+        G_fake = mean_of_answers(x_s.view(q.C, n, 2), s, x0_hat.view(q.C, n, 2)).view_as(x_s)
+        Delta = scale * losses.self_evaluation(G_null, G_c, G_fake, k)
+        target = losses.implicit_target(x0, losses.pseudo_target(x0_hat, Delta), w)
+        if normalised:
+            target = losses.renormalise(target, x0)
+        x0_hat = x0_hat + 0.3 * (1 - i / ROUNDS) * (target - x0_hat)  # the falling rate averages the noise out
+    return x0_hat.view(q.C, n, 2), data
+
+
+def distance(x: Tensor, y: Tensor, s: float, seed: int) -> float:
+    """Energy distance after both are noised to s, averaged over conditions."""
+    g = rng(seed, "toy ideal distance")
+    noised = [(1 - s) * a + s * torch.from_numpy(g.standard_normal(a.shape, dtype=np.float32)) for a in (x, y)]
+    return float(np.mean([energy_distance(a, b) for a, b in zip(*noised)]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "toy" / "results", help="folder for ideal.json and ideal.png")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    start, records, pictures = time.perf_counter(), [], {}
+    for layout in LAYOUTS:
+        q = Mixture(**LAYOUTS[layout])
+        for label, goal in GOALS.items():
+            for s in TIMES:
+                for seed in SEEDS:
+                    x0_hat, data = settle(q, s, goal, seed)
+                    at_0, at_s = distance(x0_hat, data, 0.0, seed), distance(x0_hat, data, s, seed)
+                    records.append({"layout": layout, "label": label, "s": s, "seed": seed, "energy_at_0": at_0, "energy_at_s": at_s})
+                    pictures.setdefault((layout, label, s), x0_hat)
+        print(f"\n{layout}: energy distance of x_s, and of x0_hat itself; t = {T}, mean ± std over {len(SEEDS)} seeds")
+        print(f"{'':26s}" + "".join(f"{f's = {s:g}: x_s':>18s}{'x0_hat':>16s}" for s in TIMES))
+        for label in GOALS:
+            cells = ""
+            for s in TIMES:
+                rows = [r for r in records if (r["layout"], r["label"], r["s"]) == (layout, label, s)]
+                for key, width in (("energy_at_s", 10), ("energy_at_0", 8)):
+                    values = [r[key] for r in rows]
+                    cells += f"{np.mean(values):{width}.4f} ±{np.std(values, ddof=1):6.4f}"
+            print(f"{label:26s}{cells}", flush=True)
+    seconds = round(time.perf_counter() - start, 1)
+    head = {"command": "python toy/ideal.py", "commit": studies.commit(), "hardware": studies.hardware(), "torch": torch.__version__,
+            "seeds": SEEDS, "t": T, "answers": ANSWERS, "rounds": ROUNDS, "seconds": seconds, "records": records}  # fmt: skip
+    studies.write_json(args.out / "ideal.json", head)
+    figures.ideal(pictures, [name for name in LAYOUTS if name != "ring"], list(GOALS), TIMES, T, args.out / "ideal.png")
+    print(f"\n{args.out / 'ideal.png'}; {seconds:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
