@@ -25,6 +25,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -651,7 +652,9 @@ def open_pipeline(name: str, device: torch.device):
         raise errors.UserError("--pipeline needs diffusers: pip install diffusers") from error
     dtype = torch.float32 if device.type == "cpu" else machine.pick_precision(device)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+        with warnings.catch_warnings():  # the argument's name differs between versions; newer ones take this, and warn
+            warnings.simplefilter("ignore", FutureWarning)
+            pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
     except (OSError, ValueError) as error:
         raise errors.UserError(f"cannot load the pipeline {name!r}: {' '.join(str(error).split())[:300]}") from error
     pipeline.set_progress_bar_config(disable=True)
@@ -720,18 +723,26 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return args
 
 
+def choices_of(args: argparse.Namespace, config: dict) -> dict:
+    """How to sample: what the arguments say, else what the checkpoint's config says."""
+    own = {"guidance": config["guidance"], "eta": config["eta"], "s_rule": config["s_rule"],
+           "space": config["guidance_space"]}  # fmt: skip
+    if config["objective"] == "flow_matching":
+        own["s_rule"] = 1.0  # it has learned s = t and nothing else
+    return {name: own[name] if getattr(args, name) is None else getattr(args, name) for name in own}
+
+
 def run_export(args: argparse.Namespace, device: torch.device) -> None:
     asked = read_prompt_file(args.prompts)
-    steps, choices = args.steps[0], {"guidance": args.guidance}
-    settings = {"prompts": hashlib.sha256(args.prompts.read_bytes()).hexdigest(), "steps": steps, "seed": args.seed,
-                "guidance": args.guidance}  # fmt: skip
+    steps = args.steps[0]
+    settings = {"prompts": hashlib.sha256(args.prompts.read_bytes()).hexdigest(), "steps": steps, "seed": args.seed}
     if args.pipeline:
         pipeline = open_pipeline(args.pipeline, device)
         draw = draw_with_pipeline(pipeline, asked, args.seed, steps, args.guidance, args.side)
-        settings |= {"pipeline": args.pipeline, "side": args.side}
+        settings |= {"pipeline": args.pipeline, "guidance": args.guidance, "side": args.side}
     else:
         loaded = sample.load(args.checkpoint, device)
-        choices |= {"eta": args.eta, "s_rule": args.s_rule, "space": args.space}
+        choices = choices_of(args, loaded.config)
         weights = hashlib.sha256((args.checkpoint / "model.safetensors").read_bytes()).hexdigest()
         settings |= choices | {"weights": weights}
 
@@ -752,12 +763,7 @@ def run_scores(args: argparse.Namespace, device: torch.device) -> None:
     if loaded.config["data"] != "shapes":
         raise errors.UserError(f"{args.checkpoint} was trained on {loaded.config['data']}; only the built-in shapes "
                                "have exact scores. For other models: --export, and GenEval's own scorer")  # fmt: skip
-    flow_matching = loaded.config["objective"] == "flow_matching"  # has learned s = t alone, whatever its config says
-    own = {name: loaded.config[key] for name, key in (("guidance", "guidance"), ("eta", "eta"), ("s_rule", "s_rule"),
-                                                     ("space", "guidance_space"))}  # fmt: skip
-    if flow_matching:
-        own["s_rule"] = 1.0
-    choices = {name: own[name] if getattr(args, name) is None else getattr(args, name) for name in own}
+    choices = choices_of(args, loaded.config)
     results = provenance(device) | {"checkpoint": str(args.checkpoint), "seed": args.seed, "images": args.images,
                                     "per_tag": args.per_tag, "choices": choices, "splits": {}}  # fmt: skip
     began = time.perf_counter()

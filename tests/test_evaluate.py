@@ -1,13 +1,23 @@
 """evaluate.py judged against renderings whose content is known, true ones and ones with a single fault."""
 
 import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
+import checkpoint
 import data
+import errors
 import evaluate
+import model
 from data import Object, Scene
 from randomness import rng
 
@@ -157,9 +167,9 @@ def ghost(scene, size, random):
 
 
 def merged(scene, size, random):
-    """An object drawn twice, overlapping by a third to a half."""
+    """An object drawn twice, the second 0.55 to 0.7 of its diameter away."""
     o = scene.objects[0]
-    angle, far = random.uniform(0, 2 * np.pi), random.uniform(0.5, 0.65) * o.diameter
+    angle, far = random.uniform(0, 2 * np.pi), random.uniform(0.55, 0.7) * o.diameter
     again = dataclasses.replace(o, x=o.x + far * np.cos(angle), y=o.y + far * np.sin(angle))
     return data.render(dataclasses.replace(scene, objects=(*scene.objects, again)), size)
 
@@ -218,10 +228,13 @@ def smeared(scene, size, random):
 
 
 def off_palette(scene, size, random):
-    """A colour half-way between two of the palette."""
-    o = scene.objects[0]
-    second = other(random, data.COLORS, {o.color, "black", "white"} if o.color not in ("black", "white") else {o.color})
-    return mean_of(data.render(scene, size), data.render(changed(scene, color=second), size))
+    """A colour half-way between two of the palette, and not near a third (red and blue do make a purple)."""
+    o, palette = scene.objects[0], np.array(list(data.COLORS.values()))
+    for second in random.permutation(list(data.COLORS)):
+        middle = (np.array(data.COLORS[o.color]) + data.COLORS[second]) / 2
+        if np.linalg.norm(palette - middle, axis=1).min() > 60 and np.ptp(middle) > 60:
+            return mean_of(data.render(scene, size), data.render(changed(scene, color=str(second)), size))
+    return None
 
 
 FAULTS = [wrong_color, wrong_shape, swapped_colors, swapped_relation, missing, additional, faded, ghost, merged,
@@ -252,3 +265,339 @@ def test_near_misses_are_rejected(fault):
 def test_hundreds_of_near_misses_are_rejected(fault, size):
     made, wrong = fooled(fault, size, 600)
     assert made >= 100 and not wrong, wrong
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metadata is judged by its fields
+# ---------------------------------------------------------------------------------------------------------------------
+def picture_of(*objects, ground=120, size=32):
+    return data.render(Scene(tuple(Object(*o) for o in objects), ground, {}), size)
+
+
+TWO_CIRCLES_AND_A_SQUARE = (("circle", "red", 6, 7, 9), ("circle", "red", 6, 24, 9), ("square", "blue", 24, 16, 10))
+
+
+@pytest.mark.parametrize("metadata, expected", [
+    ({"include": [{"class": "circle", "count": 2, "color": "red"}, {"class": "square", "count": 1}]}, True),
+    ({"include": [{"class": "square", "count": 1, "color": "blue"},
+                  {"class": "circle", "count": 2, "position": ["left of", 0]}]}, True),
+    ({"include": [{"class": "square", "count": 1, "color": "blue"},
+                  {"class": "circle", "count": 2, "position": ["right of", 0]}]}, False),
+    ({"include": [{"class": "square", "count": 1}, {"class": "circle", "count": 2, "position": ["above", 0]}]}, False),
+    ({"include": [{"class": "circle", "count": 1}, {"class": "circle", "count": 1, "position": ["below", 0]},
+                  {"class": "square", "count": 1}]}, True),
+    ({"include": [{"class": "circle", "count": 2}]}, False),
+    ({"include": [{"class": "circle", "count": 1}, {"class": "square", "count": 1}]}, False),
+    ({"include": [{"class": "circle", "count": 2, "color": "pink"}, {"class": "square", "count": 1}]}, False),
+    ({"include": [{"class": "circle", "count": 2}, {"class": "square", "count": 1}],
+      "exclude": [{"class": "circle", "count": 3}]}, True),
+    ({"include": [{"class": "circle", "count": 2}, {"class": "square", "count": 1}],
+      "exclude": [{"class": "circle", "count": 1, "color": "red"}]}, False),
+])  # fmt: skip
+def test_mixed_prompts_are_judged_by_include_and_exclude(metadata, expected):
+    ok, why = evaluate.judge(picture_of(*TWO_CIRCLES_AND_A_SQUARE), metadata)
+    assert ok == expected, why
+
+
+def test_an_empty_picture_shows_nothing():
+    ok, why = evaluate.judge(picture_of(), {"include": [{"class": "circle", "count": 1}]})
+    assert not ok and why == "shows nothing"
+    assert evaluate.find_objects(picture_of()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+# ---------------------------------------------------------------------------------------------------------------------
+def test_unseen_prompts_and_pairs_never_occur_in_training():
+    source, unseen = data.Shapes(32), {m["prompt"] for m in evaluate.all_prompts() if evaluate.split_of(m) != "train"}
+    drawn = [source.scene(g).metadata for g in range(3000)]
+    assert len(unseen) > 1000 and not unseen & {m["prompt"] for m in drawn}
+    known = {m["prompt"] for m in evaluate.all_prompts()}
+    assert sum(m["prompt"] in known for m in drawn) > 2000  # the same wording, so that no overlap means something
+    for split in ("validation", "test", "pairs"):
+        own = {m["prompt"] for m in evaluate.prompts(split) if evaluate.split_of(m) == split}
+        assert own and own <= unseen
+
+
+def test_splits_are_balanced_disjoint_and_fixed():
+    own = {}
+    for split in evaluate.SPLITS:
+        listed = evaluate.prompts(split)
+        assert len({m["prompt"] for m in listed}) == len(listed)
+        own[split] = {m["prompt"] for m in listed if evaluate.split_of(m) == split}
+        balanced = evaluate.prompts(split, 30)
+        tags = [m["tag"] for m in balanced]
+        assert {tags.count(tag) for tag in set(tags)} == {30}
+        assert set(tags) == ({"colors", "position", "color_attr"} if split == "pairs" else set(data.TAGS))
+    for a in own:
+        assert not any(own[a] & own[b] for b in own if b != a)
+    held_out = {("red", "triangle"), ("blue", "ring"), ("yellow", "square"), ("green", "cross")}
+    for m in evaluate.prompts("pairs"):
+        assert any((item.get("color"), item["class"]) in held_out for item in m["include"])
+    # The order is part of what a seed means.
+    assert [m["prompt"] for m in evaluate.prompts("test", 2)[:2]] == ["a photo of a square", "a photo of a cross"]
+
+
+def test_the_64_fixed_prompts_are_of_one_object_seen_in_training():
+    fixed = evaluate.fixed_64()
+    assert len(fixed) == 64 and len({m["prompt"] for m in fixed}) == 5 + 5 * 8 - 4
+    assert {m["tag"] for m in fixed} == {"single_object", "colors"}
+    assert all(evaluate.split_of(m) == "train" for m in fixed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Intervals and tables
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("right, total", [(0, 12), (1, 12), (37, 100), (96, 96)])
+def test_wilson_limits_solve_their_equation(right, total):
+    """A limit L is a share at which the observed one lies exactly 1.96 standard errors of L away."""
+    for limit in evaluate.wilson(right, total):
+        distance = abs(right / total - limit)
+        assert distance == pytest.approx(1.959964 * (limit * (1 - limit) / total) ** 0.5, abs=1e-6)
+
+
+def test_the_interval_of_the_mean_covers_the_truth_19_times_in_20():
+    random, truth = np.random.default_rng(0), np.array([0.98, 0.9, 0.7, 0.5, 0.2, 0.05])
+    covered = 0
+    for _ in range(1000):
+        _, low, high = evaluate.mean_interval([(int(r), 96) for r in random.binomial(96, truth)])
+        covered += low <= truth.mean() <= high
+    assert 0.93 <= covered / 1000 <= 0.98
+
+
+def test_one_share_has_its_own_interval():
+    assert evaluate.mean_interval([(3, 10)]) == pytest.approx((0.3, *evaluate.wilson(3, 10)))
+
+
+class Painter:
+    """Stands in for sample.generate: paints the prompt's scene where `right(key)`, an empty picture elsewhere."""
+
+    def __init__(self, right):
+        self.right, self.keys = right, []
+
+    def generate(self, loaded, texts, keys, **choices):
+        self.keys += keys
+        assert len(texts) <= 64
+        return [self.paint(text) if self.right(key) else picture_of() for text, key in zip(texts, keys)]
+
+    def paint(self, text):
+        metadata = next(m for m in evaluate.all_prompts() if m["prompt"] == text)
+        random = rng(0, "painter")
+        while True:
+            items, relation = metadata["include"], ""
+            shapes = [i["class"] for i in items for _ in range(i["count"])]
+            places = data.place(random, len(shapes), 32)
+            if len(items) == 2 and "position" in items[1]:
+                relation = items[1]["position"][0]
+            if places is None or (relation and not data.holds(relation, places[1], places[0])):
+                continue
+            colors = [i.get("color", "white") for i in items for _ in range(i["count"])]
+            return picture_of(*((s, c, *p) for s, c, p in zip(shapes, colors, places)))
+
+
+def test_measure_counts_the_right_pictures_of_each_prompt(monkeypatch):
+    asked = evaluate.prompts("test", 6)
+    painter = Painter(lambda key: key[2] < 3 and asked[key[1]]["tag"] != "counting")
+    monkeypatch.setattr(evaluate.sample, "generate", painter.generate)
+    right = evaluate.measure(None, asked, 4, 2, seed=5, stream=2)
+    assert right == [0 if m["tag"] == "counting" else 3 for m in asked]
+    assert painter.keys == [(2, i, j) for i in range(36) for j in range(4)]
+
+    scores = evaluate.summary(asked, right, 4)
+    assert scores["overall"]["score"] == pytest.approx(0.75 * 5 / 6)  # unweighted mean of the six tags
+    assert scores["tags"]["position"] == {"score": 0.75, "right": 18, "total": 24,
+                                          **dict(zip(("low", "high"), evaluate.wilson(18, 24)))}  # fmt: skip
+    assert set(scores["unseen"]["tags"]) == {"two_object", "position", "color_attr"}
+    text = evaluate.table("test", {2: scores})
+    assert "Attribute Binding" in text and "0.625 [" in text and "0.750 [" in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command, as a user meets it
+# ---------------------------------------------------------------------------------------------------------------------
+ROOT = Path(evaluate.__file__).parent
+
+
+def run(*arguments, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, ROOT / "evaluate.py", *map(str, arguments)], cwd=cwd, env=environment,
+                          capture_output=True, text=True)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The folder of an untrained run with a network of a few thousand weights."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    folder.mkdir()
+    sizes = dict(width=32, heads=2, double=1, single=1, axes=(4, 6, 6), channels=3, patch=8, txt_dim=256, vec_dim=256)
+    torch.manual_seed(0)
+    checkpoint.save_weights(folder / "model.safetensors", model.Denoiser(**sizes))
+    checkpoint.write_json(folder / "config.json", {
+        "format": 1, "model": sizes, "objective": "flow_matching", "side": 32, "mu": 0.0, "text_encoder": "words",
+        "txt_len": 16, "autoencoder": "pixels", "data": "shapes", "s_rule": 0.0, "eta": 1.0, "guidance": 1.0,
+        "guidance_space": "v", "precision": "float32"})  # fmt: skip
+    return folder
+
+
+def test_the_command_prints_the_table_and_writes_json_and_figure(tiny, tmp_path):
+    done = run("--checkpoint", tiny, "--steps", 1, 2, "--per-tag", 2, "--images", 2, "--seed", 3,
+               "--out", tmp_path / "a.json", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for word in ("Steps", "Overall", "Attribute Binding", "test prompts, 24 pictures a row", "pairs prompts"):
+        assert word in done.stdout
+    results = json.loads((tmp_path / "a.json").read_text())
+    assert results["choices"]["s_rule"] == 1.0  # flow matching is sampled at s_k = t_k, whatever its config says
+    assert results["seed"] == 3 and results["machine"] and results["commit"] and results["seconds"] > 0
+    assert "--per-tag 2" in results["command"] and set(results["splits"]["test"]) == {"1", "2"}
+    assert results["splits"]["test"]["2"]["tags"]["counting"]["total"] == 4
+    assert set(results["splits"]["pairs"]["1"]["tags"]) == {"colors", "position", "color_attr"}
+    with Image.open(tmp_path / "a.png") as figure:
+        assert figure.format == "PNG"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.png"]
+
+
+@pytest.mark.parametrize("arguments, complaint", [
+    (["--checkpoint", "nowhere"], "no such checkpoint folder: nowhere"),
+    (["--steps", "0"], "--steps must be at least 1"),
+    (["--split", "holdout"], "invalid choice"),
+    (["--export", "out"], "--export and --prompts go together"),
+    (["--pipeline", "somebody/something"], "--pipeline and --side need --export"),
+    (["--export", "out", "--prompts", "none.jsonl", "--steps", "2"], "no such prompt file: none.jsonl"),
+    (["--export", "out", "--prompts", "none.jsonl"], "--export takes one step count"),
+])  # fmt: skip
+def test_what_the_user_can_mend_is_one_line(arguments, complaint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        errors.run(evaluate.main)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and complaint in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text, complaint", [("", "is empty"), ('{"tag": 1}\n', 'no "prompt"'), ("{\n", "not JSON")])
+def test_a_bad_prompt_file_is_refused(text, complaint, tmp_path):
+    (tmp_path / "p.jsonl").write_text(text)
+    with pytest.raises(errors.UserError, match=complaint):
+        evaluate.read_prompt_file(tmp_path / "p.jsonl")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exports for GenEval's scorer
+# ---------------------------------------------------------------------------------------------------------------------
+def read_like_geneval(folder):
+    """{number: (metadata, names of samples)}, by the rules by which GenEval's evaluate_images.py walks a folder."""
+    found = {}
+    for name in sorted(os.listdir(folder)):
+        if (folder / name).is_dir() and name.isdigit():
+            metadata = json.loads((folder / name / "metadata.jsonl").read_text())
+            samples = [s for s in sorted(os.listdir(folder / name / "samples")) if re.match(r"\d+\.png", s)]
+            found[int(name)] = (metadata, samples)
+    return found
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(m) + "\n" for m in evaluate.prompts("test", 1)[:3]))
+    return path
+
+
+def test_an_export_is_what_geneval_reads_and_goes_on_where_it_stopped(tiny, prompt_file, tmp_path, monkeypatch, capsys):
+    arguments = ("--checkpoint", tiny, "--steps", 2, "--images", 2, "--prompts", prompt_file)
+    done = run(*arguments, "--export", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = read_like_geneval(tmp_path / "out")
+    asked = evaluate.read_prompt_file(prompt_file)
+    assert found == {i: (m, ["0000.png", "0001.png"]) for i, m in enumerate(asked)}
+    files = sorted((tmp_path / "out").rglob("*.png"))
+    before = {f: f.read_bytes() for f in files}
+    assert len(set(before.values())) == 6  # every picture has its own noise
+
+    files[3].unlink()  # a run that was stopped here
+    files[4].unlink()
+    kept = {f: f.stat().st_mtime_ns for f in files if f.exists()}
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments), "--export", str(tmp_path / "out"),
+                                      "--batch-size", "1"])  # fmt: skip
+    errors.run(evaluate.main)
+    assert "2 new pictures, 6 in all" in capsys.readouterr().out
+    assert {f: f.read_bytes() for f in files} == before  # the same pictures, in batches of another size
+    assert {f: f.stat().st_mtime_ns for f in kept} == kept
+
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--seed", "1"])
+    with pytest.raises(SystemExit) as end:
+        errors.run(evaluate.main)
+    assert end.value.code == 2 and "other settings" in capsys.readouterr().err
+    assert {f: f.read_bytes() for f in files} == before
+
+
+def test_a_stopped_export_leaves_no_file_that_geneval_would_read(tmp_path, monkeypatch):
+    asked = evaluate.prompts("test", 1)[:2]
+
+    class Torn(Exception):
+        pass
+
+    def save(path, format):
+        Path(path).write_bytes(b"half a picture")
+        raise Torn
+
+    picture = Image.new("RGB", (8, 8))
+    torn = Image.new("RGB", (8, 8))
+    monkeypatch.setattr(torn, "save", save)
+    with pytest.raises(Torn):
+        evaluate.export(tmp_path / "out", asked, 2, {"a": 1}, lambda jobs: [picture, torn], 2)
+    assert {k: v[1] for k, v in read_like_geneval(tmp_path / "out").items()} == {0: ["0000.png"], 1: []}
+    made = evaluate.export(tmp_path / "out", asked, 2, {"a": 1}, lambda jobs: [picture] * len(jobs), 2)
+    assert made == 3
+    both = ["0000.png", "0001.png"]
+    assert {k: v[1] for k, v in read_like_geneval(tmp_path / "out").items()} == {0: both, 1: both}
+
+
+def test_an_export_into_a_folder_of_other_things_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep me")
+    with pytest.raises(errors.UserError, match="not empty"):
+        evaluate.export(tmp_path, evaluate.prompts("test", 1), 1, {}, lambda jobs: [], 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.fixture(scope="module")
+def tiny_pipeline(tmp_path_factory):
+    """A Stable Diffusion pipeline with random weights and an alphabet for a vocabulary, as a folder."""
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("pipeline")
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    torch.manual_seed(0)
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1))  # fmt: skip
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=4)  # fmt: skip
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8)
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # fmt: skip
+    pipeline.save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+def test_any_diffusers_pipeline_exports_the_same_way(tiny_pipeline, prompt_file, tmp_path):
+    pipeline = evaluate.open_pipeline(str(tiny_pipeline), torch.device("cpu"))
+    asked = evaluate.read_prompt_file(prompt_file)
+    draw = evaluate.draw_with_pipeline(pipeline, asked, 0, 2, 3.0, 16)
+    assert evaluate.export(tmp_path / "out", asked, 2, {}, draw, 4) == 6
+    found = read_like_geneval(tmp_path / "out")
+    assert found == {i: (m, ["0000.png", "0001.png"]) for i, m in enumerate(asked)}
+    pictures = [np.asarray(Image.open(f)).astype(int) for f in sorted((tmp_path / "out").rglob("*.png"))]
+    assert all(p.shape == (16, 16, 3) for p in pictures)
+    alone = np.asarray(draw([(1, 1)])[0]).astype(int)  # depends on (prompt, image), not on the batch
+    assert np.abs(alone - pictures[3]).max() <= 1 < np.abs(alone - pictures[2]).max()
+
+
+def test_a_pipeline_that_is_not_there_is_the_user_s_to_mend(tmp_path, capsys):
+    with pytest.raises(errors.UserError, match="cannot load the pipeline"):
+        evaluate.open_pipeline(str(tmp_path / "nothing"), torch.device("cpu"))
