@@ -1,5 +1,6 @@
 """The pictures of toy/README.md. Mid-tone colours on a transparent ground, to be read on white and on dark pages."""
 
+import textwrap
 from io import BytesIO
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def samples(nets: dict, sampling: dict, members: list, e: int, path: Path, shown
             bare(axis, box)
             if label == rows[0]:
                 axis.set_title(f"N = {steps}")
-        line[0].set_ylabel(label.replace(" ", "\n", 1))
+        line[0].set_ylabel(textwrap.fill(label, 12), fontsize=8)
     figure.supxlabel(f"samples of the layout '{members[e].layout}': contours are the data, colours the three conditions", fontsize=9)
     save(figure, path)
 
@@ -88,7 +89,7 @@ def samples(nets: dict, sampling: dict, members: list, e: int, path: Path, shown
 def trajectories(nets: dict, sampling: dict, members: list, e: int, path: Path, shown: int = 40) -> None:
     """Paths x_{t_k} of condition 0 with the deterministic step (eta = 0), for two objectives and three budgets."""
     q, rows = members[e].q, ["flow matching", "Self-E", "auxiliary throughout"]
-    box, budgets = (-3.2, 3.2, -3.2, 3.2), (2, 4, 50)
+    box, budgets = (-2.7, 2.7, -2.7, 2.7), (2, 4, 50)
     figure, axes = plt.subplots(len(rows), len(budgets), figsize=(8, 8), layout="constrained")
     noise = torch.cat([torch.from_numpy(rng(m.seed, "toy paths").standard_normal((shown, 2), dtype=np.float32)) for m in members])
     c = torch.zeros(len(noise), dtype=torch.int64)
@@ -138,8 +139,8 @@ def distances(results: dict, path: Path) -> None:
 def fields(layouts: list, seed: int, path: Path, times=(0.05, 0.2, 0.5, 0.8)) -> None:
     """Exact fields of condition 0 over the density of q(x_s | c). p: the blended one-step predictions of flow matching.
 
-    Rows: classifier term -(G_null - G_c) and auxiliary term -(G_fake - G_c), per layout. Columns: s. Arrows are drawn at
-    x_s where the model puts samples or the data are; the number is the root mean square length at the model's samples.
+    Rows: classifier term -(G_null - G_c) and auxiliary term -(G_fake - G_c), per layout. Columns: s. Arrows are drawn
+    where the model's samples or the data are; the number is the root mean square of Delta at the model's samples.
     """
     chosen = [name for name in ("between", "far") if name in layouts] or layouts[:1]
     figure, axes = plt.subplots(2 * len(chosen), len(times), figsize=(2.2 * len(times), 4.4 * len(chosen)), layout="constrained")
@@ -153,25 +154,34 @@ def fields(layouts: list, seed: int, path: Path, times=(0.05, 0.2, 0.5, 0.8)) ->
         low, high = float(q.m[:3].min()) - 1.2, float(q.m[:3].max()) + 1.2
         for j, value in enumerate(times):
             box = tuple(b * (1 - value) + (-1 if k % 2 == 0 else 1) * 0.7 * value for k, b in enumerate((low, high, low, high)))
-            points = torch.cartesian_prod(*(torch.linspace(box[k], box[k + 1], 15) for k in (0, 2)))
+            points = torch.cartesian_prod(*(torch.linspace(box[k], box[k + 1], 17) for k in (0, 2)))
+
+            def full(x):
+                return torch.full((len(x),), value), torch.zeros(len(x), dtype=torch.int64)
 
             def two_terms(x):
-                s, k = torch.full((len(x),), value), torch.zeros(len(x), dtype=torch.int64)
+                s, k = full(x)
                 G_c = q.posterior_mean(x, s, k)
                 return q.posterior_mean(x, s, q.null(k)) - G_c, p.posterior_mean(x, s, k) - G_c
 
+            reached = [law.log_density(points, *full(points)) for law in (p, q)]  # arrows only where samples or data are
+            points = points[torch.stack([log > log.max() - 7 for log in reached]).any(0)]
             at_samples = two_terms(losses.add_noise(x0_hat, torch.full((n,), value), normal()))
-            for row, (arrows, lengths, what) in enumerate(zip(two_terms(points), at_samples, ("classifier", "auxiliary"))):
+            for row, (Delta, lengths, what) in enumerate(zip(two_terms(points), at_samples, ("classifier", "auxiliary"))):
                 axis = axes[2 * i + row, j]
-                contours(axis, q, box, None, value)
-                axis.scatter(*((1 - value) * x0_hat[:120]).T, s=2, c=GREY, linewidths=0)
-                move = -arrows * (1 - value)  # x_s moves by alpha_s times what x0_hat moves
-                axis.quiver(*points.T, *move.T, color=GREY, angles="xy", scale_units="xy", scale=2, width=0.006)
+                contours(axis, q, box, 0, value)
+                for other in range(1, q.C):
+                    contours(axis, q, box, other, value, colours=[GREY])
+                axis.scatter(*((1 - value) * x0_hat[:120]).T, s=2, c=COLOURS[3], linewidths=0, zorder=3)
+                move = -Delta * (1 - value)  # x_s moves by alpha_s times what x0_hat moves
+                longest = (box[1] - box[0]) / 17  # longer arrows are cut to the distance of neighbours
+                move = move * (longest / move.norm(dim=1, keepdim=True)).clamp(max=1)
+                axis.quiver(*points.T, *move.T, color=COLOURS[1], angles="xy", scale_units="xy", scale=0.8, width=0.008)
                 bare(axis, box)
                 axis.set_title((f"s = {value:g}   " if row == 0 else "") + f"rms {float(lengths.square().sum(1).mean().sqrt()):.2f}", fontsize=8)
                 if j == 0:
                     axis.set_ylabel(f"'{name}'\n{what} term")
-    figure.supxlabel("-Delta of condition 0 (blue) in x_s, half its length; grey dots: blended predictions at t = 0.8, without noise", fontsize=9)
+    figure.supxlabel("arrows: -Delta for condition 0 (blue; grey: the others), cut to the grid; red: blended predictions at t = 0.8", fontsize=9)
     save(figure, path)
 
 
