@@ -1,0 +1,179 @@
+"""The baselines of Table 2: flow matching, and Inductive Moment Matching (IMM; Zhou, Ermon and Song, arXiv 2503.07565).
+
+    loss = baselines.IMM(network)                       # takes the place of losses.SelfE, same call, same return
+    value, stats = loss(x0, c, null, fake, is_null, baselines.draw(seed, step, index, x0.shape[1:]), tau)
+    x = baselines.sample(V, noise, cond, null, steps=4, guidance=1.5)
+
+Flow matching has no code of its own: it is losses.SelfE with draws that have no s < t (Eq. 3), sampled at s_k = t_k.
+
+IMM asks that a jump to time s lead to the same distribution from wherever it starts: samples made from time t and
+samples made from an earlier time r, s <= r < t, should be the same set. It compares the two sets, groups of M samples
+that share (s, r, t), by the maximum mean discrepancy with a Laplace kernel k:
+
+    y_t = f_{s,t}(x_t)   y_r = sg[ f_{s,r}(x_r) ]   f_{s,t}(x) = x - (t - s) V(x, t, s, c)
+    L = E w(t) mean over the M x M pairs of [ k(y_t, y_t') + k(y_r, y_r') - 2 k(y_t, y_r') ]
+
+The first kernel pushes the samples of a group apart, the last pulls them to the other set; r = s is data itself, and
+truth spreads from there to larger t by induction. What the paper leaves to its experiments is fixed here to the values
+of its largest ones: M = 4, a = 2, b = 4, uniform times. sigma_d, the scale of the data, is 1, because our noise has
+unit variance and V carries no preconditioning. A group holds samples of different prompts, unsorted, as it came.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from losses import add_noise, like
+from randomness import normal, rng
+
+M = 4  # samples in a group
+T_MAX = 0.994  # the largest time: training draws t below it, sampling starts there
+ETA_STEP = 160 / 2**12  # from t to r in eta = t / (1 - t): its range, which ends near 160, in 2^12 steps
+A, B = 2, 4  # of the weight w(t)
+NEAREST = 1e-8  # distances below it count as it
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Times     t ~ U(0, 0.994),   s ~ U(0, t),   r = max(s, eta^-1(eta(t) - 160 / 2^12)),   eta(t) = t / (1 - t)
+# ---------------------------------------------------------------------------------------------------------------------
+def times(u_t: Tensor, u_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Uniform numbers in [0, 1) -> t, s, r of the same shape, 0 <= s <= r <= t < 0.994."""
+    t = T_MAX * u_t
+    s = u_s * t
+    eta_r = (t / (1 - t) - ETA_STEP).clamp_min(0)
+    return t, s, torch.maximum(s, eta_r / (1 + eta_r))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The jump  f_{s,t}(x) = x - (t - s) V(x, t, s, c)
+# ---------------------------------------------------------------------------------------------------------------------
+def jump(V: Callable, x: Tensor, t: Tensor, s: Tensor, cond: tuple) -> Tensor:
+    """From x [B, ...] at times t [B] to times s [B]; where s = t it returns x itself."""
+    return x - like(t - s, x) * V(x, t, s, *cond)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weight    w(t) = 1/2 sigmoid(b - l) (-dl/dt) alpha^a / (alpha^2 + sigma^2),   l = log(alpha^2 / sigma^2)
+# ---------------------------------------------------------------------------------------------------------------------
+def weight(t: Tensor) -> Tensor:
+    """w(t) for t in [0, 1), any shape.
+
+    With sigmoid(b - l) = t^2 / (t^2 + e^-b (1-t)^2) and -dl/dt = 2 / (t (1-t)) the poles at t = 0 cancel; this is the
+    product with nothing left to divide by zero.
+    """
+    alpha2, sigma2 = (1 - t) ** 2, t**2
+    e_b = torch.exp(torch.tensor(-float(B), dtype=t.dtype))
+    return t * (1 - t) ** (A - 1) / ((sigma2 + e_b * alpha2) * (alpha2 + sigma2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernel    k(x, y) = exp( -max(||x - y||, 1e-8) / (D (t - s) sigma_d) ),   D values in a sample
+# ---------------------------------------------------------------------------------------------------------------------
+def kernel(x: Tensor, y: Tensor, gap: Tensor) -> Tensor:
+    """All pairs within each group: x, y [G, M, ...], gap = t - s [G] -> [G, M, M].
+
+    The floor stands under the root, so that two equal points have the gradient 0 and not 0 / 0.
+    """
+    x, y = x.flatten(2), y.flatten(2)
+    squared = (x[:, :, None] - y[:, None, :]).square().sum(dim=-1)  # [G, M, M]
+    distance = squared.clamp_min(NEAREST**2).sqrt()
+    return torch.exp(-distance / (x.shape[-1] * gap.clamp_min(torch.finfo(gap.dtype).eps)[:, None, None]))
+
+
+def discrepancy(y_t: Tensor, y_r: Tensor, gap: Tensor) -> Tensor:
+    """The squared maximum mean discrepancy of each group: y_t, y_r [G, M, ...], gap [G] -> [G]."""
+    pairs = kernel(y_t, y_t, gap) + kernel(y_r, y_r, gap) - 2 * kernel(y_t, y_r, gap)
+    return pairs.mean(dim=(1, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random numbers and the whole step
+# ---------------------------------------------------------------------------------------------------------------------
+class Draws(NamedTuple):
+    """The random numbers of one micro-batch; every group of M consecutive samples shares its two times."""
+
+    u_t: Tensor  # [G] uniform in [0, 1), for t
+    u_s: Tensor  # [G] uniform in [0, 1), for s
+    eps: Tensor  # [B, ...] normal, makes x_t and x_r
+
+
+def draw(seed: int, step: int, index: list[int], shape: tuple, device="cpu") -> Draws:
+    """The Draws of the samples with the given global indices at one step; shape is that of one sample.
+
+    Group g holds the samples 4 g .. 4 g + 3. Raises ValueError when a micro-batch cuts a group.
+    """
+    groups = [g // M for g in index[::M]]
+    if index != [M * g + i for g in groups for i in range(M)]:
+        raise ValueError(f"IMM compares groups of {M}: batch and micro-batch must be multiples of {M}")
+    u = [rng(seed, "group times", step, g).random(2, dtype="float32") for g in groups]
+    u_t, u_s = torch.tensor([[float(a), float(b)] for a, b in u]).unbind(1)
+    eps = normal(seed, "noise", [(step, i) for i in index], shape)
+    return Draws(*(x.to(device, non_blocking=True) for x in (u_t, u_s, eps)))
+
+
+class IMM(nn.Module):
+    """One training step of IMM as one forward pass, called like losses.SelfE. `network` is V(x_t, t, s, *c), trained.
+
+    y_r comes from the same weights without gradient, not from their moving average.
+
+    The loss is the paper's times sqrt(D), D values in a sample. Adam does not mind a constant, but for its eps (1e-8) and
+    the clipping of gradients: IMM's gradient with respect to a sample has length 1 / D, that of the mean squared error
+    1 / sqrt(D), and without the factor a picture's gradients fall to 1e-7 a weight.
+    """
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x0: Tensor, c: tuple, null: tuple, fake: tuple | None, is_null: Tensor, draws: Draws, tau: float,
+                aux: bool = False) -> tuple[Tensor, dict]:  # fmt: skip
+        """The loss of one micro-batch and detached tensors to watch: t, s, r, loss, one value per group.
+
+        x0 [B, ...] fp32, B a multiple of 4; c a tuple of tensors with leading dimension B; a dropped prompt is one more
+        prompt. null, fake, is_null, tau and aux belong to self-evaluation and are not read.
+        """
+        t, s, r = times(draws.u_t, draws.u_s)  # [G]
+        t_i, s_i, r_i = (a.repeat_interleave(M) for a in (t, s, r))  # [B]
+        x_t, x_r = add_noise(x0, t_i, draws.eps), add_noise(x0, r_i, draws.eps)  # x_r: the DDIM step from x_t to x0
+        y_t = jump(self.network, x_t, t_i, s_i, c)
+        with torch.no_grad():
+            y_r = jump(self.network, x_r, r_i, s_i, c)
+        loss = weight(t) * discrepancy(y_t.unflatten(0, (-1, M)), y_r.unflatten(0, (-1, M)), t - s)
+        loss = loss * x0[0].numel() ** 0.5
+        return loss.mean(), {"t": t, "s": s, "r": r, "loss": loss.detach()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling  x_{t_{k+1}} = f_{t_{k+1}, t_k}(x_{t_k}),   t_k linear from 0.994 to 0   (the paper's pushforward sampler)
+# ---------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def trajectory(V: Callable, x: Tensor, cond: tuple, null: tuple | None = None, *, steps: int,
+               guidance: float = 1.0) -> Iterator[tuple[float, Tensor]]:  # fmt: skip
+    """Yield (t_{k+1}, x at that time) for k = 1 .. steps, from standard normal x [B, ...]; the last x is the sample.
+
+    Nothing random is added on the way, and the network is told the time of the jump, so there is no eta and no rule for
+    s_k. guidance is plain, V_null + guidance (V_c - V_null); 1 evaluates the conditional branch only, null may be None.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    grid = torch.linspace(T_MAX, 0, steps + 1, dtype=torch.float64).tolist()
+
+    def guided(x, t, s, *cond):
+        if guidance == 1:
+            return V(x, t, s, *cond)
+        both = tuple(torch.cat([c, n]) for c, n in zip(cond, null, strict=True))
+        v_c, v_null = V(torch.cat([x, x]), torch.cat([t, t]), torch.cat([s, s]), *both).chunk(2)
+        return v_null + guidance * (v_c - v_null)
+
+    for t, s in zip(grid[:-1], grid[1:]):
+        x = jump(guided, x, *(torch.full((len(x),), a, dtype=x.dtype, device=x.device) for a in (t, s)), cond)
+        yield s, x
+
+
+def sample(V: Callable, x: Tensor, cond: tuple, null: tuple | None = None, **choices) -> Tensor:
+    """The end of `trajectory`, whose arguments it takes: samples [B, ...] from the noise x."""
+    for _, x in trajectory(V, x, cond, null, **choices):
+        pass
+    return x

@@ -1,0 +1,277 @@
+"""baselines.py against the IMM formulas written out: double loops, finite differences, and sets whose fate is known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import baselines
+import model
+import sampler
+from losses import add_noise
+from randomness import rng
+
+
+class Field(torch.nn.Module):
+    """A small velocity field with two weights that reads all its arguments: V = a tanh(x) + b s - t c."""
+
+    def __init__(self, a=0.7, b=-0.4, dtype=torch.float64):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor([a, b], dtype=dtype))
+
+    def forward(self, x, t, s, c):
+        times = [u.view(-1, *[1] * (x.dim() - 1)) for u in (t, s)]
+        return self.w[0] * torch.tanh(x) + self.w[1] * times[1] - times[0] * c
+
+
+def batch(n=8, shape=(3, 2), seed=0):
+    """x0, c and Draws in float64, with times of both kinds: r > s and r = s."""
+    random = rng(seed, "batch")
+    x0, c, eps = (torch.from_numpy(random.standard_normal((n, *shape))) for _ in range(3))
+    u_t = torch.linspace(0.5, 0.97, n // 4, dtype=torch.float64)
+    u_s = torch.tensor([0.999, 0.3] * n, dtype=torch.float64)[: n // 4]
+    return x0, (c,), baselines.Draws(u_t, u_s, eps)
+
+
+def loss_of(network, x0, c, draws):
+    return baselines.IMM(network)(x0, c, c, None, torch.zeros(len(x0), dtype=torch.bool), draws, 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+# ---------------------------------------------------------------------------------------------------------------------
+def loop(x0, c, eps, u_t, u_s, V):
+    """The loss in numpy, pair by pair, as the paper writes it: DDIM for x_r, weight by log-SNR, eta(r) by bisection."""
+    total = []
+    for g in range(len(u_t)):
+        t = 0.994 * u_t[g]
+        s = u_s[g] * t
+        low, high = 0.0, t
+        for _ in range(200):  # eta(r) = eta(t) - 160 / 4096
+            r = (low + high) / 2
+            low, high = (r, high) if r / (1 - r) < t / (1 - t) - 160 / 4096 else (low, r)
+        r = max(s, r)
+        y_t, y_r = [], []
+        for i in range(4 * g, 4 * g + 4):
+            x_t = (1 - t) * x0[i] + t * eps[i]
+            x_r = (1 - r) * x0[i] + r / t * (x_t - (1 - t) * x0[i])  # DDIM from t to r, towards x0
+            y_t.append(x_t - (t - s) * V(x_t, t, s, c[i]))
+            y_r.append(x_r - (r - s) * V(x_r, r, s, c[i]))
+
+        def k(x, y, t=t, s=s):
+            return math.exp(-max(np.sqrt(((x - y) ** 2).sum()), 1e-8) / (x.size * (t - s)))
+
+        mmd = sum(k(a, a2) + k(b, b2) - 2 * k(a, b2) for a, b in zip(y_t, y_r) for a2, b2 in zip(y_t, y_r)) / 16
+        snr = 2 * math.log((1 - t) / t)
+        slope = -2 / (t * (1 - t))
+        total.append(0.5 / (1 + math.exp(snr - 4)) * -slope * (1 - t) ** 2 / ((1 - t) ** 2 + t**2) * mmd)
+    return sum(total) / len(total) * x0[0].size ** 0.5  # the factor that IMM documents
+
+
+def test_the_loss_is_the_double_loop():
+    x0, c, draws = batch(16)
+    value, stats = loss_of(Field(), x0, c, draws)
+    arrays = [a.numpy() for a in (x0, c[0], draws.eps, draws.u_t, draws.u_s)]
+    expected = loop(*arrays, lambda x, t, s, c: 0.7 * np.tanh(x) - 0.4 * s - t * c)
+    assert value.item() == pytest.approx(expected, rel=1e-10) and expected > 1e-4
+    assert (stats["r"] > stats["s"]).tolist() == [False, True, False, True]
+    assert stats["loss"].mean().item() == pytest.approx(expected)
+
+
+def test_only_y_t_carries_gradient():
+    """Autograd against finite differences of the loss in which the other set stays where it is."""
+    x0, c, draws = batch()
+    network = Field()
+    loss_of(network, x0, c, draws)[0].backward()
+    t, s, r = (a.repeat_interleave(4) for a in baselines.times(draws.u_t, draws.u_s))
+    gap = (t - s)[::4]
+
+    def value(w_t, w_r):
+        with torch.no_grad():
+            y_t = baselines.jump(Field(*w_t), add_noise(x0, t, draws.eps), t, s, c).unflatten(0, (-1, 4))
+            y_r = baselines.jump(Field(*w_r), add_noise(x0, r, draws.eps), r, s, c).unflatten(0, (-1, 4))
+            return (baselines.weight(t[::4]) * baselines.discrepancy(y_t, y_r, gap)).mean().item() * 6**0.5
+
+    w, h = np.array([0.7, -0.4]), 1e-5
+    sides = [(w + h * e, w - h * e) for e in np.eye(2)]
+    through_t = [(value(up, w) - value(down, w)) / (2 * h) for up, down in sides]
+    through_both = [(value(up, up) - value(down, down)) / (2 * h) for up, down in sides]
+    assert network.w.grad.tolist() == pytest.approx(through_t, rel=1e-3)
+    assert np.abs(np.subtract(through_both, through_t)).max() > 1e-2 * np.abs(through_t).max()  # they can be told apart
+
+
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_the_gradient_of_each_point_is_the_finite_difference(m):
+    random = rng(1, "points", m)
+    y_t, y_r = (torch.from_numpy(random.standard_normal((2, m, 5))) for _ in range(2))
+    gap = torch.tensor([0.2, 0.7], dtype=torch.float64)
+    moving = y_t.clone().requires_grad_()
+    baselines.discrepancy(moving, y_r, gap).sum().backward()
+    numeric, h = torch.zeros_like(y_t), 1e-6
+    for i in np.ndindex(*y_t.shape):
+        up, down = y_t.clone(), y_t.clone()
+        up[i] += h
+        down[i] -= h
+        difference = baselines.discrepancy(up, y_r, gap) - baselines.discrepancy(down, y_r, gap)
+        numeric[i] = difference.sum() / (2 * h)
+    assert torch.allclose(moving.grad, numeric, rtol=1e-5, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the loss does to a set of samples
+# ---------------------------------------------------------------------------------------------------------------------
+def settle(m):
+    """Where m samples that start close together end, facing half a set at -1 and half at +1, under a wide kernel.
+
+    In groups of one, each sample meets each one of the other set in turn; here the mean over all pairings.
+    """
+    n = max(m, 2)
+    y = torch.linspace(-0.02, 0.02, n, dtype=torch.float64)[:, None]
+    y_r = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat_interleave(n // 2)[:, None]
+    for _ in range(400):
+        y.requires_grad_()
+        sets = (y[None], y_r[None]) if m > 1 else (y.repeat_interleave(n, 0)[:, None], y_r.repeat(n, 1)[:, None])
+        loss = baselines.discrepancy(*sets, torch.full((len(sets[0]),), 20.0, dtype=torch.float64)).mean()
+        (gradient,) = torch.autograd.grad(loss, y)
+        y = (y - 0.5 * gradient).detach()
+    return sorted(y.flatten().tolist())
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_groups_spread_over_the_set_they_face(m):
+    assert settle(m) == pytest.approx([-1] * (m // 2) + [1] * (m // 2), abs=0.1)
+
+
+def test_single_samples_stay_together_between_the_points_they_face():
+    assert settle(1) == pytest.approx([0, 0], abs=0.1)
+
+
+def test_where_r_is_s_the_other_set_is_data_exactly():
+    x0, c, draws = batch()
+    t, s, r = baselines.times(draws.u_t, draws.u_s)
+    where = (r == s).repeat_interleave(4)
+    s_i, r_i = s.repeat_interleave(4), r.repeat_interleave(4)
+    y_r = baselines.jump(Field(), add_noise(x0, r_i, draws.eps), r_i, s_i, c)
+    x_s = add_noise(x0, s_i, draws.eps)
+    assert where.any() and torch.equal(y_r[where], x_s[where]) and not torch.equal(y_r[~where], x_s[~where])
+
+
+def test_coincident_points_give_no_nan():
+    points = torch.zeros(2, 4, 6)
+    points[0, 1] = 1e-30  # closer than any float can square
+    y_t, y_r = points.clone().requires_grad_(), points.clone()
+    for gap in (0.5, 0.0):  # 0: t = s, when the first uniform number is zero
+        loss = baselines.discrepancy(y_t, y_r, torch.full((2,), gap)).sum()
+        (gradient,) = torch.autograd.grad(loss, y_t)
+        assert loss.isfinite() and (gradient == 0).all()
+
+
+def test_nothing_moves_at_the_solution():
+    """Data that is a single point: V = (x - x0) / t is exact, both sets coincide."""
+    point = torch.full((8, 3), 0.4, dtype=torch.float64)
+    _, _, draws = batch(8, (3,))
+
+    class Exact(Field):
+        def forward(self, x, t, s, c):
+            return self.w[0] * (x - 0.4) / t[:, None]
+
+    network = Exact(1.0, 0.0)
+    value, _ = loss_of(network, point, (point,), draws)
+    value.backward()
+    assert abs(value.item()) < 1e-12 and network.w.grad.abs().max() < 1e-12
+    wrong = Exact(0.8, 0.0)
+    value, _ = loss_of(wrong, point, (point,), draws)
+    value.backward()
+    assert value.item() > 1e-3 and wrong.w.grad[0] < -1e-3  # and towards it elsewhere
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Times and weights
+# ---------------------------------------------------------------------------------------------------------------------
+def test_the_weight_is_the_paper_s_formula():
+    t = torch.linspace(0.001, 0.994, 400, dtype=torch.float64, requires_grad=True)
+    log_snr = 2 * torch.log((1 - t) / t)
+    (slope,) = torch.autograd.grad(log_snr.sum(), t)
+    expected = 0.5 * torch.sigmoid(4 - log_snr) * -slope * (1 - t) ** 2 / ((1 - t) ** 2 + t**2)
+    assert torch.allclose(baselines.weight(t), expected, rtol=1e-9)
+    assert baselines.weight(torch.zeros(1)).item() == 0  # the limit, not NaN
+
+
+def test_times_are_ordered_and_uniform():
+    u_t, u_s = torch.from_numpy(rng(0, "u").random((2, 20000), dtype=np.float32))
+    u_t[0], u_s[0] = 0.0, 0.0
+    t, s, r = baselines.times(u_t, u_s)
+    assert ((s <= r) & (r <= t)).all() and (t < 0.994).all() and (s >= 0).all()
+    assert t.mean().item() == pytest.approx(0.497, abs=0.01)
+    assert (s[1:] / t[1:]).mean().item() == pytest.approx(0.5, abs=0.01)
+    free = (r > s) & (t < 0.9)  # where float32 still tells eta(t) - eta(r)
+    assert (t / (1 - t) - r / (1 - r))[free].numpy() == pytest.approx(160 / 4096, rel=1e-3)
+
+
+def test_draws_belong_to_the_global_index():
+    whole = baselines.draw(3, 7, list(range(16, 32)), (2, 2))
+    parts = [baselines.draw(3, 7, list(range(a, a + 8)), (2, 2)) for a in (16, 24)]
+    for a, b in zip(whole, zip(*parts)):
+        assert torch.equal(a, torch.cat(b))
+    assert len(set(whole.u_t.tolist())) == 4 and whole.eps.shape == (16, 2, 2)
+    assert not torch.equal(whole.u_t, baselines.draw(3, 8, list(range(16, 32)), (2, 2)).u_t)
+    for cut in ([2, 3, 4, 5], [0, 1, 2], [0, 1, 2, 4]):
+        with pytest.raises(ValueError, match="groups of 4"):
+            baselines.draw(3, 7, cut, (2,))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With the network, and sampling
+# ---------------------------------------------------------------------------------------------------------------------
+def test_the_denoiser_trains_on_it():
+    sizes = dict(width=32, heads=2, double=1, single=1, axes=(4, 6, 6), channels=3, patch=4, txt_dim=8, vec_dim=8)
+    torch.manual_seed(0)
+    network = model.Denoiser(**sizes)
+    x0, text, vector = torch.randn(8, 3, 8, 8), torch.randn(8, 4, 8), torch.randn(8, 8)
+    draws = baselines.draw(0, 0, list(range(8)), x0.shape[1:])
+    adam = torch.optim.Adam(network.parameters(), lr=3e-3)
+    values = []
+    for _ in range(30):
+        value, _ = loss_of(network, x0, (text, vector), draws)
+        adam.zero_grad()
+        value.backward()
+        adam.step()
+        values.append(value.item())
+    assert values[-1] < 0.9 * values[0]
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_the_sampler_pushes_forward_on_a_linear_grid(steps):
+    calls = []
+
+    def V(x, t, s, c):
+        calls.append((t[0].item(), s[0].item()))
+        return (x - c) / t[:, None]  # exact for data that is the point c
+
+    x, c = torch.randn(3, 2), torch.tensor([[1.0, -2.0]]).repeat(3, 1)
+    end = baselines.sample(V, x, (c,), steps=steps)
+    assert torch.allclose(end, c, atol=1e-5)
+    grid = np.linspace(0.994, 0, steps + 1)
+    assert np.allclose(calls, list(zip(grid[:-1], grid[1:])))
+
+
+def test_guidance_is_linear_in_the_velocity():
+    def V(x, t, s, c):
+        return c
+
+    c, null = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.2, 0.5]])
+    end = baselines.sample(V, torch.zeros(1, 2), (c,), (null,), steps=3, guidance=2.5)
+    assert torch.allclose(end, -0.994 * (null + 2.5 * (c - null)))
+    with pytest.raises(ValueError, match="at least 1"):
+        baselines.sample(V, c, (c,), steps=0)
+
+
+def test_its_jump_is_the_deterministic_step_of_the_sampler():
+    """f_{s,t}(x_t) is Eq. 22 with s_k = s, so one network serves both samplers."""
+    x, c = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    network, t, s = Field(), torch.full((2,), 0.8, dtype=torch.float64), torch.full((2,), 0.3, dtype=torch.float64)
+    with torch.no_grad():
+        x0_hat = x - 0.8 * network(x, t, s, c)
+        assert torch.allclose(baselines.jump(network, x, t, s, (c,)), sampler.update(x, x0_hat, 0.8, 0.3, 0.0, None))
