@@ -285,3 +285,36 @@ class Denoiser(nn.Module):
                 x = block(x, vec, rope)
             img = self.final_layer(x[:, txt.shape[1] :], vec)
         return rearrange(img.float(), "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=rows, w=cols, ph=p, pw=p)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a forward pass costs
+# ---------------------------------------------------------------------------------------------------------------------
+def forward_flops(size: dict, image_tokens: int, text_tokens: int) -> float:
+    """Floating-point operations of one forward pass for one sample (a multiply-add is two), from the entries of `SIZES`.
+
+    Counted layer by layer, because "6 N per token" is wrong here: the weights of a modulation act once per sample, and
+    those of a double block once per token of their own stream.
+    """
+    d, N = size["width"], image_tokens + text_tokens
+    blocks = size["double"] + size["single"]
+    per_token = blocks * 12 * d**2 * N  # qkv 3, proj 1, MLP 8; a single block's two linears, 7 + 5, are as many
+    per_sample = (size["double"] * 12 + size["single"] * 3 + 2) * d**2  # modulations
+    ends = (2 * size["channels"] * size["patch"] ** 2 * image_tokens + size["txt_dim"] * text_tokens) * d
+    embedders = (2 * 256 + size["vec_dim"] + 3 * d) * d
+    attention = blocks * 2 * N**2 * d  # queries on keys, weights on values
+    return 2.0 * (per_token + per_sample + ends + embedders + attention)
+
+
+def main() -> None:
+    print(f"{'size':8}{'width':>7}{'heads':>7}{'blocks':>9}{'parameters':>14}{'image tokens':>14}{'GFLOP a forward':>17}")
+    for name, size in SIZES.items():
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in Denoiser(**size).parameters())
+        for tokens, text in ((64, 16),) if name == "laptop" else ((256, 256), (1024, 256)):
+            print(f"{name:8}{size['width']:7}{size['heads']:7}{size['double']:5} +{size['single']:3}{parameters:14,}"
+                  f"{tokens:14}{forward_flops(size, tokens, text) / 1e9:17.3f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

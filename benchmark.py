@@ -1,0 +1,217 @@
+"""How fast a training step is here, and what it spends its time on (S.2; every figure measured in one run).
+
+    python benchmark.py                                       # the laptop model on this machine
+    python benchmark.py --size 0.5b --blocks 1 1 --batch 4    # one double and one single block of the 0.5B model
+    python benchmark.py --size 2b --batch 16                  # on a GPU
+
+Prints and, with --out, writes as JSON: the steps of flow matching, Self-E (tau = 1) and Self-E with the auxiliary term,
+taken in turns so that the machine's moods hit all alike; forward + backward beside diffusers' FluxTransformer2DModel of the
+same size; the optimizer's and the average's share; and the share of the machine's own matrix-product peak (MFU), with the
+operations counted by `model.forward_flops`, a backward pass as two forward passes and no credit for recomputation.
+"""
+
+import copy
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+import checkpoint
+import errors
+import losses
+import machine
+import model
+
+# Forward-pass equivalents of a step per picture: 1 forward + 2 of the backward pass; Self-E adds two evaluations of half
+# the batch; the auxiliary term adds one forward and backward of half the batch, which also serves as its evaluation.
+FORWARDS = {"flow matching": 3.0, "Self-E": 4.0, "Self-E + aux": 5.5}
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def seconds(work, device: torch.device) -> float:
+    wait(device)
+    start = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def in_turns(works: dict, device: torch.device, repeats: int) -> dict[str, float]:
+    """The median seconds of each piece of work, taken in turns after two warm-up rounds."""
+    times = {name: [] for name in works}
+    for i in range(repeats + 2):
+        for name, work in works.items():
+            elapsed = seconds(work, device)
+            if i >= 2:
+                times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The best rate of a large matrix product here, in FLOP/s."""
+    side = 8192 if device.type == "cuda" else 2048
+    return 2 * side**3 / machine.matmul_seconds(device, dtype, side)
+
+
+def diffusers_flux(size: dict, device: torch.device):
+    """diffusers' FluxTransformer2DModel of the same size, and how to call it with our inputs; None without diffusers."""
+    try:
+        from diffusers import FluxTransformer2DModel
+    except ImportError:
+        return None
+    values = size["channels"] * size["patch"] ** 2
+    flux = FluxTransformer2DModel(
+        patch_size=1, in_channels=values, num_layers=size["double"], num_single_layers=size["single"],
+        attention_head_dim=size["width"] // size["heads"], num_attention_heads=size["heads"],
+        joint_attention_dim=size["txt_dim"], pooled_projection_dim=size["vec_dim"], guidance_embeds=False,
+        axes_dims_rope=size["axes"]).to(device)  # fmt: skip
+
+    def call(tokens, t, txt, vec, precision):
+        ids = torch.zeros(tokens.shape[1], 3, device=device)
+        side = int(tokens.shape[1] ** 0.5)
+        ids[:, 1], ids[:, 2] = (axis.flatten().to(device) for axis in
+                                torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))  # fmt: skip
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            return flux(hidden_states=tokens, encoder_hidden_states=txt, pooled_projections=vec, timestep=t, img_ids=ids,
+                        txt_ids=torch.zeros(txt.shape[1], 3, device=device), return_dict=False)[0]  # fmt: skip
+
+    return flux, call
+
+
+def main() -> None:
+    parser = errors.Parser("benchmark.py", "Measure a training step on this machine.")
+    a = parser.add_argument
+    a("--size", default="laptop", choices=list(model.SIZES), help="which model (default: laptop)")
+    a("--blocks", metavar="N", type=int, nargs=2, help="double and single blocks instead of the size's own")
+    a("--batch", metavar="N", type=int, default=64, help="pictures a step, even (default: 64)")
+    a("--side", metavar="N", type=int, help="side of the pictures in pixels (default: 32 for laptop, else 256)")
+    a("--text", metavar="N", type=int, help="text tokens (default: 16 for laptop, else 256)")
+    a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="inside the network (default: the faster)")
+    a("--compile", action="store_true", help="torch.compile each block")
+    a("--repeats", metavar="N", type=int, default=7, help="measured rounds (default: 7)")
+    a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
+    a("--out", metavar="FILE", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+    if args.batch < 2 or args.batch % 2 or args.repeats < 1:
+        parser.error("--batch must be even and at least 2, --repeats at least 1")
+
+    machine.keep_freed_memory()
+    device = machine.pick_device(args.device)
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision) or machine.pick_precision(device)
+    size = dict(model.SIZES[args.size])
+    if args.blocks:
+        size["double"], size["single"] = args.blocks
+    laptop = args.size == "laptop"
+    side = (args.side or (32 if laptop else 256)) // (1 if laptop else 8)
+    text_tokens = args.text or (16 if laptop else 256)
+    image_tokens = (side // size["patch"]) ** 2
+    B, shape = args.batch, (size["channels"], side, side)
+
+    torch.manual_seed(0)
+    network = model.Denoiser(**size, precision=precision).to(device)
+    ema = copy.deepcopy(network).requires_grad_(False)
+    if args.compile:
+        for block in [*network.double_blocks, *network.single_blocks, *ema.double_blocks, *ema.single_blocks]:
+            block.compile()
+    objective = losses.SelfE(network, ema, mu=losses.mu_of_length(image_tokens))
+    adam = torch.optim.Adam(network.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    average = get_ema_multi_avg_fn(0.9999)
+    calls = {"n": 0.0}
+    for net in (network, ema):  # counts forward passes in units of the whole batch
+        net.register_forward_pre_hook(lambda m, inputs: calls.__setitem__("n", calls["n"] + len(inputs[0]) / B))
+
+    x0 = torch.randn(B, *shape, device=device)
+    c, null, fake = ((torch.randn(B, text_tokens, size["txt_dim"], device=device), torch.randn(B, size["vec_dim"], device=device))
+                     for _ in range(3))  # fmt: skip
+    is_null = torch.zeros(B, dtype=torch.bool, device=device)
+    draws = {p: losses.draw(0, 0, list(range(B)), shape, p, device) for p in (0.5, 1.0)}
+
+    def update():
+        adam.step()
+        average(list(ema.parameters()), list(network.parameters()), 0)
+
+    def step(p_equal: float, aux: bool):
+        def work():
+            loss, _ = objective(x0, c, null, fake, is_null, draws[p_equal], 1.0, aux)
+            loss.backward()
+            update()
+            adam.zero_grad(set_to_none=False)
+        return work
+
+    steps = {"flow matching": step(1.0, False), "Self-E": step(0.5, False), "Self-E + aux": step(0.5, True)}
+    forwards = {}
+    for name, work in steps.items():
+        calls["n"] = 0.0
+        work()
+        forwards[name] = calls["n"]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    medians = in_turns(steps | {"Adam + EMA": update}, device, args.repeats)
+    peak = {str(d).removeprefix("torch."): peak_flops(device, d) for d in (torch.float32, torch.bfloat16)}
+    used = str(precision).removeprefix("torch.")
+    flops = model.forward_flops(size, image_tokens, text_tokens)
+
+    report = {
+        "command": " ".join(["python benchmark.py", *sys.argv[1:]]), "machine": machine.describe(device),
+        "commit": subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"), "size": args.size, "blocks": [size["double"], size["single"]], "batch": B,
+        "image_tokens": image_tokens, "text_tokens": text_tokens, "precision": used, "compiled": args.compile,
+        "peak_tflops": {name: round(value / 1e12, 3) for name, value in peak.items()}, "steps": {},
+    }  # fmt: skip
+    print(f"{args.size} ({size['double']} + {size['single']} blocks), batch {B}, {image_tokens} + {text_tokens} tokens, {used}"
+          f"{', compiled' if args.compile else ''}, on {report['machine']}")  # fmt: skip
+    print("matrix-product peak: " + ", ".join(f"{v / 1e12:.2f} TFLOP/s in {k}" for k, v in peak.items()))
+    print(f"{'step':16}{'ms':>9}{'images/s':>10}{'x flow matching':>17}{'forward passes':>16}{'TFLOP/s':>9}{'of peak':>9}")
+    for name in steps:
+        t = medians[name]
+        rate = FORWARDS[name] * flops * B / t
+        row = {"seconds": t, "images_per_s": B / t, "ratio": t / medians["flow matching"], "forwards": forwards[name],
+               "tflops": rate / 1e12, "mfu": rate / peak[used]}  # fmt: skip
+        report["steps"][name] = row
+        print(f"{name:16}{t * 1e3:9.1f}{row['images_per_s']:10.1f}{row['ratio']:17.3f}{forwards[name]:16.1f}"
+              f"{row['tflops']:9.3f}{row['mfu']:9.1%}")  # fmt: skip
+    share = medians["Adam + EMA"] / medians["Self-E"]
+    report["adam_and_ema_share"] = share
+    print(f"Adam + EMA: {medians['Adam + EMA'] * 1e3:.1f} ms, {share:.1%} of a Self-E step")
+    if device.type == "cuda":
+        report["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        print(f"peak memory: {report['peak_memory_gib']:.1f} GiB")
+
+    del ema, objective, adam
+    other = diffusers_flux(size, device)
+    if other is None:
+        print("diffusers is not installed: no comparison with its FluxTransformer2DModel")
+    else:
+        flux, call = other
+        t = torch.rand(B, device=device)
+        tokens = torch.randn(B, image_tokens, size["channels"] * size["patch"] ** 2, device=device)
+
+        def ours():
+            network(x0, t, t, *c).square().mean().backward()
+            network.zero_grad(set_to_none=True)
+
+        def theirs():
+            call(tokens, t, *c, precision).float().square().mean().backward()
+            flux.zero_grad(set_to_none=True)
+
+        pair = in_turns({"ours": ours, "diffusers": theirs}, device, args.repeats)
+        report["forward_backward"] = pair
+        print(f"forward + backward: {pair['ours'] * 1e3:.1f} ms, diffusers' FluxTransformer2DModel {pair['diffusers'] * 1e3:.1f} ms "
+              f"({pair['ours'] / pair['diffusers']:.2f} of it)")  # fmt: skip
+    if args.out:
+        checkpoint.write_json(args.out, report)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,61 @@
+"""The operation count against torch's own counter, the machine's choices, and the benchmark as a command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import errors
+import machine
+import model
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("double, single, rows, cols, text", [(2, 4, 8, 8, 16), (1, 0, 4, 10, 7), (0, 3, 5, 5, 9)])
+def test_forward_flops_equal_torchs_counter(double, single, rows, cols, text):
+    size = model.SIZES["laptop"] | {"double": double, "single": single}
+    network = model.Denoiser(**size)
+    x = torch.randn(2, size["channels"], rows * size["patch"], cols * size["patch"])
+    txt, vec = torch.randn(2, text, size["txt_dim"]), torch.randn(2, size["vec_dim"])
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        network(x, torch.rand(2), torch.zeros(2), txt, vec)
+    assert 2 * model.forward_flops(size, rows * cols, text) == counter.get_total_flops()
+
+
+def test_the_design_figures():
+    """1.29 and 3.41 TFLOP a forward pass of the 2B model at 256^2 and 512^2 pixels, with 256 text tokens."""
+    assert model.forward_flops(model.SIZES["2b"], 256, 256) / 1e12 == pytest.approx(1.29, abs=0.01)
+    assert model.forward_flops(model.SIZES["2b"], 1024, 256) / 1e12 == pytest.approx(3.41, abs=0.02)
+
+
+def test_devices():
+    assert machine.pick_device("cpu") == torch.device("cpu")
+    assert machine.pick_device("auto").type in ("cpu", "cuda", "mps")
+    for name in ("abacus", "cuda:99"):
+        with pytest.raises(errors.UserError, match=name):
+            machine.pick_device(name)
+
+
+def test_kept_memory_changes_no_result():
+    a = torch.randn(64, 64)
+    before = a @ a
+    machine.keep_freed_memory()
+    assert torch.equal(before, a @ a)
+
+
+def test_the_benchmark_counts_forward_passes(tmp_path):
+    """A Self-E step makes two evaluations of half a batch, the auxiliary stage one more; the report says so."""
+    result = subprocess.run([sys.executable, "benchmark.py", "--batch", "4", "--repeats", "1", "--blocks", "1", "0",
+                             "--device", "cpu", "--precision", "fp32", "--out", str(tmp_path / "b.json")],
+                            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert [row["forwards"] for row in report["steps"].values()] == [1.0, 2.0, 2.5]
+    assert report["forward_backward"]["diffusers"] > 0 and report["peak_tflops"]["float32"] > 0
