@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from toy import any_step, identities, measures, studies  # noqa: E402
 from toy.mixture import LAYOUTS, Mixture  # noqa: E402
-from toy.training import STEPS, Member, Net, train  # noqa: E402
+from toy.training import STEPS, Member, Net, assemble, train  # noqa: E402
 
 
 def python(*args, cwd=ROOT) -> subprocess.CompletedProcess:
@@ -104,6 +104,16 @@ def test_members_of_an_ensemble_share_nothing():
     for name, value in together.state_dict().items():
         for e, net in enumerate(alone):
             assert torch.allclose(value[e], net.state_dict()[name][0], atol=2e-5), name
+
+
+def test_an_ensemble_is_sampled_member_by_member():
+    members = [Member("between", 0), Member("far", 1)]
+    net, c = train(members, 12), torch.arange(3).repeat(5)
+    alone = [assemble([m], [net.weights_of(e)]) for e, m in enumerate(members)]
+    for choices in (dict(), dict(guidance=3.0), dict(guidance=2.0, space="x0", eta=0.0)):
+        together = measures.generate(net, members, c, 3, **choices)
+        for one, m, x in zip(alone, members, together):
+            assert torch.allclose(measures.generate(one, [m], c, 3, **choices)[0], x, atol=1e-4), choices
 
 
 def test_training_repeats_itself_and_moves():

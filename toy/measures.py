@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import sampler
 from randomness import rng
-from toy.training import Member, Net
+from toy.training import Member, Net, assemble
 
 BUDGETS = (1, 2, 4, 8, 50)  # network evaluations, Tab. 1 and one step
 SAMPLES, REFERENCE = 1000, 4000  # per condition: generated, and fresh data to compare with
@@ -31,6 +31,10 @@ def generate(net: Net, members: list[Member], c: Tensor, steps: int, **choices) 
         rows = [rng(m.seed, "toy sampling", k).standard_normal((len(c), 2), dtype=np.float32) for m in members]
         return torch.from_numpy(np.concatenate(rows))
 
+    if len(members) > 1 and choices.get("guidance", 1.0) != 1:
+        # The sampler joins the two branches of guidance into one batch, which an ensemble would deal out to the wrong members.
+        alone = [assemble([m], [net.weights_of(e)]) for e, m in enumerate(members)]
+        return torch.cat([generate(one, [m], c, steps, **choices) for one, m in zip(alone, members)])
     prompts = c.repeat(len(members))
     null = torch.full_like(prompts, members[0].q.C)
     x = sampler.sample(net, noise(0), (prompts,), (null,), steps=steps, draw_noise=lambda k: noise(k + 1), **choices)
