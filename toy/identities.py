@@ -351,6 +351,15 @@ def classifier_alone_does_not_rest():
     return float(delta_at_the_data(1.0).square().sum(1).mean().sqrt()) / 0.35
 
 
+@check("Eq. s.2, s -> 0", "Delta dies out as sigma_s^2 times the score gap of clean data (relative)", below=0.01)
+def evaluation_is_silent_near_the_data():
+    rng, c = np.random.default_rng(6), torch.arange(256) % q.C
+    x, s, clean = q.sample(c, rng), full(1e-4, c), full(0.0, c)
+    Delta = losses.self_evaluation(q.posterior_mean(x, s, q.null(c)), q.posterior_mean(x, s, c))
+    gap = score(q, x, clean, q.null(c)) - score(q, x, clean, c)
+    return worst(Delta / s[:, None] ** 2 - gap) / worst(gap)
+
+
 @check("Eq. 14", "the pseudo-target carries no gradient, so dL_self/dx0_hat = 2 Delta", below=1e-14)
 def stop_gradient():
     x, s, c = points()
