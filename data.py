@@ -138,20 +138,19 @@ def render(scene: Scene, size: int) -> np.ndarray:
 
 def place(random: np.random.Generator, n: int, size: int) -> list[tuple[float, float, float]] | None:
     """n non-overlapping (x, y, diameter), or None if the first tries leave no room (the caller draws again)."""
-    unit = size / 32
-    placed = []
+    unit, largest = size / 32, DIAMETERS[1] if n <= 2 else min(DIAMETERS[1], 11.0)
+    placed = np.empty((0, 3))
     for _ in range(n):
-        for _ in range(40):
-            d = random.uniform(*DIAMETERS) * unit
-            if n > 2:
-                d = min(d, 11 * unit)
-            x, y = random.uniform(d / 2 + GAP * unit, size - d / 2 - GAP * unit, size=2)
-            if all(max(abs(x - x2), abs(y - y2)) > (d + d2) / 2 + GAP * unit for x2, y2, d2 in placed):
-                placed.append((x, y, d))
-                break
-        else:
+        tries = random.random((16, 3))
+        d = (DIAMETERS[0] + (largest - DIAMETERS[0]) * tries[:, 2:]) * unit
+        margin = d / 2 + GAP * unit
+        tries = np.hstack([margin + (size - 2 * margin) * tries[:, :2], d])
+        apart = np.abs(tries[:, None, :2] - placed[None, :, :2]).max(axis=2, initial=0)  # [16, placed]
+        free = (apart > (d + placed[:, 2]) / 2 + GAP * unit).all(axis=1)
+        if not free.any():
             return None
-    return placed
+        placed = np.vstack([placed, tries[free.argmax()]])
+    return [tuple(map(float, row)) for row in placed]
 
 
 def holds(relation: str, a: tuple, b: tuple) -> bool:
@@ -197,15 +196,14 @@ def split_of(prompt: str) -> str:
 def draw_prompt(random: np.random.Generator, tag: str) -> tuple[dict, list[str], list[str], str]:
     """A random prompt of a tag and what to draw for it: (metadata, shapes, colours, relation)."""
     n = 1 if tag in ("single_object", "colors") else 2
-    shapes = [str(s) for s in random.choice(SHAPES, size=n, replace=False)]
-    if tag == "color_attr":
-        colors = [str(c) for c in random.choice(list(COLORS), size=2, replace=False)]
-    else:
-        colors = [str(c) for c in random.choice(list(COLORS), size=n)]
+    shapes = [SHAPES[i] for i in random.permutation(len(SHAPES))[:n]]
+    colors = [list(COLORS)[i] for i in random.integers(len(COLORS), size=n)]
+    if tag == "color_attr":  # two different colours, so that a swap shows
+        colors = [list(COLORS)[i] for i in random.permutation(len(COLORS))[:2]]
     if tag == "counting":
-        count = int(random.choice(list(COUNTS)))
+        count = 2 + int(random.integers(len(COUNTS)))
         return prompt_metadata(tag, shapes[:1], [None], count), shapes[:1] * count, colors[:1] * count, ""
-    relation = str(random.choice(RELATIONS)) if tag == "position" else ""
+    relation = RELATIONS[random.integers(len(RELATIONS))] if tag == "position" else ""
     told = list(colors)  # which colours the prompt tells
     if tag in ("single_object", "two_object"):
         told = [None] * n
@@ -238,7 +236,7 @@ class Shapes:
 
     def scene(self, g: int, seed: int = 0) -> Scene:
         random = rng(seed, "shapes", g)
-        return draw_scene(random, self.size, str(random.choice(self.tags)))
+        return draw_scene(random, self.size, self.tags[random.integers(len(self.tags))])
 
     def sample(self, g: int, seed: int = 0) -> Sample:
         scene = self.scene(g, seed)

@@ -23,11 +23,12 @@ Symbols, as in the paper                                                        
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from model import G
-from randomness import normal, rng
+from randomness import rng
 
 
 def like(t: Tensor, x: Tensor) -> Tensor:
@@ -313,11 +314,15 @@ class Draws(NamedTuple):
 
 def draw(seed: int, step: int, index: list[int], shape: tuple, p_equal: float = 0.5, device="cpu") -> Draws:
     """The Draws of the samples with the given global indices at one step; shape is that of one sample."""
-    keys = [(step, i) for i in index]
-    u = torch.tensor([rng(seed, "second time", *key).random(dtype="float32") for key in keys])
-    z = normal(seed, "time", keys, ())
-    eps, eps_s = normal(seed, "noise", keys, shape), normal(seed, "second noise", keys, shape)
-    return Draws(*(x.to(device, non_blocking=True) for x in (z, u, eps, eps_s, jump_positions(index, p_equal))))
+    z, u, eps, eps_s = [], [], [], []
+    for g in index:
+        random = rng(seed, "step", step, g)
+        z.append(random.standard_normal(dtype=np.float32))
+        u.append(random.random(dtype=np.float32))
+        eps.append(random.standard_normal(shape, dtype=np.float32))
+        eps_s.append(random.standard_normal(shape, dtype=np.float32))
+    numbers = [torch.from_numpy(np.stack(x).astype(np.float32)) for x in (z, u, eps, eps_s)]
+    return Draws(*(x.to(device) for x in (*numbers, jump_positions(index, p_equal))))
 
 
 # =====================================================================================================================

@@ -443,7 +443,7 @@ def test_value_and_gradient_equal_the_paper_with_frozen_targets(shape, options):
                 moved.append(paper_loss(b, shifted, again, at, aux, target))
         frozen[i], moving[i] = (values[0] - values[1]) / (2 * h), (moved[0] - moved[1]) / (2 * h)
     torch.testing.assert_close(online.theta.grad, frozen, rtol=1e-6, atol=1e-8)
-    assert online.theta.grad.abs().min() > 1e-3
+    assert online.theta.grad.abs().min() > 1e-5  # far above the error of the differences
     assert (moving - frozen).abs().max() > 1e-3
     assert ema.theta.grad is None
 
