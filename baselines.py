@@ -118,9 +118,9 @@ class IMM(nn.Module):
 
     y_r comes from the same weights without gradient, not from their moving average.
 
-    The loss is the paper's times sqrt(D), D values in a sample. Adam does not mind a constant, but for its eps (1e-8) and
-    the clipping of gradients: IMM's gradient with respect to a sample has length 1 / D, that of the mean squared error
-    1 / sqrt(D), and without the factor a picture's gradients fall to 1e-7 a weight.
+    The loss is the paper's times sqrt(D), D values in a sample. Adam minds a constant only through its eps (1e-8) and
+    the clipping of gradients: IMM's gradient with respect to a sample has a length near 1 / D, that of a mean squared
+    error 1 / sqrt(D), and without the factor a picture's gradients fall to 1e-7 a weight.
     """
 
     def __init__(self, network):

@@ -46,13 +46,11 @@ import sample
 # =====================================================================================================================
 GROUND_SLACK = 15  # the ground may be this much darker or lighter than any in training, and this much off grey
 GROUND_SHARE = 0.4  # of the picture, at least; four shapes of the largest size leave 0.6
-LINE = 70.0  # a pixel further than this from every line ground-colour belongs to no object
-TINT = 40.0  # the mean of an object's inner pixels lies nearer than this to the line of its colour
+LINE = 45.0  # a pixel further than this from every line from the ground to a colour belongs to no object
 GRAIN = 0.12  # of coverage that is overlooked
 AGREEMENT = 0.875  # overlap of an object with its best-fitting shape, at least
-PRESENCE = (0.8, 1.25)  # observed over fitted coverage: below, the object has faded; blur leaves it at 1
 DIAMETER = (6.0, 16.0)  # of an object, in units; training has 8 to 13
-SHARED = 3.0  # square units that two objects may both claim; a hidden part of an object is a missing part
+SHARED = 1.5  # square units that two objects may both claim; a hidden part of an object is a missing part
 SMALLEST = 4.0  # square units; less is a speck, which the test of what is left over judges
 OUTSIDE, INSIDE = 25.0, 50.0  # unexplained colour, averaged over 3 x 3 units, away from and within the objects
 CLEARLY = 0.4  # "left of": the centres lie further apart along the axis than this times the sum of the diameters
@@ -103,7 +101,8 @@ def ground_color(picture: np.ndarray) -> np.ndarray:
     """RGB of the ground: where more than half is ground the median is a ground pixel; the mean of those near it."""
     pixels = picture.reshape(-1, 3)
     median = np.median(pixels, axis=0)
-    return pixels[np.square(pixels - median).sum(1) < 30.0**2].mean(0) if len(pixels) else median
+    near = pixels[np.square(pixels - median).sum(1) < 30.0**2]
+    return near.mean(0) if len(near) else median
 
 
 def components(label: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
@@ -250,10 +249,6 @@ def explain(picture: np.ndarray) -> Explanation:
         found = Found(shape, color, float(x), float(y), float(2 * r), blur, agreement)
         objects.append(found)
 
-        fitted = coverage(shape, x, y, r, at_rows, at_columns)[0]
-        inner = mask[window] & (fitted > 0.9)
-        tint = off_line[window][inner][:, k].mean() if inner.any() else LINE
-        presence = seen.sum() / fitted.sum()
         box = np.array([x, x, y, y]) + r * np.array(outline(shape).box)
         what = f"the {color} {shape} at ({x:.0f}, {y:.0f})"
         if complaint:
@@ -264,10 +259,6 @@ def explain(picture: np.ndarray) -> Explanation:
             complaint = f"{what} is {2 * r:.1f} pixels wide"
         elif box.min() < -0.5 * unit or box.max() > size + 0.5 * unit:
             complaint = f"{what} is cut off by the border"
-        elif not PRESENCE[0] < presence < PRESENCE[1]:
-            complaint = f"{what} has faded to {presence:.2f}"
-        elif tint > TINT:
-            complaint = f"{what} is off its colour by {tint:.0f}"
     return Explanation(ground, objects, complaint or left_over(p, ground, objects))
 
 
