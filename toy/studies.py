@@ -37,12 +37,12 @@ class Study(NamedTuple):
     layouts: tuple = ("between", "far")
 
 
+BETWEEN = ("between",)  # enough for questions about the classifier term: in "far" it has next to nothing to say
+
+
 def crossed(trained: dict, sampled: dict) -> dict:
     """Every training with every choice of the sampler."""
     return {f"{a}, {b}": (train, train_at | sample) for a, (train, train_at) in trained.items() for b, sample in sampled.items()}
-
-
-TRAINED = {"flow matching": (FLOW, AT_T), "Self-E": ({}, {}), "auxiliary late": (dict(aux_from=0.77), {})}
 
 STUDIES = {
     "objectives": Study(
@@ -97,10 +97,12 @@ STUDIES = {
     "lambda_s": Study(
         "Lambda decoupled from s: what if the weight saw another second time? (S.3.1)",
         {f"lambda sees {name}": (dict(lam_s=name), {}) for name in ("s", "0", "s/2", "(s+t)/2")},
+        BETWEEN,
     ),
     "lambda_scale": Study(
         "How sensitive is training to the scale of lambda? (S.5)",
         {f"lambda x {a:g}": (dict(lam_scale=a), {}) for a in (0.1, 0.3, 1.0, 3.0)},
+        BETWEEN,
     ),
     "unconditional": Study(
         "Without conditions the classifier score vanishes. Is k = 0 enough? (S.5, future work 4)",
@@ -118,6 +120,7 @@ STUDIES = {
     "p_equal": Study(
         "How many samples should have s = t? (S.2, the paper's share is 0.5)",
         {f"p = {p:g}": (dict(p_equal=p), {}) for p in (0.0, 0.25, 0.5, 0.75)},
+        BETWEEN,
     ),
     "branches": Study(
         "Which network evaluates: moving average or online, in each branch? (S.2: conditional EMA, null online)",
@@ -126,10 +129,12 @@ STUDIES = {
             for a in ("ema", "online")
             for b in ("online", "ema")
         },
+        BETWEEN,
     ),
     "tau": Study(
         "How fast should s be let away from t? (s.13; share of the training over which tau rises)",
         {f"over {a:g}": (dict(tau_over=a), {}) for a in (0.0, 0.42, 1.0)},
+        BETWEEN,
     ),
     "null": Study(
         "What should a null prompt learn at s < t: the data, or Eq. 19 with Delta = 0?",
@@ -137,6 +142,7 @@ STUDIES = {
             {"data": ({}, {}), "Eq. 19": (dict(null_target="renorm"), {})},
             {"w 1": {}, "w 3": dict(guidance=3.0)},
         ),
+        BETWEEN,
     ),
 }
 
