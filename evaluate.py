@@ -365,7 +365,7 @@ def score(picture: np.ndarray, metadata: dict) -> bool:
 # =====================================================================================================================
 # The prompts
 # =====================================================================================================================
-SPLITS = ("train", "validation", "test", "pairs")
+SPLITS = ("train", "validation", "test", "pairs", "fixed")
 FEWEST = 5  # a tag with fewer prompts of its own in a split asks training prompts too, with noise of its own
 
 
@@ -402,13 +402,15 @@ def prompts(split: str, per_tag: int | None = None) -> list[dict]:
     "train", "validation" and "test" ask GenEval's six kinds of prompt, those of the position tag without colours. A tag
     that has fewer than five prompts of its own in the split (data.split_of gives all one-object prompts to training)
     asks training prompts too. "pairs" asks for what was held out of every training picture, in the tags that can:
-    colors, position (with colours) and color_attr.
+    colors, position (with colours) and color_attr. "fixed" is `fixed_64`.
 
     per_tag: so many of each tag, cycling if there are fewer; None gives every prompt once. Raises UserError for an
     unknown split.
     """
     if split not in SPLITS:
         raise errors.UserError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
+    if split == "fixed":
+        return fixed_64()
     chosen = []
     for tag in data.TAGS:
         of_tag = [m for m in all_prompts() if m["tag"] == tag]
@@ -518,6 +520,10 @@ def table(split: str, by_steps: dict[int, dict]) -> str:
         cells = [scores["overall"], *(scores["tags"][tag] for tag in tags)]
         texts = [f"{c['score']:.3f} [{c['low']:.3f} {c['high']:.3f}]" for c in cells]
         lines.append(f"{steps:>5}  " + "".join(f"{text:<20}" for text in texts).rstrip())
+        if split == "fixed":
+            share = [sum(n) for n in zip(*scores["prompts"].values())]
+            low, high = wilson(*share)
+            lines.append(f"{'':7}{share[0] / share[1]:.3f} [{low:.3f} {high:.3f}] of all {share[1]} pictures")
         if split != "pairs" and "unseen" in scores:
             c, own = scores["unseen"], [t for t in TABLE_ORDER if t in scores["unseen"]["tags"]]
             names = ", ".join(f"{COLUMN_NAMES[tag]} {c['tags'][tag]['score']:.3f}" for tag in own)
@@ -672,26 +678,28 @@ def draw_with_pipeline(pipeline, asked: list[dict], seed: int, steps: int, guida
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = errors.Parser("evaluate.py", "Score a model per step count, or write its pictures for GenEval's scorer.")
     a = parser.add_argument_group("what").add_argument
-    a("--checkpoint", type=Path, default=Path("checkpoints/laptop"),
+    a("--checkpoint", metavar="DIR", type=Path, default=Path("checkpoints/laptop"),
       help="folder of a run (default: checkpoints/laptop)")  # fmt: skip
-    a("--split", nargs="+", choices=SPLITS, default=["test", "pairs"], help="which prompts (default: test pairs)")
-    a("--per-tag", type=int, default=24, help="prompts of each tag, cycling (default: 24)")
-    a("--images", type=int, default=4, help="pictures per prompt (default: 4)")
-    a("--seed", type=int, default=0, help="of the noise (default: 0)")
-    a("--out", type=Path, help="the JSON to write, a figure beside it (default: evaluation.json in the checkpoint)")
+    a("--split", nargs="+", metavar="SPLIT", choices=SPLITS, default=["test", "pairs"],
+      help=f"which prompts: {', '.join(SPLITS)} (64 of one object) (default: test pairs)")  # fmt: skip
+    a("--per-tag", metavar="N", type=int, default=24, help="prompts of each tag, cycling (default: 24)")
+    a("--images", metavar="N", type=int, default=4, help="pictures per prompt (default: 4)")
+    a("--seed", metavar="N", type=int, default=0, help="of the noise (default: 0)")
+    a("--out", metavar="FILE", type=Path,
+      help="the JSON to write, a figure beside it (default: evaluation.json in the checkpoint)")  # fmt: skip
     a = parser.add_argument_group("how (each default is the checkpoint's own)").add_argument
-    a("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 50], help="evaluations of the network (default: 1 2 4 8 50)")
+    a("--steps", metavar="N", type=int, nargs="+", default=[1, 2, 4, 8, 50], help="evaluations of the network (default: 1 2 4 8 50)")
     a("--guidance", type=float, help="scale of guidance; 1 is off")
     a("--eta", type=sample.fraction_or_name({"renoise": "renoise"}), help='0 deterministic .. 1 ancestral; "renoise"')
     a("--s-rule", type=sample.fraction_or_name(sample.S_RULES), help='"next" (t_k+1), "same" (t_k), or between: 0..1')
     a("--space", choices=("v", "x0"), help="where guidance keeps the energy")
     a("--device", default="auto", help="cuda, mps, cpu (default: the best there is)")
     a = parser.add_argument_group("pictures for GenEval's scorer instead of scores").add_argument
-    a("--export", type=Path, help="folder to write 00000/samples/0000.png ... to; goes on where it stopped")
-    a("--prompts", type=Path, help="a file of GenEval's format, one JSON object with a prompt per line")
-    a("--pipeline", help="a diffusers text-to-image pipeline, by name or folder, in place of --checkpoint")
-    a("--side", type=int, help="side of the pipeline's pictures in pixels (default: the pipeline's)")
-    a("--batch-size", type=int, default=8, help="pictures at once in an export (default: 8)")
+    a("--export", metavar="DIR", type=Path, help="folder to write 00000/samples/0000.png ... to; goes on where it stopped")
+    a("--prompts", metavar="FILE", type=Path, help="a file of GenEval's format, one JSON object with a prompt per line")
+    a("--pipeline", metavar="NAME", help="a diffusers text-to-image pipeline, by name or folder, in place of --checkpoint")
+    a("--side", metavar="N", type=int, help="side of the pipeline's pictures in pixels (default: the pipeline's)")
+    a("--batch-size", metavar="N", type=int, default=8, help="pictures at once in an export (default: 8)")
     args = parser.parse_args(argv)
     if min(args.steps) < 1:
         parser.error("--steps must be at least 1")

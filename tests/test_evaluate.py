@@ -350,7 +350,7 @@ def test_unseen_prompts_and_pairs_never_occur_in_training():
 
 def test_splits_are_balanced_disjoint_and_fixed():
     own = {}
-    for split in evaluate.SPLITS:
+    for split in ("train", "validation", "test", "pairs"):
         listed = evaluate.prompts(split)
         assert len({m["prompt"] for m in listed}) == len(listed)
         own[split] = {m["prompt"] for m in listed if evaluate.split_of(m) == split}
@@ -371,7 +371,10 @@ def test_the_64_fixed_prompts_are_of_one_object_seen_in_training():
     fixed = evaluate.fixed_64()
     assert len(fixed) == 64 and len({m["prompt"] for m in fixed}) == 5 + 5 * 8 - 4
     assert {m["tag"] for m in fixed} == {"single_object", "colors"}
-    assert all(evaluate.split_of(m) == "train" for m in fixed)
+    assert all(evaluate.split_of(m) == "train" for m in fixed) and evaluate.prompts("fixed", 24) == fixed
+    right = [m["tag"] == "colors" for m in fixed]
+    text = evaluate.table("fixed", {2: evaluate.summary(fixed, right, 1)})
+    assert f"{sum(right) / 64:.3f} [" in text and "of all 64 pictures" in text and "0.500 [" in text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
