@@ -688,16 +688,17 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--out", metavar="FILE", type=Path,
       help="the JSON to write, a figure beside it (default: evaluation.json in the checkpoint)")  # fmt: skip
     a = parser.add_argument_group("how (each default is the checkpoint's own)").add_argument
-    a("--steps", metavar="N", type=int, nargs="+", default=[1, 2, 4, 8, 50], help="evaluations of the network (default: 1 2 4 8 50)")
+    a("--steps", metavar="N", type=int, nargs="+", default=[1, 2, 4, 8, 50],
+      help="evaluations of the network (default: 1 2 4 8 50)")  # fmt: skip
     a("--guidance", type=float, help="scale of guidance; 1 is off")
     a("--eta", type=sample.fraction_or_name({"renoise": "renoise"}), help='0 deterministic .. 1 ancestral; "renoise"')
     a("--s-rule", type=sample.fraction_or_name(sample.S_RULES), help='"next" (t_k+1), "same" (t_k), or between: 0..1')
     a("--space", choices=("v", "x0"), help="where guidance keeps the energy")
     a("--device", default="auto", help="cuda, mps, cpu (default: the best there is)")
     a = parser.add_argument_group("pictures for GenEval's scorer instead of scores").add_argument
-    a("--export", metavar="DIR", type=Path, help="folder to write 00000/samples/0000.png ... to; goes on where it stopped")
+    a("--export", metavar="DIR", type=Path, help="folder for 00000/samples/0000.png ...; goes on where it stopped")
     a("--prompts", metavar="FILE", type=Path, help="a file of GenEval's format, one JSON object with a prompt per line")
-    a("--pipeline", metavar="NAME", help="a diffusers text-to-image pipeline, by name or folder, in place of --checkpoint")
+    a("--pipeline", metavar="NAME", help="a diffusers text-to-image pipeline, by name or folder, not --checkpoint")
     a("--side", metavar="N", type=int, help="side of the pipeline's pictures in pixels (default: the pipeline's)")
     a("--batch-size", metavar="N", type=int, default=8, help="pictures at once in an export (default: 8)")
     args = parser.parse_args(argv)
