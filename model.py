@@ -76,7 +76,7 @@ class Embedder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=64)
 def rope_table(txt_len: int, rows: int, cols: int, axes: tuple, device: torch.device) -> Tensor:
-    """complex64 [txt_len + rows * cols, sum(axes) / 2]: exp(i angle) of each token's rotations (theta = 10000).
+    """[2, txt_len + rows * cols, sum(axes) / 2]: cosines and sines of each token's rotation angles (theta = 10000).
 
     The angles are computed in float64 on the CPU, because not every device has float64, and kept per picture size.
     """
@@ -86,16 +86,17 @@ def rope_table(txt_len: int, rows: int, cols: int, axes: tuple, device: torch.de
     angles = [position[:, i : i + 1] * 10000.0 ** (-torch.arange(0, n, 2).double() / n) for i, n in enumerate(axes)]
     angles = torch.cat(angles, dim=-1)
     with torch.inference_mode(False):  # a table made while sampling must serve a later training step too
-        return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device)
+        return torch.stack([angles.cos(), angles.sin()]).float().to(device)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn each interleaved pair of x [B, h, N, d/h] by its token's angle: the pair, as a complex number, times exp(i angle).
+    """Turn each interleaved pair of x [B, h, N, d/h] by its token's angle, in fp32.
 
-    In fp32; the complex product is one pass over memory where sines and cosines by hand take nine.
+    The product of complex numbers, written in real ones: torch.compile fuses these and leaves complex products alone.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())  # [B, h, N, d/2h]
-    return torch.view_as_real(pairs * rope).flatten(-2)
+    cos, sin = rope
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # [B, h, N, d/2h] each
+    return torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1).flatten(-2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

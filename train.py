@@ -70,6 +70,7 @@ RECIPES = {
 # When things happen, as shares of the run: the paper's iterations out of its 710k (S.2).
 TAU_UNTIL = 300 / 710  # tau rises linearly from 0 to 1 until here (s.13)
 AUX_FROM = 550 / 710  # the auxiliary term joins here
+EAGER_STEPS = 20  # iterations before torch.compile comes in, and the first picture grid
 STEP_COUNTS = (1, 2, 4, 8, 50)  # the columns of the picture grids
 
 
@@ -185,7 +186,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--seed", metavar="N", type=int, default=0, help="of everything random (default: 0)")
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="inside the network (default: the faster)")
-    a("--compile", action=argparse.BooleanOptionalAction, help="torch.compile each block (default: on CUDA)")
+    a("--compile", action=argparse.BooleanOptionalAction, help="torch.compile each block (default: where it works)")
     a = parser.add_argument_group("the objective (Sec. 3.3, Table 2)").add_argument
     a("--objective", default="self_e", choices=("self_e", "flow_matching"), help="default: self_e")
     a("--target", default="renorm", choices=("renorm", "tar", "sum"), help="Eq. 20, Eq. 18 or Eq. 16 (default: renorm)")
@@ -285,11 +286,10 @@ def train(args, recipe: Recipe, run: Path) -> None:
         (run / "grids").mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(run / "config.json", config)
 
-    wanted = device.type == "cuda" if args.compile is None else args.compile
-    compiled, why_not = machine.compile_works(device) if wanted else (False, "no --compile")
+    compiled, why_not = (False, "--no-compile") if args.compile is False else machine.compile_works(device)
     if compiled:
         for block in [*network.double_blocks, *network.single_blocks, *ema.double_blocks, *ema.single_blocks]:
-            block.compile()
+            block.compile(dynamic=False)
     step_module = DistributedDataParallel(objective, broadcast_buffers=False) if world > 1 else objective
     average = get_ema_multi_avg_fn
     if chief:
@@ -314,6 +314,8 @@ def train(args, recipe: Recipe, run: Path) -> None:
             group["lr"] = learning_rate(step, recipe)
 
         first = step * recipe.batch_size + rank * share
+        # The first iterations run as they are: they end in a first picture grid before the compiler takes its minute or two.
+        torch.compiler.set_stance("force_eager" if step < EAGER_STEPS else "default")
         total = 0.0
         for m in range(0, share, micro):
             index = list(range(first + m, first + m + micro))
@@ -344,11 +346,11 @@ def train(args, recipe: Recipe, run: Path) -> None:
             metrics.flush()
             bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.0f} images/s")
             window, window_began = [], time.perf_counter()
-        early = step == min(20, recipe.steps)
+        early = step == min(EAGER_STEPS, recipe.steps)
         if chief and grid_every and (step % grid_every == 0 or step == recipe.steps or early) and not stop:
             pause = time.perf_counter()
-            with torch.compiler.set_stance("force_eager"):  # sampling's batch shapes are not worth compiling for
-                sheet = draw_grid(ema, feed, prompts, shape, config, stop)
+            torch.compiler.set_stance("force_eager")  # sampling's batch shapes are not worth compiling for
+            sheet = draw_grid(ema, feed, prompts, shape, config, stop)
             if sheet:
                 sheet.save(run / "grids" / f"step_{step:06d}.png")
             window_began += time.perf_counter() - pause

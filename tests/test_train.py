@@ -21,7 +21,7 @@ import sample
 import train
 
 ROOT = Path(__file__).parent.parent
-QUICK = ["--batch-size", "4", "--device", "cpu", "--precision", "fp32", "--grid-every", "0"]
+QUICK = ["--batch-size", "4", "--device", "cpu", "--precision", "fp32", "--no-compile", "--grid-every", "0"]
 
 
 def run(monkeypatch, program, *arguments):
