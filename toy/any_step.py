@@ -124,9 +124,11 @@ def main() -> int:
         for name, study in studies.STUDIES.items():
             print(f"{name:14s} {study.question}")
     elif args.study:
+        start = time.perf_counter()
         kept = studies.run(args.study, args.out, steps=args.steps)
         print(studies.table(kept))
         figures.study(kept, args.out / f"{args.study}.png")
+        print(f"\n{args.study}.json and {args.study}.png in {args.out}; {time.perf_counter() - start:.0f} s")
     else:
         layouts = list(LAYOUTS) if args.layout == "all" else [args.layout]
         compare(layouts, args.seed, args.steps, args.out, args.jobs)
