@@ -312,14 +312,33 @@ def test_a_relation_holds_only_along_its_axis(relation, dx, dy):
     (lambda p: np.where((p == 120).all(2, keepdims=True), [120, 120, 160], p), "not grey"),
     (lambda p: np.where((p == 120).all(2, keepdims=True), [220, 220, 220], p), "not grey"),
     (lambda p: p + 50 * (np.indices(p.shape[:2]).sum(0)[..., None] % 3 - 1), "too little ground"),
+    (lambda p: p * 0 + 60 + 120 * (np.indices(p.shape[:2]).sum(0)[..., None] % 2), "too little ground"),
     (lambda p: np.where(np.arange(32)[:, None, None] < 3, p + 40, p), "unexplained on the ground"),
-], ids=["blue", "light", "pattern", "band"])  # fmt: skip
+], ids=["blue", "light", "pattern", "checkers", "band"])  # fmt: skip
 def test_the_ground_must_be_plain_grey(change, why):
     picture = picture_of(("circle", "red", 16, 16, 10)).astype(int)
     metadata = {"include": [{"class": "circle", "count": 1}]}
     assert evaluate.score(picture.astype(np.uint8), metadata)
     ok, reason = evaluate.judge(change(picture).clip(0, 255).astype(np.uint8), metadata)
     assert not ok and why in reason
+
+
+def test_a_pale_spot_within_an_object_is_seen():
+    picture = picture_of(("circle", "red", 16, 16, 12))
+    picture[14:18, 14:18] = (picture[14:18, 14:18].astype(int) + 120) // 2
+    ok, reason = evaluate.judge(picture, {"include": [{"class": "circle", "count": 1}]})
+    assert not ok and "within an object" in reason
+
+
+@pytest.mark.parametrize("size", [24, 32])
+def test_a_thin_ring_of_another_colour_is_no_object(size):
+    """Orange, nearest to yellow; a ring this thin has no pixel further than one from its outline."""
+    ring = picture_of(("ring", "yellow", size / 2, size / 2, size / 4), size=size).astype(float)
+    share = (120 - ring[..., 2]) / (120 - 40)
+    orange = 120 + share[..., None] * (np.array([255, 150, 30]) - 120)
+    metadata = {"include": [{"class": "ring", "count": 1}]}
+    assert evaluate.score(ring.astype(np.uint8), metadata)
+    assert not evaluate.score(orange.round().astype(np.uint8), metadata)
 
 
 @pytest.mark.parametrize("diameter, ok", [(4.5, False), (8, True), (13, True), (18, False)])
