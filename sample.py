@@ -8,6 +8,7 @@ same seed gives the same picture, whatever stands beside it.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import baselines
 import checkpoint
 import data
 import encoders
@@ -57,18 +59,35 @@ def load(folder: Path, device: torch.device, precision: torch.dtype | None = Non
     return Loaded(network.to(device).eval().requires_grad_(False), config, text, autoencoder)
 
 
+class Stopped(Exception):
+    """Sampling was asked to stop before it was done."""
+
+
+def choose(config: dict, *, guidance=None, eta=None, s_rule=None, space=None) -> dict:
+    """How a model is sampled: what is asked for, else (None) what its config.json says; arguments of its own sampler.
+
+    Raises UserError for what the model has not learned: flow matching anything but s_k = t_k, IMM any choice but guidance.
+    """
+    asked = {"guidance": guidance, "eta": eta, "s_rule": s_rule, "space": space}
+    own = {"guidance": "guidance", "eta": "eta", "s_rule": "s_rule", "space": "guidance_space"}
+    chosen = {name: config[own[name]] if value is None else value for name, value in asked.items()}
+    if config["objective"] == "flow_matching" and chosen["s_rule"] != 1:
+        raise errors.UserError("a flow-matching model has never seen s < t; it is sampled with --s-rule same")
+    if config["objective"] == "imm":
+        if (eta, s_rule, space) != (None, None, None):
+            raise errors.UserError("IMM has a sampler of its own: --eta, --s-rule and --space do not apply to it")
+        return {"guidance": chosen["guidance"]}
+    return chosen | {"mu": config["mu"]}
+
+
 def generate(loaded: Loaded, prompts: list[str], keys: list[tuple[int, ...]], *, seed: int = 0, steps: int = 2,
-             guidance: float | None = None, eta: float | str | None = None, s_rule: float | None = None,
-             space: str | None = None, batch_size: int = 64) -> list[np.ndarray]:  # fmt: skip
+             batch_size: int = 64, stop: Callable[[], bool] = lambda: False, **choices) -> list[np.ndarray]:  # fmt: skip
     """One uint8 picture [H, W, 3] per prompt. The noise of picture i depends on (seed, keys[i]) alone, never on the batch.
 
-    None takes what config.json says. Raises UserError when a flow-matching model is asked for s_k other than t_k.
+    `choices` are those of `choose`. `stop` is asked after every evaluation; when it answers true, Stopped is raised.
     """
     config = loaded.config
-    guidance, eta, s_rule, space = (config[name] if value is None else value for name, value in (
-        ("guidance", guidance), ("eta", eta), ("s_rule", s_rule), ("guidance_space", space)))  # fmt: skip
-    if config["objective"] == "flow_matching" and s_rule != 1:
-        raise errors.UserError("a flow-matching model has never seen s < t; it is sampled with --s-rule same")
+    choices = choose(config, **choices)
     device = next(loaded.network.parameters()).device
     side = config["side"] // loaded.autoencoder.factor
     shape = (loaded.autoencoder.channels, side, side)
@@ -82,8 +101,13 @@ def generate(loaded: Loaded, prompts: list[str], keys: list[tuple[int, ...]], *,
         def draw_noise(k, part=part):
             return normal(seed, "sampling", [(k + 1, *key) for key in part], shape).to(device)
 
-        x = sampler.sample(loaded.network, draw_noise(-1), cond, null, steps=steps, mu=config["mu"], s_rule=s_rule,
-                           eta=eta, guidance=guidance, space=space, draw_noise=draw_noise)  # fmt: skip
+        if config["objective"] == "imm":
+            path = baselines.trajectory(loaded.network, draw_noise(-1), cond, null, steps=steps, **choices)
+        else:
+            path = sampler.trajectory(loaded.network, draw_noise(-1), cond, null, steps=steps, draw_noise=draw_noise, **choices)
+        for _, x, *_ in path:
+            if stop():
+                raise Stopped
         pictures += data.to_pictures(loaded.autoencoder.decode(x))
     return pictures
 

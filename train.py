@@ -13,21 +13,25 @@ What it writes: see checkpoint.py; besides, grids/step_*.png: fixed prompts and 
 import argparse
 import copy
 import dataclasses
+import functools
 import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import baselines
 import checkpoint
 import data
 import encoders
@@ -35,8 +39,8 @@ import errors
 import losses
 import machine
 import model
-import sampler
-from randomness import normal, rng
+import sample
+from randomness import rng
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,6 +70,8 @@ RECIPES = {
     "0.5b": Recipe(300_000, 1024, 256, 3e-4, 1e-5),
     "2b": Recipe(710_000, 1024, 256, 3e-4, 1e-5),
 }
+
+OBJECTIVES = ("self_e", "flow_matching", "imm")
 
 # When things happen, as shares of the run: the paper's iterations out of its 710k (S.2).
 TAU_UNTIL = 300 / 710  # tau rises linearly from 0 to 1 until here (s.13)
@@ -148,23 +154,11 @@ def grid_prompts(source, n: int = 8) -> list[str]:
     return list(dict.fromkeys(captions))[:n]
 
 
-def draw_grid(network, feed: Feed, prompts: list[str], shape: tuple, config: dict, stop: StopSignal):
-    """The sheet of pictures, or None when a stop signal came while drawing."""
-    noise = normal(0, "grid noise", [(i,) for i in range(len(prompts))], shape).to(feed.device)
-    cond = feed.text(prompts)
-    null = tuple(a.expand(len(prompts), *a.shape[1:]) for a in feed.text([""]))
-    rows = [[] for _ in prompts]
-    for steps in STEP_COUNTS:
-        def draw_noise(k):
-            keys = [(i, steps, k) for i in range(len(prompts))]
-            return normal(0, "grid noise", keys, shape).to(feed.device)
-
-        for _, x, _ in sampler.trajectory(network, noise, cond, null, steps=steps, mu=config["mu"], s_rule=config["s_rule"],
-                                          guidance=config["guidance"], draw_noise=draw_noise):  # fmt: skip
-            if stop:
-                return None
-        for row, picture in zip(rows, data.to_pictures(feed.autoencoder.decode(x))):
-            row.append(picture)
+def draw_grid(loaded: sample.Loaded, prompts: list[str], stop: Callable[[], bool]) -> Image.Image:
+    """The sheet of pictures: prompts in rows, step counts in columns, one noise per row. Raises sample.Stopped."""
+    keys = [(i,) for i in range(len(prompts))]
+    columns = [sample.generate(loaded, prompts, keys, steps=n, stop=stop) for n in STEP_COUNTS]
+    rows = [list(row) for row in zip(*columns)]
     return data.label_grid(rows, [f"{n} steps" for n in STEP_COUNTS], prompts, scale=max(1, 96 // rows[0][0].shape[0]))
 
 
@@ -177,6 +171,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a = parser.add_argument_group("the run").add_argument
     a("--size", default="laptop", choices=list(model.SIZES), help="model and recipe (default: laptop)")
     a("--data", metavar="DIR", help='"shapes" or a folder of captioned pictures (default: the recipe\'s)')
+    a("--text", metavar="SPEC", help="frozen text encoder, see encoders.py (default: the recipe's)")
+    a("--autoencoder", metavar="SPEC", help="frozen auto-encoder, see encoders.py (default: the recipe's)")
+    a("--side", metavar="N", type=int, help="side of the pictures in pixels (default: the recipe's)")
     a("--out", metavar="DIR", default="runs/laptop", help="folder of the run (default: runs/laptop)")
     a("--resume", action="store_true", help="go on from the last state in --out")
     a("--steps", metavar="N", type=int, help="iterations (default: the recipe's)")
@@ -188,7 +185,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="inside the network (default: the faster)")
     a("--compile", action=argparse.BooleanOptionalAction, help="torch.compile each block (default: where it works)")
     a = parser.add_argument_group("the objective (Sec. 3.3, Table 2)").add_argument
-    a("--objective", default="self_e", choices=("self_e", "flow_matching"), help="default: self_e")
+    a("--objective", default="self_e", choices=OBJECTIVES, help="default: self_e")
     a("--target", default="renorm", choices=("renorm", "tar", "sum"), help="Eq. 20, Eq. 18 or Eq. 16 (default: renorm)")
     a("--delta-scale", metavar="X", type=float, default=1.0, help="times the self-evaluation; 0 is the control (default: 1)")
     a("--aux-from", metavar="X", type=float, default=AUX_FROM, help="share of the run after which the auxiliary term joins; 1 is never "
@@ -201,7 +198,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     if args.resume:
         parser.set_defaults(**checkpoint.read_json(Path(args.out) / "config.json")["arguments"])
         args = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "micro_batch", "log_every"):
+    for name in ("steps", "batch_size", "micro_batch", "side", "log_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.batch_size is not None and args.batch_size % 2:
@@ -226,7 +223,7 @@ def main() -> None:
     args = parse_arguments()
     machine.keep_freed_memory()
     recipe = dataclasses.replace(RECIPES[args.size])
-    for name in ("steps", "batch_size", "data", "lr"):
+    for name in ("steps", "batch_size", "data", "lr", "side", "text", "autoencoder"):
         if getattr(args, name) is not None:
             setattr(recipe, name, getattr(args, name))
     train(args, recipe, Path(args.out))
@@ -243,29 +240,37 @@ def train(args, recipe: Recipe, run: Path) -> None:
     micro = args.micro_batch or share
     if recipe.batch_size % world or share % micro or micro % 2:
         raise errors.UserError(f"a batch of {recipe.batch_size} does not divide into {world} processes x micro-batches of {micro}")
+    if args.objective == "imm" and micro % baselines.M:
+        raise errors.UserError(f"IMM compares groups of {baselines.M}: batches and micro-batches must be multiples of {baselines.M}")
 
     # What: data, frozen encoders, the network and its average.
     source = data.open_source(recipe.data, recipe.side)
     text = encoders.text_encoder(recipe.text, recipe.txt_len, device)
     autoencoder = encoders.autoencoder(recipe.autoencoder, device)
     feed = Feed(source, text, autoencoder, args.seed, recipe.dropout, device)
-    side = recipe.side // autoencoder.factor
-    shape = (autoencoder.channels, side, side)
+    sizes = model.SIZES[args.size] | {"channels": autoencoder.channels, "txt_dim": text.d_txt, "vec_dim": text.d_vec}
+    side, remainder = divmod(recipe.side, autoencoder.factor * sizes["patch"])
+    if remainder:
+        raise errors.UserError(f"--side must be a multiple of {autoencoder.factor * sizes['patch']}, not {recipe.side}")
+    shape, mu = (autoencoder.channels, side * sizes["patch"], side * sizes["patch"]), losses.mu_of_length(side**2)
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision) or machine.pick_precision(device)
     torch.manual_seed(args.seed)
-    sizes = model.SIZES[args.size]
     network = model.Denoiser(**sizes, precision=precision).to(device)
     ema = copy.deepcopy(network).requires_grad_(False)
     self_e = args.objective == "self_e"
-    mu = losses.mu_of_length((side // sizes["patch"]) ** 2)
-    objective = losses.SelfE(network, ema, mu=mu, target=args.target, delta_scale=args.delta_scale)
+    if args.objective == "imm":
+        objective, draw = baselines.IMM(network), baselines.draw
+    else:  # flow matching is Self-E that never meets s < t
+        objective = losses.SelfE(network, ema, mu=mu, target=args.target, delta_scale=args.delta_scale)
+        draw = functools.partial(losses.draw, p_equal=0.5 if self_e else 1.0)
     adam = torch.optim.Adam(network.parameters(), lr=recipe.lr, betas=recipe.betas, fused=True)
 
     config = {
         "format": 1, "size": args.size, "model": sizes, "objective": args.objective, "target": args.target,
         "delta_scale": args.delta_scale, "aux_from": args.aux_from, "side": recipe.side, "mu": mu,
         "text_encoder": recipe.text, "txt_len": recipe.txt_len, "autoencoder": recipe.autoencoder, "data": recipe.data,
-        "s_rule": 0.0 if self_e else 1.0, "eta": 1.0, "guidance": recipe.grid_guidance, "guidance_space": "v",
+        "s_rule": 1.0 if args.objective == "flow_matching" else 0.0, "eta": 1.0,
+        "guidance": recipe.grid_guidance, "guidance_space": "v",
         "steps": recipe.steps, "batch_size": recipe.batch_size, "lr": recipe.lr, "seed": args.seed,
         "precision": str(precision).removeprefix("torch."), "machine": machine.describe(device),
         "command": " ".join(["python train.py", *sys.argv[1:]]),
@@ -291,7 +296,6 @@ def train(args, recipe: Recipe, run: Path) -> None:
         for block in [*network.double_blocks, *network.single_blocks, *ema.double_blocks, *ema.single_blocks]:
             block.compile(dynamic=False)
     step_module = DistributedDataParallel(objective, broadcast_buffers=False) if world > 1 else objective
-    average = get_ema_multi_avg_fn
     if chief:
         parameters = sum(p.numel() for p in network.parameters())
         print(f"{args.size}: {parameters / 1e6:.2f} M parameters, {recipe.side} x {recipe.side} pixels, {args.objective}; "
@@ -320,7 +324,7 @@ def train(args, recipe: Recipe, run: Path) -> None:
         for m in range(0, share, micro):
             index = list(range(first + m, first + m + micro))
             batch = feed.batch(index, with_fake=aux)
-            draws = losses.draw(args.seed, step, index, shape, 0.5 if self_e else 1.0, device)
+            draws = draw(args.seed, step, index, shape, device=device)
             last = m + micro == share
             step_module.require_backward_grad_sync = last  # what DDP's no_sync() sets: reduce once an iteration
             loss, stats = step_module(batch.x0, batch.c, batch.null, batch.fake, batch.is_null, draws, tau, aux)
@@ -330,7 +334,7 @@ def train(args, recipe: Recipe, run: Path) -> None:
         adam.step()
         adam.zero_grad(set_to_none=False)
         decay = min(recipe.ema, (1 + step) / (10 + step))
-        average(decay)(list(ema.parameters()), list(network.parameters()), 0)
+        get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(network.parameters()), 0)
         step += 1
 
         window.append(total)
@@ -350,9 +354,11 @@ def train(args, recipe: Recipe, run: Path) -> None:
         if chief and grid_every and (step % grid_every == 0 or step == recipe.steps or early) and not stop:
             pause = time.perf_counter()
             torch.compiler.set_stance("force_eager")  # sampling's batch shapes are not worth compiling for
-            sheet = draw_grid(ema, feed, prompts, shape, config, stop)
-            if sheet:
+            try:
+                sheet = draw_grid(sample.Loaded(ema, config, text, autoencoder), prompts, lambda: bool(stop))
                 sheet.save(run / "grids" / f"step_{step:06d}.png")
+            except sample.Stopped:
+                pass  # the run is about to be saved; its grid can be drawn again
             window_began += time.perf_counter() - pause
         if stop or step == recipe.steps or (save_every and step % save_every == 0):
             if chief:

@@ -169,13 +169,24 @@ def test_flow_matching_is_sampled_at_s_equal_t(tmp_path, monkeypatch):
         sample.generate(loaded, ["x"], [(0,)], steps=3, s_rule=0.0)
 
 
+def test_imm_trains_and_samples_in_its_own_way(tmp_path, monkeypatch):
+    run(monkeypatch, train, "--steps", 2, "--out", tmp_path / "imm", "--objective", "imm", *QUICK)
+    loaded, seen = sample.load(tmp_path / "imm", torch.device("cpu")), []
+    loaded.network.register_forward_pre_hook(lambda m, inputs: seen.append((inputs[1][0].item(), inputs[2][0].item())))
+    sample.generate(loaded, ["x"], [(0,)], steps=2)
+    assert np.allclose(seen, [(0.994, 0.497), (0.497, 0)])  # the time and where the jump leads, both told to the network
+    with pytest.raises(errors.UserError, match="--eta"):
+        sample.generate(loaded, ["x"], [(0,)], steps=2, eta=0.5)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one line, exit code 2, nothing half-written
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("program, arguments", [
     (train, ["--data", "absent"]), (train, ["--size", "7b"]), (train, ["--steps", "0"]), (train, ["--batch-size", "3"]),
     (train, ["--micro-batch", "6"]), (train, ["--aux-from", "2"]), (train, ["--device", "abacus"]), (train, ["--resume"]),
-    (train, ["--out", "/dev/null/run"]), (train, ["--seed", "-1"]), (train, ["--lr", "nan"]),
+    (train, ["--out", "/dev/null/run"]), (train, ["--side", "30"]), (train, ["--text", "telepathy"]),
+    (train, ["--objective", "imm", "--micro-batch", "2"]), (train, ["--autoencoder", "kl:./absent"]), (train, ["--seed", "-1"]), (train, ["--lr", "nan"]),
     (sample, ["--checkpoint", "absent", "--prompt", "x"]), (sample, []), (sample, ["--prompt", "x", "--steps", "0"]),
     (sample, ["--prompt", "x", "--guidance", "-1"]), (sample, ["--prompt", "x", "--guidance", "nan"]),
     (sample, ["--prompt", "x", "--eta", "1.5"]), (sample, ["--prompt", "x", "--s-rule", "before"]),
