@@ -295,7 +295,7 @@ def train(args, recipe: Recipe, run: Path) -> None:
     if compiled:
         for block in [*network.double_blocks, *network.single_blocks, *ema.double_blocks, *ema.single_blocks]:
             block.compile(dynamic=False)
-    step_module = DistributedDataParallel(objective, broadcast_buffers=False) if world > 1 else objective
+    step_module = DistributedDataParallel(objective) if world > 1 else objective
     if chief:
         parameters = sum(p.numel() for p in network.parameters())
         print(f"{args.size}: {parameters / 1e6:.2f} M parameters, {recipe.side} x {recipe.side} pixels, {args.objective}; "
