@@ -71,7 +71,7 @@ def compare(layouts: list[str], seed: int, steps: int, out: Path, jobs: int) -> 
             for label, rows in results.items():
                 print(f"{label:24s}" + "".join(f"{rows[e][str(n)][measure]:10.4f}" for n in BUDGETS))
         masses = {label: rows[e]["2"]["mass"][0] for label, rows in results.items()}
-        print(f"\n{layout}: share of each mode of condition 0 at N = 2 (truth {members[e].q.weights[0].tolist()})")
+        print(f"\n{layout}: share of each mode of condition 0 at N = 2 (truth {', '.join(f'{w:.3f}' for w in members[e].q.weights[0].tolist())})")
         for label, mass in masses.items():
             print(f"{label:24s}" + "".join(f"{share:10.3f}" for share in mass))
 
