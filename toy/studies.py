@@ -84,10 +84,12 @@ STUDIES = {
                 "w 3 in x0": dict(guidance=3.0, space="x0"),
             },
         ),
+        BETWEEN,
     ),
     "aux_start": Study(
         "When to switch the auxiliary term on? (S.1.2, Fig. 6; shares of the training, the paper's is 0.77)",
         {"never": ({}, {})} | {f"from {a:g}": (dict(aux_from=a), {}) for a in (0.77, 0.5, 0.25, 0.0)},
+        BETWEEN,  # for "far" see objectives and k
     ),
     "k": Study(
         "How sensitive is the auxiliary stage to k, the share of the classifier term? (S.1.2; from half-way)",
