@@ -78,7 +78,8 @@ RELATIONS = ("left of", "right of", "above", "below")
 HELD_OUT_PAIRS = {("red", "triangle"), ("blue", "ring"), ("yellow", "square"), ("green", "cross")}
 
 GREYS = (80, 170)  # the range of the ground's shade; black and white shapes stay visible on all of it
-DIAMETERS = (8.0, 13.0)  # of a shape, in 32nds of the picture's side
+# Diameters by the number of shapes, in 32nds of the picture's side: as in photographs, what stands alone fills more of it.
+DIAMETERS = {1: (12.0, 20.0), 2: (10.0, 14.0), 3: (8.5, 11.0), 4: (8.0, 10.5)}
 GAP = 1.5  # between two shapes, and to the border, in the same unit
 
 
@@ -138,11 +139,11 @@ def render(scene: Scene, size: int) -> np.ndarray:
 
 def place(random: np.random.Generator, n: int, size: int) -> list[tuple[float, float, float]] | None:
     """n non-overlapping (x, y, diameter), or None if the first tries leave no room (the caller draws again)."""
-    unit, largest = size / 32, DIAMETERS[1] if n <= 2 else min(DIAMETERS[1], 11.0)
+    unit, (low, high) = size / 32, DIAMETERS[n]
     placed = np.empty((0, 3))
     for _ in range(n):
         tries = random.random((16, 3))
-        d = (DIAMETERS[0] + (largest - DIAMETERS[0]) * tries[:, 2:]) * unit
+        d = (low + (high - low) * tries[:, 2:]) * unit
         margin = d / 2 + GAP * unit
         tries = np.hstack([margin + (size - 2 * margin) * tries[:, :2], d])
         apart = np.abs(tries[:, None, :2] - placed[None, :, :2]).max(axis=2, initial=0)  # [16, placed]

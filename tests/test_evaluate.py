@@ -341,7 +341,7 @@ def test_a_thin_ring_of_another_colour_is_no_object(size):
     assert not evaluate.score(orange.round().astype(np.uint8), metadata)
 
 
-@pytest.mark.parametrize("diameter, ok", [(4.5, False), (8, True), (13, True), (18, False)])
+@pytest.mark.parametrize("diameter, ok", [(4.5, False), (8, True), (20, True), (27, False)])
 def test_objects_have_about_the_sizes_of_training(diameter, ok):
     picture = picture_of(("circle", "red", 16, 16, diameter))
     assert evaluate.score(picture, {"include": [{"class": "circle", "count": 1}]}) == ok
