@@ -1,0 +1,882 @@
+"""A data set in tar shards, read map-style: any picture by its number, in an order that is a function of (seed, number).
+
+    python shards.py pack pictures/ tars/                      # a folder of captioned pictures -> tar shards, to try it
+    python shards.py report tars/ --workers 16                 # index them; counts, sizes, buckets, captions, what is skipped
+    python shards.py cache tars/ cache256/ --side 256 --fake --text flux --autoencoder flux     # encode once; resumable
+
+    source = shards.Shards("tars/", side=256, batch_size=1024)          # pictures, decoded as they are asked for
+    source = shards.CachedShards("cache256/", batch_size=1024)          # latents and encoded captions, made by `cache`
+    source = shards.Mixed([shards.Shards("tars/", 256, 768), shards.Shards("tars/", 512, 768)])     # S.2, second stage
+    sample = source.sample(g, seed)                                     # g = 0, 1, 2, ...: the global sample index
+
+A shard is a .tar in the layout of WebDataset and img2dataset: the files of a sample share their name up to the first
+dot, `000000000.jpg` (or .jpeg, .png, .webp) with its caption in `000000000.txt`, or in `000000000.json` under "caption"
+or "text". WebDataset streams shards through a shuffle buffer, whose content is part of a run's state. Here each tar is
+read once for an index (name.tar.index, beside it or in a folder of your choice), and afterwards a sample is two reads
+at known offsets. So a run's place in its data is one integer, and any number of processes sees one sequence.
+
+A batch is one tensor, so its pictures have one size: each aligned block of batch_size consecutive g has one bucket.
+
+    buckets     (height, width), both multiples of 16, areas near side^2, from 1:2 to 2:1 (S.2: "varying aspect-ratio")
+    a picture   goes to the bucket of nearest log aspect ratio, is resized to cover it (Lanczos) and cropped at the centre
+    an epoch    takes from a bucket of n pictures as many blocks as n fills, and shuffles the blocks of all buckets
+    the rest    of a bucket is neither dropped nor doubled: it opens that bucket's first block of the next epoch
+
+What cannot be read is an error that names the tar (truncated, empty, without captions); a single sample that cannot be
+used is skipped, counted and named. Every failure a user can mend is a data.DataError.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import struct
+import sys
+import tarfile
+import uuid
+import warnings
+import zipfile
+import zlib
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+import data
+import encoders
+import errors
+import machine
+from data import DataError
+from randomness import rng
+
+SUFFIXES = ("jpg", "jpeg", "png", "webp")
+FORMATS = ("JPEG", "PNG", "WEBP")  # the only decoders of Pillow's that data from the web may reach
+MAX_PIXELS = 2**26  # 8192 x 8192: a larger picture is refused from its header, before memory is taken for it
+HEAD = 2**16  # bytes of a picture that nearly always hold its header
+
+# What Pillow raises for a broken picture. Pictures are read into memory first, so a failing disk is not among them.
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error,
+          Image.DecompressionBombError, Image.DecompressionBombWarning)  # fmt: skip
+
+
+@contextlib.contextmanager
+def in_one_piece(path: Path, tag: str = ""):
+    """A path beside `path` to write to, renamed to it when the block ends well and removed when it does not."""
+    partial = path.with_name(f"{path.name}{tag}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# =====================================================================================================================
+# The index of a tar
+# =====================================================================================================================
+# One row per usable sample: where the picture and its caption lie in the tar, and what bucketing needs to know.
+ROW = np.dtype([("offset", "<i8"), ("size", "<i8"), ("width", "<i4"), ("height", "<i4"), ("text_offset", "<i8"),
+                ("text_size", "<i4"), ("is_json", "?"), ("letters", "<i4")])  # fmt: skip
+
+
+class Unusable(Exception):
+    """A sample that has to be skipped; the message says why."""
+
+
+def read_at(file, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
+
+
+def parse_caption(content: bytes, is_json: bool) -> str:
+    """The caption in a .txt or .json member. Raises Unusable when there is none or it cannot be read."""
+    try:
+        text = content.decode("utf-8")
+        if is_json:
+            entry = json.loads(text)
+            if not isinstance(entry, dict):
+                raise Unusable("its .json is not an object")
+            text = next((entry[name] for name in ("caption", "text") if isinstance(entry.get(name), str)), "")
+    except UnicodeDecodeError as error:
+        raise Unusable("its caption is not UTF-8") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise Unusable("its .json is not valid JSON") from error
+    if not text.strip():
+        raise Unusable("no caption")
+    return text.strip()
+
+
+def picture_size(content: bytes) -> tuple[int, int]:
+    """(width, height) of an upright picture from its header; nothing is decoded. Raises Unusable or one of BROKEN."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            width, height = image.size
+            if image.mode.startswith(("I", "F")):  # Pillow would cut these to 8 bits as all white
+                raise Unusable("16-bit or floating-point grey")
+            if "exif" in image.info and image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # lies on its side
+                width, height = height, width
+    if width * height > MAX_PIXELS:
+        raise Unusable("more than 67 million pixels")
+    return width, height
+
+
+def read_member(file, members: dict[str, tuple[int, int]], key: str) -> tuple:
+    """The index row of one sample: members maps the suffixes under a key to (offset, size). Raises Unusable."""
+    suffix = next(s for s in SUFFIXES if s in members)
+    offset, size = members[suffix]
+    reason = Unusable("no caption")
+    for text in ("txt", "json"):  # img2dataset writes both, the .txt from the .json
+        if text in members:
+            try:
+                caption = parse_caption(read_at(file, *members[text]), text == "json")
+                break
+            except Unusable as error:
+                reason = error
+    else:
+        raise reason
+    try:
+        try:
+            width, height = picture_size(read_at(file, offset, min(size, HEAD)))
+        except BROKEN:
+            if size <= HEAD:
+                raise
+            width, height = picture_size(read_at(file, offset, size))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise Unusable("more than 67 million pixels") from error
+    except BROKEN as error:
+        raise Unusable("broken picture") from error
+    return offset, size, width, height, *members[text], text == "json", len(caption)
+
+
+def scan(tar: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
+    """Read a tar's headers: (index rows, their keys, skipped key -> reason). Raises DataError naming the tar."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    skipped: dict[str, str] = {}
+    with open(tar, "rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for member in archive:
+                    folder, slash, name = member.name.rpartition("/")
+                    stem, _, suffix = name.partition(".")
+                    suffix = suffix.lower()
+                    if not member.isreg() or not stem or suffix not in (*SUFFIXES, "txt", "json"):
+                        continue
+                    own = samples.setdefault(folder + slash + stem, {})
+                    if suffix in own or (suffix in SUFFIXES and own.keys() & set(SUFFIXES)):
+                        skipped[f"{tar.stem}/{member.name} at byte {member.offset}"] = "a second file for its key"
+                    else:
+                        own[suffix] = member.offset_data, member.size
+                end = archive.offset
+        except tarfile.TarError as error:
+            raise DataError(f"{tar} is truncated or not a tar ({error}): fetch or make it again") from error
+        if read_at(file, end, 512) != bytes(512):  # tarfile takes a tar cut between two members for a whole one
+            raise DataError(f"{tar} is truncated or damaged at byte {end}, it has no end mark: fetch or make it again")
+        for key in [key for key, own in samples.items() if not own.keys() & set(SUFFIXES)]:
+            skipped[f"{tar.stem}/{key}"] = "no .jpg, .png or .webp"
+            del samples[key]
+        if not samples:
+            raise DataError(f"{tar} is empty: it holds no .jpg, .png or .webp; remove it")
+        rows, keys = [], []
+        for key, own in samples.items():
+            name = f"{tar.stem}/{key}"
+            try:
+                rows.append(read_member(file, own, key))
+                keys.append(name)
+            except Unusable as error:
+                skipped[name] = str(error)
+    if not rows:
+        raise DataError(f"{tar}: none of its {len(samples)} pictures can be used ({summary(skipped)}); a caption goes in a "
+                        '.txt or, as "caption" or "text", in a .json of the same name')  # fmt: skip
+    return np.array(rows, ROW), keys, skipped
+
+
+def summary(skipped: dict[str, str]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in Counter(skipped.values()).most_common())
+
+
+def index_of(tar: Path, cache: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    """The index of a tar (rows, keys as UTF-8, skipped), read from `cache` or made and written there.
+
+    An index holds while the tar's size and modification time stay what they were.
+    """
+    path, stat = cache / f"{tar.name}.index", tar.stat()
+    stamp = [2, MAX_PIXELS, stat.st_size, stat.st_mtime_ns]  # the 2 counts the versions of this format
+    if path.exists():
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                if stored["stamp"].tolist() == stamp and stored["rows"].dtype == ROW:
+                    return stored["rows"], stored["keys"], json.loads(stored["skipped"].tobytes())
+        except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            print(f"{path} is damaged ({error}); reading {tar} again", file=sys.stderr)
+    rows, keys, skipped = scan(tar)
+    packed = np.array([key.encode("utf-8", "surrogateescape") for key in keys])
+    try:
+        # Many processes may index one folder at once: each writes a file of its own, and the last rename wins.
+        with in_one_piece(path, f".{uuid.uuid4().hex}") as partial, open(partial, "wb") as file:
+            np.savez(file, stamp=np.array(stamp), rows=rows, keys=packed,
+                     skipped=np.frombuffer(json.dumps(skipped).encode(), np.uint8))  # fmt: skip
+    except PermissionError as error:
+        raise DataError(f"cannot write {path}: name a folder for the index that can be written (--index)") from error
+    return rows, packed, skipped
+
+
+class Index(NamedTuple):
+    """The samples of a folder: sample n lies in tars[shard[n]], as rows[n] says."""
+
+    tars: list[Path]
+    shard: np.ndarray  # [N]
+    rows: np.ndarray  # [N] of ROW
+    keys: np.ndarray  # [N] of UTF-8
+    skipped: dict[str, str]  # key -> reason
+
+
+def read_index(folder: str | Path, cache: str | Path | None = None, workers: int = 1) -> Index:
+    """The index of all tars of a folder, in the order of their names; kept in `cache`, by default beside the tars.
+
+    Raises DataError for a missing folder, one without tars, and for the first tar that cannot be used.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"no such folder: {folder}")
+    tars = sorted(folder.glob("*.tar"))
+    if not tars:
+        raise DataError(f"{folder} holds no .tar: python shards.py pack makes some of a folder of pictures")
+    cache = folder if cache is None else Path(cache)
+    cache.mkdir(parents=True, exist_ok=True)
+    one = functools.partial(index_of, cache=cache)
+    with contextlib.ExitStack() as stack:
+        parts = map(one, tars)
+        if workers > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            parts = pool.map(one, tars)
+        parts = list(tqdm(parts, total=len(tars), desc=f"indexing {folder}", unit=" tars", leave=False, disable=None))
+    shard = np.repeat(np.arange(len(tars), dtype=np.int32), [len(rows) for rows, _, _ in parts])
+    skipped = {key: reason for _, _, some in parts for key, reason in some.items()}
+    return Index(tars, shard, np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), skipped)
+
+
+def log_skipped(name: str, skipped: dict[str, str], total: int, first: int = 10) -> None:
+    """Name what is skipped on stderr, the first few by key; one process of a run speaks for all."""
+    if not skipped or int(os.environ.get("RANK", 0)):
+        return
+    for key, reason in list(skipped.items())[:first]:
+        print(f"skipped {key}: {reason}", file=sys.stderr)
+    more = f"; python shards.py report {name} --skipped names all" if len(skipped) > first else ""
+    print(f"{name}: skipped {len(skipped)} of {total} ({summary(skipped)}){more}", file=sys.stderr)
+
+
+# =====================================================================================================================
+# Aspect-ratio buckets
+# =====================================================================================================================
+
+
+def bucket_sides(side: int, multiple: int = 16, widest: float = 2.0) -> list[tuple[int, int]]:
+    """The buckets of a stage, (height, width) from the tallest to the widest: multiples of `multiple`, areas near side^2.
+
+    For each width from the square's to sqrt(widest) times it, the height that comes nearest to the area; and each of
+    them turned. side 256 has 13, side 512 has 27.
+    """
+    n = side // multiple
+    if n < 1 or side % multiple:
+        raise DataError(f"the side of the pictures must be a multiple of {multiple}, not {side}")
+    wide = [(round(n * n / w), w) for w in range(n, int(n * math.sqrt(widest)) + 1)]
+    wide = [(h, w) for h, w in wide if w <= widest * h]
+    sides = {(h * multiple, w * multiple) for h, w in wide} | {(w * multiple, h * multiple) for h, w in wide}
+    return sorted(sides, key=lambda bucket: bucket[1] / bucket[0])
+
+
+def choose_buckets(rows: np.ndarray, buckets: list, smallest: int) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """(the buckets in use, [N] which of them each picture belongs to), by the nearest log aspect ratio.
+
+    A bucket with fewer than `smallest` pictures is given up, the emptiest first, and its pictures go to their next
+    nearest one: a block of 64 made of the three panoramas that there are would be three pictures, not 64.
+    """
+    ratio = np.log(rows["width"] / rows["height"])
+    ordered, used = np.sort(ratio), list(buckets)
+    while True:
+        logs = np.log([w / h for h, w in used])
+        edges = (logs[1:] + logs[:-1]) / 2
+        counts = np.diff(np.concatenate([[0], np.searchsorted(ordered, edges), [len(rows)]]))
+        if counts.min() >= smallest or len(used) == 1:
+            return used, np.searchsorted(edges, ratio, side="right")
+        del used[min(range(len(used)), key=lambda k: (counts[k], -abs(logs[k])))]
+
+
+def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """A PIL image -> uint8 [height, width, 3]: upright, over white, resized to cover the bucket, cropped at the centre."""
+    if "exif" in image.info:
+        image = ImageOps.exif_transpose(image)
+    if "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS))
+
+
+class Blocks:
+    """Which picture stands at global index g, for buckets of counts[k] pictures: blocks of batch_size, one bucket each.
+
+    Each bucket is an endless stream: its pictures in an order shuffled by (seed, pass), then again in another order, and
+    so on. A block is the next batch_size pictures of one stream. By the end of epoch e a bucket of n pictures has given
+    floor((e + 1) n / batch_size) blocks; those that epoch e adds, over all buckets, stand in an order shuffled by
+    (seed, e). So after e epochs each picture has been shown e or e - 1 times, and at every moment the showings of
+    two pictures of one bucket differ by at most 1.
+    """
+
+    def __init__(self, counts: list[int], batch_size: int):
+        self.counts, self.batch_size = np.array(counts, np.int64), batch_size
+
+    def before(self, epoch: int) -> np.ndarray:
+        """[buckets] the blocks that each bucket has given before an epoch."""
+        return epoch * self.counts // self.batch_size
+
+    @functools.lru_cache(maxsize=4)
+    def order(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The blocks of an epoch: ([blocks] their bucket, [blocks] their number in that bucket's stream)."""
+        first, end = self.before(epoch), self.before(epoch + 1)
+        bucket = rng(seed, "blocks", epoch).permutation(np.repeat(np.arange(len(first)), end - first))
+        number = np.empty_like(bucket)
+        for k in range(len(first)):
+            number[bucket == k] = np.arange(first[k], end[k])
+        return bucket, number
+
+    @functools.lru_cache(maxsize=128)
+    def shuffled(self, seed: int, bucket: int, turn: int) -> np.ndarray:
+        """One pass over a bucket's pictures."""
+        return rng(seed, "bucket", bucket, turn).permutation(self.counts[bucket]).astype(np.uint32)
+
+    def block(self, g: int, seed: int) -> tuple[int, int]:
+        """(bucket, number in its stream) of the block that g belongs to."""
+        b = g // self.batch_size
+        epoch = b * self.batch_size // int(self.counts.sum())  # at most the true one, and near it
+        while self.before(epoch + 1).sum() <= b:
+            epoch += 1
+        bucket, number = self.order(seed, epoch)
+        place = b - int(self.before(epoch).sum())
+        return int(bucket[place]), int(number[place])
+
+    def locate(self, g: int, seed: int) -> tuple[int, int]:
+        """(bucket, which of its pictures) of global index g."""
+        bucket, number = self.block(g, seed)
+        turn, i = divmod(number * self.batch_size + g % self.batch_size, int(self.counts[bucket]))
+        return bucket, int(self.shuffled(seed, bucket, turn)[i])
+
+
+# =====================================================================================================================
+# Sources
+# =====================================================================================================================
+
+
+class Shards:
+    """The captioned pictures of a folder of tars, in blocks of batch_size pictures of one size (the text on top).
+
+    side        of the square bucket, in pixels; all buckets have about its area
+    batch_size  the global one, over all processes and micro-batches: batch i is g = i * batch_size and what follows
+    multiple    of which all sides are multiples: the auto-encoder's factor times the patch, 16 for FLUX
+    widest      the largest ratio of two sides; what is wider is cropped to it
+    enlarge     leaves out pictures that would have to be enlarged more than so many times; None leaves out none
+    index       the folder of the index, by default beside the tars
+
+    buckets     [(height, width)] those in use; `skipped` key -> reason, and len(source) pictures are not
+    """
+
+    def __init__(self, folder: str | Path, side: int, batch_size: int, *, multiple: int = 16, widest: float = 2.0,
+                 enlarge: float | None = None, index: str | Path | None = None):  # fmt: skip
+        self.name, self.side, self.batch_size = str(folder), side, batch_size
+        buckets = bucket_sides(side, multiple, widest)
+        self.tars, self.shard, self.rows, self.keys, skipped = read_index(folder, index)
+        self.skipped = dict(skipped)
+        keep = np.arange(len(self.rows))
+        if enlarge is not None:
+            sides = np.array(buckets)[choose_buckets(self.rows, buckets, 0)[1]]
+            factor = np.maximum(sides[:, 0] / self.rows["height"], sides[:, 1] / self.rows["width"])
+            keep = np.flatnonzero(factor <= enlarge)
+        log_skipped(self.name, self.skipped, len(self.rows) + len(self.skipped))
+        if len(keep) < batch_size:
+            raise DataError(f"{folder} has {len(keep)} usable pictures, fewer than one batch of {batch_size}: "
+                            "lower the batch size or add shards")  # fmt: skip
+        self.buckets, bucket = choose_buckets(self.rows[keep], buckets, batch_size)
+        self.members = [keep[bucket == k] for k in range(len(self.buckets))]
+        self.blocks = Blocks([len(m) for m in self.members], batch_size)
+
+    def __len__(self) -> int:
+        return int(self.blocks.counts.sum())
+
+    def key(self, n: int) -> str:
+        return self.keys[n].decode("utf-8", "surrogateescape")
+
+    def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
+        """(height, width) of sample g, and of its whole block; nothing is read."""
+        return self.buckets[self.blocks.block(g, seed)[0]]
+
+    def read(self, n: int, height: int, width: int) -> data.Sample | None:
+        """Sample n of the index at the size of its bucket; None, once named on stderr, if it cannot be decoded.
+
+        The tar is opened for each sample: no file position is shared between threads or forked processes, and no
+        number of tars exhausts the file descriptors.
+        """
+        if (key := self.key(n)) in self.skipped:
+            return None
+        tar, row = self.tars[self.shard[n]], self.rows[n]
+        with open(tar, "rb") as file:
+            content = read_at(file, row["offset"], row["size"])
+            text = read_at(file, row["text_offset"], row["text_size"])
+        if len(content) != row["size"] or len(text) != row["text_size"]:
+            raise DataError(f"{tar} has become shorter since it was indexed: fetch or make it again")
+        try:
+            caption = parse_caption(text, bool(row["is_json"]))
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                return data.Sample(cover(image, height, width), caption, key)
+        except (Unusable, *BROKEN) as error:
+            self.skipped[key] = f"cannot be decoded ({type(error).__name__}: {error})"
+            print(f"skipped {key}: {self.skipped[key]}", file=sys.stderr)
+            return None
+
+    def sample(self, g: int, seed: int = 0) -> data.Sample:
+        """Sample g of the sequence that belongs to `seed`.
+
+        A picture whose damage shows only in decoding is replaced by the next one of its bucket, in the order of the
+        tars: a function of the data alone, so every process replaces it by the same.
+        """
+        k, i = self.blocks.locate(g, seed)
+        for j in range(i, i + len(self.members[k])):
+            if found := self.read(self.members[k][j % len(self.members[k])], *self.buckets[k]):
+                return found
+        raise DataError(f"{self.name}: no picture of bucket {self.buckets[k]} can be decoded")
+
+
+class Mixed:
+    """Several sources of one batch size in equal parts: block b is block b div n of source b mod n (S.2: 256^2 and 512^2, 1:1)."""
+
+    def __init__(self, sources: list):
+        sizes = {source.batch_size for source in sources}
+        if len(sizes) != 1:
+            raise DataError(f"sources can only be mixed at one batch size, not {', '.join(map(str, sorted(sizes)))}")
+        self.sources, self.batch_size = sources, sizes.pop()
+        self.name = " + ".join(source.name for source in sources)
+        self.buckets = list(dict.fromkeys(bucket for source in sources for bucket in source.buckets))
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        return {key: reason for source in self.sources for key, reason in source.skipped.items()}
+
+    def locate(self, g: int):
+        """(the source of g, g's index in it)"""
+        b, place = divmod(g, self.batch_size)
+        turn, which = divmod(b, len(self.sources))
+        return self.sources[which], turn * self.batch_size + place
+
+    def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
+        source, own = self.locate(g)
+        return source.bucket(own, seed)
+
+    def sample(self, g: int, seed: int = 0):
+        source, own = self.locate(g)
+        return source.sample(own, seed)
+
+
+# =====================================================================================================================
+# The cache: latents and encoded captions
+# =====================================================================================================================
+# OUT/cache.json                    what it was made from and with: encoders, side, the source's fingerprint, the counts
+# OUT/null.safetensors              the encoded prompts "" and "fake image ": what a dropped prompt is replaced by
+# OUT/192x336_00002.safetensors     shard 2 of bucket (192, 336): latent [n, C, h, w] and pooled [n, d] in fp32, tokens
+#                                   [n, L, d] in bf16 or fp32, the same of the fake prompts, captions and keys
+
+
+class CachedSample(NamedTuple):
+    """One encoded sample: latent [C, h, w], (tokens [L, d_txt], pooled [d_vec]) of its caption and of its fake prompt.
+
+    All tensors are fp32; `fake` is None where the cache was made without --fake.
+    """
+
+    latent: Tensor
+    caption: str
+    tokens: Tensor
+    pooled: Tensor
+    key: str
+    fake: tuple[Tensor, Tensor] | None
+
+
+def encode_text(text, captions: list[str], batch: int, dtype: torch.dtype, fake: bool) -> dict[str, Tensor]:
+    """Encoded captions, and with `fake` their fake prompts (S.1.2), by the names they have in a cached shard."""
+    tensors = {}
+    for prefix, prompts in [("", captions)] + [("fake_", [encoders.fake_prompt(c) for c in captions])] * fake:
+        parts = [text(prompts[i : i + batch]) for i in range(0, len(prompts), batch)]
+        tensors[f"{prefix}tokens"] = torch.cat([tokens.to("cpu", dtype) for tokens, _ in parts])
+        tensors[f"{prefix}pooled"] = torch.cat([pooled.cpu() for _, pooled in parts])
+    return tensors
+
+
+def save_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Safetensors in one piece. Written by us and not by save_file, which lets nobody else read the file."""
+    with in_one_piece(path) as partial:
+        partial.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+
+
+def fingerprint(index: Index) -> str:
+    """Changes with the tars' names and with what is in them, as far as the index knows; not with where they lie."""
+    state = hashlib.sha256(json.dumps([tar.name for tar in index.tars]).encode())
+    for part in (index.shard, index.rows, index.keys):
+        state.update(part.tobytes())
+    return state.hexdigest()
+
+
+def cache(folder: str | Path, out: str | Path, side: int, text, autoencoder, *, batch_size: int = 1024, fake: bool = False,
+          tokens: str = "bf16", multiple: int = 16, per_shard: int = 256, encode_batch: int = 16, part: tuple[int, int] = (0, 1),
+          index: str | Path | None = None) -> None:  # fmt: skip
+    """Encode the pictures and captions of a folder of tars into `out`; what is complete there is left as it is.
+
+    `batch_size` is the one the cache is meant for: as in Shards, buckets smaller than it are merged, and that fixes the
+    sizes of the latents. part (i, n) makes every n-th shard from the i-th on, so that n processes can share the work.
+    A picture that cannot be decoded is left out of its shard, which remembers it. Raises DataError when `out` holds
+    a cache made from other tars or with other settings.
+    """
+    if multiple % autoencoder.factor:
+        raise DataError(f"sides are multiples of {multiple}, but auto-encoder {autoencoder.name} needs {autoencoder.factor}")
+    source, out = Shards(folder, side, batch_size, multiple=multiple, index=index), Path(out)
+    spec = {
+        "format": 1, "text": text.name, "txt_len": text.txt_len, "autoencoder": autoencoder.name, "side": side,
+        "multiple": multiple, "batch_size": batch_size, "tokens": tokens, "fake": fake, "per_shard": per_shard,
+        "source": fingerprint(Index(source.tars, source.shard, source.rows, source.keys, source.skipped)),
+        "buckets": [[h, w, len(m)] for (h, w), m in zip(source.buckets, source.members)],
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "cache.json").exists():
+        stored = checkpoint.read_json(out / "cache.json")
+        for name, value in spec.items():
+            if stored.get(name) != value:
+                said = f"{name} {stored.get(name)!r}, not {value!r}" if name not in ("source", "buckets") else "other tars"
+                raise DataError(f"{out} is a cache made with {said}: choose another folder, or the same settings")
+    else:
+        checkpoint.write_json(out / "cache.json", spec)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[tokens]
+    if not (out / "null.safetensors").exists():
+        save_shard(out / "null.safetensors", encode_text(text, [""], 1, dtype, fake=True))
+
+    plan = [(path, k, m) for path, k, m in shard_plan(out, spec, source.members)][part[0] :: part[1]]
+    missing = [entry for entry in plan if not entry[0].exists()]
+    bar = tqdm(total=sum(len(m) for _, _, m in plan), initial=sum(len(m) for p, _, m in plan if p.exists()),
+               desc=f"encoding {folder}", unit=" pictures", disable=None)  # fmt: skip
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for path, k, members in missing:
+            latents, captions, texts = [], [], []
+            for i in range(0, len(members), encode_batch):
+                some = members[i : i + encode_batch]
+                samples = [s for s in pool.map(lambda n: source.read(n, *source.buckets[k]), some) if s]
+                if samples:
+                    pictures = data.to_tensor([s.picture for s in samples])
+                    latents.append(autoencoder.encode(pictures.to(getattr(autoencoder, "device", "cpu"))).cpu())
+                captions += [s.caption for s in samples]
+                texts += [json.dumps([s.caption, s.key]).encode() for s in samples]
+                bar.update(len(some))
+            failed = {key: source.skipped[key] for key in map(source.key, members) if key in source.skipped}
+            tensors = {"latent": torch.cat(latents), **encode_text(text, captions, encode_batch, dtype, fake)} if texts else {}
+            tensors["text"] = torch.frombuffer(bytearray(b"".join(texts) or b" "), dtype=torch.uint8)
+            tensors["text_end"] = torch.tensor(np.cumsum([0, *map(len, texts)]))
+            save_shard(path, tensors, {"skipped": json.dumps(failed)})
+    bar.close()
+
+
+def shard_plan(out: Path, spec: dict, members: list | None = None):
+    """The shards of a cache: (path, bucket, members of the bucket that it holds, or their number)."""
+    for k, (height, width, count) in enumerate(spec["buckets"]):
+        for number, first in enumerate(range(0, count, spec["per_shard"])):
+            last = min(count, first + spec["per_shard"])
+            path = out / f"{height}x{width}_{number:05d}.safetensors"
+            yield path, k, last - first if members is None else members[k][first:last]
+
+
+class CachedShards:
+    """What `cache` wrote, as a source of CachedSample in the order of Blocks: the interface of Shards.
+
+    spec        what is in cache.json
+    null        (tokens [1, L, d_txt], pooled [1, d_vec]) of "", and null_fake of "fake image ": for dropped prompts
+
+    Raises DataError for an incomplete cache and for a batch larger than its smallest bucket.
+    """
+
+    def __init__(self, folder: str | Path, batch_size: int):
+        self.folder, self.name, self.batch_size = Path(folder), str(folder), batch_size
+        if not (self.folder / "cache.json").exists():
+            raise DataError(f"{folder} holds no cache.json: python shards.py cache makes a cache")
+        self.spec = checkpoint.read_json(self.folder / "cache.json")
+        plan = list(shard_plan(self.folder, self.spec))
+        missing = [path for path, _, _ in plan if not path.exists()]
+        if missing:
+            raise DataError(f"{folder} lacks {len(missing)} of {len(plan)} shards, first {missing[0].name}: "
+                            "run its python shards.py cache command again, it goes on where it stopped")  # fmt: skip
+        self.side, self.fake, self.skipped = self.spec["side"], self.spec["fake"], {}
+        paths: dict[int, list[Path]] = {}
+        counts: dict[int, list[int]] = {}
+        for path, k, _ in plan:
+            with opened(path) as file:
+                self.skipped |= json.loads(file.metadata()["skipped"])
+                if count := file.get_slice("text_end").get_shape()[0] - 1:
+                    paths.setdefault(k, []).append(path)
+                    counts.setdefault(k, []).append(count)
+        log_skipped(self.name, self.skipped, len(self.skipped) + sum(map(sum, counts.values())))
+        self.buckets = [tuple(self.spec["buckets"][k][:2]) for k in paths]
+        self.paths, self.ends = list(paths.values()), [np.cumsum(c) for c in counts.values()]
+        if not self.ends:
+            raise DataError(f"{folder}: none of its pictures could be decoded")
+        self.blocks = Blocks([int(end[-1]) for end in self.ends], batch_size)
+        smallest = int(self.blocks.counts.argmin())
+        if self.blocks.counts[smallest] < batch_size:
+            height, width = self.buckets[smallest]
+            raise DataError(f"bucket {height}x{width} of {folder} has {self.blocks.counts[smallest]} pictures, fewer than a "
+                            f"batch of {batch_size}: lower the batch size, or cache with --batch-size above it")  # fmt: skip
+        with opened(self.folder / "null.safetensors") as file:
+            self.null = tuple(file.get_tensor(name).float() for name in ("tokens", "pooled"))
+            self.null_fake = tuple(file.get_tensor(name).float() for name in ("fake_tokens", "fake_pooled"))
+
+    def check(self, text, autoencoder) -> None:
+        """Raise DataError unless these are the encoders that the cache was made with."""
+        for name, value in (("text", text.name), ("txt_len", text.txt_len), ("autoencoder", autoencoder.name)):
+            if self.spec[name] != value:
+                raise DataError(f"{self.name} was encoded with {name} {self.spec[name]!r}, not {value!r}: "
+                                "use the same encoders, or cache again")  # fmt: skip
+
+    def __len__(self) -> int:
+        return int(self.blocks.counts.sum())
+
+    def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
+        """(height, width) in pixels of sample g, and of its whole block; nothing is read."""
+        return self.buckets[self.blocks.block(g, seed)[0]]
+
+    def sample(self, g: int, seed: int = 0) -> CachedSample:
+        """Sample g of the sequence that belongs to `seed`; one row of each tensor is read."""
+        k, i = self.blocks.locate(g, seed)
+        which = int(np.searchsorted(self.ends[k], i, side="right"))
+        row = i - (int(self.ends[k][which - 1]) if which else 0)
+        with opened(self.paths[k][which]) as file:
+            begin, end = file.get_slice("text_end")[row : row + 2].tolist()
+            caption, key = json.loads(file.get_slice("text")[begin:end].numpy().tobytes())
+            names = ["latent", "tokens", "pooled"] + ["fake_tokens", "fake_pooled"] * self.fake
+            latent, tokens, pooled, *fake = (file.get_slice(name)[row].float() for name in names)
+        return CachedSample(latent, caption, tokens, pooled, key, tuple(fake) or None)
+
+
+def collate(samples: list[CachedSample], dropped: list[bool], null: tuple, null_fake: tuple, with_fake: bool):
+    """(x0 [B, C, h, w], c, fake): what the loss takes, with the prompts of `dropped` samples replaced by "".
+
+    c and fake are (tokens [B, L, d_txt], pooled [B, d_vec]); fake is None unless asked for. Raises DataError when it is
+    asked for and was not cached.
+    """
+    if with_fake and any(s.fake is None for s in samples):
+        raise DataError("the auxiliary term needs the encoded fake prompts: cache with --fake")
+    c = [[a[0] for a in null] if drop else [s.tokens, s.pooled] for s, drop in zip(samples, dropped)]
+    fake = [[a[0] for a in null_fake] if drop else s.fake for s, drop in zip(samples, dropped)] if with_fake else None
+    stacked = [tuple(map(torch.stack, zip(*rows))) if rows else None for rows in (c, fake)]
+    return torch.stack([s.latent for s in samples]), *stacked
+
+
+@contextlib.contextmanager
+def opened(path: Path):
+    """A safetensors file, mapped and not read. Raises DataError naming one that is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, FileNotFoundError) as error:
+        raise DataError(f"{path} is damaged or missing ({error}): remove it and cache again") from error
+
+
+# =====================================================================================================================
+# What a data set holds; making one
+# =====================================================================================================================
+
+
+def spread(values: np.ndarray) -> dict[str, float]:
+    return {"min": int(values.min()), "median": float(np.median(values)), "mean": float(values.mean()), "max": int(values.max())}
+
+
+def report(index: Index, sides: list[int], multiple: int = 16) -> dict:
+    """What a data set holds, as numbers: see print_report."""
+    rows = index.rows
+    result = {
+        "shards": len(index.tars), "pictures": len(rows), "picture_bytes": int(rows["size"].sum()),
+        "tar_bytes": sum(tar.stat().st_size for tar in index.tars), "skipped": dict(Counter(index.skipped.values())),
+        "width": spread(rows["width"]), "height": spread(rows["height"]), "caption_letters": spread(rows["letters"]),
+        "sides": {},
+    }  # fmt: skip
+    for side in sides:
+        buckets, which = choose_buckets(rows, bucket_sides(side, multiple), 0)
+        sizes = np.array(buckets)[which]
+        small = (rows["height"] < sizes[:, 0]) | (rows["width"] < sizes[:, 1])
+        counts = np.bincount(which, minlength=len(buckets))
+        result["sides"][side] = {"enlarged": int(small.sum()),
+                                 "buckets": {f"{h}x{w}": int(n) for (h, w), n in zip(buckets, counts)}}  # fmt: skip
+    return result
+
+
+def print_report(folder: str, result: dict) -> None:
+    pictures = result["pictures"]
+    print(f"{folder}: {pictures} captioned pictures in {result['shards']} shards, {result['picture_bytes'] / 1e6:.1f} MB "
+          f"of pictures in {result['tar_bytes'] / 1e6:.1f} MB of tars")  # fmt: skip
+    for name in ("width", "height", "caption_letters"):
+        row = result[name]
+        print(f"  {name.replace('_', ' '):16}" + ", ".join(f"{k} {v:.6g}" for k, v in row.items()))
+    reasons = ", ".join(f"{n} {reason}" for reason, n in result["skipped"].items())
+    print(f"  skipped         {sum(result['skipped'].values())}" + (f": {reasons}" if reasons else ""))
+    for side, row in result["sides"].items():
+        print(f"  side {side}: buckets height x width, {row['enlarged']} pictures have to be enlarged")
+        for name, n in row["buckets"].items():
+            print(f"    {name:>10} {n:10d} {100 * n / pictures:6.2f}%")
+
+
+def pack(folder: str | Path, out: str | Path, per_shard: int = 1000) -> tuple[int, dict[str, str]]:
+    """Put the pictures of a folder (data.read_captions) in tars, unchanged: (how many, skipped name -> reason).
+
+    Sample 000120007 is number 7 of 00012.tar: the picture, and a .json with its caption and its old file name. `out`
+    appears in one piece, when all is written. Raises DataError when it exists.
+    """
+    folder, out = Path(folder), Path(out)
+    if out.exists():
+        raise DataError(f"{out} exists: choose a new folder for the shards")
+    captions = data.read_captions(folder)
+    skipped, usable = {}, []
+    for name in sorted(captions):
+        if Path(name).suffix.lower().removeprefix(".") not in SUFFIXES:
+            skipped[name] = "not a .jpg, .png or .webp"
+        elif not (folder / name).is_file():
+            skipped[name] = "no such file"
+        else:
+            usable.append(name)
+    if not usable:
+        raise DataError(f"{folder}: none of its {len(captions)} captioned pictures can be packed ({summary(skipped)})")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for shard, first in enumerate(range(0, len(usable), per_shard)):
+            with tarfile.open(partial / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+                for i, name in enumerate(usable[first : first + per_shard]):
+                    entry = json.dumps({"caption": captions[name], "file_name": name}, ensure_ascii=False)
+                    suffix = Path(name).suffix.lower().removeprefix(".")
+                    for ending, content in ((suffix, (folder / name).read_bytes()), ("json", entry.encode("utf-8"))):
+                        member = tarfile.TarInfo(f"{shard:05d}{i:04d}.{ending}")
+                        member.size = len(content)
+                        archive.addfile(member, io.BytesIO(content))
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return len(usable), skipped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+# ---------------------------------------------------------------------------------------------------------------------
+def share(text: str) -> tuple[int, int]:
+    """"0/8" -> (0, 8)"""
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+        raise ValueError(text)
+    return int(i), int(n)
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def pack_command(argv: list[str]) -> None:
+    parser = errors.Parser("shards.py pack FOLDER OUT", "Put a folder of captioned pictures in tar shards.")
+    a = parser.add_argument
+    a("folder", metavar="FOLDER", help="pictures with metadata.jsonl, or a .txt beside each")
+    a("out", metavar="OUT", help="a new folder for the tars")
+    a("--per-shard", metavar="N", type=positive, default=1000, help="pictures a tar, at most 10000 (default: 1000)")
+    args = parser.parse_args(argv)
+    if args.per_shard > 10000:
+        parser.error("--per-shard must be at most 10000: a key has four digits for the place in its tar")
+    count, skipped = pack(args.folder, args.out, args.per_shard)
+    log_skipped(args.folder, skipped, count + len(skipped), first=len(skipped))
+    print(f"packed {count} pictures; to look at them:\n  python shards.py report {args.out}")
+
+
+def report_command(argv: list[str]) -> None:
+    parser = errors.Parser("shards.py report FOLDER", "Index tar shards and say what they hold.")
+    a = parser.add_argument
+    a("folder", metavar="FOLDER", help="a folder of .tar")
+    a("--sides", metavar="N", type=positive, nargs="+", default=[256, 512], help="stages to show the buckets of (default: 256 512)")
+    a("--multiple", metavar="N", type=positive, default=16, help="of which all sides are multiples (default: 16)")
+    a("--index", metavar="DIR", help="folder of the index (default: FOLDER)")
+    a("--workers", metavar="N", type=positive, default=1, help="processes that read the tars (default: 1)")
+    a("--skipped", action="store_true", help="name every skipped sample with its reason (default: off)")
+    a("--json", action="store_true", help="print JSON (default: off)")
+    args = parser.parse_args(argv)
+    index = read_index(args.folder, args.index, args.workers)
+    result = report(index, args.sides, args.multiple)
+    if args.json:
+        print(json.dumps(result | {"skipped_keys": index.skipped} if args.skipped else result, indent=1))
+        return
+    print_report(args.folder, result)
+    if args.skipped:
+        for key, reason in index.skipped.items():
+            print(f"  skipped {key}: {reason}")
+
+
+def cache_command(argv: list[str]) -> None:
+    parser = errors.Parser("shards.py cache FOLDER OUT", "Encode tar shards once: latents, and captions as tokens and pooled.")
+    a = parser.add_argument
+    a("folder", metavar="FOLDER", help="a folder of .tar")
+    a("out", metavar="OUT", help="the folder of the cache; one that was begun with the same settings is gone on with")
+    a("--side", metavar="N", type=positive, required=True, help="side of the square bucket in pixels")
+    a("--text", metavar="SPEC", default="flux", help="frozen text encoder, see encoders.py (default: flux)")
+    a("--txt-len", metavar="N", type=positive, help="tokens a caption (default: the encoder's)")
+    a("--autoencoder", metavar="SPEC", default="flux", help="frozen auto-encoder, see encoders.py (default: flux)")
+    a("--fake", action="store_true", help="encode the fake prompts too, which the auxiliary term needs (default: off)")
+    a("--tokens", default="bf16", choices=("bf16", "fp32"), help="precision of the stored tokens (default: bf16)")
+    a("--batch-size", metavar="N", type=positive, default=1024, help="the largest that will be trained with: smaller buckets are merged (default: 1024)")
+    a("--multiple", metavar="N", type=positive, default=16, help="of which all sides are multiples (default: 16)")
+    a("--per-shard", metavar="N", type=positive, default=256, help="samples a cached shard (default: 256)")
+    a("--encode-batch", metavar="N", type=positive, default=16, help="pictures encoded at once (default: 16)")
+    a("--part", metavar="I/N", type=share, default=(0, 1), help="make every N-th shard from the I-th on (default: 0/1, all)")
+    a("--index", metavar="DIR", help="folder of the index (default: FOLDER)")
+    a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
+    args = parser.parse_args(argv)
+    device = machine.pick_device(args.device)
+    text = encoders.text_encoder(args.text, args.txt_len, device)
+    autoencoder = encoders.autoencoder(args.autoencoder, device)
+    try:
+        cache(args.folder, args.out, args.side, text, autoencoder, batch_size=args.batch_size, fake=args.fake, tokens=args.tokens,
+              multiple=args.multiple, per_shard=args.per_shard, encode_batch=args.encode_batch, part=args.part, index=args.index)  # fmt: skip
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on with what is missing", file=sys.stderr)
+        sys.exit(130)
+    missing = [path for path, _, _ in shard_plan(Path(args.out), checkpoint.read_json(Path(args.out) / "cache.json")) if not path.exists()]
+    print(f"{args.out}: " + (f"{len(missing)} shards are left to the other parts" if missing else "complete"))
+
+
+COMMANDS = {"pack": pack_command, "report": report_command, "cache": cache_command}
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
+        print(__doc__)
+    elif name in COMMANDS:
+        COMMANDS[name](sys.argv[2:])
+    else:
+        raise errors.UserError(f"say what to do: python shards.py {', '.join(COMMANDS)} (--help after each says more)")
+
+
+if __name__ == "__main__":
+    errors.run(main)
