@@ -1,0 +1,262 @@
+"""The paper's ablations in miniature: one command trains every row of Table 2, scores it and writes results/.
+
+    python tables.py                          # all rows, three seeds; stopped and started again, it goes on where it was
+    python tables.py --quick                  # the whole path in minutes, with budgets too small to mean anything
+    python tables.py --report                 # the tables and figures again, from what has been measured
+
+Per row and seed: a run of train.py under one budget (runs/tables/ROW-SEED), then scores of evaluate.py on test prompts at
+1, 2, 4, 8 and 50 steps. Guidance, eta and the rule for s_k are searched for each row and step count on validation prompts,
+on the run of the first seed, in one grid for all rows; flow matching stays at s_k = t_k and IMM has its own sampler, so
+fewer of the settings are open to them. Everything measured is one JSON file per row and seed, written in one piece.
+"""
+
+import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import data
+import errors
+import evaluate
+import machine
+import sample
+
+# The rows: what train.py is told, and the paper's GenEval scores at 2, 4, 8 and 50 steps (Table 2; none where it has none).
+ROWS = {
+    "flow_matching": ("Flow Matching", ["--objective", "flow_matching"], (0.2523, 0.6075, 0.7155, 0.7311)),
+    "imm": ("IMM", ["--objective", "imm"], (0.2617, 0.5994, 0.7112, 0.7472)),
+    "self_e": ("Self-E, classifier score only (\"Ours\")", ["--aux-from", "1"], (0.6097, 0.7121, 0.7490, 0.7543)),
+    "eq16": ("w/o target norm. (Eq. 16 to the letter)", ["--aux-from", "1", "--target", "sum"], (0.5555, 0.6156, 0.6521, 0.7018)),
+    "eq18": ("Eq. 18 as target", ["--aux-from", "1", "--target", "tar"], None),
+    "control": ("control: Eq. 19 with Delta = 0", ["--aux-from", "1", "--delta-scale", "0"], None),
+    "aux_throughout": ("w/ aux. term throughout", ["--aux-from", "0"], (0.3307, 0.4304, 0.5153, 0.6166)),
+    "aux_late": ("Self-E, aux. term late", [], None),
+}
+PAPER_NOTE = "paper: GenEval of 0.5B models; w/o target norm. and w/ aux. term after 100k iterations, the other rows after 300k"
+STEPS = (1, 2, 4, 8, 50)
+GRID = {"guidance": (1.0, 1.5, 2.0, 3.0, 5.0), "eta": (0.0, 1.0), "s_rule": (0.0, 0.5, 1.0)}
+
+
+def settings_of(row: str) -> list[dict]:
+    """The settings that the search tries for a row: the grid, less what the row's model has not learned."""
+    grid = dict(GRID)
+    if row == "flow_matching":
+        grid["s_rule"] = (1.0,)
+    if row == "imm":
+        grid = {"guidance": GRID["guidance"]}
+    return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+
+
+def overall(asked: list[dict], right: list[int], images: int) -> float:
+    return evaluate.summary(asked, right, images)["overall"]["score"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One row, one seed
+# ---------------------------------------------------------------------------------------------------------------------
+def train_row(row: str, seed: int, run: Path, budget: list[str]) -> None:
+    """Train unless it is done; go on where a stopped run was. The budget is the same for every row."""
+    if (run / "done.json").exists():
+        return
+    command = [sys.executable, "train.py", "--out", str(run)]
+    if checkpoint.complete_states(run):
+        command += ["--resume"]
+    else:
+        command += ["--seed", str(seed), *budget, *ROWS[row][1]]
+    subprocess.run(command, cwd=Path(__file__).parent, check=True)
+    state = checkpoint.read_json(checkpoint.complete_states(run)[-1] / "state.json")
+    if state["step"] < checkpoint.read_json(run / "config.json")["steps"]:
+        raise KeyboardInterrupt  # train.py was stopped and has saved itself; so are we
+    checkpoint.write_json(run / "done.json", {"seconds": round(state["elapsed"], 1)})
+
+
+def search(loaded: sample.Loaded, row: str, images: int, per_tag: int | None, steps: tuple[int, ...]) -> dict:
+    """The best settings per step count on validation prompts. At 50 steps only guidance is searched again, with the eta and
+    the s-rule that won at the largest smaller count: it costs as much as all the others together."""
+    asked = evaluate.prompts("validation", per_tag)
+    chosen = {}
+    for n in steps:
+        tries = settings_of(row)
+        if n >= 50 and chosen:
+            last = chosen[max(chosen)]["settings"]
+            tries = [t for t in tries if all(t[k] == last[k] for k in t if k != "guidance")]
+        scores = []
+        for settings in tqdm(tries, desc=f"{row}: search at {n} steps", leave=False, disable=None):
+            right = evaluate.measure(loaded, asked, images, n, stream=evaluate.SPLITS.index("validation"), **settings)
+            scores.append(overall(asked, right, images))
+        best = int(np.argmax(scores))
+        chosen[n] = {"settings": tries[best], "validation_score": scores[best], "tried": len(tries)}
+    return chosen
+
+
+def measure_row(row: str, seed: int, run: Path, out: Path, args, device: torch.device) -> None:
+    """Scores on test prompts and held-out pairs at the chosen settings, written to results/rows/ROW-SEED.json."""
+    path = out / "rows" / f"{row}-{seed}.json"
+    if path.exists():
+        return
+    began = time.perf_counter()
+    loaded = sample.load(run, device)
+    search_path = out / "rows" / f"{row}-search.json"
+    if not search_path.exists():
+        checkpoint.write_json(search_path, {
+            "row": row, "run_of_seed": seed, "split": "validation", "images": args.search_images, "per_tag": args.per_tag,
+            "chosen": search(loaded, row, args.search_images, args.per_tag, args.sample_steps),
+            "seconds": round(time.perf_counter() - began, 1)} | evaluate.provenance(device))  # fmt: skip
+    chosen = checkpoint.read_json(search_path)["chosen"]
+    result = evaluate.provenance(device) | {
+        "row": row, "seed": seed, "train": loaded.config["command"], "training": loaded.config, "images": args.images,
+        "training_seconds": checkpoint.read_json(run / "done.json")["seconds"], "splits": {}}  # fmt: skip
+    for split in ("test", "pairs", "fixed"):
+        asked = evaluate.fixed_64() if split == "fixed" else evaluate.prompts(split, args.per_tag)
+        result["splits"][split] = {}
+        for n in args.sample_steps:
+            settings = chosen[str(n)]["settings"]
+            right = evaluate.measure(loaded, asked, args.images, n, seed=seed, stream=10 + len(split), **settings)
+            result["splits"][split][str(n)] = evaluate.summary(asked, right, args.images) | {"settings": settings}
+    result["seconds"] = round(time.perf_counter() - began, 1)
+    checkpoint.write_json(path, result)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+# ---------------------------------------------------------------------------------------------------------------------
+def read_rows(out: Path) -> dict[str, dict[int, dict]]:
+    """row -> seed -> what measure_row wrote, in the order of ROWS."""
+    found = {}
+    for row in ROWS:
+        files = sorted((out / "rows").glob(f"{row}-[0-9]*.json"))
+        if files:
+            found[row] = {r["seed"]: r for r in map(checkpoint.read_json, files)}
+    return found
+
+
+def t_interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half-width of the 95% interval over seeds (Student's t; infinite for one seed)."""
+    quantile = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+    n = len(values)
+    return float(np.mean(values)), quantile.get(n, 2.3) * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else float("inf")
+
+
+def score_of(result: dict, n: int, split: str = "test") -> float:
+    return result["splits"][split][str(n)]["overall"]["score"]
+
+
+def write_table(rows: dict, out: Path, steps: tuple[int, ...]) -> None:
+    """results/table2.md: our scores beside the paper's, cost, settings, and the paired differences that decide the claims."""
+    lines = ["# Table 2 in miniature", "", "Overall score on held-out prompts, mean over seeds +- half-width of the 95% interval; "
+             f"in brackets the paper's ({PAPER_NOTE}). Made by `python tables.py`; settings and per-tag scores in `rows/`.", "",
+             "| row | seeds | " + " | ".join(f"{n} steps" for n in steps) + " | training time | x flow matching |",
+             "|---" * (len(steps) + 4) + "|"]  # fmt: skip
+    base = np.mean([r["training_seconds"] for r in rows["flow_matching"].values()]) if "flow_matching" in rows else None
+    for row, seeds in rows.items():
+        title, _, paper = ROWS[row]
+        cells = []
+        for n in steps:
+            mean, half = t_interval([score_of(r, n) for r in seeds.values()])
+            told = f" ({paper[(2, 4, 8, 50).index(n)]:.3f})" if paper and n in (2, 4, 8, 50) else ""
+            cells.append(f"{mean:.3f}" + (f" +- {half:.3f}" if np.isfinite(half) else "") + told)
+        seconds = np.mean([r["training_seconds"] for r in seeds.values()])
+        ratio = f"{seconds / base:.2f}" if base else ""
+        lines.append(f"| {title} | {len(seeds)} | " + " | ".join(cells) + f" | {seconds / 60:.0f} min | {ratio} |")
+    lines += ["", "Paired differences over seeds (mean, 95% interval):", "", "| difference | "
+              + " | ".join(f"{n} steps" for n in steps) + " |", "|---" * (len(steps) + 1) + "|"]  # fmt: skip
+    for a, b in (("self_e", "flow_matching"), ("aux_late", "flow_matching"), ("self_e", "control"), ("aux_late", "control"),
+                 ("self_e", "eq16"), ("self_e", "aux_throughout"), ("aux_late", "self_e"), ("self_e", "imm")):  # fmt: skip
+        if a in rows and b in rows:
+            common = sorted(set(rows[a]) & set(rows[b]))
+            cells = []
+            for n in steps:
+                mean, half = t_interval([score_of(rows[a][s], n) - score_of(rows[b][s], n) for s in common])
+                cells.append(f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]" if np.isfinite(half) else f"{mean:+.3f}")
+            lines.append(f"| {ROWS[a][0]} minus {ROWS[b][0]} | " + " | ".join(cells) + " |")
+    (out / "table2.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def draw_figures(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> None:
+    """scores.png: score against steps, a line per row. samples.png (Fig. 3, 4, 6): rows = objectives, columns = steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(7, 4.5))
+    for row, seeds in rows.items():
+        values = np.array([[score_of(r, n) for n in steps] for r in seeds.values()])
+        panel.plot(range(len(steps)), values.mean(0), marker="o", label=ROWS[row][0])
+        panel.fill_between(range(len(steps)), values.min(0), values.max(0), alpha=0.15)
+    panel.set(xticks=range(len(steps)), xticklabels=steps, xlabel="network evaluations", ylabel="overall score, test prompts",
+              ylim=(0, 1))  # fmt: skip
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out / "scores.png", dpi=110)
+    plt.close(figure)
+
+    asked = evaluate.prompts("test", 1)
+    for metadata in asked:
+        sheet_rows, captions = [], []
+        for row, seeds in rows.items():
+            seed = min(seeds)
+            loaded = sample.load(runs / f"{row}-{seed}", torch.device("cpu"))
+            chosen = seeds[seed]["splits"]["test"]
+            sheet_rows.append([sample.generate(loaded, [metadata["prompt"]], [(0,)], steps=n, **chosen[str(n)]["settings"])[0]
+                               for n in steps])  # fmt: skip
+            captions.append(ROWS[row][0])
+        sheet = data.label_grid(sheet_rows, [f"{n} steps" for n in steps], captions, scale=max(1, 96 // sheet_rows[0][0].shape[0]))
+        sheet.save(out / f"samples_{metadata['tag']}.png")
+
+
+def parse_arguments():
+    parser = errors.Parser("tables.py", "Train and score every row of Table 2 in miniature.")
+    a = parser.add_argument
+    a("--out", metavar="DIR", type=Path, default=Path("results"), help="where results go (default: results)")
+    a("--runs", metavar="DIR", type=Path, default=Path("runs/tables"), help="where runs go (default: runs/tables)")
+    a("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="which rows (default: all)")
+    a("--seeds", metavar="N", type=int, nargs="+", default=[0, 1, 2], help="training seeds (default: 0 1 2)")
+    a("--budget", metavar="FLAGS", default="", help='flags of train.py for every row, e.g. "--steps 8000"')
+    a("--images", metavar="N", type=int, default=4, help="pictures per test prompt (default: 4)")
+    a("--search-images", metavar="N", type=int, default=1, help="pictures per validation prompt (default: 1)")
+    a("--per-tag", metavar="N", type=int, default=10, help="prompts per tag (default: 10)")
+    a("--sample-steps", metavar="N", type=int, nargs="+", default=list(STEPS), help="step counts (default: 1 2 4 8 50)")
+    a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
+    a("--quick", action="store_true", help="tiny budgets: checks the path, measures nothing")
+    a("--report", action="store_true", help="only the tables and figures, from what has been measured")
+    args = parser.parse_args()
+    if args.quick:
+        args.budget = "--steps 4 --batch-size 8 --grid-every 0 --no-compile"
+        args.seeds, args.images, args.per_tag, args.sample_steps = args.seeds[:2], 1, 1, [1, 2]
+        for name in ("out", "runs"):
+            setattr(args, name, getattr(args, name).with_name(getattr(args, name).name + "-quick"))
+    if min(args.images, args.search_images, args.per_tag, *args.sample_steps) < 1 or min(args.seeds) < 0:
+        parser.error("counts must be at least 1 and seeds not negative")
+    args.sample_steps = sorted(args.sample_steps)
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    machine.keep_freed_memory()
+    device = machine.pick_device(args.device)
+    (args.out / "rows").mkdir(parents=True, exist_ok=True)
+    if not args.report:
+        budget = [*args.budget.split(), "--device", args.device]
+        for seed, row in itertools.product(args.seeds, args.rows):
+            run = args.runs / f"{row}-{seed}"
+            train_row(row, seed, run, budget)
+            measure_row(row, seed, run, args.out, args, device)
+    rows = read_rows(args.out)
+    if not rows:
+        raise errors.UserError(f"nothing has been measured in {args.out}")
+    write_table(rows, args.out, tuple(args.sample_steps))
+    draw_figures(rows, args.out, args.runs, tuple(args.sample_steps))
+    print((args.out / "table2.md").read_text())
+
+
+if __name__ == "__main__":
+    errors.run(main)
