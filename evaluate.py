@@ -45,10 +45,10 @@ import sample
 # The scorer. Lengths called "units" are 32nds of the picture's side, colours are distances in RGB of 0 .. 255.
 # =====================================================================================================================
 GROUND_SLACK = 15  # the ground may be this much darker or lighter than any in training, and this much off grey
-GROUND_SHARE = 0.4  # of the picture, at least; four shapes of the largest size leave 0.6
+GROUND_SHARE = 0.4  # of the picture, at least; the fullest scenes leave two thirds
 LINE = 45.0  # a pixel further than this from every line from the ground to a colour belongs to no object
 GRAIN = 0.12  # of coverage that is overlooked
-AGREEMENT = 0.875  # overlap of an object with its best-fitting shape, at least
+AGREEMENT = 0.885  # overlap of an object with its best-fitting shape, at least
 DIAMETER = (6.0, 24.0)  # of an object, in units; training has 8 to 20
 SHARED = 1.5  # square units that two objects may both claim; a hidden part of an object is a missing part
 SMALLEST = 4.0  # square units; less is a speck, which the test of what is left over judges
