@@ -1,7 +1,7 @@
-"""A data set in tar shards, read map-style: any picture by its number, in an order that is a function of (seed, number).
+"""A data set in tar shards, read map-style: any sample by its number, in an order that follows from (seed, number).
 
     python shards.py pack pictures/ tars/                      # a folder of captioned pictures -> tar shards, to try it
-    python shards.py report tars/ --workers 16                 # index them; counts, sizes, buckets, captions, what is skipped
+    python shards.py report tars/ --workers 16                 # index them; counts, sizes, buckets, what is skipped
     python shards.py cache tars/ cache256/ --side 256 --fake --text flux --autoencoder flux     # encode once; resumable
 
     source = shards.Shards("tars/", side=256, batch_size=1024)          # pictures, decoded as they are asked for
@@ -18,7 +18,7 @@ at known offsets. So a run's place in its data is one integer, and any number of
 A batch is one tensor, so its pictures have one size: each aligned block of batch_size consecutive g has one bucket.
 
     buckets     (height, width), both multiples of 16, areas near side^2, from 1:2 to 2:1 (S.2: "varying aspect-ratio")
-    a picture   goes to the bucket of nearest log aspect ratio, is resized to cover it (Lanczos) and cropped at the centre
+    a picture   goes to the bucket of nearest log aspect ratio, is resized to cover it (Lanczos) and cropped centrally
     an epoch    takes from a bucket of n pictures as many blocks as n fills, and shuffles the blocks of all buckets
     the rest    of a bucket is neither dropped nor doubled: it opens that bucket's first block of the next epoch
 
@@ -199,8 +199,8 @@ def scan(tar: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
             except Unusable as error:
                 skipped[name] = str(error)
     if not rows:
-        raise DataError(f"{tar}: none of its {len(samples)} pictures can be used ({summary(skipped)}); a caption goes in a "
-                        '.txt or, as "caption" or "text", in a .json of the same name')  # fmt: skip
+        raise DataError(f"{tar}: none of its {len(samples)} pictures can be used ({summary(skipped)}); a caption goes "
+                        'in a .txt or, as "caption" or "text", in a .json of the same name')  # fmt: skip
     return np.array(rows, ROW), keys, skipped
 
 
@@ -247,7 +247,8 @@ class Index(NamedTuple):
 def read_index(folder: str | Path, cache: str | Path | None = None, workers: int = 1) -> Index:
     """The index of all tars of a folder, in the order of their names; kept in `cache`, by default beside the tars.
 
-    Raises DataError for a missing folder, one without tars, and for the first tar that cannot be used.
+    Raises DataError for a missing folder, one without tars, and for the first tar that cannot be used. Processes that
+    start together on tars without an index each read them all, so run the report command before a long run.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -286,7 +287,7 @@ def log_skipped(name: str, skipped: dict[str, str], total: int, first: int = 10)
 
 
 def bucket_sides(side: int, multiple: int = 16, widest: float = 2.0) -> list[tuple[int, int]]:
-    """The buckets of a stage, (height, width) from the tallest to the widest: multiples of `multiple`, areas near side^2.
+    """The buckets of a stage, (height, width) from tallest to widest: multiples of `multiple`, areas near side^2.
 
     For each width from the square's to sqrt(widest) times it, the height that comes nearest to the area; and each of
     them turned. side 256 has 13, side 512 has 27.
@@ -318,7 +319,7 @@ def choose_buckets(rows: np.ndarray, buckets: list, smallest: int) -> tuple[list
 
 
 def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """A PIL image -> uint8 [height, width, 3]: upright, over white, resized to cover the bucket, cropped at the centre."""
+    """A PIL image -> uint8 [height, width, 3]: upright, over white, resized to cover the bucket, cropped centrally."""
     if "exif" in image.info:
         image = ImageOps.exif_transpose(image)
     if "A" in image.mode or "transparency" in image.info:
@@ -330,11 +331,11 @@ def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
 class Blocks:
     """Which picture stands at global index g, for buckets of counts[k] pictures: blocks of batch_size, one bucket each.
 
-    Each bucket is an endless stream: its pictures in an order shuffled by (seed, pass), then again in another order, and
-    so on. A block is the next batch_size pictures of one stream. By the end of epoch e a bucket of n pictures has given
-    floor((e + 1) n / batch_size) blocks; those that epoch e adds, over all buckets, stand in an order shuffled by
-    (seed, e). So after e epochs each picture has been shown e or e - 1 times, and at every moment the showings of
-    two pictures of one bucket differ by at most 1.
+    Each bucket is an endless stream: its pictures in an order shuffled by (seed, pass), then again in another order,
+    and so on. A block is the next batch_size pictures of one stream. By the end of epoch e = 0, 1, ... a bucket of n
+    pictures has given floor((e + 1) n / batch_size) blocks; those that epoch e adds, over all buckets, stand in an
+    order shuffled by (seed, e). So after e epochs each picture has been shown e or e - 1 times (if no bucket is smaller than
+    a block), and at every moment the showings of two pictures of one bucket differ by at most 1.
     """
 
     def __init__(self, counts: list[int], batch_size: int):
@@ -460,7 +461,10 @@ class Shards:
 
 
 class Mixed:
-    """Several sources of one batch size in equal parts: block b is block b div n of source b mod n (S.2: 256^2 and 512^2, 1:1)."""
+    """Several sources of one batch size in equal parts (S.2: 256^2 and 512^2, 1:1).
+
+    Of n sources, block b is block b div n of source b mod n. Raises DataError when their batch sizes differ.
+    """
 
     def __init__(self, sources: list):
         sizes = {source.batch_size for source in sources}
@@ -539,9 +543,9 @@ def fingerprint(index: Index) -> str:
     return state.hexdigest()
 
 
-def cache(folder: str | Path, out: str | Path, side: int, text, autoencoder, *, batch_size: int = 1024, fake: bool = False,
-          tokens: str = "bf16", multiple: int = 16, per_shard: int = 256, encode_batch: int = 16, part: tuple[int, int] = (0, 1),
-          index: str | Path | None = None) -> None:  # fmt: skip
+def cache(folder: str | Path, out: str | Path, side: int, text, autoencoder, *, batch_size: int = 1024,
+          fake: bool = False, tokens: str = "bf16", multiple: int = 16, per_shard: int = 256, encode_batch: int = 16,
+          part: tuple[int, int] = (0, 1), index: str | Path | None = None) -> None:  # fmt: skip
     """Encode the pictures and captions of a folder of tars into `out`; what is complete there is left as it is.
 
     `batch_size` is the one the cache is meant for: as in Shards, buckets smaller than it are merged, and that fixes the
@@ -550,7 +554,7 @@ def cache(folder: str | Path, out: str | Path, side: int, text, autoencoder, *, 
     a cache made from other tars or with other settings.
     """
     if multiple % autoencoder.factor:
-        raise DataError(f"sides are multiples of {multiple}, but auto-encoder {autoencoder.name} needs {autoencoder.factor}")
+        raise DataError(f"auto-encoder {autoencoder.name} needs multiples of {autoencoder.factor}, not {multiple}")
     source, out = Shards(folder, side, batch_size, multiple=multiple, index=index), Path(out)
     spec = {
         "format": 1, "text": text.name, "txt_len": text.txt_len, "autoencoder": autoencoder.name, "side": side,
@@ -563,7 +567,7 @@ def cache(folder: str | Path, out: str | Path, side: int, text, autoencoder, *, 
         stored = checkpoint.read_json(out / "cache.json")
         for name, value in spec.items():
             if stored.get(name) != value:
-                said = f"{name} {stored.get(name)!r}, not {value!r}" if name not in ("source", "buckets") else "other tars"
+                said = "other tars" if name in ("source", "buckets") else f"{name} {stored.get(name)!r}, not {value!r}"
                 raise DataError(f"{out} is a cache made with {said}: choose another folder, or the same settings")
     else:
         checkpoint.write_json(out / "cache.json", spec)
@@ -571,7 +575,7 @@ def cache(folder: str | Path, out: str | Path, side: int, text, autoencoder, *, 
     if not (out / "null.safetensors").exists():
         save_shard(out / "null.safetensors", encode_text(text, [""], 1, dtype, fake=True))
 
-    plan = [(path, k, m) for path, k, m in shard_plan(out, spec, source.members)][part[0] :: part[1]]
+    plan = list(shard_plan(out, spec, source.members))[part[0] :: part[1]]
     missing = [entry for entry in plan if not entry[0].exists()]
     bar = tqdm(total=sum(len(m) for _, _, m in plan), initial=sum(len(m) for p, _, m in plan if p.exists()),
                desc=f"encoding {folder}", unit=" pictures", disable=None)  # fmt: skip
@@ -588,7 +592,9 @@ def cache(folder: str | Path, out: str | Path, side: int, text, autoencoder, *, 
                 texts += [json.dumps([s.caption, s.key]).encode() for s in samples]
                 bar.update(len(some))
             failed = {key: source.skipped[key] for key in map(source.key, members) if key in source.skipped}
-            tensors = {"latent": torch.cat(latents), **encode_text(text, captions, encode_batch, dtype, fake)} if texts else {}
+            tensors = {}
+            if texts:
+                tensors = encode_text(text, captions, encode_batch, dtype, fake) | {"latent": torch.cat(latents)}
             tensors["text"] = torch.frombuffer(bytearray(b"".join(texts) or b" "), dtype=torch.uint8)
             tensors["text_end"] = torch.tensor(np.cumsum([0, *map(len, texts)]))
             save_shard(path, tensors, {"skipped": json.dumps(failed)})
@@ -641,8 +647,8 @@ class CachedShards:
         smallest = int(self.blocks.counts.argmin())
         if self.blocks.counts[smallest] < batch_size:
             height, width = self.buckets[smallest]
-            raise DataError(f"bucket {height}x{width} of {folder} has {self.blocks.counts[smallest]} pictures, fewer than a "
-                            f"batch of {batch_size}: lower the batch size, or cache with --batch-size above it")  # fmt: skip
+            raise DataError(f"bucket {height}x{width} of {folder} has {self.blocks.counts[smallest]} pictures, fewer "
+                            f"than a batch of {batch_size}: lower it, or cache with --batch-size {batch_size}")  # fmt: skip
         with opened(self.folder / "null.safetensors") as file:
             self.null = tuple(file.get_tensor(name).float() for name in ("tokens", "pooled"))
             self.null_fake = tuple(file.get_tensor(name).float() for name in ("fake_tokens", "fake_pooled"))
@@ -704,7 +710,8 @@ def opened(path: Path):
 
 
 def spread(values: np.ndarray) -> dict[str, float]:
-    return {"min": int(values.min()), "median": float(np.median(values)), "mean": float(values.mean()), "max": int(values.max())}
+    median, mean = float(np.median(values)), float(values.mean())
+    return {"min": int(values.min()), "median": median, "mean": mean, "max": int(values.max())}
 
 
 def report(index: Index, sides: list[int], multiple: int = 16) -> dict:
@@ -728,8 +735,8 @@ def report(index: Index, sides: list[int], multiple: int = 16) -> dict:
 
 def print_report(folder: str, result: dict) -> None:
     pictures = result["pictures"]
-    print(f"{folder}: {pictures} captioned pictures in {result['shards']} shards, {result['picture_bytes'] / 1e6:.1f} MB "
-          f"of pictures in {result['tar_bytes'] / 1e6:.1f} MB of tars")  # fmt: skip
+    print(f"{folder}: {pictures} captioned pictures in {result['shards']} shards, "
+          f"{result['picture_bytes'] / 1e6:.1f} MB of pictures in {result['tar_bytes'] / 1e6:.1f} MB of tars")
     for name in ("width", "height", "caption_letters"):
         row = result[name]
         print(f"  {name.replace('_', ' '):16}" + ", ".join(f"{k} {v:.6g}" for k, v in row.items()))
@@ -738,7 +745,8 @@ def print_report(folder: str, result: dict) -> None:
     for side, row in result["sides"].items():
         print(f"  side {side}: buckets height x width, {row['enlarged']} pictures have to be enlarged")
         for name, n in row["buckets"].items():
-            print(f"    {name:>10} {n:10d} {100 * n / pictures:6.2f}%")
+            if n:
+                print(f"    {name:>10} {n:10d} {100 * n / pictures:6.2f}%")
 
 
 def pack(folder: str | Path, out: str | Path, per_shard: int = 1000) -> tuple[int, dict[str, str]]:
@@ -815,7 +823,7 @@ def report_command(argv: list[str]) -> None:
     parser = errors.Parser("shards.py report FOLDER", "Index tar shards and say what they hold.")
     a = parser.add_argument
     a("folder", metavar="FOLDER", help="a folder of .tar")
-    a("--sides", metavar="N", type=positive, nargs="+", default=[256, 512], help="stages to show the buckets of (default: 256 512)")
+    a("--sides", metavar="N", type=positive, nargs="+", default=[256, 512], help="stages to show (default: 256 512)")
     a("--multiple", metavar="N", type=positive, default=16, help="of which all sides are multiples (default: 16)")
     a("--index", metavar="DIR", help="folder of the index (default: FOLDER)")
     a("--workers", metavar="N", type=positive, default=1, help="processes that read the tars (default: 1)")
@@ -834,7 +842,7 @@ def report_command(argv: list[str]) -> None:
 
 
 def cache_command(argv: list[str]) -> None:
-    parser = errors.Parser("shards.py cache FOLDER OUT", "Encode tar shards once: latents, and captions as tokens and pooled.")
+    parser = errors.Parser("shards.py cache FOLDER OUT", "Encode tar shards once: pictures and captions.")
     a = parser.add_argument
     a("folder", metavar="FOLDER", help="a folder of .tar")
     a("out", metavar="OUT", help="the folder of the cache; one that was begun with the same settings is gone on with")
@@ -844,24 +852,22 @@ def cache_command(argv: list[str]) -> None:
     a("--autoencoder", metavar="SPEC", default="flux", help="frozen auto-encoder, see encoders.py (default: flux)")
     a("--fake", action="store_true", help="encode the fake prompts too, which the auxiliary term needs (default: off)")
     a("--tokens", default="bf16", choices=("bf16", "fp32"), help="precision of the stored tokens (default: bf16)")
-    a("--batch-size", metavar="N", type=positive, default=1024, help="the largest that will be trained with: smaller buckets are merged (default: 1024)")
+    a("--batch-size", metavar="N", type=positive, default=1024,
+      help="the largest to train with: smaller buckets are merged (default: 1024)")  # fmt: skip
     a("--multiple", metavar="N", type=positive, default=16, help="of which all sides are multiples (default: 16)")
     a("--per-shard", metavar="N", type=positive, default=256, help="samples a cached shard (default: 256)")
     a("--encode-batch", metavar="N", type=positive, default=16, help="pictures encoded at once (default: 16)")
-    a("--part", metavar="I/N", type=share, default=(0, 1), help="make every N-th shard from the I-th on (default: 0/1, all)")
+    a("--part", metavar="I/N", type=share, default=(0, 1), help="every N-th shard from the I-th on (default: 0/1, all)")
     a("--index", metavar="DIR", help="folder of the index (default: FOLDER)")
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     args = parser.parse_args(argv)
     device = machine.pick_device(args.device)
     text = encoders.text_encoder(args.text, args.txt_len, device)
     autoencoder = encoders.autoencoder(args.autoencoder, device)
-    try:
-        cache(args.folder, args.out, args.side, text, autoencoder, batch_size=args.batch_size, fake=args.fake, tokens=args.tokens,
-              multiple=args.multiple, per_shard=args.per_shard, encode_batch=args.encode_batch, part=args.part, index=args.index)  # fmt: skip
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on with what is missing", file=sys.stderr)
-        sys.exit(130)
-    missing = [path for path, _, _ in shard_plan(Path(args.out), checkpoint.read_json(Path(args.out) / "cache.json")) if not path.exists()]
+    names = ("batch_size", "fake", "tokens", "multiple", "per_shard", "encode_batch", "part", "index")
+    cache(args.folder, args.out, args.side, text, autoencoder, **{name: getattr(args, name) for name in names})
+    plan = shard_plan(Path(args.out), checkpoint.read_json(Path(args.out) / "cache.json"))
+    missing = [path for path, _, _ in plan if not path.exists()]
     print(f"{args.out}: " + (f"{len(missing)} shards are left to the other parts" if missing else "complete"))
 
 
@@ -873,7 +879,11 @@ def main() -> None:
     if name in ("-h", "--help"):
         print(__doc__)
     elif name in COMMANDS:
-        COMMANDS[name](sys.argv[2:])
+        try:
+            COMMANDS[name](sys.argv[2:])
+        except KeyboardInterrupt:
+            print("\nstopped; the same command goes on with what is missing", file=sys.stderr)
+            sys.exit(130)
     else:
         raise errors.UserError(f"say what to do: python shards.py {', '.join(COMMANDS)} (--help after each says more)")
 
