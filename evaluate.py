@@ -723,13 +723,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return args
 
 
-def choices_of(args: argparse.Namespace, config: dict) -> dict:
-    """How to sample: what the arguments say, else what the checkpoint's config says."""
-    own = {"guidance": config["guidance"], "eta": config["eta"], "s_rule": config["s_rule"],
-           "space": config["guidance_space"]}  # fmt: skip
-    if config["objective"] == "flow_matching":
-        own["s_rule"] = 1.0  # it has learned s = t and nothing else
-    return {name: own[name] if getattr(args, name) is None else getattr(args, name) for name in own}
+def choices_of(args: argparse.Namespace) -> dict:
+    """What the arguments say of how to sample; what they leave open (None) is the checkpoint's own choice."""
+    return {name: getattr(args, name) for name in ("guidance", "eta", "s_rule", "space")}
 
 
 def run_export(args: argparse.Namespace, device: torch.device) -> None:
@@ -742,9 +738,9 @@ def run_export(args: argparse.Namespace, device: torch.device) -> None:
         settings |= {"pipeline": args.pipeline, "guidance": args.guidance, "side": args.side}
     else:
         loaded = sample.load(args.checkpoint, device)
-        choices = choices_of(args, loaded.config)
+        choices = choices_of(args)
         weights = hashlib.sha256((args.checkpoint / "model.safetensors").read_bytes()).hexdigest()
-        settings |= choices | {"weights": weights}
+        settings |= sample.choose(loaded.config, **choices) | {"weights": weights}
 
         def draw(jobs):
             pictures = sample.generate(loaded, [asked[i]["prompt"] for i, _ in jobs], jobs, seed=args.seed, steps=steps,
@@ -763,9 +759,10 @@ def run_scores(args: argparse.Namespace, device: torch.device) -> None:
     if loaded.config["data"] != "shapes":
         raise errors.UserError(f"{args.checkpoint} was trained on {loaded.config['data']}; only the built-in shapes "
                                "have exact scores. For other models: --export, and GenEval's own scorer")  # fmt: skip
-    choices = choices_of(args, loaded.config)
+    choices = choices_of(args)
     results = provenance(device) | {"checkpoint": str(args.checkpoint), "seed": args.seed, "images": args.images,
-                                    "per_tag": args.per_tag, "choices": choices, "splits": {}}  # fmt: skip
+                                    "per_tag": args.per_tag, "splits": {},
+                                    "choices": sample.choose(loaded.config, **choices)}  # fmt: skip
     began = time.perf_counter()
     asked = {split: prompts(split, args.per_tag) for split in args.split}
     total = sum(len(a) for a in asked.values()) * args.images * len(args.steps)

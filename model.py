@@ -29,7 +29,7 @@ from torch import Tensor, nn
 # so a token holds channels * patch^2 values: 16 * 2^2 = 64 for FLUX latents. V has to carry the noise through the
 # width, hence width must exceed that number; 8 x 8 RGB patches (192 values) through width 128 leave every picture grainy.
 SIZES = {
-    "laptop": dict(width=128, heads=4, double=2, single=4, axes=(8, 12, 12), channels=3, patch=4, txt_dim=256, vec_dim=256),
+    "laptop": dict(width=160, heads=4, double=2, single=4, axes=(8, 16, 16), channels=3, patch=4, txt_dim=256, vec_dim=256),
     "0.5b": dict(width=1024, heads=16, double=8, single=16, axes=(8, 28, 28), channels=16, patch=2, txt_dim=4096, vec_dim=768),
     "2b": dict(width=2048, heads=16, double=8, single=16, axes=(16, 56, 56), channels=16, patch=2, txt_dim=4096, vec_dim=768),
 }

@@ -71,8 +71,10 @@ def choose(config: dict, *, guidance=None, eta=None, s_rule=None, space=None) ->
     asked = {"guidance": guidance, "eta": eta, "s_rule": s_rule, "space": space}
     own = {"guidance": "guidance", "eta": "eta", "s_rule": "s_rule", "space": "guidance_space"}
     chosen = {name: config[own[name]] if value is None else value for name, value in asked.items()}
-    if config["objective"] == "flow_matching" and chosen["s_rule"] != 1:
-        raise errors.UserError("a flow-matching model has never seen s < t; it is sampled with --s-rule same")
+    if config["objective"] == "flow_matching":
+        if s_rule not in (None, 1):
+            raise errors.UserError("a flow-matching model has never seen s < t; it is sampled with --s-rule same")
+        chosen["s_rule"] = 1.0
     if config["objective"] == "imm":
         if (eta, s_rule, space) != (None, None, None):
             raise errors.UserError("IMM has a sampler of its own: --eta, --s-rule and --space do not apply to it")

@@ -66,7 +66,7 @@ class Recipe:
 
 
 RECIPES = {
-    "laptop": Recipe(2600, 64, 32, 2e-3, 1e-5, text="words", txt_len=16, autoencoder="pixels", grid_guidance=2.0),
+    "laptop": Recipe(6000, 32, 24, 4e-3, 1e-5, text="words", txt_len=16, autoencoder="pixels", grid_guidance=2.0),
     "0.5b": Recipe(300_000, 1024, 256, 3e-4, 1e-5),
     "2b": Recipe(710_000, 1024, 256, 3e-4, 1e-5),
 }
