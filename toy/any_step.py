@@ -52,18 +52,24 @@ def one_objective(label: str, members: list[Member], steps: int) -> tuple[str, l
     return label, results, [net.weights_of(e) for e in range(len(members))], time.perf_counter() - start
 
 
+def at_the_same_time(jobs: int, function, calls: list[tuple]):
+    """Yield function(*call) for each call, in order, computed by `jobs` processes."""
+    if jobs == 1:
+        yield from (function(*call) for call in calls)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:  # a forked torch may hang
+        yield from (future.result() for future in [pool.submit(function, *call) for call in calls])
+
+
 def compare(layouts: list[str], seed: int, steps: int, out: Path, jobs: int) -> None:
     """The main command: train all objectives, print the tables, write any_step.json and the figures."""
     start = time.perf_counter()
     members = [Member(layout, seed) for layout in layouts]
     results, nets = {"floor": evaluate(None, members)}, {}
-    context = get_context("spawn")  # a forked torch may hang
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        waiting = [pool.submit(one_objective, label, members, steps) for label in OBJECTIVES]
-        for future in waiting:
-            label, results[label], weights, seconds = future.result()
-            nets[label] = assemble(members, weights)
-            print(f"trained and measured: {label}, {seconds:.0f} s", flush=True)
+    calls = [(label, members, steps) for label in OBJECTIVES]
+    for label, row, weights, seconds in at_the_same_time(jobs, one_objective, calls):
+        results[label], nets[label] = row, assemble(members, weights)
+        print(f"trained and measured: {label}, {seconds:.0f} s", flush=True)
 
     for e, layout in enumerate(layouts):
         for measure in ("energy", "sliced_w2", "off_modes"):
@@ -71,13 +77,15 @@ def compare(layouts: list[str], seed: int, steps: int, out: Path, jobs: int) -> 
             for label, rows in results.items():
                 print(f"{label:24s}" + "".join(f"{rows[e][str(n)][measure]:10.4f}" for n in BUDGETS))
         masses = {label: rows[e]["2"]["mass"][0] for label, rows in results.items()}
-        print(f"\n{layout}: share of each mode of condition 0 at N = 2 (truth {', '.join(f'{w:.3f}' for w in members[e].q.weights[0].tolist())})")
+        truth = ", ".join(f"{weight:.3f}" for weight in members[e].q.weights[0].tolist())
+        print(f"\n{layout}: share of each mode of condition 0 at N = 2 (truth {truth})")
         for label, mass in masses.items():
             print(f"{label:24s}" + "".join(f"{share:10.3f}" for share in mass))
 
     seconds = time.perf_counter() - start
     record = {
-        "command": "python toy/any_step.py " + " ".join(sys.argv[1:]), "commit": studies.commit(), "hardware": studies.hardware(),
+        "command": " ".join(["python toy/any_step.py", *sys.argv[1:]]),
+        "commit": studies.commit(), "hardware": studies.hardware(),
         "torch": torch.__version__, "seed": seed, "steps": steps, "jobs": jobs, "seconds": round(seconds, 1),
         "settings": {label: {"training": a, "sampling": b} for label, (a, b) in OBJECTIVES.items()},
         "results": {layout: {label: rows[e] for label, rows in results.items()} for e, layout in enumerate(layouts)},
@@ -102,12 +110,20 @@ class Parser(argparse.ArgumentParser):
 
 def main() -> int:
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--layout", default="all", choices=["all", *LAYOUTS], help="which data; all shows the three side by side")
+    parser.add_argument(
+        "--layout", default="all", choices=["all", *LAYOUTS], help="which data; all shows the three side by side"
+    )
     parser.add_argument("--study", help="an open question instead of the comparison; list names them all")
-    parser.add_argument("--seed", type=int, default=0, help="names every random number of the comparison (studies use 0, 1, 2)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="names every random number of the comparison (studies use 0, 1, 2)"
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps, {STEPS} unless told otherwise")
-    parser.add_argument("--jobs", type=int, default=2, help="processes that train at the same time; 1 trains one by one")
-    parser.add_argument("--out", type=Path, default=ROOT / "toy" / "results", help="folder for the JSON file and the figures")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="processes that train at the same time; 1 trains one by one"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "toy" / "results", help="folder for the JSON file and the figures"
+    )
     args = parser.parse_args()
     if args.study not in (None, "list", *studies.STUDIES):
         parser.error(f"--study: no {args.study!r}; choose from {', '.join(studies.STUDIES)}")

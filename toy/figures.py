@@ -25,7 +25,8 @@ plt.rcParams.update(
     {
         "figure.dpi": 80, "savefig.dpi": 80, "savefig.transparent": True, "font.size": 9, "axes.grid": False,
         "axes.prop_cycle": plt.cycler(color=COLOURS),
-        **{key: GREY for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor")},
+        **{key: GREY for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor")},
+        "xtick.color": GREY, "ytick.color": GREY,
     }
 )  # fmt: skip
 
@@ -53,8 +54,8 @@ def contours(axis, q: Mixture, box, c: int | None = None, s: float = 0.0, colour
     for k in range(q.C) if c is None else [c]:
         log_q = q.log_density(points, torch.full((len(points),), s), torch.full((len(points),), k)).view(120, 120).T
         peak = float(log_q.max())
-        axis.contour(xs, ys, log_q, levels=[peak - 4.5, peak - 2.0], colors=colours or [COLOURS[k]], linewidths=0.7, alpha=0.8,
-                     linestyles="solid")  # fmt: skip
+        axis.contour(xs, ys, log_q, levels=[peak - 4.5, peak - 2.0], colors=colours or [COLOURS[k]], linewidths=0.7,
+                     alpha=0.8, linestyles="solid")  # fmt: skip
 
 
 def bare(axis, box) -> None:
@@ -69,7 +70,9 @@ def samples(nets: dict, sampling: dict, members: list, e: int, path: Path, shown
     q, rows = members[e].q, list(nets)
     box = frame(q.m)
     c = torch.arange(q.C).repeat_interleave(shown)
-    figure, axes = plt.subplots(len(rows), len(BUDGETS), figsize=(1.75 * len(BUDGETS), 1.75 * len(rows)), layout="constrained")
+    figure, axes = plt.subplots(
+        len(rows), len(BUDGETS), figsize=(1.75 * len(BUDGETS), 1.75 * len(rows)), layout="constrained"
+    )
     for line, label in zip(axes, rows):
         for axis, steps in zip(line, BUDGETS):
             contours(axis, q, box)
@@ -79,7 +82,9 @@ def samples(nets: dict, sampling: dict, members: list, e: int, path: Path, shown
             if label == rows[0]:
                 axis.set_title(f"N = {steps}")
         line[0].set_ylabel(textwrap.fill(label, 12), fontsize=8)
-    figure.supxlabel(f"samples of the layout '{members[e].layout}': contours are the data, colours the three conditions", fontsize=9)
+    figure.supxlabel(
+        f"samples of the layout '{members[e].layout}': contours are the data, colours the three conditions", fontsize=9
+    )
     save(figure, path)
 
 
@@ -91,7 +96,9 @@ def trajectories(nets: dict, sampling: dict, members: list, e: int, path: Path, 
     q, rows = members[e].q, ["flow matching", "Self-E", "auxiliary throughout"]
     box, budgets = (-2.7, 2.7, -2.7, 2.7), (2, 4, 50)
     figure, axes = plt.subplots(len(rows), len(budgets), figsize=(8, 8), layout="constrained")
-    noise = torch.cat([torch.from_numpy(rng(m.seed, "toy paths").standard_normal((shown, 2), dtype=np.float32)) for m in members])
+    noise = torch.cat(
+        [torch.from_numpy(rng(m.seed, "toy paths").standard_normal((shown, 2), dtype=np.float32)) for m in members]
+    )
     c = torch.zeros(len(noise), dtype=torch.int64)
     for line, label in zip(axes, rows):
         for axis, steps in zip(line, budgets):
@@ -107,7 +114,8 @@ def trajectories(nets: dict, sampling: dict, members: list, e: int, path: Path, 
                 axis.set_title(f"N = {steps}")
         line[0].set_ylabel(label)
     figure.supxlabel(
-        f"from noise (grey dots) to samples of condition 0 (blue dots); layout '{members[e].layout}', eta = 0", fontsize=9
+        f"from noise (grey dots) to samples of condition 0 (blue dots); layout '{members[e].layout}', eta = 0",
+        fontsize=9,
     )
     save(figure, path)
 
@@ -117,7 +125,9 @@ def trajectories(nets: dict, sampling: dict, members: list, e: int, path: Path, 
 # ---------------------------------------------------------------------------------------------------------------------
 def distances(results: dict, path: Path) -> None:
     """results[layout][objective][str(N)]["energy"]; one panel per layout."""
-    figure, axes = plt.subplots(1, len(results), figsize=(3.4 * len(results), 3.4), sharey=True, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(results), figsize=(3.4 * len(results), 3.4), sharey=True, layout="constrained", squeeze=False
+    )
     for axis, (layout, rows) in zip(axes[0], results.items()):
         floor = np.mean([abs(rows["floor"][str(n)]["energy"]) for n in BUDGETS])
         axis.axhspan(1e-4, floor, color=GREY, alpha=0.3, linewidth=0, label="floor: data against data")
@@ -125,7 +135,14 @@ def distances(results: dict, path: Path) -> None:
             if label != "floor":
                 values = [max(row[str(n)]["energy"], 1e-4) for n in BUDGETS]
                 axis.plot(BUDGETS, values, marker="o", markersize=4, linewidth=1.5, label=label)
-        axis.set(xscale="log", yscale="log", xticks=BUDGETS, xticklabels=BUDGETS, xlabel="network evaluations N", title=layout)
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xticks=BUDGETS,
+            xticklabels=BUDGETS,
+            xlabel="network evaluations N",
+            title=layout,
+        )
         axis.minorticks_off()
     axes[0][0].set_ylabel("energy distance to the data")
     handles, labels = axes[0][0].get_legend_handles_labels()
@@ -143,7 +160,9 @@ def fields(layouts: list, seed: int, path: Path, times=(0.05, 0.2, 0.5, 0.8)) ->
     where the model's samples or the data are; the number is the root mean square of Delta at the model's samples.
     """
     chosen = [name for name in ("between", "far") if name in layouts] or layouts[:1]
-    figure, axes = plt.subplots(2 * len(chosen), len(times), figsize=(2.2 * len(times), 4.4 * len(chosen)), layout="constrained")
+    figure, axes = plt.subplots(
+        2 * len(chosen), len(times), figsize=(2.2 * len(times), 4.4 * len(chosen)), layout="constrained"
+    )
     for i, name in enumerate(chosen):
         q, g, n = Mixture(**LAYOUTS[name]), rng(seed, "toy fields"), 400
         c = torch.zeros(n, dtype=torch.int64)
@@ -153,7 +172,9 @@ def fields(layouts: list, seed: int, path: Path, times=(0.05, 0.2, 0.5, 0.8)) ->
         p = Mixture(x0_hat[None], 0.02)  # its samples as very narrow modes: then E_p[x0 | x_s] is a closed form
         low, high = float(q.m[:3].min()) - 1.2, float(q.m[:3].max()) + 1.2
         for j, value in enumerate(times):
-            box = tuple(b * (1 - value) + (-1 if k % 2 == 0 else 1) * 0.7 * value for k, b in enumerate((low, high, low, high)))
+            box = tuple(
+                b * (1 - value) + (-1 if k % 2 == 0 else 1) * 0.7 * value for k, b in enumerate((low, high, low, high))
+            )
             points = torch.cartesian_prod(*(torch.linspace(box[k], box[k + 1], 17) for k in (0, 2)))
 
             def full(x):
@@ -164,10 +185,14 @@ def fields(layouts: list, seed: int, path: Path, times=(0.05, 0.2, 0.5, 0.8)) ->
                 G_c = q.posterior_mean(x, s, k)
                 return q.posterior_mean(x, s, q.null(k)) - G_c, p.posterior_mean(x, s, k) - G_c
 
-            reached = [law.log_density(points, *full(points)) for law in (p, q)]  # arrows only where samples or data are
+            reached = [
+                law.log_density(points, *full(points)) for law in (p, q)
+            ]  # arrows only where samples or data are
             points = points[torch.stack([log > log.max() - 7 for log in reached]).any(0)]
             at_samples = two_terms(losses.add_noise(x0_hat, torch.full((n,), value), normal()))
-            for row, (Delta, lengths, what) in enumerate(zip(two_terms(points), at_samples, ("classifier", "auxiliary"))):
+            for row, (Delta, lengths, what) in enumerate(
+                zip(two_terms(points), at_samples, ("classifier", "auxiliary"))
+            ):
                 axis = axes[2 * i + row, j]
                 contours(axis, q, box, 0, value)
                 for other in range(1, q.C):
@@ -178,10 +203,17 @@ def fields(layouts: list, seed: int, path: Path, times=(0.05, 0.2, 0.5, 0.8)) ->
                 move = move * (longest / move.norm(dim=1, keepdim=True)).clamp(max=1)
                 axis.quiver(*points.T, *move.T, color=COLOURS[1], angles="xy", scale_units="xy", scale=0.8, width=0.008)
                 bare(axis, box)
-                axis.set_title((f"s = {value:g}   " if row == 0 else "") + f"rms {float(lengths.square().sum(1).mean().sqrt()):.2f}", fontsize=8)
+                axis.set_title(
+                    (f"s = {value:g}   " if row == 0 else "")
+                    + f"rms {float(lengths.square().sum(1).mean().sqrt()):.2f}",
+                    fontsize=8,
+                )
                 if j == 0:
                     axis.set_ylabel(f"'{name}'\n{what} term")
-    figure.supxlabel("arrows: -Delta for condition 0 (blue; grey: the others), cut to the grid; red: blended predictions at t = 0.8", fontsize=9)
+    figure.supxlabel(
+        "arrows: -Delta for condition 0 (blue; grey: the others), cut to the grid; red: blended predictions at t = 0.8",
+        fontsize=9,
+    )
     save(figure, path)
 
 
@@ -192,7 +224,9 @@ def study(kept: dict, path: Path, measure: str = "energy") -> None:
     """One panel per layout, one line per setting; the bars are one standard deviation over the seeds."""
     layouts = list(dict.fromkeys(r["layout"] for r in kept["records"]))
     labels = list(dict.fromkeys(r["label"] for r in kept["records"] if r["label"] != "floor"))
-    figure, axes = plt.subplots(1, len(layouts), figsize=(4.2 * len(layouts), 3.6), sharey=True, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(layouts), figsize=(4.2 * len(layouts), 3.6), sharey=True, layout="constrained", squeeze=False
+    )
     styles = ["-", "--", ":"]
     for axis, layout in zip(axes[0], layouts):
         for i, label in enumerate(labels):
@@ -202,7 +236,14 @@ def study(kept: dict, path: Path, measure: str = "energy") -> None:
             spread = cells.std(0, ddof=1) if len(cells) > 1 else 0 * cells[0]
             axis.errorbar(shift, cells.mean(0).clip(1e-4), yerr=spread, marker="o", markersize=3, linewidth=1.2,
                           linestyle=styles[i // len(COLOURS) % 3], label=label)  # fmt: skip
-        axis.set(xscale="log", yscale="log", xticks=BUDGETS, xticklabels=BUDGETS, xlabel="network evaluations N", title=layout)
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xticks=BUDGETS,
+            xticklabels=BUDGETS,
+            xlabel="network evaluations N",
+            title=layout,
+        )
         axis.minorticks_off()
     axes[0][0].set_ylabel(f"{measure} distance to the data" if measure == "energy" else measure)
     handles, names = axes[0][0].get_legend_handles_labels()
@@ -214,9 +255,11 @@ def study(kept: dict, path: Path, measure: str = "energy") -> None:
 # ideal.py: where the targets lead when nothing is left to the network
 # ---------------------------------------------------------------------------------------------------------------------
 def ideal(pictures: dict, layouts: list, labels: list, times: tuple, t: float, path: Path) -> None:
-    """pictures[layout, label, s] = answers [C, n, 2]; condition 0 is drawn. Rows: what is asked. Columns: layout and s."""
+    """pictures[layout, label, s] = answers [C, n, 2]; condition 0 is drawn. Rows: goals. Columns: layout and s."""
     columns = [(layout, s) for layout in layouts for s in times]
-    figure, axes = plt.subplots(len(labels), len(columns), figsize=(1.55 * len(columns), 1.6 * len(labels)), layout="constrained")
+    figure, axes = plt.subplots(
+        len(labels), len(columns), figsize=(1.55 * len(columns), 1.6 * len(labels)), layout="constrained"
+    )
     for line, label in zip(axes, labels):
         for axis, (layout, s) in zip(line, columns):
             q = Mixture(**LAYOUTS[layout])
@@ -231,5 +274,8 @@ def ideal(pictures: dict, layouts: list, labels: list, times: tuple, t: float, p
             if label == labels[0]:
                 axis.set_title(f"{layout}, s = {s:g}", fontsize=8)
         line[0].set_ylabel(label.replace(", ", ",\n"), fontsize=8)
-    figure.supxlabel(f"answers x0_hat for condition 0 (grey) at t = {t}; blue: its data; other colours: the other conditions", fontsize=9)
+    figure.supxlabel(
+        f"answers x0_hat for condition 0 (grey) at t = {t}; blue: its data; other colours: the other conditions",
+        fontsize=9,
+    )
     save(figure, path)

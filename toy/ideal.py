@@ -88,7 +88,9 @@ def distance(x: Tensor, y: Tensor, s: float, seed: int) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "toy" / "results", help="folder for ideal.json and ideal.png")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "toy" / "results", help="folder for ideal.json and ideal.png"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     start, records, pictures = time.perf_counter(), [], {}
@@ -99,7 +101,16 @@ def main() -> int:
                 for seed in SEEDS:
                     x0_hat, data = settle(q, s, goal, seed)
                     at_0, at_s = distance(x0_hat, data, 0.0, seed), distance(x0_hat, data, s, seed)
-                    records.append({"layout": layout, "label": label, "s": s, "seed": seed, "energy_at_0": at_0, "energy_at_s": at_s})
+                    records.append(
+                        {
+                            "layout": layout,
+                            "label": label,
+                            "s": s,
+                            "seed": seed,
+                            "energy_at_0": at_0,
+                            "energy_at_s": at_s,
+                        }
+                    )
                     pictures.setdefault((layout, label, s), x0_hat)
         print(f"\n{layout}: energy distance of x_s, and of x0_hat itself; t = {T}, mean ± std over {len(SEEDS)} seeds")
         print(f"{'':26s}" + "".join(f"{f's = {s:g}: x_s':>18s}{'x0_hat':>16s}" for s in TIMES))
@@ -112,8 +123,10 @@ def main() -> int:
                     cells += f"{np.mean(values):{width}.4f} ±{np.std(values, ddof=1):6.4f}"
             print(f"{label:26s}{cells}", flush=True)
     seconds = round(time.perf_counter() - start, 1)
-    head = {"command": "python toy/ideal.py", "commit": studies.commit(), "hardware": studies.hardware(), "torch": torch.__version__,
-            "seeds": SEEDS, "t": T, "answers": ANSWERS, "rounds": ROUNDS, "seconds": seconds, "records": records}  # fmt: skip
+    head = {"command": "python toy/ideal.py", "commit": studies.commit(), "hardware": studies.hardware(),
+            "torch": torch.__version__,
+            "seeds": SEEDS, "t": T, "answers": ANSWERS, "rounds": ROUNDS, "seconds": seconds,
+            "records": records}  # fmt: skip
     studies.write_json(args.out / "ideal.json", head)
     figures.ideal(pictures, [name for name in LAYOUTS if name != "ring"], list(GOALS), TIMES, T, args.out / "ideal.png")
     print(f"\n{args.out / 'ideal.png'}; {seconds:.0f} s")

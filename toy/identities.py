@@ -71,13 +71,13 @@ def score(law: Mixture, x: Tensor, s: Tensor, c: Tensor) -> Tensor:
 
 
 def grid(half_width: float, n: int) -> tuple[Tensor, float]:
-    """[n * n, 2] points of a square around the origin and the area of a cell. Trapezoidal sums converge very fast here."""
+    """[n * n, 2] points of a square around the origin and the area of a cell. Trapezoidal sums converge fast here."""
     axis = torch.linspace(-half_width, half_width, n, dtype=torch.float64)
     return torch.cartesian_prod(axis, axis), float(axis[1] - axis[0]) ** 2
 
 
 def mean_by_quadrature(law: Mixture, x: Tensor, s: Tensor, c: Tensor) -> Tensor:
-    """E[x0 | x_s, c] from Bayes' rule: integrate x0 q(x0 | c) q(x_s | x0) over a grid of x0, divide by the integral of 1."""
+    """E[x0 | x_s, c] from Bayes' rule: integrate x0 q(x0 | c) q(x_s | x0) over a grid of x0, normalise."""
     x0, _ = grid(5.0, 120)
     zero = torch.zeros(len(x0), dtype=torch.float64)
     result = torch.empty_like(x)
@@ -141,7 +141,9 @@ def weight_makes_velocity_loss():
 def posterior_mean():
     x, s, c = points(60)
     s = s.clamp_min(0.2)  # the grid must resolve the kernel, whose width is s / (1 - s)
-    return worst(*(law.posterior_mean(x, s, label) - mean_by_quadrature(law, x, s, label) for law, label in three_laws(c)))
+    return worst(
+        *(law.posterior_mean(x, s, label) - mean_by_quadrature(law, x, s, label) for law, label in three_laws(c))
+    )
 
 
 def bumps(x_t: Tensor, n: int = 8) -> Tensor:
@@ -185,7 +187,7 @@ def renoised_law():
     x, area = grid(8.0, 160)
     error = 0.0
     for c in range(q.C):
-        # x0_hat - b is a times x_t; given the mode, x_t is Gaussian, and so is eps of Eq. 8: split the two by their sum's law.
+        # x0_hat - b is a times x_t; given the mode, x_t is Gaussian, and so is the eps of Eq. 8.
         left = 0
         for m, std, share in zip(q.means[c], q.std[c], q.weights[c]):
             spread = ((1 - T) ** 2 * std**2 + T**2) ** 0.5
@@ -214,7 +216,10 @@ def tweedie_backwards():
     x, s, c = points(60)
     s = s.clamp_min(0.2)
     return worst(
-        *(losses.mean_from_score(score(law, x, s, k), x, s) - mean_by_quadrature(law, x, s, k) for law, k in three_laws(c))
+        *(
+            losses.mean_from_score(score(law, x, s, k), x, s) - mean_by_quadrature(law, x, s, k)
+            for law, k in three_laws(c)
+        )
     )
 
 
@@ -329,7 +334,7 @@ def result_2():
 
 
 def delta_at_the_data(k: float) -> Tensor:
-    """Delta at points of q, where the model already is the data (p = q) and the fake branch knows its samples (a grid)."""
+    """Delta at points of q, where the model is the data (p = q) and the fake branch knows its samples (a grid)."""
     x, s, c = points(60)
     s = s.clamp_min(0.2)
     G_null, G_c, _ = three_means(x, s, c)
@@ -557,7 +562,9 @@ class SmallNet(torch.nn.Module):
         return torch.tanh(torch.cat([x_t, t[:, None], s[:, None], code], dim=1) @ self.inner) @ self.outer
 
 
-def paper_step(net, ema, uncond, x0, c, is_null, d, tau, *, mu, target, k, delta_scale, lam_scale, lam_s, null_target, aux):
+def paper_step(
+    net, ema, uncond, x0, c, is_null, d, tau, *, mu, target, k, delta_scale, lam_scale, lam_s, null_target, aux
+):
     """Fig. 2 and Eq. 1-21, s.8-s.13 with scalars t and s: the sum over the batch of the loss per value of x0."""
     total, B = 0.0, len(x0)
     number = lambda value: torch.tensor([value], dtype=torch.float64)  # noqa: E731
@@ -617,7 +624,9 @@ def step_against_paper(choice: dict) -> tuple[float, float]:
     choice = dict(choice)
     aux, tau, own = choice.pop("aux", False), choice.pop("tau", 1.0), choice.pop("own_unconditional", False)
     net, ema, third = SmallNet(1), SmallNet(2), SmallNet(3)
-    options = dict(mu=0.5, target="renorm", k=0.9, delta_scale=1.0, lam_scale=1.0, lam_s=None, null_target="data") | choice
+    options = (
+        dict(mu=0.5, target="renorm", k=0.9, delta_scale=1.0, lam_scale=1.0, lam_s=None, null_target="data") | choice
+    )
     n = 12
     rng = np.random.default_rng(9)
     normal = lambda *shape: torch.from_numpy(rng.standard_normal(shape))  # noqa: E731
@@ -884,7 +893,9 @@ def main() -> int:
         holds = number >= bound if is_above else number <= bound
         failed += not holds
         sign = ">" if is_above else "<"
-        print(f"{equation:22s} {claim:82s} {number:9.1e} {sign} {bound:8.1e}  {'holds' if holds else 'FAILS'}", flush=True)
+        print(
+            f"{equation:22s} {claim:82s} {number:9.1e} {sign} {bound:8.1e}  {'holds' if holds else 'FAILS'}", flush=True
+        )
 
     if not args.only:
         print("\nStandard deviation that the posterior mean leaves, data 0.500 (N network evaluations, Gaussian data):")

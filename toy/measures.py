@@ -1,7 +1,7 @@
 """Samples of the toy networks, and how far they are from the data: energy distance, sliced Wasserstein-2, mass per mode.
 
-    evaluate(net, members)              # for each member {"1": measures, "2": ..., "50": ...} by number of steps
-    evaluate(None, members)             # the floor: fresh data, measured as if it had been generated
+evaluate(net, members)              # for each member {"1": measures, "2": ..., "50": ...} by number of steps
+evaluate(None, members)             # the floor: fresh data, measured as if it had been generated
 """
 
 import sys
@@ -32,7 +32,7 @@ def generate(net: Net, members: list[Member], c: Tensor, steps: int, **choices) 
         return torch.from_numpy(np.concatenate(rows))
 
     if len(members) > 1 and choices.get("guidance", 1.0) != 1:
-        # The sampler joins the two branches of guidance into one batch, which an ensemble would deal out to the wrong members.
+        # The sampler joins the two branches of guidance in one batch; an ensemble would deal it out to the wrong members.
         alone = [assemble([m], [net.weights_of(e)]) for e, m in enumerate(members)]
         return torch.cat([generate(one, [m], c, steps, **choices) for one, m in zip(alone, members)])
     prompts = c.repeat(len(members))
@@ -59,7 +59,7 @@ def quantiles(x: Tensor, directions: int = 64, levels: int = 500) -> Tensor:
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor) -> float:
-    """Sliced Wasserstein-2: in one dimension the best transport pairs quantiles; mean square over lines, then the root."""
+    """Sliced Wasserstein-2: in one dimension the best transport pairs quantiles; root of the mean square over lines."""
     return float((quantiles(x) - quantiles(y)).square().mean().sqrt())
 
 
@@ -83,7 +83,9 @@ class Truth:
             "sliced_w2": float((quantiles(x) - self.quantiles).square().mean().sqrt()),
             "mass": [round(a, 4) for a in mass.tolist()],  # share of the samples nearest to each mode
             "mass_error": float((mass - self.weights).abs().sum() / 2),  # total variation against the true shares
-            "off_modes": float((distance.min(1).values > 4).float().mean()),  # > 4 std from every mode: neither this nor that
+            "off_modes": float(
+                (distance.min(1).values > 4).float().mean()
+            ),  # > 4 std from every mode: neither this nor that
             "spread": float(deviation[0] / deviation[1]),  # root mean square distance from the centre, 1 for the data
         }
 

@@ -1,7 +1,7 @@
 """Data whose every secret is known: Gaussian mixtures in the plane, one mixture for each condition.
 
     q = Mixture(**LAYOUTS["between"])
-    x0 = q.sample(c, rng)                      # c [B] integers in 0 .. C-1; c = C is the null prompt, all conditions together
+    x0 = q.sample(c, rng)                      # c [B] in 0 .. C-1; c = C is the null prompt: all conditions
     q.posterior_mean(x_t, t, c)                # E[x0 | x_t, c], what a perfect network would answer (Eq. 4)
     q.log_density(x_t, t, c)                   # log q(x_t | c), whose gradient is the score
 
@@ -65,7 +65,7 @@ class Mixture:
         return self._log_shares(x_t, t, c)[0].logsumexp(1)
 
     def posterior(self, x_t: Tensor, t: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q(x0 | x_t, c), again a mixture: shares [B, K], means [B, K, 2], variances [B, K]. t in (0, 1] or t >= 0, v > 0."""
+        """q(x0 | x_t, c), again a mixture: shares [B, K], means [B, K, 2], variances [B, K]."""
         log_shares, var = self._log_shares(x_t, t, c)
         gain = (1 - t)[:, None] * self.v / var  # how much of the deviation in x_t is signal
         deviation = x_t[:, None] - (1 - t)[:, None, None] * self.m
@@ -103,7 +103,7 @@ def ring(radius: float = 1.5, modes: int = 9, conditions: int = 3) -> list:
 LAYOUTS = {
     # Every mode has the same norm. Eq. 19 gives each target the norm of its x0, so this layout hands the radius over.
     "ring": dict(means=ring()),
-    # Unlike radii, no centre, unlike masses; on the way from one mode to the next of the same condition stands another condition.
+    # Unlike radii, no centre, unlike masses; between two modes of one condition stands another condition.
     "between": dict(
         means=[
             [(-0.9, -0.7), (0.6, -0.1), (1.9, 1.2)],

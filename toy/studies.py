@@ -42,7 +42,12 @@ BETWEEN = ("between",)  # enough for questions about the classifier term: in "fa
 
 def crossed(trained: dict, sampled: dict) -> dict:
     """Every training with every choice of the sampler."""
-    return {f"{a}, {b}": (train, train_at | sample) for a, (train, train_at) in trained.items() for b, sample in sampled.items()}
+    return {
+        f"{a}, {b}": (train, train_at | sample)
+        for a, (train, train_at) in trained.items()
+        for b, sample in sampled.items()
+    }
+
 
 STUDIES = {
     "objectives": Study(
@@ -155,13 +160,18 @@ STUDIES = {
 def hardware() -> str:
     """The processor in words."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []  # fmt: skip
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread used"
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} thread used"
 
 
 def commit() -> str:
     """The checked-out commit, with a + when a file that makes the numbers differs from it."""
-    git = lambda *a: subprocess.run(["git", *a], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()  # noqa: E731
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
     makers = ["losses.py", "sampler.py", "randomness.py", "toy/mixture.py", "toy/training.py", "toy/measures.py"]
     changed = git("status", "--porcelain", "--", *makers)
     return (git("rev-parse", "--short=10", "HEAD") or "not a git checkout") + ("+" if changed else "")
@@ -215,7 +225,8 @@ def run(name: str, out: Path, seeds=SEEDS, steps: int = STEPS, say=print) -> dic
         times = {"train_s": round(between - start, 1), "measure_s": round(time.perf_counter() - between, 1)}
         for m, result in zip(todo, results):
             kept["records"].append(
-                {"label": label, "layout": m.layout, "seed": m.seed, "setting": setting, "commit": commit(), "hardware": hardware(),
+                {"label": label, "layout": m.layout, "seed": m.seed, "setting": setting,
+                 "commit": commit(), "hardware": hardware(),
                  "torch": torch.__version__, "together": len(todo), **times, "results": result}
             )  # fmt: skip
         write_json(path, kept)
@@ -238,5 +249,8 @@ def table(kept: dict, measure: str = "energy") -> str:
         for label in labels:
             rows = [r["results"] for r in kept["records"] if (r["label"], r["layout"]) == (label, layout)]
             cells = [[row[str(n)][measure] for row in rows] for n in BUDGETS]
-            lines.append(f"{label:34s}" + "".join(f"{np.mean(c):9.4f} ±{np.std(c, ddof=1) if len(c) > 1 else 0:6.4f}" for c in cells))
+            lines.append(
+                f"{label:34s}"
+                + "".join(f"{np.mean(c):9.4f} ±{np.std(c, ddof=1) if len(c) > 1 else 0:6.4f}" for c in cells)
+            )
     return "\n".join(lines)

@@ -71,7 +71,9 @@ class Net(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor) -> Tensor:
         """x_t [E * B, 2], t and s [E * B], c [E * B] int64 -> V [E * B, 2]."""
-        prompt = self.prompt.flatten(0, 1)[c + len(self.prompt[0]) * self.member(c)].view(self.E, -1, self.prompt.shape[2])
+        prompt = self.prompt.flatten(0, 1)[c + len(self.prompt[0]) * self.member(c)].view(
+            self.E, -1, self.prompt.shape[2]
+        )
         h = self.linear("x", x_t.view(self.E, -1, 2)) + prompt
         h = h + self.linear("t", self.waves(t)) + self.linear("gap", self.waves(t - s))  # s.9, s.10
         for name in self.blocks:
