@@ -42,6 +42,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -134,8 +135,8 @@ def picture_size(content: bytes) -> tuple[int, int]:
     return width, height
 
 
-def read_member(file, members: dict[str, tuple[int, int]], key: str) -> tuple:
-    """The index row of one sample: members maps the suffixes under a key to (offset, size). Raises Unusable."""
+def read_member(file, members: dict[str, tuple[int, int]]) -> tuple:
+    """The index row of one sample: members maps the suffixes under its key to (offset, size). Raises Unusable."""
     suffix = next(s for s in SUFFIXES if s in members)
     offset, size = members[suffix]
     reason = Unusable("no caption")
@@ -194,7 +195,7 @@ def scan(tar: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
         for key, own in samples.items():
             name = f"{tar.stem}/{key}"
             try:
-                rows.append(read_member(file, own, key))
+                rows.append(read_member(file, own))
                 keys.append(name)
             except Unusable as error:
                 skipped[name] = str(error)
@@ -334,8 +335,8 @@ class Blocks:
     Each bucket is an endless stream: its pictures in an order shuffled by (seed, pass), then again in another order,
     and so on. A block is the next batch_size pictures of one stream. By the end of epoch e = 0, 1, ... a bucket of n
     pictures has given floor((e + 1) n / batch_size) blocks; those that epoch e adds, over all buckets, stand in an
-    order shuffled by (seed, e). So after e epochs each picture has been shown e or e - 1 times (if no bucket is smaller than
-    a block), and at every moment the showings of two pictures of one bucket differ by at most 1.
+    order shuffled by (seed, e). So after e epochs each picture has been shown e or e - 1 times (if no bucket is smaller
+    than a block), and at every moment the showings of two pictures of one bucket differ by at most 1.
     """
 
     def __init__(self, counts: list[int], batch_size: int):
@@ -443,17 +444,21 @@ class Shards:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 return data.Sample(cover(image, height, width), caption, key)
         except (Unusable, *BROKEN) as error:
-            self.skipped[key] = f"cannot be decoded ({type(error).__name__}: {error})"
-            print(f"skipped {key}: {self.skipped[key]}", file=sys.stderr)
+            reason = f"cannot be decoded ({type(error).__name__}: {error})"
+            if self.skipped.setdefault(key, reason) is reason:  # not named by another thread
+                print(f"skipped {key}: {reason}", file=sys.stderr)
             return None
 
     def sample(self, g: int, seed: int = 0) -> data.Sample:
-        """Sample g of the sequence that belongs to `seed`.
+        """Sample g of the sequence that belongs to `seed`."""
+        return self.picture(*self.blocks.locate(g, seed))
 
-        A picture whose damage shows only in decoding is replaced by the next one of its bucket, in the order of the
-        tars: a function of the data alone, so every process replaces it by the same.
+    def picture(self, k: int, i: int) -> data.Sample:
+        """Picture i of bucket k.
+
+        One whose damage shows only in decoding is replaced by the next one of its bucket, in the order of the tars: a
+        function of the data alone, so every process replaces it by the same.
         """
-        k, i = self.blocks.locate(g, seed)
         for j in range(i, i + len(self.members[k])):
             if found := self.read(self.members[k][j % len(self.members[k])], *self.buckets[k]):
                 return found
@@ -550,8 +555,8 @@ def cache(folder: str | Path, out: str | Path, side: int, text, autoencoder, *, 
 
     `batch_size` is the one the cache is meant for: as in Shards, buckets smaller than it are merged, and that fixes the
     sizes of the latents. part (i, n) makes every n-th shard from the i-th on, so that n processes can share the work.
-    A picture that cannot be decoded is left out of its shard, which remembers it. Raises DataError when `out` holds
-    a cache made from other tars or with other settings.
+    A picture that cannot be decoded is replaced as in Shards, and its shard remembers it: a cache yields the sequence
+    that its tars yield. Raises DataError when `out` holds a cache made from other tars or with other settings.
     """
     if multiple % autoencoder.factor:
         raise DataError(f"auto-encoder {autoencoder.name} needs multiples of {autoencoder.factor}, not {multiple}")
@@ -575,39 +580,34 @@ def cache(folder: str | Path, out: str | Path, side: int, text, autoencoder, *, 
     if not (out / "null.safetensors").exists():
         save_shard(out / "null.safetensors", encode_text(text, [""], 1, dtype, fake=True))
 
-    plan = list(shard_plan(out, spec, source.members))[part[0] :: part[1]]
+    plan = list(shard_plan(out, spec))[part[0] :: part[1]]
     missing = [entry for entry in plan if not entry[0].exists()]
-    bar = tqdm(total=sum(len(m) for _, _, m in plan), initial=sum(len(m) for p, _, m in plan if p.exists()),
+    bar = tqdm(total=sum(len(rows) for _, _, rows in plan), initial=sum(len(rows) for p, _, rows in plan if p.exists()),
                desc=f"encoding {folder}", unit=" pictures", disable=None)  # fmt: skip
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for path, k, members in missing:
+        for path, k, rows in missing:
             latents, captions, texts = [], [], []
-            for i in range(0, len(members), encode_batch):
-                some = members[i : i + encode_batch]
-                samples = [s for s in pool.map(lambda n: source.read(n, *source.buckets[k]), some) if s]
-                if samples:
-                    pictures = data.to_tensor([s.picture for s in samples])
-                    latents.append(autoencoder.encode(pictures.to(getattr(autoencoder, "device", "cpu"))).cpu())
+            for first in range(0, len(rows), encode_batch):
+                samples = list(pool.map(functools.partial(source.picture, k), rows[first : first + encode_batch]))
+                latents.append(autoencoder.encode(data.to_tensor([s.picture for s in samples])).cpu())
                 captions += [s.caption for s in samples]
                 texts += [json.dumps([s.caption, s.key]).encode() for s in samples]
-                bar.update(len(some))
-            failed = {key: source.skipped[key] for key in map(source.key, members) if key in source.skipped}
-            tensors = {}
-            if texts:
-                tensors = encode_text(text, captions, encode_batch, dtype, fake) | {"latent": torch.cat(latents)}
-            tensors["text"] = torch.frombuffer(bytearray(b"".join(texts) or b" "), dtype=torch.uint8)
+                bar.update(len(samples))
+            tensors = encode_text(text, captions, encode_batch, dtype, fake) | {"latent": torch.cat(latents)}
+            tensors["text"] = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
             tensors["text_end"] = torch.tensor(np.cumsum([0, *map(len, texts)]))
+            own = [source.key(n) for n in source.members[k][rows.start : rows.stop]]
+            failed = {key: source.skipped[key] for key in own if key in source.skipped}
             save_shard(path, tensors, {"skipped": json.dumps(failed)})
     bar.close()
 
 
-def shard_plan(out: Path, spec: dict, members: list | None = None):
-    """The shards of a cache: (path, bucket, members of the bucket that it holds, or their number)."""
+def shard_plan(out: Path, spec: dict) -> Iterator[tuple[Path, int, range]]:
+    """The shards of a cache: (path, bucket k, which of the bucket's pictures it holds)."""
     for k, (height, width, count) in enumerate(spec["buckets"]):
         for number, first in enumerate(range(0, count, spec["per_shard"])):
-            last = min(count, first + spec["per_shard"])
             path = out / f"{height}x{width}_{number:05d}.safetensors"
-            yield path, k, last - first if members is None else members[k][first:last]
+            yield path, k, range(first, min(count, first + spec["per_shard"]))
 
 
 class CachedShards:
@@ -629,26 +629,19 @@ class CachedShards:
         if missing:
             raise DataError(f"{folder} lacks {len(missing)} of {len(plan)} shards, first {missing[0].name}: "
                             "run its python shards.py cache command again, it goes on where it stopped")  # fmt: skip
+        height, width, smallest = min(self.spec["buckets"], key=lambda bucket: bucket[2])
+        if smallest < batch_size:
+            raise DataError(f"bucket {height}x{width} of {folder} has {smallest} pictures, fewer than a batch of "
+                            f"{batch_size}: lower it, or cache with --batch-size {batch_size}")  # fmt: skip
         self.side, self.fake, self.skipped = self.spec["side"], self.spec["fake"], {}
-        paths: dict[int, list[Path]] = {}
-        counts: dict[int, list[int]] = {}
+        self.buckets = [(height, width) for height, width, _ in self.spec["buckets"]]
+        self.blocks = Blocks([count for _, _, count in self.spec["buckets"]], batch_size)
+        self.paths: list[list[Path]] = [[] for _ in self.buckets]
         for path, k, _ in plan:
+            self.paths[k].append(path)
             with opened(path) as file:
                 self.skipped |= json.loads(file.metadata()["skipped"])
-                if count := file.get_slice("text_end").get_shape()[0] - 1:
-                    paths.setdefault(k, []).append(path)
-                    counts.setdefault(k, []).append(count)
-        log_skipped(self.name, self.skipped, len(self.skipped) + sum(map(sum, counts.values())))
-        self.buckets = [tuple(self.spec["buckets"][k][:2]) for k in paths]
-        self.paths, self.ends = list(paths.values()), [np.cumsum(c) for c in counts.values()]
-        if not self.ends:
-            raise DataError(f"{folder}: none of its pictures could be decoded")
-        self.blocks = Blocks([int(end[-1]) for end in self.ends], batch_size)
-        smallest = int(self.blocks.counts.argmin())
-        if self.blocks.counts[smallest] < batch_size:
-            height, width = self.buckets[smallest]
-            raise DataError(f"bucket {height}x{width} of {folder} has {self.blocks.counts[smallest]} pictures, fewer "
-                            f"than a batch of {batch_size}: lower it, or cache with --batch-size {batch_size}")  # fmt: skip
+        log_skipped(self.name, self.skipped, len(self))
         with opened(self.folder / "null.safetensors") as file:
             self.null = tuple(file.get_tensor(name).float() for name in ("tokens", "pooled"))
             self.null_fake = tuple(file.get_tensor(name).float() for name in ("fake_tokens", "fake_pooled"))
@@ -670,8 +663,7 @@ class CachedShards:
     def sample(self, g: int, seed: int = 0) -> CachedSample:
         """Sample g of the sequence that belongs to `seed`; one row of each tensor is read."""
         k, i = self.blocks.locate(g, seed)
-        which = int(np.searchsorted(self.ends[k], i, side="right"))
-        row = i - (int(self.ends[k][which - 1]) if which else 0)
+        which, row = divmod(i, self.spec["per_shard"])
         with opened(self.paths[k][which]) as file:
             begin, end = file.get_slice("text_end")[row : row + 2].tolist()
             caption, key = json.loads(file.get_slice("text")[begin:end].numpy().tobytes())

@@ -531,15 +531,19 @@ def test_bf16_tokens_and_no_fake_prompts(tmp_path, folder):
         shards.collate([sample], [False], cached.null, cached.null_fake, with_fake=True)
 
 
-def test_a_broken_picture_is_left_out_of_the_cache_for_good(tmp_path):
+def test_a_broken_picture_is_replaced_in_the_cache_as_without_it(tmp_path):
+    """Also when its replacement lies in another shard of the cache, and whichever part meets it first."""
     members = {f"{i}.png": picture((64, 64), (i, 0, 0)) for i in range(6)} | {f"{i}.txt": b"x" for i in range(6)}
     write_tar(tmp_path / "t" / "a.tar", members | {f"{i}.png": bomb(64, 64) for i in (1, 4, 5)})
     encode(tmp_path / "t", tmp_path / "c", batch_size=3, per_shard=2)
-    cached = shards.CachedShards(tmp_path / "c", 3)
-    assert {cached.sample(g).key for g in range(3)} == {"a/0", "a/2", "a/3"} and len(cached) == 3
-    assert sorted(cached.skipped) == ["a/1", "a/4", "a/5"]  # the last shard, 4 and 5, is complete and empty
-    with pytest.raises(data.DataError, match="64x64 of .* has 3 pictures, fewer than a batch of 4"):
-        shards.CachedShards(tmp_path / "c", 4)
+    for part in (2, 1, 0):
+        encode(tmp_path / "t", tmp_path / "parts", batch_size=3, per_shard=2, part=(part, 3))
+    assert contents(tmp_path / "c") == contents(tmp_path / "parts")
+    source, cached = shards.Shards(tmp_path / "t", 64, 3), shards.CachedShards(tmp_path / "c", 3)
+    assert [cached.sample(g).key for g in range(18)] == [source.sample(g).key for g in range(18)]
+    assert cached.skipped == source.skipped and sorted(cached.skipped) == ["a/1", "a/4", "a/5"]
+    with pytest.raises(data.DataError, match="64x64 of .* has 6 pictures, fewer than a batch of 8"):
+        shards.CachedShards(tmp_path / "c", 8)
 
 
 def test_a_cache_refuses_other_settings_other_tars_and_damage(tmp_path):
