@@ -366,7 +366,7 @@ def score(picture: np.ndarray, metadata: dict) -> bool:
 # The prompts
 # =====================================================================================================================
 SPLITS = ("train", "validation", "test", "pairs", "fixed")
-FEWEST = 5  # a tag with fewer prompts of its own in a split asks training prompts too, with noise of its own
+FEWEST = 2  # a tag with fewer prompts of its own in a split asks training prompts too, with noise of its own
 
 
 @functools.cache
@@ -400,7 +400,7 @@ def prompts(split: str, per_tag: int | None = None) -> list[dict]:
     """The metadata of a split's prompts, tag after tag, always the same.
 
     "train", "validation" and "test" ask GenEval's six kinds of prompt, those of the position tag without colours. A tag
-    that has fewer than five prompts of its own in the split (data.split_of gives all one-object prompts to training)
+    that has fewer than two prompts of its own in the split (data.split_of gives all one-object prompts to training)
     asks training prompts too. "pairs" asks for what was held out of every training picture, in the tags that can:
     colors, position (with colours) and color_attr. "fixed" is `fixed_64`.
 

@@ -35,6 +35,18 @@ def test_held_out_pairs_and_prompts_never_occur(scenes):
     assert {s.metadata["tag"] for s in scenes} == set(data.TAGS)
 
 
+def test_every_tag_that_can_spare_prompts_has_some_held_out():
+    held = {"counting": [], "two_object": [], "position": []}
+    for a in data.SHAPES:
+        held["counting"] += [data.prompt_metadata("counting", [a], [None], n) for n in data.COUNTS]
+        for b in set(data.SHAPES) - {a}:
+            held["two_object"].append(data.prompt_metadata("two_object", [a, b], [None, None]))
+            held["position"] += [data.prompt_metadata("position", [a, b], [None] * 2, relation=r) for r in data.RELATIONS]
+    for tag, prompts in held.items():
+        lots = [data.split_of(m["prompt"]) for m in prompts]
+        assert lots.count("validation") >= 2 and lots.count("test") >= 3 and lots.count("train") > len(lots) / 2, tag
+
+
 def test_prompts_say_what_is_drawn(scenes):
     """Read each prompt with a grammar of its own and compare with the scene's objects."""
     for scene in scenes:

@@ -458,7 +458,7 @@ def test_measure_counts_the_right_pictures_of_each_prompt(monkeypatch):
     assert scores["overall"]["score"] == pytest.approx(0.75 * 5 / 6)  # unweighted mean of the six tags
     assert scores["tags"]["position"] == {"score": 0.75, "right": 18, "total": 24,
                                           **dict(zip(("low", "high"), evaluate.wilson(18, 24)))}  # fmt: skip
-    assert set(scores["unseen"]["tags"]) == {"two_object", "position", "color_attr"}
+    assert set(scores["unseen"]["tags"]) == {"two_object", "position", "color_attr", "counting"}
     text = evaluate.table("test", {2: scores})
     assert "Attribute Binding" in text and "0.625 [" in text and "0.750 [" in text
 
