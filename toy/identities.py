@@ -13,6 +13,7 @@ p is the law of the one-line model x0_hat = a x_t + b, which is a mixture too an
 """
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 import losses
 import model
 import sampler
+from toy import studies
 from toy.mixture import LAYOUTS, Mixture
 
 CHECKS = []  # (equation, claim, bound, whether the number must lie above it, the function)
@@ -50,9 +52,12 @@ A, B_SHIFT, T, S = 0.6, torch.tensor([0.3, -0.2], dtype=torch.float64), 0.7, 0.4
 p = q.pushforward(A, B_SHIFT, T)
 
 
+SEED = 0  # added to the seed of everything that is drawn below; --seed N sets it to 1000 N
+
+
 def points(n: int = 256, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """x [n, 2] where q(x_s) has mass, times s [n] in (0.05, 0.95), conditions c [n]."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED + seed)
     c = torch.from_numpy(rng.integers(0, q.C, n))
     s = torch.from_numpy(rng.uniform(0.05, 0.95, n))
     x = (1 - s)[:, None] * q.sample(c, rng) + s[:, None] * torch.from_numpy(rng.standard_normal((n, 2)))
@@ -148,7 +153,7 @@ def posterior_mean():
 
 def bumps(x_t: Tensor, n: int = 8) -> Tensor:
     """n smooth directions in the space of predictors, evaluated at x_t [N, 2]: [n, N, 2]."""
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(SEED + 3)
     W, phase = torch.from_numpy(rng.standard_normal((n, 2, 2))), torch.from_numpy(rng.uniform(0, 6, (n, 1, 2)))
     return torch.cos(torch.einsum("Nj,njk->nNk", x_t, W) + phase)
 
@@ -358,7 +363,7 @@ def classifier_alone_does_not_rest():
 
 @check("Eq. s.2, s -> 0", "Delta dies out as sigma_s^2 times the score gap of clean data (relative)", below=0.01)
 def evaluation_is_silent_near_the_data():
-    rng, c = np.random.default_rng(6), torch.arange(256) % q.C
+    rng, c = np.random.default_rng(SEED + 6), torch.arange(256) % q.C
     x, s, clean = q.sample(c, rng), full(1e-4, c), full(0.0, c)
     Delta = losses.self_evaluation(q.posterior_mean(x, s, q.null(c)), q.posterior_mean(x, s, c))
     gap = score(q, x, clean, q.null(c)) - score(q, x, clean, c)
@@ -421,7 +426,7 @@ def fake_loss_spares_the_sample():
 # =====================================================================================================================
 def pairs(n: int = 256) -> tuple[Tensor, ...]:
     """x0, x0_hat, Delta [n, 2] and times s < t < 1 [n]."""
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng(SEED + 5)
     t = torch.from_numpy(rng.uniform(0.1, 0.95, n))
     s = t * torch.from_numpy(rng.uniform(0.0, 0.98, n))
     return points(n)[0], points(n, 1)[0], points(n, 2)[0], t, s
@@ -517,7 +522,7 @@ def primary_time():
 @check("Eq. s.13", "s = t off the jumps; on them (t - s)/t is uniform on (0, tau)", below=1e-12)
 def secondary_time():
     n = 1000
-    z = torch.from_numpy(np.random.default_rng(7).standard_normal(n))
+    z = torch.from_numpy(np.random.default_rng(SEED + 7).standard_normal(n))
     u, jump = torch.arange(n, dtype=torch.float64) / n, torch.arange(1, n, 2)
     t, s = losses.sample_times(z, u, jump, 0.3, 0.4)
     keep = torch.arange(0, n, 2)
@@ -553,7 +558,7 @@ class SmallNet(torch.nn.Module):
 
     def __init__(self, seed: int):
         super().__init__()
-        g = torch.Generator().manual_seed(seed)
+        g = torch.Generator().manual_seed(SEED + seed)
         self.inner = torch.nn.Parameter(torch.randn(4 + 8, 6, dtype=torch.float64, generator=g))
         self.outer = torch.nn.Parameter(torch.randn(6, 2, dtype=torch.float64, generator=g))
 
@@ -628,7 +633,7 @@ def step_against_paper(choice: dict) -> tuple[float, float]:
         dict(mu=0.5, target="renorm", k=0.9, delta_scale=1.0, lam_scale=1.0, lam_s=None, null_target="data") | choice
     )
     n = 12
-    rng = np.random.default_rng(9)
+    rng = np.random.default_rng(SEED + 9)
     normal = lambda *shape: torch.from_numpy(rng.standard_normal(shape))  # noqa: E731
     is_null = torch.arange(n) % 5 == 3  # one of them jumps, one does not
     c = torch.where(is_null, 3, torch.arange(n) % 3)
@@ -738,7 +743,7 @@ def share_of_fresh_noise():
 
 @check("Eq. 22, S.2", "posterior samples, N = 1, 2, 4, 8, 50, 4 rules: law of the end (sigmas)", below=4.5)
 def any_step_is_exact():
-    rng, n = np.random.default_rng(11), 1500
+    rng, n = np.random.default_rng(SEED + 11), 1500
     u = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.5, -1.0], [-0.7, 2.0]], dtype=torch.float64)
     normal = lambda *_: torch.from_numpy(rng.standard_normal((n, 2)))  # noqa: E731
     perfect = lambda x, t, s, c: (x - q.posterior_sample(x, t, c, rng)) / t[:, None]  # noqa: E731
@@ -880,18 +885,26 @@ def noise_of_each_step():
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="run the lines whose equation contains this text; empty runs all")
+    parser.add_argument("--seed", type=int, default=0, help="other points and other samples for every line (default: 0)")
+    parser.add_argument("--out", type=Path, help="write the table as JSON, too, with commit and hardware")
     args = parser.parse_args()
+    if args.seed < 0 or (args.out and not args.out.parent.is_dir()):
+        print("--seed must not be negative, and the folder of --out must exist", file=sys.stderr)
+        return 2
+    global SEED
+    SEED = 1000 * args.seed
     chosen = [line for line in CHECKS if args.only in line[0]]
     if not chosen:
         print(f"no line has {args.only!r} in its equation; run without --only to see them all", file=sys.stderr)
         return 2
 
-    start, failed = time.perf_counter(), 0
+    start, failed, table = time.perf_counter(), 0, []
     print(f"{'equation':22s} {'what equals what':82s} {'error':>9s}   {'bound':>8s}  verdict")
     for equation, claim, bound, is_above, function in chosen:
         number = function()
         holds = number >= bound if is_above else number <= bound
         failed += not holds
+        table.append({"equation": equation, "claim": claim, "number": float(number), "bound": bound, "holds": bool(holds)})
         sign = ">" if is_above else "<"
         print(
             f"{equation:22s} {claim:82s} {number:9.1e} {sign} {bound:8.1e}  {'holds' if holds else 'FAILS'}", flush=True
@@ -903,7 +916,13 @@ def main() -> int:
         for eta in ETAS:
             name = eta if isinstance(eta, str) else f"eta = {eta:g}"
             print(f"  {name:10s}" + "".join(f"{std_of_the_sampler(n, eta):9.3f}" for n in BUDGETS))
-    print(f"\n{len(chosen) - failed} of {len(chosen)} lines hold, {time.perf_counter() - start:.1f} s")
+    seconds = time.perf_counter() - start
+    print(f"\n{len(chosen) - failed} of {len(chosen)} lines hold, {seconds:.1f} s")
+    if args.out:
+        result = {"command": " ".join(["python toy/identities.py", *sys.argv[1:]]), "commit": studies.commit(),
+                  "hardware": studies.hardware(), "seed": args.seed, "seconds": round(seconds, 1), "lines": table}  # fmt: skip
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {args.out}")
     return 1 if failed else 0
 
 
