@@ -12,8 +12,6 @@ operations counted by `model.forward_flops`, a backward pass as two forward pass
 
 import copy
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import checkpoint
 import errors
+import evaluate
 import losses
 import machine
 import model
@@ -162,10 +161,8 @@ def main() -> None:
     used = str(precision).removeprefix("torch.")
     flops = model.forward_flops(size, image_tokens, text_tokens)
 
-    report = {
-        "command": " ".join(["python benchmark.py", *sys.argv[1:]]), "machine": machine.describe(device),
-        "commit": subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"), "size": args.size, "blocks": [size["double"], size["single"]], "batch": B,
+    report = evaluate.provenance(device) | {
+        "size": args.size, "blocks": [size["double"], size["single"]], "batch": B,
         "image_tokens": image_tokens, "text_tokens": text_tokens, "precision": used, "compiled": args.compile,
         "peak_tflops": {name: round(value / 1e12, 3) for name, value in peak.items()}, "steps": {},
     }  # fmt: skip

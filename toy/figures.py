@@ -123,6 +123,12 @@ def trajectories(nets: dict, sampling: dict, members: list, e: int, path: Path, 
 # ---------------------------------------------------------------------------------------------------------------------
 # Distance against steps
 # ---------------------------------------------------------------------------------------------------------------------
+def distance_axis(axis, title: str) -> None:
+    """Distances over network evaluations, both logarithmic, with a tick per budget."""
+    axis.set(xscale="log", yscale="log", xticks=BUDGETS, xticklabels=BUDGETS, xlabel="network evaluations N", title=title)
+    axis.minorticks_off()
+
+
 def distances(results: dict, path: Path) -> None:
     """results[layout][objective][str(N)]["energy"]; one panel per layout."""
     figure, axes = plt.subplots(
@@ -135,15 +141,7 @@ def distances(results: dict, path: Path) -> None:
             if label != "floor":
                 values = [max(row[str(n)]["energy"], 1e-4) for n in BUDGETS]
                 axis.plot(BUDGETS, values, marker="o", markersize=4, linewidth=1.5, label=label)
-        axis.set(
-            xscale="log",
-            yscale="log",
-            xticks=BUDGETS,
-            xticklabels=BUDGETS,
-            xlabel="network evaluations N",
-            title=layout,
-        )
-        axis.minorticks_off()
+        distance_axis(axis, layout)
     axes[0][0].set_ylabel("energy distance to the data")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncol=4, frameon=False)
@@ -236,15 +234,7 @@ def study(kept: dict, path: Path, measure: str = "energy") -> None:
             spread = cells.std(0, ddof=1) if len(cells) > 1 else 0 * cells[0]
             axis.errorbar(shift, cells.mean(0).clip(1e-4), yerr=spread, marker="o", markersize=3, linewidth=1.2,
                           linestyle=styles[i // len(COLOURS) % 3], label=label)  # fmt: skip
-        axis.set(
-            xscale="log",
-            yscale="log",
-            xticks=BUDGETS,
-            xticklabels=BUDGETS,
-            xlabel="network evaluations N",
-            title=layout,
-        )
-        axis.minorticks_off()
+        distance_axis(axis, layout)
     axes[0][0].set_ylabel(f"{measure} distance to the data" if measure == "energy" else measure)
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncol=3, frameon=False, fontsize=8)

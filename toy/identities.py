@@ -920,7 +920,7 @@ def main() -> int:
     print(f"\n{len(chosen) - failed} of {len(chosen)} lines hold, {seconds:.1f} s")
     if args.out:
         result = {"command": " ".join(["python toy/identities.py", *sys.argv[1:]]), "commit": studies.commit(),
-                  "hardware": studies.hardware(), "seed": args.seed, "seconds": round(seconds, 1), "lines": table}  # fmt: skip
+                  "hardware": studies.hardware(), "torch": torch.__version__, "seed": args.seed, "seconds": round(seconds, 1), "lines": table}  # fmt: skip
         args.out.write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote {args.out}")
     return 1 if failed else 0
