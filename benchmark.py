@@ -24,10 +24,10 @@ import evaluate
 import losses
 import machine
 import model
+import recipe
 
-# Forward-pass equivalents of a step per picture: 1 forward + 2 of the backward pass; Self-E adds two evaluations of half
-# the batch; the auxiliary term adds one forward and backward of half the batch, which also serves as its evaluation.
-FORWARDS = {"flow matching": 3.0, "Self-E": 4.0, "Self-E + aux": 5.5}
+# The steps compared, and their forward-pass equivalents per picture.
+FORWARDS = {"flow matching": recipe.FORWARDS["flow_matching"], "Self-E": recipe.FORWARDS["self_e"], "Self-E + aux": recipe.FORWARDS["aux"]}
 
 
 def wait(device: torch.device) -> None:
@@ -55,12 +55,6 @@ def in_turns(works: dict, device: torch.device, repeats: int) -> dict[str, float
             if i >= 2:
                 times[name].append(elapsed)
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The best rate of a large matrix product here, in FLOP/s."""
-    side = 8192 if device.type == "cuda" else 2048
-    return 2 * side**3 / machine.matmul_seconds(device, dtype, side)
 
 
 def diffusers_flux(size: dict, device: torch.device):
@@ -157,7 +151,7 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     medians = in_turns(steps | {"Adam + EMA": update}, device, args.repeats)
-    peak = {str(d).removeprefix("torch."): peak_flops(device, d) for d in (torch.float32, torch.bfloat16)}
+    peak = {str(d).removeprefix("torch."): machine.peak_flops(device, d) for d in (torch.float32, torch.bfloat16)}
     used = str(precision).removeprefix("torch.")
     flops = model.forward_flops(size, image_tokens, text_tokens)
 

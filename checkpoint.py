@@ -2,13 +2,15 @@
 
     RUN/config.json                     everything needed to rebuild the model and its encoders
     RUN/model.safetensors               the EMA weights: what sample.py loads
-    RUN/state/step_00002000/            one complete training state (--resume)
-        network.safetensors  ema.safetensors  adam.pt  state.json
+    RUN/state/step_00002000/            one complete training state (--resume), itself a folder that sample.py can load
+        config.json  model.safetensors (EMA)  network.safetensors  adam.pt  state.json
     RUN/metrics.jsonl  RUN/grids/       what happened on the way
 
-Every file or folder is written beside its final name and then renamed, so what has the final name is complete.
+Every file or folder is written beside its final name, brought to the disk and then renamed, so what has the final name is
+complete: a run may be killed at any moment, a disk may fill up, and the last complete state is still there.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -23,14 +25,41 @@ import errors
 
 
 class CheckpointError(errors.UserError):
-    """A checkpoint cannot be used; the message says which file and what to do."""
+    """A checkpoint cannot be used or written; the message says which file and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files in one piece
+# ---------------------------------------------------------------------------------------------------------------------
+def to_disk(path: Path) -> None:
+    """Wait until a file or folder is on the disk, so that a power cut after the rename finds it whole."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def in_one_piece(path: Path, tag: str = ""):
+    """A path beside `path` to write a file to, renamed to it when the block ends well and removed when it does not.
+
+    Processes that may write the same file at the same time give each a `tag` of its own.
+    """
+    partial = path.with_name(f"{path.name}{tag}.partial")
+    try:
+        yield partial
+        to_disk(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value) -> None:
-    """Write `value` to `path` in one piece: beside it first, then renamed."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    """Write `value` to `path` in one piece."""
+    with in_one_piece(path) as partial:
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path):
@@ -45,9 +74,8 @@ def read_json(path: Path):
 
 def save_weights(path: Path, module: nn.Module) -> None:
     """The state dict of a module as safetensors, written in one piece."""
-    partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}, partial)
-    os.replace(partial, path)
+    with in_one_piece(path) as partial:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}, partial)
 
 
 def load_weights(path: Path, module: nn.Module) -> None:
@@ -69,35 +97,78 @@ def load_weights(path: Path, module: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The training state
 # ---------------------------------------------------------------------------------------------------------------------
-def save_state(run: Path, step: int, network: nn.Module, ema: nn.Module, adam: dict, state: dict, keep: int = 2) -> Path:
-    """Write RUN/state/step_N in one piece and then remove all but the newest `keep` states. Returns the folder."""
-    folder = run / "state" / f"step_{step:08d}"
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_weights(partial / "network.safetensors", network)
-    save_weights(partial / "ema.safetensors", ema)
-    torch.save(adam, partial / "adam.pt")
-    write_json(partial / "state.json", state)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
-    for old in complete_states(run)[:-keep]:
-        shutil.rmtree(old)
-    return folder
-
-
 def complete_states(run: Path) -> list[Path]:
     """The complete training states of a run, oldest first."""
     return sorted(p for p in (run / "state").glob("step_*") if p.suffix != ".partial")
 
 
+def step_of(state: Path) -> int:
+    """The iterations behind a state, from its folder's name."""
+    return int(state.name.removeprefix("step_"))
+
+
+def save_state(run: Path, step: int, network: nn.Module, ema: nn.Module, adam: dict, config: dict, state: dict, keep: int = 2,
+               milestone_every: int = 0) -> Path:  # fmt: skip
+    """Write RUN/state/step_N and RUN/model.safetensors, then remove older states. Returns the state's folder.
+
+    The newest `keep` states stay, and for good those whose iteration is a multiple of milestone_every (0: none). Raises
+    CheckpointError when it cannot be written; what was complete before is untouched then.
+    """
+    folder = run / "state" / f"step_{step:08d}"
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        for left in (run / "state").glob("*.partial"):  # of a process that was killed while it saved
+            shutil.rmtree(left)
+        if not folder.exists():  # a state of this iteration that is complete already is the same state
+            partial.mkdir(parents=True)
+            save_weights(partial / "model.safetensors", ema)
+            save_weights(partial / "network.safetensors", network)
+            torch.save(adam, partial / "adam.pt")
+            to_disk(partial / "adam.pt")
+            write_json(partial / "config.json", config)
+            write_json(partial / "state.json", state)
+            to_disk(partial)
+            os.replace(partial, folder)
+            to_disk(folder.parent)
+        with in_one_piece(run / "model.safetensors") as copy:
+            copy.unlink(missing_ok=True)
+            try:
+                os.link(folder / "model.safetensors", copy)  # the same bytes under two names
+            except OSError:  # a file system without hard links
+                shutil.copyfile(folder / "model.safetensors", copy)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap a full disk in their own
+        shutil.rmtree(partial, ignore_errors=True)
+        last = [p.name for p in complete_states(run)][-1:]
+        raise CheckpointError(f"cannot save iteration {step} in {run} ({str(error).splitlines()[0]}); "
+                              + (f"the last complete state is {last[0]}: make room, then --resume" if last else "make room and start again")) from error  # fmt: skip
+    for old in complete_states(run)[:-keep]:
+        if not milestone_every or step_of(old) % milestone_every:
+            shutil.rmtree(old)
+    return folder
+
+
 def load_state(folder: Path, network: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """Load one training state into network, ema and optimizer; returns what was in state.json."""
     load_weights(folder / "network.safetensors", network)
-    load_weights(folder / "ema.safetensors", ema)
+    load_weights(folder / "model.safetensors", ema)
     try:
-        adam = torch.load(folder / "adam.pt", map_location="cpu", weights_only=True)
+        adam = torch.load(folder / "adam.pt", map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{folder / 'adam.pt'} cannot be read ({error})") from error
     optimizer.load_state_dict(adam)
     return read_json(folder / "state.json")
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Forget what metrics.jsonl says of iterations after `step`: a resumed run will say it again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:  # the last line of a process that was killed while it wrote
+            continue
+    with in_one_piece(path) as partial:
+        partial.write_text("".join(kept), encoding="utf-8")

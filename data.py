@@ -79,7 +79,7 @@ HELD_OUT_PAIRS = {("red", "triangle"), ("blue", "ring"), ("yellow", "square"), (
 
 GREYS = (80, 170)  # the range of the ground's shade; black and white shapes stay visible on all of it
 # Diameters by the number of shapes, in 32nds of the picture's side: as in photographs, what stands alone fills more of it.
-DIAMETERS = {1: (12.0, 20.0), 2: (10.0, 14.0), 3: (8.5, 11.0), 4: (8.0, 10.5)}
+DIAMETERS = {1: (14.0, 22.0), 2: (10.0, 14.0), 3: (8.5, 11.0), 4: (8.0, 10.5)}
 GAP = 1.5  # between two shapes, and to the border, in the same unit
 
 
@@ -234,9 +234,14 @@ class Shapes:
 
     def __init__(self, size: int = 32, tags: tuple[str, ...] = TAGS):
         self.size, self.tags, self.name = size, tags, "shapes"
+        self.buckets, self.skipped = [(size, size)], {}
 
     def __len__(self) -> int:
         raise TypeError("the built-in shapes are endless")
+
+    def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
+        """(height, width) of sample g."""
+        return self.size, self.size
 
     def scene(self, g: int, seed: int = 0) -> Scene:
         random = rng(seed, "shapes", g)
@@ -309,7 +314,8 @@ class ImageFolder:
 
     def __init__(self, folder: str | Path, size: int):
         self.folder, self.size, self.name = Path(folder), size, str(folder)
-        self.skipped: list[str] = []
+        self.buckets = [(size, size)]
+        self.skipped: dict[str, str] = {}  # file name -> reason
         self.pictures: list[np.ndarray] = []
         self.captions: list[str] = []
         self.keys: list[str] = []
@@ -319,8 +325,8 @@ class ImageFolder:
                 with Image.open(self.folder / name) as image:
                     self.pictures.append(square_crop(image, size))
             except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                self.skipped.append(name)
-                print(f"skipped {self.folder / name}: {type(error).__name__}: {error}", file=sys.stderr)
+                self.skipped[name] = f"{type(error).__name__}: {error}"
+                print(f"skipped {self.folder / name}: {self.skipped[name]}", file=sys.stderr)
                 continue
             self.captions.append(captions[name])
             self.keys.append(name)
@@ -332,6 +338,10 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.pictures)
 
+    def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
+        """(height, width) of sample g."""
+        return self.size, self.size
+
     @functools.lru_cache(maxsize=4)
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The shuffled order of one epoch."""
@@ -340,11 +350,6 @@ class ImageFolder:
     def sample(self, g: int, seed: int = 0) -> Sample:
         i = int(self.order(seed, g // len(self))[g % len(self)])
         return Sample(self.pictures[i], self.captions[i], self.keys[i])
-
-
-def open_source(spec: str, size: int) -> Shapes | ImageFolder:
-    """"shapes", or the path of a folder of pictures. Raises DataError with what is wrong and what to do."""
-    return Shapes(size) if spec == "shapes" else ImageFolder(spec, size)
 
 
 # =====================================================================================================================
@@ -377,7 +382,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which pictures (default: 0)")
     parser.add_argument("--out", default="data.png", help="where to write the sheet (default: data.png)")
     args = parser.parse_args()
-    source = open_source(args.data, args.size)
+    source = Shapes(args.size) if args.data == "shapes" else ImageFolder(args.data, args.size)
     samples = [source.sample(g, args.seed) for g in range(24)]
     columns = [samples[i : i + 6] for i in range(0, 24, 6)]
     sheets = [label_grid([[s.picture] for s in column], [""], [s.caption for s in column], max(1, 256 // args.size))

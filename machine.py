@@ -47,6 +47,21 @@ def matmul_seconds(device: torch.device, dtype: torch.dtype, side: int = 768, re
     return best
 
 
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The best rate of a large matrix product here, in FLOP/s: what a training step's own rate is measured against (MFU)."""
+    side = 8192 if device.type == "cuda" else 1024
+    return 2 * side**3 / matmul_seconds(device, dtype, side)
+
+
+def allow_shapes(n: int) -> None:
+    """Let torch.compile keep n versions of a function, one for each picture size it meets, instead of giving up after 8."""
+    config = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name before torch 2.6
+    setattr(config, name, max(n, getattr(config, name)))
+    name = f"accumulated_{name}"
+    setattr(config, name, max(4 * n, getattr(config, name)))
+
+
 def pick_precision(device: torch.device) -> torch.dtype:
     """bf16 on CUDA chips that have it, and on CPUs whose bf16 matrix product is clearly faster (AMX, AVX512-BF16); else fp32."""
     if device.type == "cuda":

@@ -23,13 +23,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # Every number of the two big sizes is from S.2 (a)-(d); `laptop` is ours. `double` and `single` count the blocks;
 # `axes` are the RoPE dimensions over (t, y, x) and sum to the head size d / heads. `patch` is the side of a patch,
 # so a token holds channels * patch^2 values: 16 * 2^2 = 64 for FLUX latents. V has to carry the noise through the
 # width, hence width must exceed that number; 8 x 8 RGB patches (192 values) through width 128 leave every picture grainy.
 SIZES = {
-    "laptop": dict(width=160, heads=4, double=2, single=4, axes=(8, 16, 16), channels=3, patch=4, txt_dim=256, vec_dim=256),
+    "laptop": dict(width=128, heads=4, double=2, single=4, axes=(8, 12, 12), channels=3, patch=4, txt_dim=256, vec_dim=256),
     "0.5b": dict(width=1024, heads=16, double=8, single=16, axes=(8, 28, 28), channels=16, patch=2, txt_dim=4096, vec_dim=768),
     "2b": dict(width=2048, heads=16, double=8, single=16, axes=(16, 56, 56), channels=16, patch=2, txt_dim=4096, vec_dim=768),
 }
@@ -242,6 +243,7 @@ class Denoiser(nn.Module):
         if sum(axes) != width // heads:
             raise ValueError(f"RoPE axes {axes} must sum to the head size, {width} / {heads}")
         self.axes, self.patch, self.channels, self.precision = tuple(axes), patch, channels, precision
+        self.recompute = 0  # so many blocks forget their activations and compute them again in the backward pass
         self.img_in = nn.Linear(channels * patch**2, width)
         self.txt_in = nn.Linear(txt_dim, width)
         self.time_in = Embedder(256, width)
@@ -264,6 +266,12 @@ class Denoiser(nn.Module):
             else:
                 nn.init.xavier_uniform_(p)
 
+    def run(self, number: int, block: nn.Module, *x: Tensor):
+        """Block `number` of all blocks on its inputs, with or without keeping its activations."""
+        if number < self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *x, use_reentrant=False, preserve_rng_state=False)  # nothing random is in a block
+        return block(*x)
+
     def forward(self, x_t: Tensor, t: Tensor, s: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
         """x_t [B, C, H, W], t and s [B], txt [B, L, d_txt], vec [B, d_vec] -> V [B, C, H, W] in fp32 (Eq. 6).
 
@@ -279,11 +287,11 @@ class Denoiser(nn.Module):
         with torch.autocast(x_t.device.type, self.precision, enabled=self.precision != torch.float32):
             img = self.img_in(rearrange(x_t, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=p, pw=p))  # [B, rows * cols, d]
             txt = self.txt_in(txt)  # [B, L, d]
-            for block in self.double_blocks:
-                img, txt = block(img, txt, vec, rope)
+            for i, block in enumerate(self.double_blocks):
+                img, txt = self.run(i, block, img, txt, vec, rope)
             x = torch.cat([txt, img], dim=1)  # [B, L + rows * cols, d]
-            for block in self.single_blocks:
-                x = block(x, vec, rope)
+            for i, block in enumerate(self.single_blocks, start=len(self.double_blocks)):
+                x = self.run(i, block, x, vec, rope)
             img = self.final_layer(x[:, txt.shape[1] :], vec)
         return rearrange(img.float(), "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=rows, w=cols, ph=p, pw=p)
 

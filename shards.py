@@ -61,6 +61,7 @@ import data
 import encoders
 import errors
 import machine
+from checkpoint import in_one_piece
 from data import DataError
 from randomness import rng
 
@@ -72,17 +73,6 @@ HEAD = 2**16  # bytes of a picture that nearly always hold its header
 # What Pillow raises for a broken picture. Pictures are read into memory first, so a failing disk is not among them.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error,
           Image.DecompressionBombError, Image.DecompressionBombWarning)  # fmt: skip
-
-
-@contextlib.contextmanager
-def in_one_piece(path: Path, tag: str = ""):
-    """A path beside `path` to write to, renamed to it when the block ends well and removed when it does not."""
-    partial = path.with_name(f"{path.name}{tag}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # =====================================================================================================================
@@ -466,16 +456,17 @@ class Shards:
 
 
 class Mixed:
-    """Several sources of one batch size in equal parts (S.2: 256^2 and 512^2, 1:1).
+    """Several sources in equal parts, by whole batches (S.2: 256^2 and 512^2, 1:1).
 
-    Of n sources, block b is block b div n of source b mod n. Raises DataError when their batch sizes differ.
+    Of n sources, block b is block b div n of source b mod n; a block is batch_size samples. Raises DataError when a source
+    is arranged in blocks of another size.
     """
 
-    def __init__(self, sources: list):
-        sizes = {source.batch_size for source in sources}
-        if len(sizes) != 1:
-            raise DataError(f"sources can only be mixed at one batch size, not {', '.join(map(str, sorted(sizes)))}")
-        self.sources, self.batch_size = sources, sizes.pop()
+    def __init__(self, sources: list, batch_size: int):
+        for source in sources:
+            if getattr(source, "batch_size", batch_size) != batch_size:
+                raise DataError(f"{source.name} comes in batches of {source.batch_size}; it cannot be mixed in batches of {batch_size}")
+        self.sources, self.batch_size = sources, batch_size
         self.name = " + ".join(source.name for source in sources)
         self.buckets = list(dict.fromkeys(bucket for source in sources for bucket in source.buckets))
 
@@ -670,6 +661,18 @@ class CachedShards:
             names = ["latent", "tokens", "pooled"] + ["fake_tokens", "fake_pooled"] * self.fake
             latent, tokens, pooled, *fake = (file.get_slice(name)[row].float() for name in names)
         return CachedSample(latent, caption, tokens, pooled, key, tuple(fake) or None)
+
+
+def cached_sizes(folder: Path) -> tuple[dict, int]:
+    """What a cache says of the encoders without loading them: ({channels, txt_dim, vec_dim} for model.SIZES, factor)."""
+    spec = checkpoint.read_json(folder / "cache.json")
+    path, k, _ = next(shard_plan(folder, spec))
+    with opened(path) as file:
+        _, channels, height, _ = file.get_slice("latent").get_shape()
+    with opened(folder / "null.safetensors") as file:
+        sizes = {"channels": channels, "txt_dim": file.get_slice("tokens").get_shape()[-1],
+                 "vec_dim": file.get_slice("pooled").get_shape()[-1]}  # fmt: skip
+    return sizes, spec["buckets"][k][0] // height
 
 
 def collate(samples: list[CachedSample], dropped: list[bool], null: tuple, null_fake: tuple, with_fake: bool):

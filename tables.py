@@ -25,7 +25,9 @@ import data
 import errors
 import evaluate
 import machine
+import recipe
 import sample
+import train
 
 # The rows: what train.py is told, and the paper's GenEval scores at 2, 4, 8 and 50 steps (Table 2; none where it has none).
 ROWS = {
@@ -36,8 +38,9 @@ ROWS = {
     "eq18": ("Eq. 18 as target", ["--aux-from", "1", "--target", "tar"], None),
     "control": ("control: Eq. 19 with Delta = 0", ["--aux-from", "1", "--delta-scale", "0"], None),
     "aux_throughout": ("w/ aux. term throughout", ["--aux-from", "0"], (0.3307, 0.4304, 0.5153, 0.6166)),
-    "aux_late": ("Self-E, aux. term late", [], None),
+    "aux_late": ("Self-E, aux. term late", ["--aux-from", f"{recipe.AUX_FROM:.4f}"], None),
 }
+PROGRESS = ("flow_matching", "self_e")  # the rows of Fig. 5, scored along their training
 PAPER_NOTE = "paper: GenEval of 0.5B models; w/o target norm. and w/ aux. term after 100k iterations, the other rows after 300k"
 STEPS = (1, 2, 4, 8, 50)
 GRID = {"guidance": (1.0, 1.5, 2.0, 3.0, 5.0), "eta": (0.0, 1.0), "s_rule": (0.0, 0.5, 1.0)}
@@ -60,8 +63,11 @@ def overall(asked: list[dict], right: list[int], images: int) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 # One row, one seed
 # ---------------------------------------------------------------------------------------------------------------------
-def train_row(row: str, seed: int, run: Path, budget: list[str]) -> None:
-    """Train unless it is done; go on where a stopped run was. The budget is the same for every row."""
+def train_row(row: str, seed: int, run: Path, budget: list[str], milestone_every: int) -> None:
+    """Train unless it is done; go on where a stopped run was. The budget is the same for every row.
+
+    The rows of Fig. 5 keep a state at every multiple of milestone_every.
+    """
     if (run / "done.json").exists():
         return
     command = [sys.executable, "train.py", "--out", str(run)]
@@ -69,6 +75,7 @@ def train_row(row: str, seed: int, run: Path, budget: list[str]) -> None:
         command += ["--resume"]
     else:
         command += ["--seed", str(seed), *budget, *ROWS[row][1]]
+        command += ["--milestone-every", str(milestone_every)] if row in PROGRESS else []
     subprocess.run(command, cwd=Path(__file__).parent, check=True)
     state = checkpoint.read_json(checkpoint.complete_states(run)[-1] / "state.json")
     if state["step"] < checkpoint.read_json(run / "config.json")["steps"]:
@@ -121,6 +128,27 @@ def measure_row(row: str, seed: int, run: Path, out: Path, args, device: torch.d
             result["splits"][split][str(n)] = evaluate.summary(asked, right, args.images) | {"settings": settings}
     result["seconds"] = round(time.perf_counter() - began, 1)
     checkpoint.write_json(path, result)
+
+
+def measure_progress(row: str, seed: int, run: Path, out: Path, args, device: torch.device) -> None:
+    """Fig. 5: scores on test prompts of every milestone of a run, at the settings chosen for its end."""
+    path = out / "rows" / f"{row}-progress-{seed}.json"
+    if path.exists():
+        return
+    began = time.perf_counter()
+    every = checkpoint.read_json(run / "config.json")["arguments"]["milestone_every"]
+    chosen = checkpoint.read_json(out / "rows" / f"{row}-search.json")["chosen"]
+    asked, points = evaluate.prompts("test", args.per_tag), []
+    states = [state for state in checkpoint.complete_states(run) if every and checkpoint.step_of(state) % every == 0]
+    for state in tqdm(states, desc=f"{row}: along the training", leave=False, disable=None):
+        loaded, scores = sample.load(state, device), {}
+        for n in args.sample_steps:
+            right = evaluate.measure(loaded, asked, 1, n, seed=seed, stream=30, **chosen[str(n)]["settings"])
+            scores[str(n)] = overall(asked, right, 1)
+        points.append({"step": checkpoint.step_of(state), "overall": scores})
+    checkpoint.write_json(path, evaluate.provenance(device) | {
+        "row": row, "seed": seed, "split": "test", "images": 1, "per_tag": args.per_tag, "points": points,
+        "seconds": round(time.perf_counter() - began, 1)})  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,6 +226,22 @@ def draw_figures(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> N
     figure.savefig(out / "scores.png", dpi=110)
     plt.close(figure)
 
+    progress = {row: [checkpoint.read_json(f)["points"] for f in sorted((out / "rows").glob(f"{row}-progress-*.json"))] for row in PROGRESS}
+    if all(progress.values()):  # Fig. 5
+        figure, panels = plt.subplots(1, len(steps), figsize=(2.4 * len(steps), 2.8), sharey=True, squeeze=False)
+        for panel, n in zip(panels[0], steps):
+            for row, runs_of in progress.items():
+                for i, points in enumerate(runs_of):
+                    panel.plot([p["step"] for p in points], [p["overall"][str(n)] for p in points], marker=".",
+                               color=f"C{list(ROWS).index(row)}", alpha=0.8, label=ROWS[row][0] if i == 0 else None)  # fmt: skip
+            panel.set(title=f"{n} step{'s' * (n > 1)}", xlabel="iteration", ylim=(0, 1))
+            panel.grid(alpha=0.3)
+        panels[0][0].set_ylabel("overall score, test prompts")
+        panels[0][0].legend(fontsize=6)
+        figure.tight_layout()
+        figure.savefig(out / "progress.png", dpi=110)
+        plt.close(figure)
+
     asked = evaluate.prompts("test", 1)
     for metadata in asked:
         sheet_rows, captions = [], []
@@ -225,15 +269,16 @@ def parse_arguments():
     a("--per-tag", metavar="N", type=int, default=10, help="prompts per tag (default: 10)")
     a("--sample-steps", metavar="N", type=int, nargs="+", default=list(STEPS), help="step counts (default: 1 2 4 8 50)")
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
+    a("--milestones", metavar="N", type=int, default=6, help="points along the training for Fig. 5 (default: 6)")
     a("--quick", action="store_true", help="tiny budgets: checks the path, measures nothing")
     a("--report", action="store_true", help="only the tables and figures, from what has been measured")
     args = parser.parse_args()
     if args.quick:
         args.budget = "--steps 4 --batch-size 8 --grid-every 0 --no-compile"
-        args.seeds, args.images, args.per_tag, args.sample_steps = args.seeds[:2], 1, 1, [1, 2]
+        args.seeds, args.images, args.per_tag, args.sample_steps, args.milestones = args.seeds[:2], 1, 1, [1, 2], 2
         for name in ("out", "runs"):
             setattr(args, name, getattr(args, name).with_name(getattr(args, name).name + "-quick"))
-    if min(args.images, args.search_images, args.per_tag, *args.sample_steps) < 1 or min(args.seeds) < 0:
+    if min(args.images, args.search_images, args.per_tag, args.milestones, *args.sample_steps) < 1 or min(args.seeds) < 0:
         parser.error("counts must be at least 1 and seeds not negative")
     args.sample_steps = sorted(args.sample_steps)
     return args
@@ -246,10 +291,14 @@ def main() -> None:
     (args.out / "rows").mkdir(parents=True, exist_ok=True)
     if not args.report:
         budget = [*args.budget.split(), "--device", args.device]
+        flags = train.parse_arguments(budget)
+        milestone_every = max(1, (flags.steps or recipe.RECIPES[flags.size].steps) // args.milestones)
         for seed, row in itertools.product(args.seeds, args.rows):
             run = args.runs / f"{row}-{seed}"
-            train_row(row, seed, run, budget)
+            train_row(row, seed, run, budget, milestone_every)
             measure_row(row, seed, run, args.out, args, device)
+            if row in PROGRESS:
+                measure_progress(row, seed, run, args.out, args, device)
     rows = read_rows(args.out)
     if not rows:
         raise errors.UserError(f"nothing has been measured in {args.out}")

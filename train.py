@@ -4,23 +4,25 @@
     python train.py --data pictures/ --out runs/mine           # your own folder of captioned pictures
     python train.py --objective flow_matching --out runs/fm    # the baseline of Table 2
     python train.py --resume --out runs/mine                   # go on where a run stopped
-    torchrun --nproc-per-node 8 train.py --size 2b --data ...  # the paper's model
+    python train.py --size 2b --data tars/ --dry-run           # the plan, its memory and its price; nothing is trained
+    torchrun --nproc-per-node 8 train.py --size 2b --data tars/ --out runs/2b      # the paper's model
 
 What it prints: the plan, then one line with loss, images/s and time left, and at the end the command that samples.
-What it writes: see checkpoint.py; besides, grids/step_*.png: fixed prompts and noise in rows, 1, 2, 4, 8, 50 steps in columns.
+What it writes: checkpoint.py and monitor.py say; besides, grids/step_*.png: fixed prompts and noise in rows, 1, 2, 4, 8,
+50 steps in columns. What is trained for how long at which rate is in recipe.py, where the data comes from in feed.py.
 """
 
 import argparse
+import contextlib
 import copy
-import dataclasses
+import datetime
 import functools
-import json
+import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,98 +41,27 @@ import errors
 import losses
 import machine
 import model
+import monitor
+import recipe
 import sample
-from randomness import rng
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# S.2        The recipe. For the big sizes every number is the paper's; `laptop` is chosen for the result per minute.
-# ---------------------------------------------------------------------------------------------------------------------
-@dataclass
-class Recipe:
-    steps: int  # iterations
-    batch_size: int  # global: over all ranks and micro-batches
-    side: int  # of the pictures, pixels
-    lr: float  # peak learning rate, reached after the warm-up,
-    lr_end: float  # and where its linear decay ends
-    data: str = "shapes"
-    text: str = encoders.FLUX_TEXT
-    txt_len: int = 256
-    autoencoder: str = encoders.FLUX_VAE
-    warmup: int = 1000  # iterations, at most 5% of the run
-    clip: float = 1.0  # largest gradient norm
-    betas: tuple[float, float] = (0.9, 0.95)
-    ema: float = 0.9999
-    dropout: float = 0.1  # share of prompts replaced by ""
-    grid_guidance: float = 5.0  # of the picture grids
-
-
-RECIPES = {
-    "laptop": Recipe(6000, 32, 24, 4e-3, 1e-5, text="words", txt_len=16, autoencoder="pixels", grid_guidance=2.0),
-    "0.5b": Recipe(300_000, 1024, 256, 3e-4, 1e-5),
-    "2b": Recipe(710_000, 1024, 256, 3e-4, 1e-5),
-}
+import shards
+from feed import Feed, parts_of
 
 OBJECTIVES = ("self_e", "flow_matching", "imm")
-
-# When things happen, as shares of the run: the paper's iterations out of its 710k (S.2).
-TAU_UNTIL = 300 / 710  # tau rises linearly from 0 to 1 until here (s.13)
-AUX_FROM = 550 / 710  # the auxiliary term joins here
 EAGER_STEPS = 20  # iterations before torch.compile comes in, and the first picture grid
 STEP_COUNTS = (1, 2, 4, 8, 50)  # the columns of the picture grids
-
-
-def learning_rate(step: int, recipe: Recipe) -> float:
-    """The learning rate of iteration `step` = 0, 1, ...: linear warm-up, then linear decay to lr_end."""
-    warmup = min(recipe.warmup, max(1, recipe.steps // 20))
-    if step < warmup:
-        return recipe.lr * (step + 1) / warmup
-    return recipe.lr + (recipe.lr_end - recipe.lr) * (step - warmup) / max(1, recipe.steps - warmup)
-
-
-def anneal(step: int, steps: int, until: float) -> float:
-    """tau of iteration `step`: 0 at the start, 1 from `until` (a share of the run) on."""
-    return min(1.0, step / (until * steps)) if until > 0 else 1.0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One micro-batch
-# ---------------------------------------------------------------------------------------------------------------------
-@dataclass
-class Batch:
-    x0: torch.Tensor
-    c: tuple
-    null: tuple
-    fake: tuple | None
-    is_null: torch.Tensor
-    keys: list[str]
-
-
-class Feed:
-    """Turns global sample indices into what the loss takes: latents and encoded prompts, with prompts dropped."""
-
-    def __init__(self, source, text, autoencoder, seed: int, dropout: float, device: torch.device):
-        self.source, self.text, self.autoencoder = source, text, autoencoder
-        self.seed, self.dropout, self.device = seed, dropout, device
-
-    def batch(self, index: list[int], with_fake: bool) -> Batch:
-        samples = [self.source.sample(g, self.seed) for g in index]
-        x0 = self.autoencoder.encode(data.to_tensor([s.picture for s in samples]).to(self.device))
-        prompts = ["" if rng(self.seed, "dropout", g).random() < self.dropout else s.caption
-                   for g, s in zip(index, samples)]  # fmt: skip
-        c, fake = self.text(prompts), None
-        if with_fake:
-            fake = self.text([encoders.fake_prompt(p) for p in prompts])
-        null = tuple(a.expand(len(index), *a.shape[1:]) for a in self.text([""]))
-        is_null = torch.tensor([p == "" for p in prompts], device=self.device)
-        return Batch(x0, c, null, fake, is_null, [s.key for s in samples])
+PATIENCE = 5  # iterations in a row without a finite gradient before the run stops
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stopping: Ctrl-C and SIGTERM finish the iteration, save, and say how to go on
 # ---------------------------------------------------------------------------------------------------------------------
 class StopSignal:
-    """Becomes true at the first SIGINT or SIGTERM; a second one ends the process as usual."""
+    """Becomes true at the first SIGINT or SIGTERM. A second Ctrl-C ends the process as usual.
+
+    A SIGTERM after a Ctrl-C does not: torchrun answers Ctrl-C by sending SIGTERM to its processes, which would cut the
+    saving short.
+    """
 
     def __init__(self):
         self.name = ""
@@ -139,7 +70,8 @@ class StopSignal:
 
     def receive(self, number, frame) -> None:
         self.name = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
     def __bool__(self) -> bool:
         return self.name != ""
@@ -150,7 +82,9 @@ class StopSignal:
 # ---------------------------------------------------------------------------------------------------------------------
 def grid_prompts(source, n: int = 8) -> list[str]:
     """The prompts of the picture grids: the first captions of the data, no two alike."""
-    captions = [source.sample(g, 0).caption for g in range(64)]
+    captions = [source.sample(g, 0).caption for g in range(n)]
+    if len(set(captions)) < n:
+        captions += [source.sample(g, 0).caption for g in range(n, 8 * n)]
     return list(dict.fromkeys(captions))[:n]
 
 
@@ -167,53 +101,96 @@ def draw_grid(loaded: sample.Loaded, prompts: list[str], stop: Callable[[], bool
 # ---------------------------------------------------------------------------------------------------------------------
 def parse_arguments(argv=None) -> argparse.Namespace:
     """The flags; with --resume, those not given are taken from the run that goes on."""
-    parser = errors.Parser("train.py", "Train Self-E.")
+    parser = errors.Parser("train.py", "Train Self-E. What has no default here has it in recipe.py, by --size.")
     a = parser.add_argument_group("the run").add_argument
     a("--size", default="laptop", choices=list(model.SIZES), help="model and recipe (default: laptop)")
-    a("--data", metavar="DIR", help='"shapes" or a folder of captioned pictures (default: the recipe\'s)')
-    a("--text", metavar="SPEC", help="frozen text encoder, see encoders.py (default: the recipe's)")
-    a("--autoencoder", metavar="SPEC", help="frozen auto-encoder, see encoders.py (default: the recipe's)")
-    a("--side", metavar="N", type=int, help="side of the pictures in pixels (default: the recipe's)")
+    a("--data", metavar="DIR", nargs="+", help='"shapes", a folder of captioned pictures or of tar shards, or caches of shards')
     a("--out", metavar="DIR", default="runs/laptop", help="folder of the run (default: runs/laptop)")
-    a("--resume", action="store_true", help="go on from the last state in --out")
-    a("--steps", metavar="N", type=int, help="iterations (default: the recipe's)")
-    a("--batch-size", metavar="N", type=int, help="pictures an iteration, over all processes (default: the recipe's)")
-    a("--micro-batch", metavar="N", type=int, help="pictures a process computes at once (default: all of its share)")
-    a("--lr", metavar="X", type=float, help="peak learning rate (default: the recipe's)")
+    a("--resume", action="store_true", help="go on from the last state in --out, with its flags")
+    a("--dry-run", action="store_true", help="print the plan, memory and price of the run and end")
     a("--seed", metavar="N", type=int, default=0, help="of everything random (default: 0)")
-    a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
-    a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="inside the network (default: the faster)")
-    a("--compile", action=argparse.BooleanOptionalAction, help="torch.compile each block (default: where it works)")
+    a = parser.add_argument_group("the recipe").add_argument
+    a("--steps", metavar="N", type=int, help="iterations")
+    a("--batch-size", metavar="N", type=int, help="pictures an iteration, over all processes and in all stages")
+    a("--lr", metavar="X", type=float, help="peak learning rate")
+    a("--side", metavar="N", type=int, help="side of the pictures in pixels, in all stages")
+    a("--text", metavar="SPEC", help="frozen text encoder, see encoders.py")
+    a("--autoencoder", metavar="SPEC", help="frozen auto-encoder, see encoders.py")
     a = parser.add_argument_group("the objective (Sec. 3.3, Table 2)").add_argument
     a("--objective", default="self_e", choices=OBJECTIVES, help="default: self_e")
     a("--target", default="renorm", choices=("renorm", "tar", "sum"), help="Eq. 20, Eq. 18 or Eq. 16 (default: renorm)")
     a("--delta-scale", metavar="X", type=float, default=1.0, help="times the self-evaluation; 0 is the control (default: 1)")
-    a("--aux-from", metavar="X", type=float, default=AUX_FROM, help="share of the run after which the auxiliary term joins; 1 is never "
-      f"(default: {AUX_FROM:.3f})")  # fmt: skip
+    a("--aux-from", metavar="X", type=float, help="share of the run after which the auxiliary term joins; 1 is never")
+    a = parser.add_argument_group("the machine").add_argument
+    a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
+    a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="inside the network (default: the faster)")
+    a("--compile", action=argparse.BooleanOptionalAction, help="torch.compile each block (default: where it works and pays)")
+    a("--micro-batch", metavar="N", type=int, help="pictures a process computes at once, at the first stage's side")
+    a("--recompute", metavar="N", type=int, default=0, help="blocks that recompute their activations, to save memory (default: 0)")
+    a("--zero", action="store_true", help="spread Adam's moments over the processes, ZeRO-1 (default: off)")
+    a("--workers", metavar="N", type=int, default=1, help="threads that read data ahead (default: 1)")
     a = parser.add_argument_group("what is written").add_argument
-    a("--grid-every", metavar="N", type=int, help="iterations between picture grids; 0 is off (default: ten a run, and an early one)")
-    a("--save-every", metavar="N", type=int, help="iterations between saved states; 0 is only at the end (default: five a run)")
     a("--log-every", metavar="N", type=int, default=20, help="iterations between lines of metrics.jsonl (default: 20)")
+    a("--grid-every", metavar="N", type=int, help="iterations between picture grids; 0 is off (default: ten a run, and an early one)")
+    a("--save-every", metavar="N", type=int, help="iterations between states; 0 is only at the end (default: five a run, at most 1000)")
+    a("--keep", metavar="N", type=int, default=2, help="newest states to keep (default: 2)")
+    a("--milestone-every", metavar="N", type=int, default=0, help="keep states at multiples of N for good; 0 is off (default: 0)")
     args = parser.parse_args(argv)
     if args.resume:
         parser.set_defaults(**checkpoint.read_json(Path(args.out) / "config.json")["arguments"])
         args = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "micro_batch", "side", "log_every"):
+    for name in ("steps", "batch_size", "micro_batch", "side", "log_every", "keep", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.batch_size is not None and args.batch_size % 2:
-        parser.error("--batch-size must be even: every second sample has s < t (s.13)")
-    if args.micro_batch is not None and args.micro_batch % 2:
-        parser.error("--micro-batch must be even: every second sample has s < t (s.13)")
-    if args.seed < 0:
-        parser.error("--seed must not be negative")
+    for name in ("seed", "recompute", "grid_every", "save_every", "milestone_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} must not be negative")
+    for name in ("batch_size", "micro_batch"):
+        if getattr(args, name) is not None and getattr(args, name) % 2:
+            parser.error(f"--{name.replace('_', '-')} must be even: every second sample has s < t (s.13)")
     if args.lr is not None and not 0 < args.lr < 1:
         parser.error("--lr must lie between 0 and 1")
     if not 0 <= args.delta_scale < float("inf"):
         parser.error("--delta-scale must be a number from 0 up")
-    if not 0 <= args.aux_from <= 1:
+    if args.aux_from is not None and not 0 <= args.aux_from <= 1:
         parser.error("--aux-from is a share of the run, between 0 and 1")
     return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan, printed
+# ---------------------------------------------------------------------------------------------------------------------
+def print_plan(args, plan: recipe.Recipe, sizes: dict, factor: int, world: int, start: int) -> None:
+    """The recipe as this run will follow it."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in model.Denoiser(**sizes).parameters())
+    print(f"{args.size}: {parameters / 1e6:,.2f} M parameters, {args.objective}, seed {args.seed}, data {' '.join(plan.data)}; "
+          f"iterations {start:,} to {plan.steps:,}")  # fmt: skip
+    for line in recipe.describe(sizes, plan, args.objective, factor, world):
+        print("  " + line)
+
+
+def dry_run(args, plan: recipe.Recipe, world: int, start: int) -> None:
+    """What a run will be, hold and cost, from its arguments alone: no encoder is loaded and nothing is written."""
+    sizes, factor = model.SIZES[args.size], 1 if plan.autoencoder == "pixels" else 8
+    print_plan(args, plan, sizes, factor, world, start)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in model.Denoiser(**sizes).parameters())
+    state = recipe.state_bytes(parameters, world, args.zero)
+    print(f"memory of each process: {sum(state.values()) / 2**30:.2f} GiB of state ("
+          + ", ".join(f"{name} {b / 2**30:.2f}" for name, b in state.items()) + "), and activations (benchmark.py measures them)")  # fmt: skip
+    print(f"each saved state: {4 * 4 * parameters / 2**30:.2f} GiB on disk; {args.keep} are kept"
+          + (f", and one every {args.milestone_every:,} iterations" if args.milestone_every else ""))  # fmt: skip
+    for name in plan.data:
+        if name != "shapes" and not Path(name).is_dir():
+            raise data.DataError(f"no such folder: {name}")
+        tars, cached = sorted(Path(name).glob("*.tar")), list(Path(name).glob("*x*_*.safetensors"))
+        if tars:
+            print(f"{name}: {len(tars)} shards, {sum(tar.stat().st_size for tar in tars) / 2**30:.2f} GiB; python shards.py report {name} says more")
+        elif cached:
+            print(f"{name}: {len(cached)} cached shards, {sum(file.stat().st_size for file in cached) / 2**30:.2f} GiB")
+    for line in recipe.price(sizes, plan, args.objective, factor, start):
+        print(line)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,159 +199,232 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     machine.keep_freed_memory()
-    recipe = dataclasses.replace(RECIPES[args.size])
-    for name in ("steps", "batch_size", "data", "lr", "side", "text", "autoencoder"):
-        if getattr(args, name) is not None:
-            setattr(recipe, name, getattr(args, name))
-    train(args, recipe, Path(args.out))
-
-
-def train(args, recipe: Recipe, run: Path) -> None:
-    # Where: one process, or as many as torchrun started.
+    fields = ("steps", "batch_size", "lr", "side", "text", "autoencoder", "aux_from", "micro_batch")
+    plan = recipe.make(args.size, data=args.data and tuple(args.data), **{name: getattr(args, name) for name in fields})
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    plan.check_division(world, baselines.M if args.objective == "imm" else 2)
+    states = checkpoint.complete_states(Path(args.out))
+    if args.resume and not states:
+        raise checkpoint.CheckpointError(f"nothing to resume: {Path(args.out) / 'state'} holds no complete state")
+    if args.dry_run:
+        dry_run(args, plan, world, checkpoint.step_of(states[-1]) if args.resume else 0)
+        return
+    if not args.resume and (states or (Path(args.out) / "model.safetensors").exists()):
+        raise errors.UserError(f"{args.out} already holds a run; add --resume to go on, or choose another --out")
     device = machine.pick_device(args.device)
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    with contextlib.ExitStack() as closing:
+        if world > 1:
+            # Saving the state and drawing pictures keep the other processes waiting; an hour is longer than either.
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
+            closing.callback(dist.destroy_process_group)
+        train(args, plan, Path(args.out), device, world, int(os.environ.get("RANK", 0)), closing)
+
+
+def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int, rank: int, closing: contextlib.ExitStack) -> None:
+    """One process's part of a run, from its first iteration (or its last state) to its last. What is open at the end,
+    whatever the end, `closing` closes."""
     chief = rank == 0
-    share = recipe.batch_size // world
-    micro = args.micro_batch or share
-    if recipe.batch_size % world or share % micro or micro % 2:
-        raise errors.UserError(f"a batch of {recipe.batch_size} does not divide into {world} processes x micro-batches of {micro}")
-    if args.objective == "imm" and micro % baselines.M:
-        raise errors.UserError(f"IMM compares groups of {baselines.M}: batches and micro-batches must be multiples of {baselines.M}")
 
-    # What: data, frozen encoders, the network and its average.
-    source = data.open_source(recipe.data, recipe.side)
-    text = encoders.text_encoder(recipe.text, recipe.txt_len, device)
-    autoencoder = encoders.autoencoder(recipe.autoencoder, device)
-    feed = Feed(source, text, autoencoder, args.seed, recipe.dropout, device)
-    sizes = model.SIZES[args.size] | {"channels": autoencoder.channels, "txt_dim": text.d_txt, "vec_dim": text.d_vec}
-    side, remainder = divmod(recipe.side, autoencoder.factor * sizes["patch"])
-    if remainder:
-        raise errors.UserError(f"--side must be a multiple of {autoencoder.factor * sizes['patch']}, not {recipe.side}")
-    shape, mu = (autoencoder.channels, side * sizes["patch"], side * sizes["patch"]), losses.mu_of_length(side**2)
-    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision) or machine.pick_precision(device)
-    torch.manual_seed(args.seed)
-    network = model.Denoiser(**sizes, precision=precision).to(device)
-    ema = copy.deepcopy(network).requires_grad_(False)
-    self_e = args.objective == "self_e"
-    if args.objective == "imm":
-        objective, draw = baselines.IMM(network), baselines.draw
-    else:  # flow matching is Self-E that never meets s < t
-        objective = losses.SelfE(network, ema, mu=mu, target=args.target, delta_scale=args.delta_scale)
-        draw = functools.partial(losses.draw, p_equal=0.5 if self_e else 1.0)
-    adam = torch.optim.Adam(network.parameters(), lr=recipe.lr, betas=recipe.betas, fused=True)
+    # What: frozen encoders, data, the network and its average.
+    cached = all((Path(name) / "cache.json").exists() for name in plan.data)
+    text = autoencoder = None
+    if not cached or (chief and args.grid_every != 0):  # a cache needs them only to draw pictures
+        text = encoders.text_encoder(plan.text, plan.txt_len, device)
+        autoencoder = encoders.autoencoder(plan.autoencoder, device)
+    if cached:
+        sizes, factor = shards.cached_sizes(Path(plan.data[0]))
+        sizes = model.SIZES[args.size] | sizes
+    else:
+        factor = autoencoder.factor
+        sizes = model.SIZES[args.size] | {"channels": autoencoder.channels, "txt_dim": text.d_txt, "vec_dim": text.d_vec}
+    patch = sizes["patch"]
 
-    config = {
-        "format": 1, "size": args.size, "model": sizes, "objective": args.objective, "target": args.target,
-        "delta_scale": args.delta_scale, "aux_from": args.aux_from, "side": recipe.side, "mu": mu,
-        "text_encoder": recipe.text, "txt_len": recipe.txt_len, "autoencoder": recipe.autoencoder, "data": recipe.data,
-        "s_rule": 1.0 if args.objective == "flow_matching" else 0.0, "eta": 1.0,
-        "guidance": recipe.grid_guidance, "guidance_space": "v",
-        "steps": recipe.steps, "batch_size": recipe.batch_size, "lr": recipe.lr, "seed": args.seed,
-        "precision": str(precision).removeprefix("torch."), "machine": machine.describe(device),
-        "command": " ".join(["python train.py", *sys.argv[1:]]),
-        "arguments": {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device")},
-    }  # fmt: skip
-
-    # Go on, or start afresh; never over another run.
     start, elapsed_before = 0, 0.0
     states = checkpoint.complete_states(run)
     if args.resume:
-        if not states:
-            raise checkpoint.CheckpointError(f"nothing to resume: {run / 'state'} holds no complete state")
+        start = checkpoint.step_of(states[-1])
+    self_e = args.objective == "self_e"
+    draw = baselines.draw if args.objective == "imm" else functools.partial(losses.draw, p_equal=0.5 if self_e else 1.0)
+    for turn in ("first", "others"):  # the first process makes the index of tar shards, the others find it made
+        if (turn == "first") == chief:
+            feed = Feed(plan, draw, args.seed, text, autoencoder, device, patch=patch, channels=sizes["channels"], factor=factor,
+                        world=world, rank=rank, start=start, workers=args.workers)  # fmt: skip
+        if world > 1:
+            dist.barrier()
+    if cached and text is not None:
+        for source in feed.sources.values():
+            for part in parts_of(source):
+                part.check(text, autoencoder)
+
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision) or machine.pick_precision(device)
+    torch.manual_seed(args.seed)
+    network = model.Denoiser(**sizes, precision=precision).to(device)
+    network.recompute = args.recompute
+    ema = copy.deepcopy(network).requires_grad_(False)
+    if args.objective == "imm":
+        objective = baselines.IMM(network)
+    else:  # flow matching is Self-E that never meets s < t
+        objective = losses.SelfE(network, ema, target=args.target, delta_scale=args.delta_scale)
+    zero = args.zero and world > 1
+    if zero:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        adam = ZeroRedundancyOptimizer(network.parameters(), torch.optim.Adam, lr=plan.lr, betas=plan.betas, fused=True)
+    else:
+        adam = torch.optim.Adam(network.parameters(), lr=plan.lr, betas=plan.betas, fused=True)
+
+    side = max(plan.stages[-1].sides)
+    config = {
+        "format": 1, "size": args.size, "model": sizes, "objective": args.objective, "target": args.target,
+        "delta_scale": args.delta_scale, "aux_from": plan.aux_from, "side": side,
+        "mu": losses.mu_of_length((side // (factor * patch)) ** 2),
+        "text_encoder": plan.text, "txt_len": plan.txt_len, "autoencoder": plan.autoencoder, "data": list(plan.data),
+        "s_rule": 1.0 if args.objective == "flow_matching" else plan.s_rule, "eta": 1.0,
+        "guidance": plan.guidance, "guidance_space": "v",
+        "steps": plan.steps, "batch_size": plan.stages[0].batch_size, "lr": plan.lr, "seed": args.seed,
+        "precision": str(precision).removeprefix("torch."), "machine": machine.describe(device),
+        "command": " ".join(["python train.py", *sys.argv[1:]]),
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "dry_run", "workers")},
+    }  # fmt: skip
+
+    if args.resume:
         state = checkpoint.load_state(states[-1], network, ema, adam)
-        start, elapsed_before = state["step"], state["elapsed"]
-    elif states or (run / "model.safetensors").exists():
-        raise errors.UserError(f"{run} already holds a run; add --resume to go on, or choose another --out")
+        if state["seed"] != args.seed:
+            raise errors.UserError(f"{run} was begun with --seed {state['seed']}; another seed would be another sequence of samples")
+        elapsed_before = state["elapsed"]
     if chief:
         (run / "grids").mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(run / "config.json", config)
+        checkpoint.cut_metrics(run / "metrics.jsonl", start)
 
-    compiled, why_not = (False, "--no-compile") if args.compile is False else machine.compile_works(device)
+    buckets = {bucket for source in feed.sources.values() for bucket in source.buckets}
+    if args.compile is False or (args.compile is None and device.type == "cpu" and len(buckets) > 4):
+        compiled, why_not = False, "--no-compile" if args.compile is False else f"{len(buckets)} picture sizes: compiling takes longer than it saves"
+    else:
+        compiled, why_not = machine.compile_works(device)
     if compiled:
+        machine.allow_shapes(8 * len(buckets))  # with and without gradient, whole and half batches
         for block in [*network.double_blocks, *network.single_blocks, *ema.double_blocks, *ema.single_blocks]:
             block.compile(dynamic=False)
-    step_module = DistributedDataParallel(objective) if world > 1 else objective
+    step_module = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
     if chief:
-        parameters = sum(p.numel() for p in network.parameters())
-        print(f"{args.size}: {parameters / 1e6:.2f} M parameters, {recipe.side} x {recipe.side} pixels, {args.objective}; "
-              f"{recipe.steps} iterations of {recipe.batch_size} on {config['machine']} in {config['precision']}, "
-              + ("compiled" if compiled else f"eager ({why_not})"))  # fmt: skip
+        print_plan(args, plan, sizes, factor, world, start)
+        print(f"  on {config['machine']}, in {config['precision']}, " + ("compiled" if compiled else f"eager ({why_not})"), flush=True)
 
     # Iterate.
     stop = StopSignal()
-    grid_every = args.grid_every if args.grid_every is not None else max(1, recipe.steps // 10)
-    save_every = args.save_every if args.save_every is not None else max(1, recipe.steps // 5)
-    prompts = grid_prompts(source)
-    metrics = open(run / "metrics.jsonl", "a", encoding="utf-8") if chief else None
-    began, window_began, window = time.perf_counter(), time.perf_counter(), []
-    bar = tqdm(total=recipe.steps, initial=start, disable=not chief, unit="it", dynamic_ncols=True, smoothing=0.05)
-    step = start
-    while step < recipe.steps and not stop:
-        tau = anneal(step, recipe.steps, TAU_UNTIL)
-        aux = self_e and step >= args.aux_from * recipe.steps and args.aux_from < 1
+    grid_every = args.grid_every if args.grid_every is not None else max(1, plan.steps // 10)
+    save_every = args.save_every if args.save_every is not None else min(1000, max(1, plan.steps // 5))
+    prompts = grid_prompts(feed.source(start)) if chief else []
+    meter, peak = monitor.Meter(device), machine.peak_flops(device, precision)
+    log = monitor.Log(run) if chief else None
+    nonfinite = in_a_row = pictures = 0
+    began, waited_before = time.perf_counter(), 0.0
+    bar = tqdm(total=plan.steps, initial=start, disable=not chief, unit="it", dynamic_ncols=True, smoothing=0.05)
+    stream, step, stopping = feed.batches(start), start, False
+    for end in (stream.close, bar.close, *([log.close] if log else []), functools.partial(torch.compiler.set_stance, "default")):
+        closing.callback(end)
+    norms = []
+    while step < plan.steps and not stopping:
         for group in adam.param_groups:
-            group["lr"] = learning_rate(step, recipe)
+            group["lr"] = plan.learning_rate(step)
 
-        first = step * recipe.batch_size + rank * share
         # The first iterations run as they are: they end in a first picture grid before the compiler takes its minute or two.
         torch.compiler.set_stance("force_eager" if step < EAGER_STEPS else "default")
-        total = 0.0
-        for m in range(0, share, micro):
-            index = list(range(first + m, first + m + micro))
-            batch = feed.batch(index, with_fake=aux)
-            draws = draw(args.seed, step, index, shape, device=device)
-            last = m + micro == share
-            step_module.require_backward_grad_sync = last  # what DDP's no_sync() sets: reduce once an iteration
-            loss, stats = step_module(batch.x0, batch.c, batch.null, batch.fake, batch.is_null, draws, tau, aux)
-            (loss * micro / share).backward()
-            total += loss.item() * micro / share
-        norm = nn.utils.clip_grad_norm_(network.parameters(), recipe.clip).item()
-        adam.step()
-        adam.zero_grad(set_to_none=False)
-        decay = min(recipe.ema, (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(network.parameters()), 0)
-        step += 1
+        total, keys = torch.zeros((), device=device), []
+        micro_batches = feed.micro_batches(step)
+        for m, index in enumerate(micro_batches):
+            batch = next(stream)
+            tokens = batch.x0.shape[2] * batch.x0.shape[3] // patch**2
+            objective.mu = losses.mu_of_length(tokens)  # s.12: by the size of these pictures
+            # What DDP's no_sync() sets: gradients are reduced once an iteration. (Under static_graph no_sync would lose them.)
+            step_module.require_backward_grad_sync = m == len(micro_batches) - 1
+            aux = self_e and plan.aux(step)
+            loss, stats = step_module(batch.x0, batch.c, batch.null, batch.fake, batch.is_null, batch.draws, plan.tau(step), aux)
+            (loss / len(micro_batches)).backward()
+            total += loss.detach() / len(micro_batches)
+            keys += batch.keys
+            forwards = recipe.FORWARDS["aux" if aux else args.objective]
+            meter.add(stats, forwards * model.forward_flops(sizes, tokens, plan.txt_len) * len(index))
+            pictures += len(index)
+        norm = nn.utils.clip_grad_norm_(network.parameters(), plan.clip)
 
-        window.append(total)
+        # No update from a loss or gradient that is not finite, on any process; all of them must decide alike, and stop alike.
+        flags = torch.stack([(~torch.isfinite(total) | ~torch.isfinite(norm)).float(), torch.tensor(float(bool(stop)), device=device)])
+        if world > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        bad, stopping = (bool(flag) for flag in flags.tolist())
+        if bad:
+            nonfinite, in_a_row = nonfinite + 1, in_a_row + 1
+            report_nonfinite(log, step, total.item(), norm.item(), keys, world, in_a_row, run)
+            meter.clear()  # its sums are not finite either
+        else:
+            adam.step()
+            decay = min(plan.ema, (1 + step) / (10 + step))
+            get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(network.parameters()), 0)
+            in_a_row = 0
+            norms.append(norm)
+        adam.zero_grad(set_to_none=False)
+        step += 1
         bar.update()
-        if chief and (step % args.log_every == 0 or step == recipe.steps):
-            seconds = time.perf_counter() - window_began
-            rate = len(window) * recipe.batch_size / seconds
-            record = {"step": step, "loss": sum(window) / len(window), "grad_norm": norm, "lr": adam.param_groups[0]["lr"],
-                      "tau": tau, "aux": aux, "images_per_s": round(rate, 2),
-                      "elapsed": round(elapsed_before + time.perf_counter() - began, 1)}  # fmt: skip
-            record |= {k: v.float().mean().item() for k, v in stats.items() if k in ("w", "delta_norm", "fake_loss")}
-            metrics.write(json.dumps(record) + "\n")
-            metrics.flush()
-            bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.0f} images/s")
-            window, window_began = [], time.perf_counter()
-        early = step == min(EAGER_STEPS, recipe.steps)
-        if chief and grid_every and (step % grid_every == 0 or step == recipe.steps or early) and not stop:
+
+        if (step % args.log_every == 0 or step == plan.steps) and norms:
+            measured, (count, skipped) = meter.record(world, [pictures, feed.skipped()], peak)
+            rate, wait = count / measured["seconds"], (feed.waited - waited_before) / measured.pop("seconds")
+            if chief:
+                record = {"step": step, **measured, "grad_norm": float(torch.stack(norms).mean()), "lr": adam.param_groups[0]["lr"],
+                          "tau": plan.tau(step - 1), "aux": self_e and plan.aux(step - 1), "images_per_s": round(rate, 2),
+                          "data_wait": round(wait, 4), "skipped": int(skipped), "nonfinite": nonfinite,
+                          "elapsed": round(elapsed_before + time.perf_counter() - began, 1)}  # fmt: skip
+                log.write(record)
+                bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.0f} images/s")
+            norms, pictures, waited_before = [], 0, feed.waited
+        early = step == min(EAGER_STEPS, plan.steps)
+        if chief and grid_every and (step % grid_every == 0 or step == plan.steps or early) and not stopping:
             pause = time.perf_counter()
             torch.compiler.set_stance("force_eager")  # sampling's batch shapes are not worth compiling for
             try:
                 sheet = draw_grid(sample.Loaded(ema, config, text, autoencoder), prompts, lambda: bool(stop))
                 sheet.save(run / "grids" / f"step_{step:06d}.png")
+                log.grid(sheet, step)
             except sample.Stopped:
-                pass  # the run is about to be saved; its grid can be drawn again
-            window_began += time.perf_counter() - pause
-        if stop or step == recipe.steps or (save_every and step % save_every == 0):
+                pass  # the run is about to end; its grid can be drawn again
+            meter.began += time.perf_counter() - pause
+        stopping = stopping or (world == 1 and bool(stop))  # several processes agree on it in the next iteration
+        if stopping or step == plan.steps or (save_every and step % save_every == 0) \
+                or (args.milestone_every and step % args.milestone_every == 0):  # fmt: skip
+            if zero:
+                adam.consolidate_state_dict(to=0)
             if chief:
                 state = {"step": step, "elapsed": elapsed_before + time.perf_counter() - began, "seed": args.seed}
-                checkpoint.save_state(run, step, network, ema, adam.state_dict(), state)
-                checkpoint.save_weights(run / "model.safetensors", ema)
+                checkpoint.save_state(run, step, network, ema, adam.state_dict(), config, state, args.keep, args.milestone_every)
     bar.close()
     if chief:
-        if stop:
-            print(f"stopped by {stop.name} after iteration {step}; the state is saved. To go on:\n"
+        if stopping and step < plan.steps:
+            print(f"stopped by {stop.name or 'a signal to another process'} after iteration {step}; the state is saved. To go on:\n"
                   f"  python train.py --resume --out {run}")  # fmt: skip
         else:
             print(f"done: {run}. To make pictures:\n  python sample.py --checkpoint {run} --steps 1 2 4 8 50 "
                   f'--prompt "{prompts[0]}"')  # fmt: skip
+
+
+def report_nonfinite(log, step: int, loss: float, norm: float, keys: list[str], world: int, in_a_row: int, run: Path) -> None:
+    """Say which samples led to a loss or gradient that is not finite; raise UserError when it happens too often in a row.
+
+    The samples of the processes whose own loss is not finite, or of all where only the gradient is not.
+    """
+    everyone = [(math.isfinite(loss), keys)]
     if world > 1:
-        dist.destroy_process_group()
+        everyone = [None] * world
+        dist.all_gather_object(everyone, (math.isfinite(loss), keys))
+    suspects = [key for finite, keys in everyone if not finite for key in keys] or [key for _, keys in everyone for key in keys]
+    if log:
+        log.write({"step": step + 1, "update_left_out": True, "grad_norm": str(norm), "keys": suspects})
+        print(f"iteration {step + 1}: no finite gradient (loss {loss}, norm {norm}); its update is left out", file=sys.stderr)
+    if in_a_row >= PATIENCE:
+        raise errors.UserError(f"no finite gradient in {in_a_row} iterations in a row, last with {', '.join(suspects[:8])}"
+                               f"{' ...' if len(suspects) > 8 else ''} (all are in {run / 'metrics.jsonl'}); "
+                               "lower --lr or leave these samples out, then --resume from the last state")  # fmt: skip
 
 
 if __name__ == "__main__":

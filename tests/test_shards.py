@@ -21,7 +21,6 @@ from PIL import Image
 import data
 import encoders
 import shards
-import train
 
 ROOT = Path(__file__).parent.parent
 
@@ -278,7 +277,7 @@ def test_threads_and_forked_processes_read_the_same(folder):
 
 def test_mixed_sources_take_turns(folder):
     small, large = shards.Shards(folder, 32, 4), shards.Shards(folder, 64, 4)
-    mixed = shards.Mixed([small, large])
+    mixed = shards.Mixed([small, large], 4)
     for g in range(48):
         block, place = divmod(g, 4)
         turn, which = divmod(block, 2)
@@ -286,8 +285,8 @@ def test_mixed_sources_take_turns(folder):
         assert mixed.sample(g, 2).key == own.key and mixed.sample(g, 2).picture.shape == own.picture.shape
         assert mixed.bucket(g, 2) == own.picture.shape[:2]
     assert len(mixed) == 2 * len(SIZES) and set(mixed.buckets) == {(32, 32), (64, 64), (48, 80), (80, 48)}
-    with pytest.raises(data.DataError, match="one batch size, not 4, 8"):
-        shards.Mixed([small, shards.Shards(folder, 64, 8)])
+    with pytest.raises(data.DataError, match="comes in batches of 8"):
+        shards.Mixed([small, shards.Shards(folder, 64, 8)], 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -495,29 +494,6 @@ def test_a_cache_resumed_equals_one_made_in_one_go(tmp_path, folder, monkeypatch
     for part in (2, 0, 1):  # three processes share the work
         encode(folder, tmp_path / "parts", part=(part, 3))
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
-
-
-def test_a_cached_batch_is_the_batch_of_the_loop(tmp_path, folder):
-    """train.Feed encodes pictures and captions on the fly; the cache, collated, gives the same tensors bit for bit."""
-    encode(folder, tmp_path / "c")
-    source, cached = shards.Shards(folder, 64, 4), shards.CachedShards(tmp_path / "c", 4)
-    text, pixels = encoders.text_encoder("words", 8), encoders.autoencoder("pixels")
-    cached.check(text, pixels)
-    assert len(cached) == len(source) and sorted(cached.buckets) == sorted(source.buckets)
-    feed = train.Feed(source, text, pixels, seed=1, dropout=0.4, device=torch.device("cpu"))
-    dropped = 0
-    for b in range(9):
-        index = list(range(4 * b, 4 * b + 4))
-        expected = feed.batch(index, with_fake=True)
-        samples = [cached.sample(g, 1) for g in index]
-        x0, c, fake = shards.collate(samples, expected.is_null.tolist(), cached.null, cached.null_fake, True)
-        assert [s.key for s in samples] == expected.keys
-        for ours, theirs in ((x0, expected.x0), *zip(c, expected.c), *zip(fake, expected.fake)):
-            assert ours.dtype == theirs.dtype == torch.float32 and torch.equal(ours, theirs)
-        assert all(torch.equal(a.expand_as(b), b) for a, b in zip(cached.null, expected.null))
-        assert {cached.bucket(g, 1) for g in index} == {x0.shape[2:]}
-        dropped += sum(expected.is_null)
-    assert 0 < dropped < 36
 
 
 def test_bf16_tokens_and_no_fake_prompts(tmp_path, folder):

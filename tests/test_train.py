@@ -80,7 +80,7 @@ def test_two_and_two_iterations_equal_four(tmp_path, monkeypatch):
     run(monkeypatch, train, "--resume", "--out", halves, "--device", "cpu")  # all other flags come from the run itself
     a, b = (checkpoint.complete_states(folder)[-1] for folder in (whole, halves))
     assert a.name == b.name == "step_00000004"
-    for name in ("network.safetensors", "ema.safetensors"):
+    for name in ("network.safetensors", "model.safetensors"):
         first, second = load_file(a / name), load_file(b / name)
         assert all(torch.equal(first[key], second[key]) for key in first)
     first, second = (torch.load(folder / "adam.pt", weights_only=True)["state"] for folder in (a, b))

@@ -1,0 +1,187 @@
+"""The way of the data: from global sample indices to the tensors that the loss takes, read ahead on threads (S.2).
+
+    feed = feed.Feed(plan, draw, seed, text, autoencoder, device, world=8, rank=0)
+    for batch in feed.batches(start=1200):     # this process's micro-batches, from iteration 1200 on, in order
+        loss(batch.x0, batch.c, batch.null, batch.fake, batch.is_null, batch.draws, tau, aux)
+
+What a batch holds is a function of (seed, iteration, global index): which thread reads it, when, and on which of how many
+processes changes nothing. Threads do what needs no device (files, pictures, random numbers); the frozen encoders run where
+the network runs, when the batch is due.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import data
+import encoders
+import shards
+from randomness import rng
+from recipe import Recipe, Stage
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which source a name means
+# ---------------------------------------------------------------------------------------------------------------------
+def open_source(names: tuple[str, ...], sides: tuple[int, ...], batch_size: int, multiple: int):
+    """The samples of a stage: "shapes", a folder of pictures, a folder of tar shards, or caches of encoded shards.
+
+    Sources of several sides take turns, batch by batch. A cache has one side, so a stage of two sides needs two caches;
+    all else serves every side. `multiple` is what the sides of a picture must be multiples of: the auto-encoder's factor
+    times the patch. Raises DataError with what is wrong and what to do.
+    """
+    caches = [Path(name) for name in names if (Path(name) / "cache.json").exists()]
+    if len(caches) < len(names) and len(names) > 1:
+        raise data.DataError(f"--data takes one folder, or several caches; of {', '.join(names)} only {len(caches)} are caches")
+    for side in sides:
+        if side % multiple:
+            raise data.DataError(f"the side of the pictures must be a multiple of {multiple}, not {side}")
+    parts = []
+    for side in sides:
+        if names == ("shapes",):
+            parts.append(data.Shapes(side))
+        elif caches:
+            by_side = {source.side: source for source in (shards.CachedShards(path, batch_size) for path in caches)}
+            if side not in by_side:
+                raise data.DataError(f"none of {', '.join(names)} was cached with --side {side}")
+            parts.append(by_side[side])
+        elif any(Path(names[0]).glob("*.tar")):
+            parts.append(shards.Shards(names[0], side, batch_size, multiple=multiple))
+        else:
+            parts.append(data.ImageFolder(names[0], side))
+    return parts[0] if len(parts) == 1 else shards.Mixed(parts, batch_size)
+
+
+def parts_of(source) -> list:
+    """A source, or the several that take turns in it."""
+    return getattr(source, "sources", [source])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------------
+class Batch(NamedTuple):
+    """One micro-batch as the loss takes it."""
+
+    x0: Tensor  # [B, C, h, w] fp32
+    c: tuple  # (tokens [B, L, d_txt], pooled [B, d_vec])
+    null: tuple  # the same of ""
+    fake: tuple | None  # the same of the fake prompts, with the auxiliary term
+    is_null: Tensor  # [B] bool, where the prompt was dropped
+    draws: tuple  # the random numbers: losses.Draws or baselines.Draws
+    keys: list[str]  # what the samples are called in logs
+
+
+class Fetched(NamedTuple):
+    """What the threads hand over: everything of a micro-batch that needs no device."""
+
+    aux: bool
+    samples: list
+    pictures: Tensor | None  # [B, 3, H, W] in [-1, 1]; None when the samples are encoded already
+    dropped: list[bool]
+    draws: tuple
+
+
+class Feed:
+    """The micro-batches of one process.
+
+    plan                recipe.Recipe
+    draw                losses.draw or baselines.draw: the random numbers of a micro-batch
+    text, autoencoder   the frozen encoders; both may be None when all sources are caches
+    patch               of the network, for `multiple` of open_source
+    waited              seconds that `batches` has kept its caller waiting for the threads
+
+    Raises DataError when a stage's source cannot be opened: at the start, for all stages to come.
+    """
+
+    def __init__(self, plan: Recipe, draw: Callable, seed: int, text, autoencoder, device: torch.device, *, patch: int = 1,
+                 channels: int = 3, factor: int = 1, world: int = 1, rank: int = 0, start: int = 0,
+                 workers: int = 2):  # fmt: skip
+        self.plan, self.draw, self.seed, self.device = plan, draw, seed, device
+        self.text, self.autoencoder, self.channels, self.factor = text, autoencoder, channels, factor
+        self.world, self.rank, self.workers, self.waited = world, rank, workers, 0.0
+        self.sources = {
+            number: open_source(plan.data, stage.sides, stage.batch_size, factor * patch)
+            for number, stage in enumerate(plan.stages) if number >= plan.stage_number(start)
+        }  # fmt: skip
+        self.null = None
+
+    def source(self, step: int):
+        """The source of iteration `step`."""
+        return self.sources[self.plan.stage_number(step)]
+
+    def skipped(self) -> int:
+        """Samples that could not be read so far."""
+        return sum(len(source.skipped) for source in self.sources.values())
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """The global indices of this process's micro-batches of an iteration: a run of consecutive integers each."""
+        stage: Stage = self.plan.stage(step)
+        share = stage.batch_size // self.world
+        micro = self.plan.micro_batch_of(stage, self.plan.side(step), self.world)
+        first = self.plan.first(step) + self.rank * share
+        return [list(range(first + m, first + m + micro)) for m in range(0, share, micro)]
+
+    def fetch(self, step: int, index: list[int]) -> Fetched:
+        """Read one micro-batch; runs on a thread."""
+        source = self.source(step)
+        samples = [source.sample(g, self.seed) for g in index]
+        dropped = [bool(rng(self.seed, "dropout", g).random() < self.plan.dropout) for g in index]
+        height, width = source.bucket(index[0], self.seed)
+        shape = (self.channels, height // self.factor, width // self.factor)
+        pictures = None
+        if not isinstance(samples[0], shards.CachedSample):
+            pictures = data.to_tensor([s.picture for s in samples])
+            if self.device.type == "cuda":
+                pictures = pictures.pin_memory()
+        return Fetched(self.plan.aux(step), samples, pictures, dropped, self.draw(self.seed, step, index, shape))
+
+    def encode(self, f: Fetched, source) -> Batch:
+        """Put a fetched micro-batch on the device and through the frozen encoders."""
+
+        def put(x):
+            return tuple(a.to(self.device, non_blocking=True) for a in x) if isinstance(x, tuple) else x.to(self.device, non_blocking=True)
+
+        fake = None
+        if f.pictures is None:
+            cached = parts_of(source)[0]
+            null = put(cached.null)
+            x0, c, fake = shards.collate(f.samples, f.dropped, cached.null, cached.null_fake, f.aux)
+            x0, c, fake = put(x0), put(c), put(fake) if fake else None
+        else:
+            x0 = self.autoencoder.encode(put(f.pictures))
+            prompts = ["" if drop else s.caption for s, drop in zip(f.samples, f.dropped)]
+            c = self.text(prompts)
+            if f.aux:
+                fake = self.text([encoders.fake_prompt(p) for p in prompts])
+            if self.null is None:
+                self.null = self.text([""])
+            null = self.null
+        null = tuple(a.expand(len(x0), *a.shape[1:]) for a in null)
+        is_null = torch.tensor(f.dropped, device=self.device) | torch.tensor([s.caption == "" for s in f.samples], device=self.device)
+        return Batch(x0, c, null, fake, is_null, type(f.draws)(*put(tuple(f.draws))), [s.key for s in f.samples])
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Every micro-batch from iteration `start` to the end of the run, read ahead by `workers` threads."""
+        jobs = ((step, index) for step in range(start, self.plan.steps) for index in self.micro_batches(step))
+        with ThreadPoolExecutor(self.workers) as pool:
+            ahead = deque((step, pool.submit(self.fetch, step, index)) for step, index in itertools.islice(jobs, 2 * self.workers))
+            try:
+                while ahead:
+                    step, future = ahead.popleft()
+                    began = time.perf_counter()
+                    fetched = future.result()
+                    self.waited += time.perf_counter() - began
+                    for next_step, index in itertools.islice(jobs, 1):
+                        ahead.append((next_step, pool.submit(self.fetch, next_step, index)))
+                    yield self.encode(fetched, self.source(step))
+            finally:
+                for _, future in ahead:
+                    future.cancel()

@@ -1,0 +1,246 @@
+"""What is trained, for how long, at which size and rate: the paper's recipe as data (S.2, Sec. 4.2), and its price.
+
+    plan = recipe.RECIPES["2b"]
+    plan.stage(600_000)             # the second stage: 256 and 512 pixels in turns, 768 pictures an iteration
+    plan.first(600_000)             # the global index of the first sample of iteration 600,000
+    plan.learning_rate(600_000), plan.tau(600_000), plan.aux(600_000)
+
+Everything that changes during a run is a function of the iteration, given here, so there is no schedule to save: an
+iteration's number says all. Times are shares of the run, the paper's iterations out of its 710k, so a run of any length
+meets every part of the recipe.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import encoders
+import errors
+import losses
+import model
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run with its own picture sizes and batch."""
+
+    share: float  # begins after this share of the run's iterations
+    sides: tuple[int, ...]  # of the pictures, pixels; iterations take turns among them
+    batch_size: int  # global: over all processes and micro-batches
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run. For the big sizes every number is the paper's; `laptop` is chosen for the result per minute."""
+
+    steps: int  # iterations
+    stages: tuple[Stage, ...]
+    lr: float  # peak learning rate, reached after the warm-up,
+    lr_end: float  # and where its linear decay ends
+    tau_until: float  # share of the run over which tau rises from 0 to 1 (s.13)
+    aux_from: float  # share of the run after which the auxiliary term joins (S.1.2); 1 is never
+    micro_batch: int | None  # pictures a process computes at once, at the first stage's first side; None: all of its share
+    guidance: float  # of the picture grids and the checkpoint's default
+    s_rule: float = 0.0  # the checkpoint's default second time when sampling (S.3.1)
+    data: tuple[str, ...] = ("shapes",)
+    text: str = encoders.FLUX_TEXT
+    txt_len: int = 256
+    autoencoder: str = encoders.FLUX_VAE
+    warmup: int = 1000  # iterations, at most 5% of the run
+    clip: float = 1.0  # largest gradient norm
+    betas: tuple[float, float] = (0.9, 0.95)
+    ema: float = 0.9999
+    dropout: float = 0.1  # share of prompts replaced by ""
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Functions of the iteration, `step` = 0, 1, ...
+    # -----------------------------------------------------------------------------------------------------------------
+    def begins(self) -> list[int]:
+        """The iteration at which each stage begins, and the end of the run."""
+        return [round(stage.share * self.steps) for stage in self.stages] + [self.steps]
+
+    def stage_number(self, step: int) -> int:
+        return max(i for i, begin in enumerate(self.begins()[:-1]) if begin <= step or i == 0)
+
+    def stage(self, step: int) -> Stage:
+        """The stage that iteration `step` belongs to."""
+        return self.stages[self.stage_number(step)]
+
+    def first(self, step: int) -> int:
+        """The global index g of the first sample of iteration `step`: the whole position of a run in its data.
+
+        Samples are counted through all stages. A new stage begins at the next multiple of its batch size, because data
+        in buckets is arranged in aligned blocks of one batch.
+        """
+        g, begins = 0, self.begins()
+        for stage, begin, end in zip(self.stages, begins, begins[1:]):
+            g = -(-g // stage.batch_size) * stage.batch_size
+            if step < end or end == self.steps:
+                return g + (step - begin) * stage.batch_size
+            g += (end - begin) * stage.batch_size
+        raise AssertionError("the last stage ends with the run")
+
+    def side(self, step: int) -> int:
+        """The side of the (square) pictures of iteration `step`: the sides of a stage take turns."""
+        stage = self.stage(step)
+        return stage.sides[self.first(step) // stage.batch_size % len(stage.sides)]
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then linear decay to lr_end."""
+        warmup = min(self.warmup, max(1, self.steps // 20))
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        return self.lr + (self.lr_end - self.lr) * (step - warmup) / max(1, self.steps - warmup)
+
+    def tau(self, step: int) -> float:
+        """How far below t the second time may lie (s.13): 0 at the start, 1 from tau_until on."""
+        return min(1.0, step / (self.tau_until * self.steps)) if self.tau_until > 0 else 1.0
+
+    def aux(self, step: int) -> bool:
+        """Whether iteration `step` has the auxiliary term."""
+        return self.aux_from < 1 and step >= self.aux_from * self.steps
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The global batch, divided
+    # -----------------------------------------------------------------------------------------------------------------
+    def micro_batch_of(self, stage: Stage, side: int, world: int) -> int:
+        """Pictures that each of `world` processes computes at once at a stage and side.
+
+        The recipe's micro_batch holds for the first stage's first side; larger pictures, which take more memory, get
+        the largest even divisor of the process's share that costs no more of it.
+        """
+        share = stage.batch_size // world
+        if self.micro_batch is None:
+            return share
+        base = self.stages[0].sides[0]
+        most = max(2, self.micro_batch * base**2 // side**2)
+        return max(m for m in range(2, share + 1, 2) if share % m == 0 and (m <= most or m == 2))
+
+    def check_division(self, world: int, group: int = 2) -> None:
+        """Raise UserError unless every stage's batch divides into `world` processes and equal micro-batches.
+
+        Micro-batches are multiples of `group`: 2, because every second sample has s < t (s.13); 4 for IMM's groups. The
+        message names the nearest combinations that divide.
+        """
+        batches = sorted({stage.batch_size for stage in self.stages})
+        micro = self.micro_batch if self.micro_batch is not None else group
+
+        def divides(world, micro, batches):
+            return micro % group == 0 and all(b % (world * micro) == 0 for b in batches)
+
+        if divides(world, micro, batches):
+            return
+        said = " and ".join(map(str, batches))
+        worlds = [w for w in range(1, math.gcd(*batches) + 1) if divides(w, micro, batches)]
+        micros = [m for m in range(group, max(batches) + 1, group) if divides(world, m, batches)]
+        unit = world * math.lcm(micro, group)
+        ways = []
+        if worlds:
+            ways.append(f"{' or '.join(map(str, nearest(worlds, world)))} processes with micro-batches of {micro}")
+        if micros:
+            ways.append(f"micro-batches of {' or '.join(map(str, nearest(micros, micro)))} on {world} processes")
+        if len(batches) == 1:
+            near = nearest([unit * max(1, batches[0] // unit), unit * (batches[0] // unit + 1)], batches[0])
+            ways.append(f"--batch-size {' or '.join(map(str, near))}")
+        else:
+            ways.append(f"--batch-size {unit * max(1, round(batches[-1] / unit))} in all stages")
+        raise errors.UserError(f"a batch of {said} does not divide into {world} processes x micro-batches of {micro} "
+                               f"(multiples of {group}); the nearest that do: {'; '.join(ways)}")  # fmt: skip
+
+
+def nearest(values: list[int], wanted: int) -> list[int]:
+    """The values next to `wanted` from below and from above, without repeats."""
+    below, above = [v for v in values if v <= wanted], [v for v in values if v >= wanted]
+    return sorted({*below[-1:], *above[:1]})
+
+
+TAU_UNTIL, AUX_FROM, LARGER_FROM = 300 / 710, 550 / 710, 500 / 710  # the paper's milestones of the 2B run (S.2)
+
+RECIPES = {
+    # Classifier score only, the "Ours" of Table 2: in twenty minutes the auxiliary stage costs more than it can give.
+    "laptop": Recipe(4000, (Stage(0, (24,), 32),), 5e-3, 1e-5, TAU_UNTIL, 1.0, None, 2.0,
+                     text="words", txt_len=14, autoencoder="pixels"),
+    # Sec. 4.2: 300k iterations with "other settings as in Sec. 4.1": tau rises over all of them, and they end before the
+    # iteration at which the auxiliary term would join.
+    "0.5b": Recipe(300_000, (Stage(0, (256,), 1024),), 3e-4, 1e-5, 1.0, 1.0, 64, 5.0),
+    "2b": Recipe(710_000, (Stage(0, (256,), 1024), Stage(LARGER_FROM, (256, 512), 768)), 3e-4, 1e-5, TAU_UNTIL, AUX_FROM,
+                 16, 5.0),
+}  # fmt: skip
+
+
+def make(size: str, **changes) -> Recipe:
+    """The recipe of a size with some of its fields changed; None leaves a field as it is.
+
+    `batch_size` and `side` change every stage: stages that become alike are merged.
+    """
+    side, batch_size = changes.pop("side", None), changes.pop("batch_size", None)
+    base = RECIPES[size]
+    stages = []
+    for stage in base.stages:
+        stage = replace(stage, sides=(side,) if side else stage.sides, batch_size=batch_size or stage.batch_size)
+        if not stages or replace(stage, share=stages[-1].share) != stages[-1]:
+            stages.append(stage)
+    return replace(base, stages=tuple(stages), **{k: v for k, v in changes.items() if v is not None})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run will be and cost
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward-pass equivalents of a step per picture. 1 forward + 2 of the backward pass; Self-E adds two evaluations of half
+# the batch; the auxiliary term a forward and backward of half the batch, which serves as its evaluation too.
+FORWARDS = {"flow_matching": 3.0, "imm": 4.0, "self_e": 4.0, "aux": 5.5}
+H100_FLOPS = 989e12  # dense bf16, NVIDIA's data sheet
+ASSUMED_MFU = 0.40
+
+
+def picture_flops(size: dict, plan: Recipe, objective: str, side: int, factor: int, aux: bool) -> float:
+    """Operations of one training step per picture of side x side pixels."""
+    tokens = (side // (factor * size["patch"])) ** 2
+    return FORWARDS["aux" if aux else objective] * model.forward_flops(size, tokens, plan.txt_len)
+
+
+def run_flops(size: dict, plan: Recipe, objective: str, factor: int, start: int = 0) -> float:
+    """Operations of a run from iteration `start` to its end, recomputation and frozen encoders not counted."""
+    total = 0.0
+    marks = sorted({start, *plan.begins(), min(plan.steps, math.ceil(plan.aux_from * plan.steps))})
+    for begin, end in zip(marks, marks[1:]):
+        if begin < start:
+            continue
+        stage, aux = plan.stage(begin), objective == "self_e" and plan.aux(begin)
+        each = sum(picture_flops(size, plan, objective, side, factor, aux) for side in stage.sides) / len(stage.sides)
+        total += (end - begin) * stage.batch_size * each
+    return total
+
+
+def describe(size: dict, plan: Recipe, objective: str, factor: int, world: int) -> list[str]:
+    """The recipe of a run in lines, as printed at its start."""
+    begins, lines = plan.begins(), []
+    for stage, begin, end in zip(plan.stages, begins, begins[1:]):
+        sides = " and ".join(f"{side} x {side}" for side in stage.sides) + (" in turns" if len(stage.sides) > 1 else "")
+        micro = {side: plan.micro_batch_of(stage, side, world) for side in stage.sides}
+        shares = ", ".join(f"{stage.batch_size // world // m} x {m}" + (f" at {side}" if len(micro) > 1 else "") for side, m in micro.items())
+        mu = ", ".join(f"{losses.mu_of_length((side // (factor * size['patch'])) ** 2):.2f}" for side in stage.sides)
+        lines.append(f"iterations {begin:,} to {end:,}: {sides} pixels, {stage.batch_size} pictures each "
+                     f"({world} process{'es' * (world > 1)} x {shares}), mu {mu}")  # fmt: skip
+    warmup = min(plan.warmup, max(1, plan.steps // 20))
+    lines.append(f"Adam {plan.betas}, learning rate {plan.lr:g} after {warmup:,} iterations, down to {plan.lr_end:g}; gradients clipped "
+                 f"at {plan.clip:g}; EMA {plan.ema:g}; {plan.dropout:.0%} of prompts dropped")  # fmt: skip
+    if objective == "self_e":
+        aux = f"auxiliary term from iteration {math.ceil(plan.aux_from * plan.steps):,}" if plan.aux_from < 1 else "no auxiliary term"
+        lines.append(f"tau from 0 to 1 over {round(plan.tau_until * plan.steps):,} iterations; {aux}")
+    return lines
+
+
+def state_bytes(parameters: int, world: int, zero: bool) -> dict[str, float]:
+    """Bytes of what a process keeps on its device all the time, fp32: weights, gradients, Adam's two moments, EMA."""
+    each = 4.0 * parameters
+    return {"weights": each, "gradients": each, "Adam": 2 * each / (world if zero else 1), "EMA": each}
+
+
+def price(size: dict, plan: Recipe, objective: str, factor: int, start: int = 0) -> list[str]:
+    """Operations and time left, in lines, by the number of H100 GPUs."""
+    flops = run_flops(size, plan, objective, factor, start)
+    hours = flops / (H100_FLOPS * ASSUMED_MFU) / 3600
+    lines = [f"{flops:.2e} FLOP from iteration {start:,} on, {hours:,.1f} H100-hours at {ASSUMED_MFU:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s (an assumption; "
+             "benchmark.py measures it)"]  # fmt: skip
+    lines += [f"{n:6} GPUs: {hours / n / 24:8.1f} days" for n in (1, 8, 16, 32, 64, 128)]
+    return lines

@@ -1,0 +1,131 @@
+"""What the loop is fed with: one sequence whatever the number of processes, threads or stops, from every kind of source."""
+
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import encoders
+import feed
+import losses
+import recipe
+import shards
+from randomness import rng
+
+DEVICE = torch.device("cpu")
+TEXT, PIXELS = encoders.text_encoder("words", 12, "cpu"), encoders.autoencoder("pixels", "cpu")
+DRAW = functools.partial(losses.draw, p_equal=0.5)
+
+
+def plan_of(*stages, steps=6, **changes):
+    stages = tuple(recipe.Stage(*stage) for stage in stages)
+    return recipe.replace(recipe.RECIPES["laptop"], steps=steps, stages=stages, txt_len=12, **changes)
+
+
+def feed_of(plan, **arguments):
+    return feed.Feed(plan, DRAW, 3, TEXT, PIXELS, DEVICE, **({"patch": 4} | arguments))
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory):
+    """Sixteen pictures, ten of them wide, in tar shards."""
+    folder = tmp_path_factory.mktemp("feed")
+    (folder / "pictures").mkdir()
+    random = np.random.default_rng(0)
+    for i in range(16):
+        height, width = (32, 64) if i < 10 else (40, 40)
+        Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / "pictures" / f"{i}.png")
+        (folder / "pictures" / f"{i}.txt").write_text(f"picture number {i}")
+    shards.pack(folder / "pictures", folder / "tars", per_shard=5)
+    for side in (16, 32):
+        shards.cache(folder / "tars", folder / f"cache{side}", side, TEXT, PIXELS, batch_size=4, fake=True, tokens="fp32",
+                     multiple=4, per_shard=4)  # fmt: skip
+    return folder
+
+
+def test_the_sequence_is_the_same_on_any_number_of_processes_and_threads():
+    plan = plan_of((0, (24,), 8), (0.5, (24,), 16), micro_batch=2)
+    alone = [key for batch in feed_of(plan, workers=1).batches(0) for key in batch.keys]
+    assert len(set(alone)) == len(alone) == 3 * 8 + 3 * 16
+    for world in (2, 4):
+        parts = [feed_of(plan, world=world, rank=rank, workers=3) for rank in range(world)]
+        streams = [part.batches(0) for part in parts]
+        together = []
+        for step in range(plan.steps):
+            for stream, part in zip(streams, parts):
+                for _ in part.micro_batches(step):
+                    together += next(stream).keys
+        assert together == alone
+    later = [key for batch in feed_of(plan, start=4).batches(4) for key in batch.keys]
+    assert later == alone[3 * 8 + 16 :]
+
+
+def test_a_batch_holds_what_the_indices_say():
+    plan = plan_of((0, (24,), 4), micro_batch=2, steps=3, aux_from=0.5, dropout=0.5)
+    source, batches = data.Shapes(24), list(feed_of(plan).batches(0))
+    assert len(batches) == 6
+    for number, batch in enumerate(batches):
+        step, index = number // 2, [2 * number, 2 * number + 1]
+        samples = [source.sample(g, 3) for g in index]
+        prompts = ["" if rng(3, "dropout", g).random() < 0.5 else s.caption for g, s in zip(index, samples)]
+        assert torch.equal(batch.x0, PIXELS.encode(data.to_tensor([s.picture for s in samples])))
+        assert all(torch.equal(a, b) for a, b in zip(batch.c, TEXT(prompts)))
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(batch.null, TEXT([""])))
+        assert batch.is_null.tolist() == [p == "" for p in prompts]
+        expected = DRAW(3, step, index, (3, 24, 24))
+        assert all(torch.equal(a, b) for a, b in zip(batch.draws, expected))
+        assert (batch.fake is not None) == (step == 2)
+        if batch.fake:
+            assert all(torch.equal(a, b) for a, b in zip(batch.fake, TEXT([encoders.fake_prompt(p) for p in prompts])))
+
+
+def test_shards_come_in_buckets_and_their_draws_have_the_pictures_shape(tars):
+    plan = plan_of((0, (16,), 4), (0.5, (16, 32), 4), data=(str(tars / "tars"),), micro_batch=2, steps=12)
+    shapes = {}
+    for number, batch in enumerate(feed_of(plan).batches(0)):
+        assert batch.draws.eps.shape == batch.x0.shape
+        shapes.setdefault(number // 2, set()).add(tuple(batch.x0.shape[2:]))
+    assert all(len(some) == 1 for some in shapes.values())  # one bucket an iteration
+    first, second = ({next(iter(shapes[step])) for step in steps} for steps in (range(6), range(6, 12)))
+    assert all(100 < h * w < 300 for h, w in first) and len(first) == 2
+    assert any(h * w > 700 for h, w in second) and any(h * w < 300 for h, w in second)
+
+
+def test_caches_feed_what_their_tars_feed(tars):
+    kinds = {"tars": (str(tars / "tars"),), "caches": (str(tars / "cache32"), str(tars / "cache16"))}
+    batches = {}
+    for kind, names in kinds.items():
+        plan = plan_of((0, (16, 32), 4), data=names, steps=8, aux_from=0.5, dropout=0.3, micro_batch=4)
+        text, pixels = (TEXT, PIXELS) if kind == "tars" else (None, None)
+        batches[kind] = list(feed.Feed(plan, DRAW, 3, text, pixels, DEVICE, patch=4).batches(0))
+    for a, b in zip(batches["tars"], batches["caches"], strict=True):
+        assert a.keys == b.keys and torch.equal(a.is_null, b.is_null)
+        assert torch.equal(a.x0, b.x0) and all(torch.equal(x, y) for x, y in zip(a.draws, b.draws))
+        for x, y in zip((a.c, a.null, a.fake), (b.c, b.null, b.fake)):
+            assert (x is None) == (y is None) and all(p.dtype == q.dtype and torch.equal(p, q) for p, q in zip(x or (), y or ()))
+
+
+@pytest.mark.parametrize("names, sides, said", [
+    (("shapes",), (26,), "multiple of 4"), (("absent",), (24,), "no such folder"), (("{}/cache16",), (32,), "--side 32"),
+    (("{}/cache16", "{}/tars"), (16,), "several caches"), (("{}/tars",), (18,), "multiple of 4"),
+])  # fmt: skip
+def test_what_cannot_be_opened(tars, names, sides, said):
+    with pytest.raises(data.DataError, match=said):
+        feed.open_source(tuple(name.format(tars) for name in names), sides, 4, 4)
+
+
+def test_an_error_on_a_thread_reaches_the_loop(monkeypatch):
+    plan = plan_of((0, (24,), 4), micro_batch=2)
+    stream = feed_of(plan).batches(0)
+    next(stream)
+
+    def broken(self, g, seed):
+        raise data.DataError("the disk is gone")
+
+    monkeypatch.setattr(data.Shapes, "sample", broken)
+    with pytest.raises(data.DataError, match="the disk is gone"):
+        list(itertools.islice(stream, 20))
