@@ -20,7 +20,6 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import checkpoint
 import errors
-import evaluate
 import losses
 import machine
 import model
@@ -88,10 +87,11 @@ def main() -> None:
     a("--size", default="laptop", choices=list(model.SIZES), help="which model (default: laptop)")
     a("--blocks", metavar="N", type=int, nargs=2, help="double and single blocks instead of the size's own")
     a("--batch", metavar="N", type=int, default=64, help="pictures a step, even (default: 64)")
-    a("--side", metavar="N", type=int, help="side of the pictures in pixels (default: 32 for laptop, else 256)")
-    a("--text", metavar="N", type=int, help="text tokens (default: 16 for laptop, else 256)")
+    a("--side", metavar="N", type=int, help="side of the pictures in pixels (default: the recipe's)")
+    a("--text", metavar="N", type=int, help="text tokens (default: the recipe's)")
     a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="inside the network (default: the faster)")
     a("--compile", action="store_true", help="torch.compile each block")
+    a("--recompute", metavar="N", type=int, default=0, help="blocks that recompute their activations (default: 0)")
     a("--repeats", metavar="N", type=int, default=7, help="measured rounds (default: 7)")
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     a("--out", metavar="FILE", type=Path, help="write the figures as JSON")
@@ -105,14 +105,15 @@ def main() -> None:
     size = dict(model.SIZES[args.size])
     if args.blocks:
         size["double"], size["single"] = args.blocks
-    laptop = args.size == "laptop"
-    side = (args.side or (32 if laptop else 256)) // (1 if laptop else 8)
-    text_tokens = args.text or (16 if laptop else 256)
+    plan = recipe.RECIPES[args.size]
+    side = (args.side or plan.stages[0].sides[0]) // (1 if plan.autoencoder == "pixels" else 8)
+    text_tokens = args.text or plan.txt_len
     image_tokens = (side // size["patch"]) ** 2
     B, shape = args.batch, (size["channels"], side, side)
 
     torch.manual_seed(0)
     network = model.Denoiser(**size, precision=precision).to(device)
+    network.recompute = args.recompute
     ema = copy.deepcopy(network).requires_grad_(False)
     if args.compile:
         for block in [*network.double_blocks, *network.single_blocks, *ema.double_blocks, *ema.single_blocks]:
@@ -150,18 +151,25 @@ def main() -> None:
         forwards[name] = calls["n"]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    medians = in_turns(steps | {"Adam + EMA": update}, device, args.repeats)
+    arguments = x0, c, null, fake, is_null, draws[0.5], 1.0, False
+
+    def forward_backward():
+        objective(*arguments)[0].backward()
+
+    parts = {"forward": lambda: objective(*arguments), "forward + backward": forward_backward, "Adam + EMA": update}
+    medians = in_turns(steps | parts, device, args.repeats)
+    adam.zero_grad(set_to_none=False)
     peak = {str(d).removeprefix("torch."): machine.peak_flops(device, d) for d in (torch.float32, torch.bfloat16)}
     used = str(precision).removeprefix("torch.")
     flops = model.forward_flops(size, image_tokens, text_tokens)
 
-    report = evaluate.provenance(device) | {
+    report = machine.provenance(device) | {
         "size": args.size, "blocks": [size["double"], size["single"]], "batch": B,
-        "image_tokens": image_tokens, "text_tokens": text_tokens, "precision": used, "compiled": args.compile,
+        "image_tokens": image_tokens, "text_tokens": text_tokens, "precision": used, "compiled": args.compile, "recompute": args.recompute,
         "peak_tflops": {name: round(value / 1e12, 3) for name, value in peak.items()}, "steps": {},
     }  # fmt: skip
     print(f"{args.size} ({size['double']} + {size['single']} blocks), batch {B}, {image_tokens} + {text_tokens} tokens, {used}"
-          f"{', compiled' if args.compile else ''}, on {report['machine']}")  # fmt: skip
+          f"{', compiled' if args.compile else ''}, on {report['hardware']}")  # fmt: skip
     print("matrix-product peak: " + ", ".join(f"{v / 1e12:.2f} TFLOP/s in {k}" for k, v in peak.items()))
     print(f"{'step':16}{'ms':>9}{'images/s':>10}{'x flow matching':>17}{'forward passes':>16}{'TFLOP/s':>9}{'of peak':>9}")
     for name in steps:
@@ -174,7 +182,9 @@ def main() -> None:
               f"{row['tflops']:9.3f}{row['mfu']:9.1%}")  # fmt: skip
     share = medians["Adam + EMA"] / medians["Self-E"]
     report["adam_and_ema_share"] = share
-    print(f"Adam + EMA: {medians['Adam + EMA'] * 1e3:.1f} ms, {share:.1%} of a Self-E step")
+    split = {"forward": medians["forward"], "backward": medians["forward + backward"] - medians["forward"], "Adam + EMA": medians["Adam + EMA"]}
+    report["self_e_split_seconds"] = split
+    print("a Self-E step: " + ", ".join(f"{name} {t * 1e3:.1f} ms" for name, t in split.items()) + f" ({share:.1%} of it)")
     if device.type == "cuda":
         report["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         print(f"peak memory: {report['peak_memory_gib']:.1f} GiB")
@@ -185,6 +195,9 @@ def main() -> None:
         print("diffusers is not installed: no comparison with its FluxTransformer2DModel")
     else:
         flux, call = other
+        if args.compile:
+            for block in [*flux.transformer_blocks, *flux.single_transformer_blocks]:
+                block.compile(dynamic=False)
         t = torch.rand(B, device=device)
         tokens = torch.randn(B, image_tokens, size["channels"] * size["patch"] ** 2, device=device)
 

@@ -6,6 +6,8 @@
         config.json  model.safetensors (EMA)  network.safetensors  adam.pt  state.json
     RUN/metrics.jsonl  RUN/grids/       what happened on the way
 
+    python checkpoint.py runs/laptop checkpoints/laptop --dtype fp16      # the part of a run that is worth giving away
+
 Every file or folder is written beside its final name, brought to the disk and then renamed, so what has the final name is
 complete: a run may be killed at any moment, a disk may fill up, and the last complete state is still there.
 """
@@ -172,3 +174,45 @@ def cut_metrics(path: Path, step: int) -> None:
             continue
     with in_one_piece(path) as partial:
         partial.write_text("".join(kept), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Giving a model away
+# ---------------------------------------------------------------------------------------------------------------------
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def export(source: Path, out: Path, dtype: torch.dtype, lines: int = 200) -> None:
+    """Copy what sample.py needs of a run or state, its weights as `dtype`, and at most `lines` lines of its metrics.
+
+    fp16 halves the file and keeps 11 bits of every weight; the model still computes in what sample.py chooses. Raises
+    CheckpointError when `source` holds no model.
+    """
+    config = read_json(source / "config.json")
+    try:
+        weights = load_file(source / "model.safetensors")
+    except (FileNotFoundError, SafetensorError) as error:
+        raise CheckpointError(f"{source / 'model.safetensors'} cannot be read ({error})") from error
+    out.mkdir(parents=True, exist_ok=True)
+    with in_one_piece(out / "model.safetensors") as partial:
+        save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, partial)
+    write_json(out / "config.json", config)
+    if (source / "metrics.jsonl").exists():
+        rows = (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        kept = rows[:: max(1, -(-len(rows) // lines))]
+        with in_one_piece(out / "metrics.jsonl") as partial:
+            partial.write_text("\n".join(dict.fromkeys([*kept, *rows[-1:]])) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = errors.Parser("checkpoint.py RUN OUT", "Copy a model out of a run: weights, config and metrics.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run, or one of its states")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the weights (default: fp32)")
+    args = parser.parse_args()
+    export(args.run, args.out, DTYPES[args.dtype])
+    print(f"wrote {args.out}: {(args.out / 'model.safetensors').stat().st_size / 1e6:.1f} MB of weights")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, program: str, description: str):
         super().__init__(prog=program, description=description, usage=f"python {program} [options]",
-                         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=118))
+                         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=128))
 
     def error(self, message: str):
         raise UserError(message)

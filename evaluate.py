@@ -22,7 +22,6 @@ import hashlib
 import itertools
 import json
 import os
-import subprocess
 import sys
 import time
 import warnings
@@ -560,25 +559,6 @@ def draw_figure(results: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def commit_of_code() -> str:
-    """The commit this code is at, with "+" when files differ from it; "unknown" outside a git clone."""
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def provenance(device: torch.device) -> dict:
-    """What a result file says of where it comes from."""
-    return {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit_of_code(),
-            "machine": machine.describe(device), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
-
-
 # =====================================================================================================================
 # Pictures for GenEval's public scorer
 # =====================================================================================================================
@@ -760,9 +740,9 @@ def run_scores(args: argparse.Namespace, device: torch.device) -> None:
         raise errors.UserError(f"{args.checkpoint} was trained on {loaded.config['data']}; only the built-in shapes "
                                "have exact scores. For other models: --export, and GenEval's own scorer")  # fmt: skip
     choices = choices_of(args)
-    results = provenance(device) | {"checkpoint": str(args.checkpoint), "seed": args.seed, "images": args.images,
-                                    "per_tag": args.per_tag, "splits": {},
-                                    "choices": sample.choose(loaded.config, **choices)}  # fmt: skip
+    results = machine.provenance(device) | {"checkpoint": str(args.checkpoint), "seed": args.seed, "images": args.images,
+                                            "per_tag": args.per_tag, "splits": {},
+                                            "choices": sample.choose(loaded.config, **choices)}  # fmt: skip
     began = time.perf_counter()
     asked = {split: prompts(split, args.per_tag) for split in args.split}
     total = sum(len(a) for a in asked.values()) * args.images * len(args.steps)

@@ -97,6 +97,7 @@ class Feed:
     text, autoencoder   the frozen encoders; both may be None when all sources are caches
     patch               of the network, for `multiple` of open_source
     waited              seconds that `batches` has kept its caller waiting for the threads
+    left_out            samples that the sources have left out from the start; `unreadable` counts those found since, too
 
     Raises DataError when a stage's source cannot be opened: at the start, for all stages to come.
     """
@@ -112,12 +113,13 @@ class Feed:
             for number, stage in enumerate(plan.stages) if number >= plan.stage_number(start)
         }  # fmt: skip
         self.null = None
+        self.left_out = self.unreadable()  # when the sources were opened: the same for every process
 
     def source(self, step: int):
         """The source of iteration `step`."""
         return self.sources[self.plan.stage_number(step)]
 
-    def skipped(self) -> int:
+    def unreadable(self) -> int:
         """Samples that could not be read so far."""
         return sum(len(source.skipped) for source in self.sources.values())
 

@@ -3,13 +3,16 @@
     device = machine.pick_device("auto")
     precision = machine.pick_precision(device)          # torch.bfloat16 where it is faster, else torch.float32
     works, why = machine.compile_works(device)          # whether torch.compile can build code here
+    machine.provenance(device)                          # what a result file says of where it comes from
 """
 
 import ctypes
 import os
 import platform
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -109,6 +112,27 @@ def describe(device: torch.device) -> str:
     else:
         chip = f"{processor_name()}, {torch.get_num_threads()} threads" + (" and MPS" if device.type == "mps" else "")
     return f"{chip}; torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
+
+
+def commit() -> str:
+    """The commit this code is at, with "+" when a program differs from it; "unknown" outside a git clone."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno", "--", "*.py") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """What every result file says of where it comes from."""
+    program, here = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent
+    name = program.relative_to(here) if program.is_relative_to(here) else program.name
+    return {"command": " ".join(["python", str(name), *sys.argv[1:]]), "commit": commit(), "hardware": describe(device),
+            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
 
 
 def processor_name() -> str:

@@ -38,7 +38,7 @@ class Recipe:
     lr_end: float  # and where its linear decay ends
     tau_until: float  # share of the run over which tau rises from 0 to 1 (s.13)
     aux_from: float  # share of the run after which the auxiliary term joins (S.1.2); 1 is never
-    micro_batch: int | None  # pictures a process computes at once, at the first stage's first side; None: all of its share
+    micro_batch: int | None  # pictures a process computes at once, at most, at the first stage's first side; None: its share
     guidance: float  # of the picture grids and the checkpoint's default
     s_rule: float = 0.0  # the checkpoint's default second time when sampling (S.3.1)
     data: tuple[str, ...] = ("shapes",)
@@ -50,6 +50,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.95)
     ema: float = 0.9999
     dropout: float = 0.1  # share of prompts replaced by ""
+    group: int = 2  # micro-batches are multiples of it: 2, every second sample has s < t (s.13); IMM's groups have 4
 
     # -----------------------------------------------------------------------------------------------------------------
     # Functions of the iteration, `step` = 0, 1, ...
@@ -105,24 +106,23 @@ class Recipe:
     def micro_batch_of(self, stage: Stage, side: int, world: int) -> int:
         """Pictures that each of `world` processes computes at once at a stage and side.
 
-        The recipe's micro_batch holds for the first stage's first side; larger pictures, which take more memory, get
-        the largest even divisor of the process's share that costs no more of it.
+        The largest divisor of a process's share that takes no more memory than micro_batch pictures of the first stage.
         """
         share = stage.batch_size // world
         if self.micro_batch is None:
             return share
         base = self.stages[0].sides[0]
-        most = max(2, self.micro_batch * base**2 // side**2)
-        return max(m for m in range(2, share + 1, 2) if share % m == 0 and (m <= most or m == 2))
+        most = max(self.group, self.micro_batch * base**2 // side**2)
+        return max(m for m in range(self.group, share + 1, self.group) if share % m == 0 and (m <= most or m == self.group))
 
-    def check_division(self, world: int, group: int = 2) -> None:
+    def check_division(self, world: int, asked: int | None = None) -> None:
         """Raise UserError unless every stage's batch divides into `world` processes and equal micro-batches.
 
-        Micro-batches are multiples of `group`: 2, because every second sample has s < t (s.13); 4 for IMM's groups. The
-        message names the nearest combinations that divide.
+        `asked` is the micro-batch that was asked for; None takes any that fits. The message names the nearest
+        combinations that divide.
         """
-        batches = sorted({stage.batch_size for stage in self.stages})
-        micro = self.micro_batch if self.micro_batch is not None else group
+        batches, group = sorted({stage.batch_size for stage in self.stages}), self.group
+        micro = asked or group
 
         def divides(world, micro, batches):
             return micro % group == 0 and all(b % (world * micro) == 0 for b in batches)
@@ -143,7 +143,7 @@ class Recipe:
             ways.append(f"--batch-size {' or '.join(map(str, near))}")
         else:
             ways.append(f"--batch-size {unit * max(1, round(batches[-1] / unit))} in all stages")
-        raise errors.UserError(f"a batch of {said} does not divide into {world} processes x micro-batches of {micro} "
+        raise errors.UserError(f"a batch of {said} does not divide into {world} process{'es' * (world > 1)} x micro-batches of {micro} "
                                f"(multiples of {group}); the nearest that do: {'; '.join(ways)}")  # fmt: skip
 
 
@@ -153,7 +153,10 @@ def nearest(values: list[int], wanted: int) -> list[int]:
     return sorted({*below[-1:], *above[:1]})
 
 
-TAU_UNTIL, AUX_FROM, LARGER_FROM = 300 / 710, 550 / 710, 500 / 710  # the paper's milestones of the 2B run (S.2)
+# The milestones of the paper's 2B run (S.2), as shares of its 710k iterations.
+TAU_UNTIL = 300 / 710
+LARGER_FROM = 500 / 710
+AUX_FROM = 550 / 710
 
 RECIPES = {
     # Classifier score only, the "Ours" of Table 2: in twenty minutes the auxiliary stage costs more than it can give.
@@ -242,5 +245,5 @@ def price(size: dict, plan: Recipe, objective: str, factor: int, start: int = 0)
     hours = flops / (H100_FLOPS * ASSUMED_MFU) / 3600
     lines = [f"{flops:.2e} FLOP from iteration {start:,} on, {hours:,.1f} H100-hours at {ASSUMED_MFU:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s (an assumption; "
              "benchmark.py measures it)"]  # fmt: skip
-    lines += [f"{n:6} GPUs: {hours / n / 24:8.1f} days" for n in (1, 8, 16, 32, 64, 128)]
+    lines += [f"{n:6} GPU{'s:' if n > 1 else ': '} {hours / n / 24:8.1f} days" for n in (1, 8, 16, 32, 64, 128)]
     return lines

@@ -114,9 +114,9 @@ def measure_row(row: str, seed: int, run: Path, out: Path, args, device: torch.d
         checkpoint.write_json(search_path, {
             "row": row, "run_of_seed": seed, "split": "validation", "images": args.search_images, "per_tag": args.per_tag,
             "chosen": search(loaded, row, args.search_images, args.per_tag, args.sample_steps),
-            "seconds": round(time.perf_counter() - began, 1)} | evaluate.provenance(device))  # fmt: skip
+            "seconds": round(time.perf_counter() - began, 1)} | machine.provenance(device))  # fmt: skip
     chosen = checkpoint.read_json(search_path)["chosen"]
-    result = evaluate.provenance(device) | {
+    result = machine.provenance(device) | {
         "row": row, "seed": seed, "train": loaded.config["command"], "training": loaded.config, "images": args.images,
         "training_seconds": checkpoint.read_json(run / "done.json")["seconds"], "splits": {}}  # fmt: skip
     for split in ("test", "pairs", "fixed"):
@@ -146,7 +146,7 @@ def measure_progress(row: str, seed: int, run: Path, out: Path, args, device: to
             right = evaluate.measure(loaded, asked, 1, n, seed=seed, stream=30, **chosen[str(n)]["settings"])
             scores[str(n)] = overall(asked, right, 1)
         points.append({"step": checkpoint.step_of(state), "overall": scores})
-    checkpoint.write_json(path, evaluate.provenance(device) | {
+    checkpoint.write_json(path, machine.provenance(device) | {
         "row": row, "seed": seed, "split": "test", "images": 1, "per_tag": args.per_tag, "points": points,
         "seconds": round(time.perf_counter() - began, 1)})  # fmt: skip
 
@@ -261,7 +261,7 @@ def parse_arguments():
     a = parser.add_argument
     a("--out", metavar="DIR", type=Path, default=Path("results"), help="where results go (default: results)")
     a("--runs", metavar="DIR", type=Path, default=Path("runs/tables"), help="where runs go (default: runs/tables)")
-    a("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="which rows (default: all)")
+    a("--rows", metavar="ROW", nargs="+", choices=list(ROWS), default=list(ROWS), help=f"of {', '.join(ROWS)} (default: all)")
     a("--seeds", metavar="N", type=int, nargs="+", default=[0, 1, 2], help="training seeds (default: 0 1 2)")
     a("--budget", metavar="FLAGS", default="", help='flags of train.py for every row, e.g. "--steps 8000"')
     a("--images", metavar="N", type=int, default=4, help="pictures per test prompt (default: 4)")

@@ -200,9 +200,10 @@ def main() -> None:
     args = parse_arguments()
     machine.keep_freed_memory()
     fields = ("steps", "batch_size", "lr", "side", "text", "autoencoder", "aux_from", "micro_batch")
-    plan = recipe.make(args.size, data=args.data and tuple(args.data), **{name: getattr(args, name) for name in fields})
+    plan = recipe.make(args.size, data=args.data and tuple(args.data), group=baselines.M if args.objective == "imm" else None,
+                       **{name: getattr(args, name) for name in fields})  # fmt: skip
     world = int(os.environ.get("WORLD_SIZE", 1))
-    plan.check_division(world, baselines.M if args.objective == "imm" else 2)
+    plan.check_division(world, args.micro_batch)
     states = checkpoint.complete_states(Path(args.out))
     if args.resume and not states:
         raise checkpoint.CheckpointError(f"nothing to resume: {Path(args.out) / 'state'} holds no complete state")
@@ -273,12 +274,15 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
     else:
         adam = torch.optim.Adam(network.parameters(), lr=plan.lr, betas=plan.betas, fused=True)
 
-    side = max(plan.stages[-1].sides)
+    def pictures_of(stage: recipe.Stage) -> dict:
+        """What a checkpoint of this stage says of the pictures it makes."""
+        side = max(stage.sides)
+        return {"side": side, "mu": losses.mu_of_length((side // (factor * patch)) ** 2)}
+
     config = {
         "format": 1, "size": args.size, "model": sizes, "objective": args.objective, "target": args.target,
-        "delta_scale": args.delta_scale, "aux_from": plan.aux_from, "side": side,
-        "mu": losses.mu_of_length((side // (factor * patch)) ** 2),
-        "text_encoder": plan.text, "txt_len": plan.txt_len, "autoencoder": plan.autoencoder, "data": list(plan.data),
+        "delta_scale": args.delta_scale, "aux_from": plan.aux_from, **pictures_of(plan.stage(start)), "text_encoder": plan.text,
+        "txt_len": plan.txt_len, "autoencoder": plan.autoencoder, "data": list(plan.data),
         "s_rule": 1.0 if args.objective == "flow_matching" else plan.s_rule, "eta": 1.0,
         "guidance": plan.guidance, "guidance_space": "v",
         "steps": plan.steps, "batch_size": plan.stages[0].batch_size, "lr": plan.lr, "seed": args.seed,
@@ -328,6 +332,10 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
     while step < plan.steps and not stopping:
         for group in adam.param_groups:
             group["lr"] = plan.learning_rate(step)
+        if step > start and step in plan.begins():  # a new stage: checkpoints from now on make its pictures
+            config |= pictures_of(plan.stage(step))
+            if chief:
+                checkpoint.write_json(run / "config.json", config)
 
         # The first iterations run as they are: they end in a first picture grid before the compiler takes its minute or two.
         torch.compiler.set_stance("force_eager" if step < EAGER_STEPS else "default")
@@ -336,7 +344,8 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
         for m, index in enumerate(micro_batches):
             batch = next(stream)
             tokens = batch.x0.shape[2] * batch.x0.shape[3] // patch**2
-            objective.mu = losses.mu_of_length(tokens)  # s.12: by the size of these pictures
+            if args.objective != "imm":
+                objective.mu = losses.mu_of_length(tokens)  # s.12: by the size of these pictures
             # What DDP's no_sync() sets: gradients are reduced once an iteration. (Under static_graph no_sync would lose them.)
             step_module.require_backward_grad_sync = m == len(micro_batches) - 1
             aux = self_e and plan.aux(step)
@@ -369,12 +378,12 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
         bar.update()
 
         if (step % args.log_every == 0 or step == plan.steps) and norms:
-            measured, (count, skipped) = meter.record(world, [pictures, feed.skipped()], peak)
+            measured, (count, found) = meter.record(world, [pictures, feed.unreadable() - feed.left_out], peak)
             rate, wait = count / measured["seconds"], (feed.waited - waited_before) / measured.pop("seconds")
             if chief:
                 record = {"step": step, **measured, "grad_norm": float(torch.stack(norms).mean()), "lr": adam.param_groups[0]["lr"],
                           "tau": plan.tau(step - 1), "aux": self_e and plan.aux(step - 1), "images_per_s": round(rate, 2),
-                          "data_wait": round(wait, 4), "skipped": int(skipped), "nonfinite": nonfinite,
+                          "data_wait": round(wait, 4), "skipped": feed.left_out + int(found), "nonfinite": nonfinite,
                           "elapsed": round(elapsed_before + time.perf_counter() - began, 1)}  # fmt: skip
                 log.write(record)
                 bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.0f} images/s")

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import itertools
 import os
 import re
 import subprocess
@@ -35,20 +36,17 @@ def test_every_equation_is_in_the_table_once():
 
 @pytest.mark.parametrize("number, module, name", [(r[0], r[2], r[3]) for r in ROWS], ids=[r[0] for r in ROWS])
 def test_the_function_stands_under_the_banner(number, module, name):
-    """The last banner above the function's definition, or one further up in the same block of functions, has the number."""
-    lines = (ROOT / f"{module}.py").read_text().splitlines()
-    function = function_of(module, name)
-    at = inspect.getsourcelines(function)[1]
-    banners = [(i, line) for i, line in enumerate(lines[:at], 1) if re.match(r"# (Eq\. |   +Eq\. )", line)]
-    spelled = rf"(?<![\d.]){re.escape(number)}(?![\d.])"
-
-    def has(text: str) -> bool:
-        spans = re.findall(r"s\.(\d+) (?:to|-) s\.(\d+)", text)
-        within = number.startswith("s.") and any(int(a) <= int(number[2:]) <= int(b) for a, b in spans)
-        return within or re.search(spelled, text) is not None
-
-    block = [line for i, line in banners if at - i < 40]
-    assert any(has(line) for line in block) or has(inspect.getsource(function)), f"no banner with {number} above {module}.{name}"
+    """The nearest banner above the function, or its own docstring, has the number."""
+    above = (ROOT / f"{module}.py").read_text().splitlines()[: inspect.getsourcelines(function_of(module, name))[1] - 1]
+    first = max(i for i, line in enumerate(above) if re.match(r"# Eq\. ", line))
+    banner = list(itertools.takewhile(lambda line: line.startswith("#"), above[first:]))
+    while above[first - 1].startswith("# ") and not above[first - 1].startswith("# ---"):
+        first -= 1
+        banner.insert(0, above[first])
+    said = "\n".join([*banner, function_of(module, name).__doc__])
+    spans = re.findall(r"s\.(\d+)\s*(?:to|-)\s*s\.(\d+)", said)
+    within = number.startswith("s.") and any(int(a) <= int(number[2:]) <= int(b) for a, b in spans)
+    assert within or re.search(rf"(?<![\d.]){re.escape(number)}(?![\d.])", said), f"no {number} above {module}.{name}"
 
 
 def test_the_rows_of_one_function_share_its_name():

@@ -498,7 +498,7 @@ def test_the_command_prints_the_table_and_writes_json_and_figure(tiny, tmp_path)
         assert word in done.stdout
     results = json.loads((tmp_path / "a.json").read_text())
     assert results["choices"]["s_rule"] == 1.0  # flow matching is sampled at s_k = t_k, whatever its config says
-    assert results["seed"] == 3 and results["machine"] and results["commit"] and results["seconds"] > 0
+    assert results["seed"] == 3 and results["hardware"] and results["commit"] and results["seconds"] > 0
     assert "--per-tag 2" in results["command"] and set(results["splits"]["test"]) == {"1", "2"}
     assert results["splits"]["test"]["2"]["tags"]["counting"]["total"] == 4
     assert set(results["splits"]["pairs"]["1"]["tags"]) == {"colors", "position", "color_attr"}

@@ -61,7 +61,7 @@ def test_changes_of_side_and_batch_merge_stages_that_become_alike():
 def test_refusals_name_combinations_that_divide(size, world, micro, batch):
     plan = recipe.make(size, micro_batch=micro, batch_size=batch)
     with pytest.raises(errors.UserError) as refused:
-        plan.check_division(world)
+        plan.check_division(world, micro)
     told = str(refused.value)
     assert "the nearest that do" in told and "\n" not in told
     ways = told.split("the nearest that do: ")[1].split("; ")
@@ -77,19 +77,19 @@ def test_refusals_name_combinations_that_divide(size, world, micro, batch):
         else:
             combinations = [(world, micro, b) for b in numbers]
         for w, m, b in combinations:
-            recipe.make(size, micro_batch=m, batch_size=b).check_division(w)
+            recipe.make(size, micro_batch=m, batch_size=b).check_division(w, m)
             tried += 1
     assert tried
 
 
 @pytest.mark.parametrize("world", [1, 8, 16, 32, 64])
 def test_the_2b_batch_divides_over_the_usual_numbers_of_gpus(world):
-    plan = recipe.make("2b", micro_batch=4)
+    plan = recipe.RECIPES["2b"]
     plan.check_division(world)
     for stage in plan.stages:
         for side in stage.sides:
             micro = plan.micro_batch_of(stage, side, world)
-            assert stage.batch_size % (world * micro) == 0 and micro % 2 == 0 and micro * side**2 <= max(4 * 256**2, 2 * side**2)
+            assert stage.batch_size % (world * micro) == 0 and micro % 2 == 0 and micro * side**2 <= max(16 * 256**2, 2 * side**2)
 
 
 def test_the_price_of_the_paper():

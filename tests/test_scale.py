@@ -421,8 +421,6 @@ if __name__ == "__main__":  # the long form: python tests/test_scale.py --times 
     import argparse
     import tempfile
 
-    import evaluate
-
     parser = argparse.ArgumentParser(description="Kill a training run at random moments, resume it, and compare its end.")
     parser.add_argument("--times", type=int, default=50)
     parser.add_argument("--steps", type=int, default=400)
@@ -434,7 +432,7 @@ if __name__ == "__main__":  # the long form: python tests/test_scale.py --times 
         run_train(1, "--steps", args.steps, "--out", Path(folder) / "whole", *SMALL)
         found = killed_and_resumed(Path(folder) / "killed", args.steps, args.times, args.seed)
         equal = same(Path(folder) / "whole", Path(folder) / "killed")
-    report = evaluate.provenance(torch.device("cpu")) | {"seed": args.seed, "iterations": args.steps, "kills": len(found),
+    report = machine.provenance(torch.device("cpu")) | {"seed": args.seed, "iterations": args.steps, "kills": len(found),
               "in_the_middle_of_a_save": sum("save" in f for f in found), "found": found, "same_end_bit_for_bit": equal,
               "seconds": round(time.perf_counter() - began, 1)}  # fmt: skip
     print(json.dumps({k: v for k, v in report.items() if k != "found"}, indent=1))

@@ -40,7 +40,7 @@ def command(*arguments, **options):
 def trained(tmp_path_factory):
     """A Self-E run of six iterations that ends inside the auxiliary stage, made by the command itself."""
     out = tmp_path_factory.mktemp("runs") / "self_e"
-    result = command("train.py", "--steps", 6, "--out", out, *QUICK[:-1], 6, "--log-every", 1)
+    result = command("train.py", "--steps", 6, "--out", out, *QUICK[:-1], 6, "--log-every", 1, "--aux-from", "0.775")
     assert result.returncode == 0, result.stderr
     return out, result.stdout
 
@@ -130,6 +130,16 @@ def test_a_folder_of_pictures_trains(tmp_path, monkeypatch):
         (folder / f"{name}.txt").write_text(f"the {name}")
     run(monkeypatch, train, "--data", folder, "--steps", 2, "--out", tmp_path / "r", "--objective", "flow_matching", *QUICK)
     assert json.loads((tmp_path / "r" / "config.json").read_text())["s_rule"] == 1.0
+
+
+def test_a_model_can_be_given_away(trained, tmp_path, monkeypatch):
+    run(monkeypatch, checkpoint, trained[0], tmp_path / "given", "--dtype", "fp16")
+    assert sorted(p.name for p in (tmp_path / "given").iterdir()) == ["config.json", "metrics.jsonl", "model.safetensors"]
+    whole, half = (sample.load(folder, torch.device("cpu")).network.state_dict() for folder in (trained[0], tmp_path / "given"))
+    assert all(half[k].dtype == torch.float32 and torch.allclose(whole[k], half[k], rtol=2**-11, atol=1e-7) for k in whole)
+    assert (tmp_path / "given/model.safetensors").stat().st_size < 0.52 * (trained[0] / "model.safetensors").stat().st_size
+    with pytest.raises(errors.UserError, match="is missing"):
+        run(monkeypatch, checkpoint, tmp_path, tmp_path / "x")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it runs from any folder
 
+import checkpoint
+import machine
 from toy import figures, studies
 from toy.measures import BUDGETS, evaluate
 from toy.mixture import LAYOUTS
@@ -84,13 +86,11 @@ def compare(layouts: list[str], seed: int, steps: int, out: Path, jobs: int) -> 
 
     seconds = time.perf_counter() - start
     record = {
-        "command": " ".join(["python toy/any_step.py", *sys.argv[1:]]),
-        "commit": studies.commit(), "hardware": studies.hardware(),
-        "torch": torch.__version__, "seed": seed, "steps": steps, "jobs": jobs, "seconds": round(seconds, 1),
+        **machine.provenance(torch.device("cpu")), "seed": seed, "steps": steps, "jobs": jobs, "seconds": round(seconds, 1),
         "settings": {label: {"training": a, "sampling": b} for label, (a, b) in OBJECTIVES.items()},
         "results": {layout: {label: rows[e] for label, rows in results.items()} for e, layout in enumerate(layouts)},
     }  # fmt: skip
-    studies.write_json(out / "any_step.json", record)
+    checkpoint.write_json(out / "any_step.json", record)
     sampling = {label: choices for label, (_, choices) in OBJECTIVES.items()}
     for e, member in enumerate(members):
         figures.samples(nets, sampling, members, e, out / f"samples_{member.layout}.png")

@@ -27,9 +27,11 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it runs from any folder
 
+import checkpoint
 import losses
+import machine
 from randomness import rng
-from toy import figures, studies
+from toy import figures
 from toy.measures import energy_distance
 from toy.mixture import LAYOUTS, Mixture
 
@@ -127,11 +129,9 @@ def main() -> int:
                     cells += f"{np.mean(values):{width}.4f} ±{np.std(values, ddof=1):6.4f}"
             print(f"{label:26s}{cells}", flush=True)
     seconds = round(time.perf_counter() - start, 1)
-    head = {"command": "python toy/ideal.py", "commit": studies.commit(), "hardware": studies.hardware(),
-            "torch": torch.__version__,
-            "seeds": seeds, "t": T, "answers": ANSWERS, "rounds": ROUNDS, "seconds": seconds,
+    head = {**machine.provenance(torch.device("cpu")), "seeds": seeds, "t": T, "answers": ANSWERS, "rounds": ROUNDS, "seconds": seconds,
             "records": records}  # fmt: skip
-    studies.write_json(args.out / "ideal.json", head)
+    checkpoint.write_json(args.out / "ideal.json", head)
     figures.ideal(pictures, [name for name in LAYOUTS if name != "ring"], list(GOALS), TIMES, T, args.out / "ideal.png")
     print(f"\n{args.out / 'ideal.png'}; {seconds:.0f} s")
     return 0

@@ -13,7 +13,6 @@ p is the law of the one-line model x0_hat = a x_t + b, which is a mixture too an
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -25,10 +24,11 @@ from torch.autograd.functional import hessian
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
 
+import checkpoint
 import losses
+import machine
 import model
 import sampler
-from toy import studies
 from toy.mixture import LAYOUTS, Mixture
 
 CHECKS = []  # (equation, claim, bound, whether the number must lie above it, the function)
@@ -919,9 +919,8 @@ def main() -> int:
     seconds = time.perf_counter() - start
     print(f"\n{len(chosen) - failed} of {len(chosen)} lines hold, {seconds:.1f} s")
     if args.out:
-        result = {"command": " ".join(["python toy/identities.py", *sys.argv[1:]]), "commit": studies.commit(),
-                  "hardware": studies.hardware(), "torch": torch.__version__, "seed": args.seed, "seconds": round(seconds, 1), "lines": table}  # fmt: skip
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        result = {**machine.provenance(torch.device("cpu")), "seed": args.seed, "seconds": round(seconds, 1), "lines": table}  # fmt: skip
+        checkpoint.write_json(args.out, result)
         print(f"wrote {args.out}")
     return 1 if failed else 0
 

@@ -11,9 +11,6 @@ prints its table. Trained networks are kept in runs/toy, so that two studies nev
 
 import hashlib
 import json
-import os
-import platform
-import subprocess
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import checkpoint
+import machine
 from toy.measures import BUDGETS, evaluate
 from toy.mixture import LAYOUTS
 from toy.training import PAPER, STEPS, Member, assemble, train
@@ -157,34 +156,6 @@ STUDIES = {
 # =====================================================================================================================
 # Bookkeeping
 # =====================================================================================================================
-def hardware() -> str:
-    """The processor in words."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} thread used"
-
-
-def commit() -> str:
-    """The checked-out commit, with a + when a file that makes the numbers differs from it."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-    makers = ["losses.py", "sampler.py", "randomness.py", "toy/mixture.py", "toy/training.py", "toy/measures.py"]
-    changed = git("status", "--porcelain", "--", *makers)
-    return (git("rev-parse", "--short=10", "HEAD") or "not a git checkout") + ("+" if changed else "")
-
-
-def write_json(path: Path, value) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    partial.replace(path)
-
-
 def weights_file(member: Member, steps: int, changes: dict) -> Path:
     """Where a trained member is kept: named by all that made it, the text of the code included."""
     code = [(ROOT / name).read_text(encoding="utf-8") for name in ("losses.py", "toy/training.py", "toy/mixture.py")]
@@ -209,6 +180,7 @@ def trained(members: list[Member], steps: int, changes: dict):
 def run(name: str, out: Path, seeds=SEEDS, steps: int = STEPS, say=print) -> dict:
     """Fill toy/results/NAME.json, setting by setting, and return it."""
     study, path = STUDIES[name], out / f"{name}.json"
+    made_by = machine.provenance(torch.device("cpu"))
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"records": []}
     kept |= {"study": name, "question": study.question, "command": f"python toy/any_step.py --study {name}"}
     for label, (changes, sampling) in rows_of(study):
@@ -226,10 +198,10 @@ def run(name: str, out: Path, seeds=SEEDS, steps: int = STEPS, say=print) -> dic
         for m, result in zip(todo, results):
             kept["records"].append(
                 {"label": label, "layout": m.layout, "seed": m.seed, "setting": setting,
-                 "commit": commit(), "hardware": hardware(),
-                 "torch": torch.__version__, "together": len(todo), **times, "results": result}
+                 **made_by, "together": len(todo), **times, "results": result}
             )  # fmt: skip
-        write_json(path, kept)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(path, kept)
         say(f"{name}: {label}: {times['train_s']} s training, {times['measure_s']} s measuring ({len(todo)} networks)")
     return kept
 

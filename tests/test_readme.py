@@ -1,0 +1,63 @@
+"""What README.md and LONG_RUN.md tell people to type exists: programs, flags, files, names."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "LONG_RUN.md", "toy/README.md", "results/README.md"]
+TEXTS = {page: (ROOT / page).read_text() for page in PAGES if (ROOT / page).exists()}
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command) of every line that runs a program of ours, in code blocks and in `...`; continued lines are joined."""
+    found = []
+    for page, text in TEXTS.items():
+        text = text.replace("\\\n", " ")
+        lines = [line.strip() for line in text.splitlines() if line.startswith("    ") or line.startswith("python ")]
+        lines += re.findall(r"`((?:python|torchrun) [^`]+)`", text)
+        found += [(page, line) for line in lines if re.search(r"(?:python|torchrun) .*\w\.py", line)]
+    return found
+
+
+@pytest.mark.parametrize("page, command", commands(), ids=lambda x: x if x.endswith(".md") else x[-60:])
+def test_the_program_and_its_flags_exist(page, command):
+    command = re.sub(r"-m pytest( -\w)* ", "", command.split("#")[0].split("&&")[-1])
+    program = re.search(r"(?:\S*python|torchrun\b.*?) ([\w/]+\.py)", command)[1]
+    path = next((p for p in (ROOT / program, ROOT / "toy" / program) if p.exists()), None)
+    assert path, f"{page}: no {program}"
+    source = path.read_text()
+    for flag in re.findall(r"(?<=\s)(--[a-z][\w-]*)", command.split(program)[1]):
+        assert f'"{flag}"' in source, f"{page}: {program} has no {flag}"
+
+
+@pytest.mark.parametrize("page", list(TEXTS))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXTS[page]):
+        if not target.startswith("http"):
+            assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", list(TEXTS))
+def test_named_code_exists(page):
+    """`module.name` in the text is a name in that module."""
+    for module, name in set(re.findall(r"`(\w+)\.([A-Za-z_][\w.]*)`", TEXTS[page])):
+        file = ROOT / f"{module}.py"
+        if file.exists() and name not in ("py", "safetensors"):
+            assert re.search(rf"^\s*(def|class) {name.split('.')[-1]}\b|^\s*{name.split('.')[-1]}\b", file.read_text(), re.M), f"{page}: {module}.{name}"
+
+
+def test_the_tests_named_in_the_long_run_exist():
+    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for name in re.findall(r"\b(test_\w+[a-z])\b(?!\.py)", TEXTS["LONG_RUN.md"]):
+        assert f"def {name}" in sources, name
+
+
+@pytest.mark.parametrize("program", ["train.py", "sample.py", "evaluate.py", "benchmark.py", "tables.py", "data.py", "toy/any_step.py"])
+def test_help_fits_a_screen(program):
+    result = subprocess.run([sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True)
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0 and len(lines) <= 56 and max(map(len, lines)) <= 130, (len(lines), max(map(len, lines)))
