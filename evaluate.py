@@ -736,8 +736,8 @@ def run_scores(args: argparse.Namespace, device: torch.device) -> None:
     if out.suffix != ".json" or not (out.parent.is_dir() or out.parent == args.checkpoint):
         raise errors.UserError(f"--out must name a .json file in a folder that exists, not {out}")
     loaded = sample.load(args.checkpoint, device)
-    if loaded.config["data"] != "shapes":
-        raise errors.UserError(f"{args.checkpoint} was trained on {loaded.config['data']}; only the built-in shapes "
+    if loaded.config["data"] != ["shapes"]:
+        raise errors.UserError(f"{args.checkpoint} was trained on {' '.join(loaded.config['data'])}; only the built-in shapes "
                                "have exact scores. For other models: --export, and GenEval's own scorer")  # fmt: skip
     choices = choices_of(args)
     results = machine.provenance(device) | {"checkpoint": str(args.checkpoint), "seed": args.seed, "images": args.images,

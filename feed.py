@@ -1,7 +1,7 @@
 """The way of the data: from global sample indices to the tensors that the loss takes, read ahead on threads (S.2).
 
     feed = feed.Feed(plan, draw, seed, text, autoencoder, device, world=8, rank=0)
-    for batch in feed.batches(start=1200):     # this process's micro-batches, from iteration 1200 on, in order
+    for batch in feed.stream(start=1200):      # this process's micro-batches, from iteration 1200 on, in order
         loss(batch.x0, batch.c, batch.null, batch.fake, batch.is_null, batch.draws, tau, aux)
 
 What a batch holds is a function of (seed, iteration, global index): which thread reads it, when, and on which of how many
@@ -96,8 +96,8 @@ class Feed:
     draw                losses.draw or baselines.draw: the random numbers of a micro-batch
     text, autoencoder   the frozen encoders; both may be None when all sources are caches
     patch               of the network, for `multiple` of open_source
-    waited              seconds that `batches` has kept its caller waiting for the threads
-    left_out            samples that the sources have left out from the start; `unreadable` counts those found since, too
+    waited              seconds that `stream` has kept its caller waiting for the threads
+    skipped_at_start    samples that the sources left out when they were opened; `skipped_so_far` counts those found since, too
 
     Raises DataError when a stage's source cannot be opened: at the start, for all stages to come.
     """
@@ -113,17 +113,29 @@ class Feed:
             for number, stage in enumerate(plan.stages) if number >= plan.stage_number(start)
         }  # fmt: skip
         self.null = None
-        self.left_out = self.unreadable()  # when the sources were opened: the same for every process
+        self.skipped_at_start = self.skipped_so_far()  # the same for every process
+        self.check_caches()
 
     def source(self, step: int):
         """The source of iteration `step`."""
         return self.sources[self.plan.stage_number(step)]
 
-    def unreadable(self) -> int:
+    def check_caches(self) -> None:
+        """Raise DataError now, not at the iteration that needs it, for a cache of other encoders or without fake prompts."""
+        for source in self.sources.values():
+            for part in parts_of(source):
+                if isinstance(part, shards.CachedShards):
+                    if self.text is not None:
+                        part.check(self.text, self.autoencoder)
+                    if self.plan.aux_from < 1 and not part.fake:
+                        raise data.DataError(f"{part.name} was cached without --fake, which the auxiliary term needs: cache again, "
+                                             "or train with --aux-from 1")  # fmt: skip
+
+    def skipped_so_far(self) -> int:
         """Samples that could not be read so far."""
         return sum(len(source.skipped) for source in self.sources.values())
 
-    def micro_batches(self, step: int) -> list[list[int]]:
+    def indices(self, step: int) -> list[list[int]]:
         """The global indices of this process's micro-batches of an iteration: a run of consecutive integers each."""
         stage: Stage = self.plan.stage(step)
         share = stage.batch_size // self.world
@@ -170,9 +182,9 @@ class Feed:
         is_null = torch.tensor(f.dropped, device=self.device) | torch.tensor([s.caption == "" for s in f.samples], device=self.device)
         return Batch(x0, c, null, fake, is_null, type(f.draws)(*put(tuple(f.draws))), [s.key for s in f.samples])
 
-    def batches(self, start: int) -> Iterator[Batch]:
+    def stream(self, start: int) -> Iterator[Batch]:
         """Every micro-batch from iteration `start` to the end of the run, read ahead by `workers` threads."""
-        jobs = ((step, index) for step in range(start, self.plan.steps) for index in self.micro_batches(step))
+        jobs = ((step, index) for step in range(start, self.plan.steps) for index in self.indices(step))
         with ThreadPoolExecutor(self.workers) as pool:
             ahead = deque((step, pool.submit(self.fetch, step, index)) for step, index in itertools.islice(jobs, 2 * self.workers))
             try:

@@ -24,11 +24,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -45,9 +45,29 @@ import monitor
 import recipe
 import sample
 import shards
-from feed import Feed, parts_of
+from feed import Feed
 
-OBJECTIVES = ("self_e", "flow_matching", "imm")
+# ---------------------------------------------------------------------------------------------------------------------
+# The objectives of Table 2
+# ---------------------------------------------------------------------------------------------------------------------
+class Objective(NamedTuple):
+    """What the loop must know of an objective; recipe.FORWARDS knows what it costs, sample.py how its models are sampled."""
+
+    build: Callable  # (network, ema, args) -> a module called like losses.SelfE
+    draw: Callable  # the random numbers of a micro-batch, like losses.draw
+    group: int  # micro-batches are multiples of it
+
+
+def self_e(network, ema, args) -> losses.SelfE:
+    return losses.SelfE(network, ema, target=args.target, delta_scale=args.delta_scale)
+
+
+OBJECTIVES = {
+    "self_e": Objective(self_e, functools.partial(losses.draw, p_equal=0.5), 2),
+    "flow_matching": Objective(self_e, functools.partial(losses.draw, p_equal=1.0), 2),  # Self-E that never meets s < t
+    "imm": Objective(lambda network, ema, args: baselines.IMM(network), baselines.draw, baselines.M),
+}
+
 EAGER_STEPS = 20  # iterations before torch.compile comes in, and the first picture grid
 STEP_COUNTS = (1, 2, 4, 8, 50)  # the columns of the picture grids
 PATIENCE = 5  # iterations in a row without a finite gradient before the run stops
@@ -81,7 +101,7 @@ class StopSignal:
 # Pictures on the way
 # ---------------------------------------------------------------------------------------------------------------------
 def grid_prompts(source, n: int = 8) -> list[str]:
-    """The prompts of the picture grids: the first captions of the data, no two alike."""
+    """The prompts of the picture grids: the first captions of the data, no two alike, for as long as a stage lasts."""
     captions = [source.sample(g, 0).caption for g in range(n)]
     if len(set(captions)) < n:
         captions += [source.sample(g, 0).caption for g in range(n, 8 * n)]
@@ -117,7 +137,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--text", metavar="SPEC", help="frozen text encoder, see encoders.py")
     a("--autoencoder", metavar="SPEC", help="frozen auto-encoder, see encoders.py")
     a = parser.add_argument_group("the objective (Sec. 3.3, Table 2)").add_argument
-    a("--objective", default="self_e", choices=OBJECTIVES, help="default: self_e")
+    a("--objective", default="self_e", choices=list(OBJECTIVES), help="default: self_e")
     a("--target", default="renorm", choices=("renorm", "tar", "sum"), help="Eq. 20, Eq. 18 or Eq. 16 (default: renorm)")
     a("--delta-scale", metavar="X", type=float, default=1.0, help="times the self-evaluation; 0 is the control (default: 1)")
     a("--aux-from", metavar="X", type=float, help="share of the run after which the auxiliary term joins; 1 is never")
@@ -194,95 +214,71 @@ def dry_run(args, plan: recipe.Recipe, world: int, start: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run
+# What a run needs
 # ---------------------------------------------------------------------------------------------------------------------
-def main() -> None:
-    args = parse_arguments()
-    machine.keep_freed_memory()
-    fields = ("steps", "batch_size", "lr", "side", "text", "autoencoder", "aux_from", "micro_batch")
-    plan = recipe.make(args.size, data=args.data and tuple(args.data), group=baselines.M if args.objective == "imm" else None,
-                       **{name: getattr(args, name) for name in fields})  # fmt: skip
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    plan.check_division(world, args.micro_batch)
-    states = checkpoint.complete_states(Path(args.out))
-    if args.resume and not states:
-        raise checkpoint.CheckpointError(f"nothing to resume: {Path(args.out) / 'state'} holds no complete state")
-    if args.dry_run:
-        dry_run(args, plan, world, checkpoint.step_of(states[-1]) if args.resume else 0)
-        return
-    if not args.resume and (states or (Path(args.out) / "model.safetensors").exists()):
-        raise errors.UserError(f"{args.out} already holds a run; add --resume to go on, or choose another --out")
-    device = machine.pick_device(args.device)
-    with contextlib.ExitStack() as closing:
-        if world > 1:
-            # Saving the state and drawing pictures keep the other processes waiting; an hour is longer than either.
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
-            closing.callback(dist.destroy_process_group)
-        train(args, plan, Path(args.out), device, world, int(os.environ.get("RANK", 0)), closing)
+def plan_of(args) -> recipe.Recipe:
+    """The recipe of --size with what the flags change."""
+    fields = ("steps", "batch_size", "lr", "side", "text", "autoencoder", "micro_batch")
+    changes = {name: getattr(args, name) for name in fields} | {"group": OBJECTIVES[args.objective].group}
+    aux_from = args.aux_from if args.objective == "self_e" else 1.0  # the others have no auxiliary term
+    return recipe.make(args.size, data=args.data and tuple(args.data), aux_from=aux_from, **changes)
 
 
-def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int, rank: int, closing: contextlib.ExitStack) -> None:
-    """One process's part of a run, from its first iteration (or its last state) to its last. What is open at the end,
-    whatever the end, `closing` closes."""
-    chief = rank == 0
-
-    # What: frozen encoders, data, the network and its average.
+def open_encoders(args, plan: recipe.Recipe, device: torch.device, chief: bool):
+    """(text encoder, auto-encoder, the entries of model.SIZES that they settle, factor); both None where a cache serves."""
     cached = all((Path(name) / "cache.json").exists() for name in plan.data)
     text = autoencoder = None
-    if not cached or (chief and args.grid_every != 0):  # a cache needs them only to draw pictures
+    if not cached or (chief and args.grid_every != 0):  # with a cache they only draw pictures
         text = encoders.text_encoder(plan.text, plan.txt_len, device)
         autoencoder = encoders.autoencoder(plan.autoencoder, device)
     if cached:
-        sizes, factor = shards.cached_sizes(Path(plan.data[0]))
-        sizes = model.SIZES[args.size] | sizes
-    else:
-        factor = autoencoder.factor
-        sizes = model.SIZES[args.size] | {"channels": autoencoder.channels, "txt_dim": text.d_txt, "vec_dim": text.d_vec}
-    patch = sizes["patch"]
+        return text, autoencoder, *shards.cached_sizes(Path(plan.data[0]))
+    sizes = {"channels": autoencoder.channels, "txt_dim": text.d_txt, "vec_dim": text.d_vec}
+    return text, autoencoder, sizes, autoencoder.factor
 
-    start, elapsed_before = 0, 0.0
-    states = checkpoint.complete_states(run)
-    if args.resume:
-        start = checkpoint.step_of(states[-1])
-    self_e = args.objective == "self_e"
-    draw = baselines.draw if args.objective == "imm" else functools.partial(losses.draw, p_equal=0.5 if self_e else 1.0)
-    for turn in ("first", "others"):  # the first process makes the index of tar shards, the others find it made
-        if (turn == "first") == chief:
-            feed = Feed(plan, draw, args.seed, text, autoencoder, device, patch=patch, channels=sizes["channels"], factor=factor,
-                        world=world, rank=rank, start=start, workers=args.workers)  # fmt: skip
-        if world > 1:
-            dist.barrier()
-    if cached and text is not None:
-        for source in feed.sources.values():
-            for part in parts_of(source):
-                part.check(text, autoencoder)
 
-    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision) or machine.pick_precision(device)
-    torch.manual_seed(args.seed)
-    network = model.Denoiser(**sizes, precision=precision).to(device)
-    network.recompute = args.recompute
-    ema = copy.deepcopy(network).requires_grad_(False)
-    if args.objective == "imm":
-        objective = baselines.IMM(network)
-    else:  # flow matching is Self-E that never meets s < t
-        objective = losses.SelfE(network, ema, target=args.target, delta_scale=args.delta_scale)
-    zero = args.zero and world > 1
+@contextlib.contextmanager
+def chief_first(world: int, chief: bool):
+    """The first process goes through the block before all others: it makes the index of tar shards, they find it made."""
+    if world > 1 and not chief:
+        dist.barrier()
+    yield
+    if world > 1 and chief:
+        dist.barrier()
+
+
+def optimizer_of(network: torch.nn.Module, plan: recipe.Recipe, zero: bool) -> torch.optim.Optimizer:
+    """Adam, or the same with its moments spread over the processes (ZeRO-1)."""
+    choices = dict(lr=plan.lr, betas=plan.betas, fused=True)
     if zero:
-        from torch.distributed.optim import ZeroRedundancyOptimizer
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # its import costs a second
 
-        adam = ZeroRedundancyOptimizer(network.parameters(), torch.optim.Adam, lr=plan.lr, betas=plan.betas, fused=True)
-    else:
-        adam = torch.optim.Adam(network.parameters(), lr=plan.lr, betas=plan.betas, fused=True)
+        return ZeroRedundancyOptimizer(network.parameters(), torch.optim.Adam, **choices)
+    return torch.optim.Adam(network.parameters(), **choices)
 
-    def pictures_of(stage: recipe.Stage) -> dict:
-        """What a checkpoint of this stage says of the pictures it makes."""
-        side = max(stage.sides)
-        return {"side": side, "mu": losses.mu_of_length((side // (factor * patch)) ** 2)}
 
-    config = {
+def compile_blocks(args, networks: list[model.Denoiser], buckets: int, device: torch.device) -> str:
+    """torch.compile the blocks of the networks where it works and pays; returns what was done, in words."""
+    if args.compile is False:
+        return "eager (--no-compile)"
+    if args.compile is None and device.type == "cpu" and buckets > 4:
+        return f"eager ({buckets} picture sizes: compiling would take longer than it saves)"
+    works, why_not = machine.compile_works(device)
+    if not works:
+        return f"eager ({why_not})"
+    machine.allow_shapes(8 * buckets)  # with and without gradient, whole and half batches
+    for network in networks:
+        for block in [*network.double_blocks, *network.single_blocks]:
+            block.compile(dynamic=False)
+    return "compiled"
+
+
+def config_of(args, plan: recipe.Recipe, sizes: dict, precision: torch.dtype, device: torch.device) -> dict:
+    """What config.json says of a run, but for the size of its pictures."""
+    return {
         "format": 1, "size": args.size, "model": sizes, "objective": args.objective, "target": args.target,
-        "delta_scale": args.delta_scale, "aux_from": plan.aux_from, **pictures_of(plan.stage(start)), "text_encoder": plan.text,
-        "txt_len": plan.txt_len, "autoencoder": plan.autoencoder, "data": list(plan.data),
+        "delta_scale": args.delta_scale, "aux_from": plan.aux_from, "text_encoder": plan.text, "txt_len": plan.txt_len,
+        "autoencoder": plan.autoencoder, "data": list(plan.data),
         "s_rule": 1.0 if args.objective == "flow_matching" else plan.s_rule, "eta": 1.0,
         "guidance": plan.guidance, "guidance_space": "v",
         "steps": plan.steps, "batch_size": plan.stages[0].batch_size, "lr": plan.lr, "seed": args.seed,
@@ -291,6 +287,61 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
         "arguments": {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "dry_run", "workers")},
     }  # fmt: skip
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+def main() -> None:
+    args = parse_arguments()
+    machine.keep_freed_memory()
+    plan, run = plan_of(args), Path(args.out)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    plan.check_division(world, args.micro_batch)
+    states = checkpoint.complete_states(run)
+    if args.resume and not states:
+        raise checkpoint.CheckpointError(f"nothing to resume: {run / 'state'} holds no complete state")
+    if args.dry_run:
+        dry_run(args, plan, world, checkpoint.step_of(states[-1]) if args.resume else 0)
+        return
+    if not args.resume and (states or (run / "model.safetensors").exists()):
+        raise errors.UserError(f"{run} already holds a run; add --resume to go on, or choose another --out")
+    device = machine.pick_device(args.device)
+    with contextlib.ExitStack() as closing:
+        if world > 1:
+            # Saving the state and drawing pictures keep the other processes waiting; an hour is longer than either.
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
+            closing.callback(dist.destroy_process_group)
+        train(args, plan, run, device, world, int(os.environ.get("RANK", 0)), closing)
+
+
+def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int, rank: int, closing: contextlib.ExitStack) -> None:
+    """One process's part of a run, from its first iteration, or its last state, to its end.
+
+    `closing` closes threads, files and the progress bar, after an error too.
+    """
+    chief = rank == 0
+    states = checkpoint.complete_states(run) if args.resume else []
+    start = checkpoint.step_of(states[-1]) if states else 0
+
+    # Frozen encoders, data, the network and its average.
+    text, autoencoder, own_sizes, factor = open_encoders(args, plan, device, chief)
+    sizes = model.SIZES[args.size] | own_sizes
+    patch = sizes["patch"]
+    with chief_first(world, chief):
+        feed = Feed(plan, OBJECTIVES[args.objective].draw, args.seed, text, autoencoder, device, patch=patch,
+                    channels=sizes["channels"], factor=factor, world=world, rank=rank, start=start, workers=args.workers)  # fmt: skip
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision) or machine.pick_precision(device)
+    torch.manual_seed(args.seed)
+    network = model.Denoiser(**sizes, precision=precision).to(device)
+    network.recompute = args.recompute
+    ema = copy.deepcopy(network).requires_grad_(False)
+    objective = OBJECTIVES[args.objective].build(network, ema, args)
+    zero = args.zero and world > 1
+    adam = optimizer_of(network, plan, zero)
+
+    # Go on, or begin.
+    elapsed_before = 0.0
+    config = config_of(args, plan, sizes, precision, device)
     if args.resume:
         state = checkpoint.load_state(states[-1], network, ema, adam)
         if state["seed"] != args.seed:
@@ -298,65 +349,57 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
         elapsed_before = state["elapsed"]
     if chief:
         (run / "grids").mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(run / "config.json", config)
         checkpoint.cut_metrics(run / "metrics.jsonl", start)
 
-    buckets = {bucket for source in feed.sources.values() for bucket in source.buckets}
-    if args.compile is False or (args.compile is None and device.type == "cpu" and len(buckets) > 4):
-        compiled, why_not = False, "--no-compile" if args.compile is False else f"{len(buckets)} picture sizes: compiling takes longer than it saves"
-    else:
-        compiled, why_not = machine.compile_works(device)
-    if compiled:
-        machine.allow_shapes(8 * len(buckets))  # with and without gradient, whole and half batches
-        for block in [*network.double_blocks, *network.single_blocks, *ema.double_blocks, *ema.single_blocks]:
-            block.compile(dynamic=False)
+    buckets = len({bucket for source in feed.sources.values() for bucket in source.buckets})
+    how = compile_blocks(args, [network, ema], buckets, device)
     step_module = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
     if chief:
         print_plan(args, plan, sizes, factor, world, start)
-        print(f"  on {config['machine']}, in {config['precision']}, " + ("compiled" if compiled else f"eager ({why_not})"), flush=True)
+        print(f"  on {config['machine']}, in {config['precision']}, {how}", flush=True)
 
-    # Iterate.
     stop = StopSignal()
     grid_every = args.grid_every if args.grid_every is not None else max(1, plan.steps // 10)
     save_every = args.save_every if args.save_every is not None else min(1000, max(1, plan.steps // 5))
     prompts = grid_prompts(feed.source(start)) if chief else []
     meter, peak = monitor.Meter(device), machine.peak_flops(device, precision)
     log = monitor.Log(run) if chief else None
-    nonfinite = in_a_row = pictures = 0
-    began, waited_before = time.perf_counter(), 0.0
     bar = tqdm(total=plan.steps, initial=start, disable=not chief, unit="it", dynamic_ncols=True, smoothing=0.05)
-    stream, step, stopping = feed.batches(start), start, False
-    for end in (stream.close, bar.close, *([log.close] if log else []), functools.partial(torch.compiler.set_stance, "default")):
-        closing.callback(end)
-    norms = []
+    stream = feed.stream(start)
+    for close in (stream.close, bar.close, *([log.close] if log else []), functools.partial(torch.compiler.set_stance, "default")):
+        closing.callback(close)
+    began, step, stopping = time.perf_counter(), start, False
+    nonfinite = in_a_row = 0
+
+    # Iterate. One iteration: gradients of the global batch, an update, the average.
     while step < plan.steps and not stopping:
         for group in adam.param_groups:
             group["lr"] = plan.learning_rate(step)
-        if step > start and step in plan.begins():  # a new stage: checkpoints from now on make its pictures
-            config |= pictures_of(plan.stage(step))
+        if step == start or step in plan.begins():  # a new stage: checkpoints from now on make pictures of its size
+            side = max(plan.stage(step).sides)
+            config |= {"side": side, "mu": losses.mu_of_length((side // (factor * patch)) ** 2)}
             if chief:
                 checkpoint.write_json(run / "config.json", config)
 
         # The first iterations run as they are: they end in a first picture grid before the compiler takes its minute or two.
         torch.compiler.set_stance("force_eager" if step < EAGER_STEPS else "default")
+        tau, aux = plan.tau(step), plan.aux(step)
+        count = len(feed.indices(step))
         total, keys = torch.zeros((), device=device), []
-        micro_batches = feed.micro_batches(step)
-        for m, index in enumerate(micro_batches):
+        for m in range(count):
             batch = next(stream)
             tokens = batch.x0.shape[2] * batch.x0.shape[3] // patch**2
-            if args.objective != "imm":
+            if isinstance(objective, losses.SelfE):
                 objective.mu = losses.mu_of_length(tokens)  # s.12: by the size of these pictures
             # What DDP's no_sync() sets: gradients are reduced once an iteration. (Under static_graph no_sync would lose them.)
-            step_module.require_backward_grad_sync = m == len(micro_batches) - 1
-            aux = self_e and plan.aux(step)
-            loss, stats = step_module(batch.x0, batch.c, batch.null, batch.fake, batch.is_null, batch.draws, plan.tau(step), aux)
-            (loss / len(micro_batches)).backward()
-            total += loss.detach() / len(micro_batches)
+            step_module.require_backward_grad_sync = m == count - 1
+            loss, stats = step_module(batch.x0, batch.c, batch.null, batch.fake, batch.is_null, batch.draws, tau, aux)
+            (loss / count).backward()
+            total += loss.detach() / count
             keys += batch.keys
             forwards = recipe.FORWARDS["aux" if aux else args.objective]
-            meter.add(stats, forwards * model.forward_flops(sizes, tokens, plan.txt_len) * len(index))
-            pictures += len(index)
-        norm = nn.utils.clip_grad_norm_(network.parameters(), plan.clip)
+            meter.add(stats, forwards * model.forward_flops(sizes, tokens, plan.txt_len) * len(batch.keys))
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), plan.clip)
 
         # No update from a loss or gradient that is not finite, on any process; all of them must decide alike, and stop alike.
         flags = torch.stack([(~torch.isfinite(total) | ~torch.isfinite(norm)).float(), torch.tensor(float(bool(stop)), device=device)])
@@ -365,29 +408,27 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
         bad, stopping = (bool(flag) for flag in flags.tolist())
         if bad:
             nonfinite, in_a_row = nonfinite + 1, in_a_row + 1
+            meter.drop()
             report_nonfinite(log, step, total.item(), norm.item(), keys, world, in_a_row, run)
-            meter.clear()  # its sums are not finite either
         else:
+            in_a_row = 0
+            meter.keep(norm)
             adam.step()
             decay = min(plan.ema, (1 + step) / (10 + step))
-            get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(network.parameters()), 0)
-            in_a_row = 0
-            norms.append(norm)
+            get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(network.parameters()), 0)  # in place; the 0 is not used
         adam.zero_grad(set_to_none=False)
         step += 1
         bar.update()
 
-        if (step % args.log_every == 0 or step == plan.steps) and norms:
-            measured, (count, found) = meter.record(world, [pictures, feed.unreadable() - feed.left_out], peak)
-            rate, wait = count / measured["seconds"], (feed.waited - waited_before) / measured.pop("seconds")
-            if chief:
-                record = {"step": step, **measured, "grad_norm": float(torch.stack(norms).mean()), "lr": adam.param_groups[0]["lr"],
-                          "tau": plan.tau(step - 1), "aux": self_e and plan.aux(step - 1), "images_per_s": round(rate, 2),
-                          "data_wait": round(wait, 4), "skipped": feed.left_out + int(found), "nonfinite": nonfinite,
-                          "elapsed": round(elapsed_before + time.perf_counter() - began, 1)}  # fmt: skip
-                log.write(record)
-                bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.0f} images/s")
-            norms, pictures, waited_before = [], 0, feed.waited
+        # Tell, draw, save.
+        if step % args.log_every == 0 or step == plan.steps:
+            record = meter.record(world, peak, feed.waited, feed.skipped_so_far() - feed.skipped_at_start)
+            if chief and record:
+                record["skipped"] += feed.skipped_at_start
+                record["images_per_s"] = record["iterations_per_s"] * plan.stage(step - 1).batch_size
+                log.write({"step": step, **record, "lr": adam.param_groups[0]["lr"], "tau": tau, "aux": aux, "nonfinite": nonfinite,
+                           "elapsed": elapsed_before + time.perf_counter() - began})  # fmt: skip
+                bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['images_per_s']:.0f} images/s")
         early = step == min(EAGER_STEPS, plan.steps)
         if chief and grid_every and (step % grid_every == 0 or step == plan.steps or early) and not stopping:
             pause = time.perf_counter()
@@ -407,14 +448,14 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
             if chief:
                 state = {"step": step, "elapsed": elapsed_before + time.perf_counter() - began, "seed": args.seed}
                 checkpoint.save_state(run, step, network, ema, adam.state_dict(), config, state, args.keep, args.milestone_every)
+
     bar.close()
-    if chief:
-        if stopping and step < plan.steps:
-            print(f"stopped by {stop.name or 'a signal to another process'} after iteration {step}; the state is saved. To go on:\n"
-                  f"  python train.py --resume --out {run}")  # fmt: skip
-        else:
-            print(f"done: {run}. To make pictures:\n  python sample.py --checkpoint {run} --steps 1 2 4 8 50 "
-                  f'--prompt "{prompts[0]}"')  # fmt: skip
+    if chief and step < plan.steps:
+        print(f"stopped by {stop.name or 'a signal to another process'} after iteration {step}; the state is saved. To go on:\n"
+              f"  python train.py --resume --out {run}")  # fmt: skip
+    elif chief:
+        print(f"done: {run}. To make pictures:\n  python sample.py --checkpoint {run} --steps 1 2 4 8 50 "
+              f'--prompt "{prompts[0]}"')  # fmt: skip
 
 
 def report_nonfinite(log, step: int, loss: float, norm: float, keys: list[str], world: int, in_a_row: int, run: Path) -> None:

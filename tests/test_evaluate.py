@@ -485,7 +485,7 @@ def tiny(tmp_path_factory):
     checkpoint.save_weights(folder / "model.safetensors", model.Denoiser(**sizes))
     checkpoint.write_json(folder / "config.json", {
         "format": 1, "model": sizes, "objective": "flow_matching", "side": 32, "mu": 0.0, "text_encoder": "words",
-        "txt_len": 16, "autoencoder": "pixels", "data": "shapes", "s_rule": 0.0, "eta": 1.0, "guidance": 1.0,
+        "txt_len": 16, "autoencoder": "pixels", "data": ["shapes"], "s_rule": 0.0, "eta": 1.0, "guidance": 1.0,
         "guidance_space": "v", "precision": "float32"})  # fmt: skip
     return folder
 

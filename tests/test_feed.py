@@ -49,24 +49,24 @@ def tars(tmp_path_factory):
 
 def test_the_sequence_is_the_same_on_any_number_of_processes_and_threads():
     plan = plan_of((0, (24,), 8), (0.5, (24,), 16), micro_batch=2)
-    alone = [key for batch in feed_of(plan, workers=1).batches(0) for key in batch.keys]
+    alone = [key for batch in feed_of(plan, workers=1).stream(0) for key in batch.keys]
     assert len(set(alone)) == len(alone) == 3 * 8 + 3 * 16
     for world in (2, 4):
         parts = [feed_of(plan, world=world, rank=rank, workers=3) for rank in range(world)]
-        streams = [part.batches(0) for part in parts]
+        streams = [part.stream(0) for part in parts]
         together = []
         for step in range(plan.steps):
             for stream, part in zip(streams, parts):
-                for _ in part.micro_batches(step):
+                for _ in part.indices(step):
                     together += next(stream).keys
         assert together == alone
-    later = [key for batch in feed_of(plan, start=4).batches(4) for key in batch.keys]
+    later = [key for batch in feed_of(plan, start=4).stream(4) for key in batch.keys]
     assert later == alone[3 * 8 + 16 :]
 
 
 def test_a_batch_holds_what_the_indices_say():
     plan = plan_of((0, (24,), 4), micro_batch=2, steps=3, aux_from=0.5, dropout=0.5)
-    source, batches = data.Shapes(24), list(feed_of(plan).batches(0))
+    source, batches = data.Shapes(24), list(feed_of(plan).stream(0))
     assert len(batches) == 6
     for number, batch in enumerate(batches):
         step, index = number // 2, [2 * number, 2 * number + 1]
@@ -86,7 +86,7 @@ def test_a_batch_holds_what_the_indices_say():
 def test_shards_come_in_buckets_and_their_draws_have_the_pictures_shape(tars):
     plan = plan_of((0, (16,), 4), (0.5, (16, 32), 4), data=(str(tars / "tars"),), micro_batch=2, steps=12)
     shapes = {}
-    for number, batch in enumerate(feed_of(plan).batches(0)):
+    for number, batch in enumerate(feed_of(plan).stream(0)):
         assert batch.draws.eps.shape == batch.x0.shape
         shapes.setdefault(number // 2, set()).add(tuple(batch.x0.shape[2:]))
     assert all(len(some) == 1 for some in shapes.values())  # one bucket an iteration
@@ -101,7 +101,7 @@ def test_caches_feed_what_their_tars_feed(tars):
     for kind, names in kinds.items():
         plan = plan_of((0, (16, 32), 4), data=names, steps=8, aux_from=0.5, dropout=0.3, micro_batch=4)
         text, pixels = (TEXT, PIXELS) if kind == "tars" else (None, None)
-        batches[kind] = list(feed.Feed(plan, DRAW, 3, text, pixels, DEVICE, patch=4).batches(0))
+        batches[kind] = list(feed.Feed(plan, DRAW, 3, text, pixels, DEVICE, patch=4).stream(0))
     for a, b in zip(batches["tars"], batches["caches"], strict=True):
         assert a.keys == b.keys and torch.equal(a.is_null, b.is_null)
         assert torch.equal(a.x0, b.x0) and all(torch.equal(x, y) for x, y in zip(a.draws, b.draws))
@@ -120,7 +120,7 @@ def test_what_cannot_be_opened(tars, names, sides, said):
 
 def test_an_error_on_a_thread_reaches_the_loop(monkeypatch):
     plan = plan_of((0, (24,), 4), micro_batch=2)
-    stream = feed_of(plan).batches(0)
+    stream = feed_of(plan).stream(0)
     next(stream)
 
     def broken(self, g, seed):

@@ -92,7 +92,7 @@ def test_micro_batches_make_the_same_iteration(tmp_path, monkeypatch):
         run(monkeypatch, train, "--steps", 3, "--out", tmp_path / name, "--aux-from", "0.3", "--micro-batch", micro,
             *QUICK[2:], "--batch-size", 8)  # fmt: skip
     a, b = (load_file(checkpoint.complete_states(tmp_path / n)[-1] / "network.safetensors") for n in ("one", "four"))
-    assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-5
+    assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-4  # lr is 5e-3, and Adam divides rounding by rounding at first
 
 
 def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path):
