@@ -116,6 +116,7 @@ def main() -> None:
     network.recompute = args.recompute
     ema = copy.deepcopy(network).requires_grad_(False)
     if args.compile:
+        machine.allow_shapes(64)
         for block in [*network.double_blocks, *network.single_blocks, *ema.double_blocks, *ema.single_blocks]:
             block.compile(dynamic=False)
     objective = losses.SelfE(network, ema, mu=losses.mu_of_length(image_tokens))

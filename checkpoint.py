@@ -15,6 +15,8 @@ complete: a run may be killed at any moment, a disk may fill up, and the last co
 import contextlib
 import json
 import os
+import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -101,7 +103,7 @@ def load_weights(path: Path, module: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 def complete_states(run: Path) -> list[Path]:
     """The complete training states of a run, oldest first."""
-    return sorted(p for p in (run / "state").glob("step_*") if p.suffix != ".partial")
+    return sorted(p for p in (run / "state").glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name) and p.is_dir())
 
 
 def step_of(state: Path) -> int:
@@ -155,9 +157,11 @@ def load_state(folder: Path, network: nn.Module, ema: nn.Module, optimizer: torc
     load_weights(folder / "model.safetensors", ema)
     try:
         adam = torch.load(folder / "adam.pt", map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{folder / 'adam.pt'} cannot be read ({error})") from error
     optimizer.load_state_dict(adam)
+    for p, own in getattr(optimizer, "optim", optimizer).state.items():  # ZeRO-1 leaves Adam's count on the CPU, where the
+        own["step"] = own["step"].to(p.device)  # fused update does not look for it (pytorch issue 124133)
     return read_json(folder / "state.json")
 
 

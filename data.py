@@ -1,6 +1,6 @@
 """Captioned pictures: the built-in shapes, and a folder of your own (S.2: text-to-image data).
 
-    source = data.Shapes(size=32, seed=0)            # endless, seeded: GenEval in miniature
+    source = data.Shapes(size=32)                    # endless, seeded: GenEval in miniature
     source = data.ImageFolder("pictures/", size=32)  # images with metadata.jsonl, or a .txt beside each
     picture, caption, key = source.sample(g, seed)   # g = 0, 1, 2, ...: the global index of the sample in training
 
@@ -16,7 +16,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +34,22 @@ class Sample(NamedTuple):
     picture: np.ndarray
     caption: str
     key: str
+
+
+class Source(Protocol):
+    """What the loop asks of a data set; Shapes and ImageFolder below, and the sources of shards.py, are such.
+
+    `sample` must be safe to call from several threads. All samples of one iteration must have one size.
+    """
+
+    name: str
+    buckets: list[tuple[int, int]]  # every (height, width) that occurs
+    skipped: dict[str, str]  # key -> reason, of samples that cannot be used
+    fingerprint: str  # changes when the sequence of samples does
+
+    def sample(self, g: int, seed: int = 0) -> Sample: ...
+
+    def bucket(self, g: int, seed: int = 0) -> tuple[int, int]: ...
 
 
 class DataError(errors.UserError):
@@ -234,7 +250,7 @@ class Shapes:
 
     def __init__(self, size: int = 32, tags: tuple[str, ...] = TAGS):
         self.size, self.tags, self.name = size, tags, "shapes"
-        self.buckets, self.skipped = [(size, size)], {}
+        self.buckets, self.skipped, self.fingerprint = [(size, size)], {}, "shapes"
 
     def __len__(self) -> int:
         raise TypeError("the built-in shapes are endless")
@@ -332,6 +348,8 @@ class ImageFolder:
             self.keys.append(name)
         if self.skipped:
             print(f"{self.folder}: skipped {len(self.skipped)} of {len(captions)} pictures", file=sys.stderr)
+        content = json.dumps([self.keys, self.captions, size]).encode()
+        self.fingerprint = hashlib.sha256(content).hexdigest()
         if not self.pictures:
             raise DataError(f"{self.folder}: none of its {len(captions)} pictures can be read")
 

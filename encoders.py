@@ -205,6 +205,19 @@ def locate(place: str) -> tuple[str, str]:
     return "/".join(owner_name), "/".join(inside)
 
 
+def canonical(name: str) -> str:
+    """One spelling for every way to name the same encoder or auto-encoder: "flux" for FLUX's own, folders absolute.
+
+    Caches and checkpoints compare these. Nothing is loaded. Raises EncoderError for a folder that is not there.
+    """
+    if name in (FLUX_TEXT, FLUX_VAE):
+        return "flux"
+    kind, colon, places = name.partition(":")
+    if not colon:
+        return name
+    return kind + ":" + ",".join("/".join(filter(None, locate(place))) for place in places.split(","))
+
+
 def check_folder(folder: str) -> None:
     """Raise EncoderError unless a local folder holds a config.json and safetensors weights."""
     if not os.path.isfile(os.path.join(folder, "config.json")):
@@ -314,8 +327,7 @@ class HuggingFaceText(TextEncoder):
         places = (FLUX_TEXT if name == "flux" else name).removeprefix("hf:").split(",")
         if len(places) > 2:
             raise EncoderError(f'"{name}" names {len(places)} encoders: use "hf:BOTH" or "hf:TOKENS,POOLED"')
-        self.name = name if name == "flux" else "hf:" + ",".join("/".join(filter(None, locate(p))) for p in places)
-        self.txt_len = txt_len
+        self.name, self.txt_len = canonical(name), txt_len
         self.of_tokens = FrozenTransformer(places[0], device)
         self.of_pooled = FrozenTransformer(places[1], device) if len(places) == 2 else self.of_tokens
         if txt_len > self.of_tokens.limit:
@@ -371,8 +383,7 @@ class KLAutoencoder:
         if info["missing_keys"]:
             lost = list(info["missing_keys"])
             raise EncoderError(f"{place} lacks {len(lost)} weights of an auto-encoder, such as {lost[0]}")
-        self.name = name if name == "flux" else "kl:" + "/".join(filter(None, (root, inside)))
-        self.device, self.dtype = device, precision(device)
+        self.name, self.device, self.dtype = canonical(name), device, precision(device)
         self.vae = vae.eval().requires_grad_(False).to(device)
         self.channels = vae.config.latent_channels
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # each level but the last halves the side

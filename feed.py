@@ -30,12 +30,12 @@ from recipe import Recipe, Stage
 # ---------------------------------------------------------------------------------------------------------------------
 # Which source a name means
 # ---------------------------------------------------------------------------------------------------------------------
-def open_source(names: tuple[str, ...], sides: tuple[int, ...], batch_size: int, multiple: int):
+def open_source(names: tuple[str, ...], sides: tuple[int, ...], batch_size: int, multiple: int, index: str | None = None):
     """The samples of a stage: "shapes", a folder of pictures, a folder of tar shards, or caches of encoded shards.
 
     Sources of several sides take turns, batch by batch. A cache has one side, so a stage of two sides needs two caches;
     all else serves every side. `multiple` is what the sides of a picture must be multiples of: the auto-encoder's factor
-    times the patch. Raises DataError with what is wrong and what to do.
+    times the patch; `index` the folder of the tars' index, if not their own. Raises DataError with what is wrong and what to do.
     """
     caches = [Path(name) for name in names if (Path(name) / "cache.json").exists()]
     if len(caches) < len(names) and len(names) > 1:
@@ -53,7 +53,7 @@ def open_source(names: tuple[str, ...], sides: tuple[int, ...], batch_size: int,
                 raise data.DataError(f"none of {', '.join(names)} was cached with --side {side}")
             parts.append(by_side[side])
         elif any(Path(names[0]).glob("*.tar")):
-            parts.append(shards.Shards(names[0], side, batch_size, multiple=multiple))
+            parts.append(shards.Shards(names[0], side, batch_size, multiple=multiple, index=index))
         else:
             parts.append(data.ImageFolder(names[0], side))
     return parts[0] if len(parts) == 1 else shards.Mixed(parts, batch_size)
@@ -103,18 +103,23 @@ class Feed:
     """
 
     def __init__(self, plan: Recipe, draw: Callable, seed: int, text, autoencoder, device: torch.device, *, patch: int = 1,
-                 channels: int = 3, factor: int = 1, world: int = 1, rank: int = 0, start: int = 0,
-                 workers: int = 2):  # fmt: skip
+                 channels: int = 3, factor: int = 1, world: int = 1, rank: int = 0, start: int = 0, workers: int = 2,
+                 index: str | None = None):  # fmt: skip
         self.plan, self.draw, self.seed, self.device = plan, draw, seed, device
         self.text, self.autoencoder, self.channels, self.factor = text, autoencoder, channels, factor
         self.world, self.rank, self.workers, self.waited = world, rank, workers, 0.0
         self.sources = {
-            number: open_source(plan.data, stage.sides, stage.batch_size, factor * patch)
+            number: open_source(plan.data, stage.sides, stage.batch_size, factor * patch, index)
             for number, stage in enumerate(plan.stages) if number >= plan.stage_number(start)
         }  # fmt: skip
         self.null = None
         self.skipped_at_start = self.skipped_so_far()  # the same for every process
         self.check_caches()
+
+    def fingerprints(self) -> dict[str, str]:
+        """What the samples of each stage to come follow from, besides the seed: a resumed run must find it unchanged."""
+        return {str(number): f"{source.fingerprint} in batches of {self.plan.stages[number].batch_size}"
+                for number, source in self.sources.items()}  # fmt: skip
 
     def source(self, step: int):
         """The source of iteration `step`."""
@@ -125,15 +130,14 @@ class Feed:
         for source in self.sources.values():
             for part in parts_of(source):
                 if isinstance(part, shards.CachedShards):
-                    if self.text is not None:
-                        part.check(self.text, self.autoencoder)
+                    part.check(self.plan.text, self.plan.txt_len, self.plan.autoencoder)
                     if self.plan.aux_from < 1 and not part.fake:
                         raise data.DataError(f"{part.name} was cached without --fake, which the auxiliary term needs: cache again, "
                                              "or train with --aux-from 1")  # fmt: skip
 
     def skipped_so_far(self) -> int:
         """Samples that could not be read so far."""
-        return sum(len(source.skipped) for source in self.sources.values())
+        return len({key for source in self.sources.values() for key in dict(source.skipped)})
 
     def indices(self, step: int) -> list[list[int]]:
         """The global indices of this process's micro-batches of an iteration: a run of consecutive integers each."""

@@ -17,6 +17,8 @@ Symbols, as in the paper                                                        
     x_self      [B, ...]  x0_hat - Delta, the pseudo-target                                         3.2
     lam         [B]       lambda_{s,t}, the weight of self-evaluation                               3.3
     x_tar, x_renorm       the implicit target, and the same at the energy of x0                     3.3
+    w                     three things, as in the paper: the guidance scale in Eq. 12-13 and s.7, the weight of the
+                          loss w_{s,t} in Eq. 21, and here also lam / (1 + lam), the share of x_self in x_tar
     tau         scalar    annealed from 0 to 1: how far below t the second time may lie             S.2
     k           scalar    the share of the classifier term in Delta, 0.9                            S.1.2
 """
@@ -341,8 +343,8 @@ class SelfE(nn.Module):
     delta_scale    multiplies Delta; 1 is the paper, 0 the control that keeps Eq. 19 and has nothing to say about x0_hat
     lam_scale      multiplies lambda; 1 is the paper
     lam_s          the second time that lambda sees, as a function of (t, s); None is the paper: s itself (cf. S.3.1)
-    null_target    what a null prompt learns at s < t: "data" x0 | "renorm" Eq. 19 with its own Delta (zero without
-                   the auxiliary term). The paper does not say; guidance needs the null branch to follow the data.
+    null_target    what a null prompt learns at s < t: "data" x0, until the auxiliary term is on and from then on as
+                   "renorm" | "renorm" Eq. 19 with its own Delta (zero without the auxiliary term). The paper does not say; guidance needs the null branch to follow the data.
     unconditional  the network of the null branch; None is the paper: `network`
 
     Flow matching is the same module with draws that have no s < t (p_equal = 1).
@@ -363,7 +365,7 @@ class SelfE(nn.Module):
         """The loss of one micro-batch, per value of x0, and what one wants to watch.
 
         x0 [B, ...] fp32; c, null, fake tuples of tensors with leading dimension B (fake is read only with aux);
-        is_null [B] bool, where the prompt was dropped; tau in [0, 1] (s.13); aux switches the auxiliary term on.
+        is_null [B] bool, where the prompt was dropped or is empty; tau in [0, 1] (s.13); aux switches the auxiliary term on.
         Returns the scalar loss and a dict of detached tensors: t, s, loss [B]; delta_norm and w [n]; fake_loss [n].
         """
         t, s = sample_times(draws.z, draws.u, draws.jump, self.mu, tau)  # s.11-s.13

@@ -115,7 +115,7 @@ class RMSNorm(nn.Module):
 
 
 class QKNorm(nn.Module):
-    """Per-head RMSNorm of queries and keys, then the rotation by position."""
+    """Per-head RMSNorm of queries and keys; `attention` rotates them by position."""
 
     def __init__(self, head_dim: int):
         super().__init__()
@@ -320,7 +320,7 @@ def main() -> None:
     for name, size in SIZES.items():
         with torch.device("meta"):
             parameters = sum(p.numel() for p in Denoiser(**size).parameters())
-        for tokens, text in ((64, 16),) if name == "laptop" else ((256, 256), (1024, 256)):
+        for tokens, text in ((36, 14),) if name == "laptop" else ((256, 256), (1024, 256)):
             print(f"{name:8}{size['width']:7}{size['heads']:7}{size['double']:5} +{size['single']:3}{parameters:14,}"
                   f"{tokens:14}{forward_flops(size, tokens, text) / 1e9:17.3f}")  # fmt: skip
 

@@ -109,14 +109,14 @@ class Meter:
 class Log:
     """RUN/metrics.jsonl and, if it is installed, TensorBoard. Only the first process has one."""
 
-    def __init__(self, run: Path):
+    def __init__(self, run: Path, start: int = 0):
         self.file = open(run / "metrics.jsonl", "a", encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             self.board = None
         else:
-            self.board = SummaryWriter(run / "tensorboard")
+            self.board = SummaryWriter(run / "tensorboard", purge_step=start + 1)
 
     def write(self, record: dict) -> None:
         self.file.write(json.dumps(record) + "\n")

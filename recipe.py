@@ -13,7 +13,6 @@ meets every part of its recipe. The auxiliary stage is in that of `2b`; `--aux-f
 import math
 from dataclasses import dataclass, replace
 
-import encoders
 import errors
 import losses
 import model
@@ -43,9 +42,9 @@ class Recipe:
     guidance: float  # of the picture grids and the checkpoint's default
     s_rule: float = 0.0  # the checkpoint's default second time when sampling (S.3.1)
     data: tuple[str, ...] = ("shapes",)
-    text: str = encoders.FLUX_TEXT
+    text: str = "flux"  # encoders.py
     txt_len: int = 256
-    autoencoder: str = encoders.FLUX_VAE
+    autoencoder: str = "flux"
     warmup: int = 1000  # iterations, at most 5% of the run
     clip: float = 1.0  # largest gradient norm
     betas: tuple[float, float] = (0.9, 0.95)

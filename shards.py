@@ -220,8 +220,8 @@ def index_of(tar: Path, cache: Path) -> tuple[np.ndarray, np.ndarray, dict[str, 
         with in_one_piece(path, f".{uuid.uuid4().hex}") as partial, open(partial, "wb") as file:
             np.savez(file, stamp=np.array(stamp), rows=rows, keys=packed,
                      skipped=np.frombuffer(json.dumps(skipped).encode(), np.uint8))  # fmt: skip
-    except PermissionError as error:
-        raise DataError(f"cannot write {path}: name a folder for the index that can be written (--index)") from error
+    except OSError as error:  # no permission, or a file system that can only be read
+        raise DataError(f"cannot write {path} ({error.strerror}): name a folder for the index that can be written (--index)") from error
     return rows, packed, skipped
 
 
@@ -402,6 +402,7 @@ class Shards:
             raise DataError(f"{folder} has {len(keep)} usable pictures, fewer than one batch of {batch_size}: "
                             "lower the batch size or add shards")  # fmt: skip
         self.buckets, bucket = choose_buckets(self.rows[keep], buckets, batch_size)
+        self.fingerprint = fingerprint(Index(self.tars, self.shard, self.rows, self.keys, self.skipped))
         self.members = [keep[bucket == k] for k in range(len(self.buckets))]
         self.blocks = Blocks([len(m) for m in self.members], batch_size)
 
@@ -468,6 +469,7 @@ class Mixed:
                 raise DataError(f"{source.name} comes in batches of {source.batch_size}; it cannot be mixed in batches of {batch_size}")
         self.sources, self.batch_size = sources, batch_size
         self.name = " + ".join(source.name for source in sources)
+        self.fingerprint = " ".join(source.fingerprint for source in sources)
         self.buckets = list(dict.fromkeys(bucket for source in sources for bucket in source.buckets))
 
     def __len__(self) -> int:
@@ -475,7 +477,8 @@ class Mixed:
 
     @property
     def skipped(self) -> dict[str, str]:
-        return {key: reason for source in self.sources for key, reason in source.skipped.items()}
+        # Copies, because threads that read may be adding to them.
+        return {key: reason for source in self.sources for key, reason in dict(source.skipped).items()}
 
     def locate(self, g: int):
         """(the source of g, g's index in it)"""
@@ -555,7 +558,7 @@ def cache(folder: str | Path, out: str | Path, side: int, text, autoencoder, *, 
     spec = {
         "format": 1, "text": text.name, "txt_len": text.txt_len, "autoencoder": autoencoder.name, "side": side,
         "multiple": multiple, "batch_size": batch_size, "tokens": tokens, "fake": fake, "per_shard": per_shard,
-        "source": fingerprint(Index(source.tars, source.shard, source.rows, source.keys, source.skipped)),
+        "source": source.fingerprint,
         "buckets": [[h, w, len(m)] for (h, w), m in zip(source.buckets, source.members)],
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
@@ -625,6 +628,7 @@ class CachedShards:
             raise DataError(f"bucket {height}x{width} of {folder} has {smallest} pictures, fewer than a batch of "
                             f"{batch_size}: lower it, or cache with --batch-size {batch_size}")  # fmt: skip
         self.side, self.fake, self.skipped = self.spec["side"], self.spec["fake"], {}
+        self.fingerprint = self.spec["source"]  # a cache yields the sequence that its tars yield
         self.buckets = [(height, width) for height, width, _ in self.spec["buckets"]]
         self.blocks = Blocks([count for _, _, count in self.spec["buckets"]], batch_size)
         self.paths: list[list[Path]] = [[] for _ in self.buckets]
@@ -637,9 +641,10 @@ class CachedShards:
             self.null = tuple(file.get_tensor(name).float() for name in ("tokens", "pooled"))
             self.null_fake = tuple(file.get_tensor(name).float() for name in ("fake_tokens", "fake_pooled"))
 
-    def check(self, text, autoencoder) -> None:
-        """Raise DataError unless these are the encoders that the cache was made with."""
-        for name, value in (("text", text.name), ("txt_len", text.txt_len), ("autoencoder", autoencoder.name)):
+    def check(self, text: str, txt_len: int, autoencoder: str) -> None:
+        """Raise DataError unless the encoders of these names are those that the cache was made with."""
+        asked = (("text", encoders.canonical(text)), ("txt_len", txt_len), ("autoencoder", encoders.canonical(autoencoder)))
+        for name, value in asked:
             if self.spec[name] != value:
                 raise DataError(f"{self.name} was encoded with {name} {self.spec[name]!r}, not {value!r}: "
                                 "use the same encoders, or cache again")  # fmt: skip

@@ -70,6 +70,7 @@ OBJECTIVES = {
 
 EAGER_STEPS = 20  # iterations before torch.compile comes in, and the first picture grid
 STEP_COUNTS = (1, 2, 4, 8, 50)  # the columns of the picture grids
+SAVE_SECONDS = 1800  # between states, unless --save-every says otherwise
 PATIENCE = 5  # iterations in a row without a finite gradient before the run stops
 
 
@@ -128,6 +129,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--out", metavar="DIR", default="runs/laptop", help="folder of the run (default: runs/laptop)")
     a("--resume", action="store_true", help="go on from the last state in --out, with its flags")
     a("--dry-run", action="store_true", help="print the plan, memory and price of the run and end")
+    a("--index", metavar="DIR", help="folder of the index of tar shards (default: beside the tars)")
     a("--seed", metavar="N", type=int, default=0, help="of everything random (default: 0)")
     a = parser.add_argument_group("the recipe").add_argument
     a("--steps", metavar="N", type=int, help="iterations")
@@ -147,17 +149,21 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--compile", action=argparse.BooleanOptionalAction, help="torch.compile each block (default: where it works and pays)")
     a("--micro-batch", metavar="N", type=int, help="pictures a process computes at once, at the first stage's side")
     a("--recompute", metavar="N", type=int, default=0, help="blocks that recompute their activations, to save memory (default: 0)")
-    a("--zero", action="store_true", help="spread Adam's moments over the processes, ZeRO-1 (default: off)")
+    a("--zero", action=argparse.BooleanOptionalAction, default=False, help="spread Adam's moments over the processes (ZeRO-1)")
     a("--workers", metavar="N", type=int, default=1, help="threads that read data ahead (default: 1)")
     a = parser.add_argument_group("what is written").add_argument
     a("--log-every", metavar="N", type=int, default=20, help="iterations between lines of metrics.jsonl (default: 20)")
     a("--grid-every", metavar="N", type=int, help="iterations between picture grids; 0 is off (default: ten a run, and an early one)")
-    a("--save-every", metavar="N", type=int, help="iterations between states; 0 is only at the end (default: five a run, at most 1000)")
+    a("--save-every", metavar="N", type=int, help="iterations between states; 0 is only at the end (default: five a run, and every half hour)")
     a("--keep", metavar="N", type=int, default=2, help="newest states to keep (default: 2)")
     a("--milestone-every", metavar="N", type=int, default=0, help="keep states at multiples of N for good; 0 is off (default: 0)")
     args = parser.parse_args(argv)
     if args.resume:
-        parser.set_defaults(**checkpoint.read_json(Path(args.out) / "config.json")["arguments"])
+        path = Path(args.out) / "config.json"
+        config = checkpoint.read_json(path)
+        if not isinstance(config, dict) or not isinstance(config.get("arguments"), dict):
+            raise checkpoint.CheckpointError(f"{path} is not that of a run that train.py began")
+        parser.set_defaults(**config["arguments"])
         args = parser.parse_args(argv)
     for name in ("steps", "batch_size", "micro_batch", "side", "log_every", "keep", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -168,6 +174,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     for name in ("batch_size", "micro_batch"):
         if getattr(args, name) is not None and getattr(args, name) % 2:
             parser.error(f"--{name.replace('_', '-')} must be even: every second sample has s < t (s.13)")
+    if args.seed >= 2**63:
+        parser.error("--seed must be less than 2^63")
     if args.lr is not None and not 0 < args.lr < 1:
         parser.error("--lr must lie between 0 and 1")
     if not 0 <= args.delta_scale < float("inf"):
@@ -198,7 +206,8 @@ def dry_run(args, plan: recipe.Recipe, world: int, start: int) -> None:
         parameters = sum(p.numel() for p in model.Denoiser(**sizes).parameters())
     state = recipe.state_bytes(parameters, world, args.zero)
     print(f"memory of each process: {sum(state.values()) / 2**30:.2f} GiB of state ("
-          + ", ".join(f"{name} {b / 2**30:.2f}" for name, b in state.items()) + "), and activations (benchmark.py measures them)")  # fmt: skip
+          + ", ".join(f"{name} {b / 2**30:.2f}" for name, b in state.items()) + "), and activations (benchmark.py measures them)"
+          + ("; T5-XXL, CLIP and the VAE take 9.3 GiB more, with a cache on the first process only" if plan.text == "flux" else ""))  # fmt: skip
     print(f"each saved state: {4 * 4 * parameters / 2**30:.2f} GiB on disk; {args.keep} are kept"
           + (f", and one every {args.milestone_every:,} iterations" if args.milestone_every else ""))  # fmt: skip
     for name in plan.data:
@@ -237,6 +246,19 @@ def open_encoders(args, plan: recipe.Recipe, device: torch.device, chief: bool):
     return text, autoencoder, sizes, autoencoder.factor
 
 
+def agree(world: int, what: dict) -> None:
+    """Raise UserError unless all processes say the same: one that resumed elsewhere would drift apart unnoticed."""
+    if world > 1:
+        everyone = [None] * world
+        dist.all_gather_object(everyone, what)
+        for rank, other in enumerate(everyone):
+            different = [name for name in what if other[name] != everyone[0][name]]
+            if different:
+                name = different[0]
+                raise errors.UserError(f"process {rank} has {name} {other[name]}, process 0 has {everyone[0][name]}: do all of them see "
+                                       "the same --out and --data, and the same code?")  # fmt: skip
+
+
 @contextlib.contextmanager
 def chief_first(world: int, chief: bool):
     """The first process goes through the block before all others: it makes the index of tar shards, they find it made."""
@@ -245,6 +267,30 @@ def chief_first(world: int, chief: bool):
     yield
     if world > 1 and chief:
         dist.barrier()
+
+
+def pick_precision(args, run: Path, device: torch.device, world: int) -> torch.dtype:
+    """What --precision says; "auto" is measured once, by the first process, and kept when the run is resumed."""
+    if args.precision != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
+    if args.resume:
+        return getattr(torch, checkpoint.read_json(run / "config.json")["precision"])
+    chosen = [machine.pick_precision(device)]
+    if world > 1:
+        dist.broadcast_object_list(chosen, src=0)
+    return chosen[0]
+
+
+def check_resume(run: Path, state: dict, args, plan: recipe.Recipe, feed: Feed) -> None:
+    """Raise UserError when what the sequence of samples follows from is not what it was."""
+    if state["seed"] != args.seed:
+        raise errors.UserError(f"{run} was begun with --seed {state['seed']}; another seed would be another sequence of samples")
+    if len(plan.stages) > 1 and state["steps"] != plan.steps:
+        raise errors.UserError(f"{run} was begun with --steps {state['steps']}; other steps would move its stages")
+    for number, now in feed.fingerprints().items():
+        if state["data"].get(number, now) != now:
+            raise errors.UserError(f"{run} was begun with other data or another --batch-size: the samples would not be the next ones. "
+                                   "Restore them, or begin a new run")  # fmt: skip
 
 
 def optimizer_of(network: torch.nn.Module, plan: recipe.Recipe, zero: bool) -> torch.optim.Optimizer:
@@ -267,10 +313,34 @@ def compile_blocks(args, networks: list[model.Denoiser], buckets: int, device: t
     if not works:
         return f"eager ({why_not})"
     machine.allow_shapes(8 * buckets)  # with and without gradient, whole and half batches
+    torch._dynamo.config.optimize_ddp = False  # or DDP cuts each block at its 25 MiB buckets; blocks overlap well enough
     for network in networks:
         for block in [*network.double_blocks, *network.single_blocks]:
             block.compile(dynamic=False)
     return "compiled"
+
+
+def rehearse(objective, network: torch.nn.Module, plan: recipe.Recipe, feed: Feed, sizes: dict) -> None:
+    """The forward and backward pass of every stage to come, at its largest pictures and with the auxiliary term if it has it.
+
+    Before the first iteration of a run on a GPU: what does not fit into its memory fails now, not after days. Nothing is
+    learned from it. Raises UserError with what to do.
+    """
+    begins = plan.begins()
+    for number in feed.sources:
+        stage, aux = plan.stages[number], plan.aux(begins[number + 1] - 1)
+        for side in stage.sides:
+            B = plan.micro_batch_of(stage, side, feed.world)
+            shape = (sizes["channels"], side // feed.factor, side // feed.factor)
+            x0 = torch.zeros(B, *shape, device=feed.device)
+            c = torch.zeros(B, plan.txt_len, sizes["txt_dim"], device=feed.device), torch.zeros(B, sizes["vec_dim"], device=feed.device)
+            draws = feed.draw(0, 0, list(range(B)), shape, device=feed.device)
+            try:
+                objective(x0, c, c, c, torch.zeros(B, dtype=torch.bool, device=feed.device), draws, 1.0, aux)[0].backward()
+            except torch.OutOfMemoryError as error:
+                raise errors.UserError(f"{B} pictures of {side} x {side}{' with the auxiliary term' if aux else ''} do not fit into the "
+                                       f"device's memory: a smaller --micro-batch, --recompute N or --zero ({str(error).splitlines()[0]})") from error  # fmt: skip
+            network.zero_grad(set_to_none=True)
 
 
 def config_of(args, plan: recipe.Recipe, sizes: dict, precision: torch.dtype, device: torch.device) -> dict:
@@ -284,7 +354,7 @@ def config_of(args, plan: recipe.Recipe, sizes: dict, precision: torch.dtype, de
         "steps": plan.steps, "batch_size": plan.stages[0].batch_size, "lr": plan.lr, "seed": args.seed,
         "precision": str(precision).removeprefix("torch."), "machine": machine.describe(device),
         "command": " ".join(["python train.py", *sys.argv[1:]]),
-        "arguments": {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "dry_run", "workers")},
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "dry_run")},
     }  # fmt: skip
 
 
@@ -310,7 +380,8 @@ def main() -> None:
         if world > 1:
             # Saving the state and drawing pictures keep the other processes waiting; an hour is longer than either.
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
-            closing.callback(dist.destroy_process_group)
+            # Not after an error: the other processes may be waiting in a reduction, and so would this.
+            closing.push(lambda kind, *_: None if kind else dist.destroy_process_group())
         train(args, plan, run, device, world, int(os.environ.get("RANK", 0)), closing)
 
 
@@ -329,8 +400,10 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
     patch = sizes["patch"]
     with chief_first(world, chief):
         feed = Feed(plan, OBJECTIVES[args.objective].draw, args.seed, text, autoencoder, device, patch=patch,
-                    channels=sizes["channels"], factor=factor, world=world, rank=rank, start=start, workers=args.workers)  # fmt: skip
-    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision) or machine.pick_precision(device)
+                    channels=sizes["channels"], factor=factor, world=world, rank=rank, start=start, workers=args.workers,
+                    index=args.index)  # fmt: skip
+    precision = pick_precision(args, run, device, world)
+    agree(world, {"iteration": start, "recipe": plan, "seed": args.seed, "precision": precision, "data": feed.fingerprints()})
     torch.manual_seed(args.seed)
     network = model.Denoiser(**sizes, precision=precision).to(device)
     network.recompute = args.recompute
@@ -340,18 +413,19 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
     adam = optimizer_of(network, plan, zero)
 
     # Go on, or begin.
-    elapsed_before = 0.0
+    elapsed_before, nonfinite = 0.0, 0
     config = config_of(args, plan, sizes, precision, device)
     if args.resume:
         state = checkpoint.load_state(states[-1], network, ema, adam)
-        if state["seed"] != args.seed:
-            raise errors.UserError(f"{run} was begun with --seed {state['seed']}; another seed would be another sequence of samples")
-        elapsed_before = state["elapsed"]
+        check_resume(run, state, args, plan, feed)
+        elapsed_before, nonfinite = state["elapsed"], state["nonfinite"]
     if chief:
         (run / "grids").mkdir(parents=True, exist_ok=True)
         checkpoint.cut_metrics(run / "metrics.jsonl", start)
 
-    buckets = len({bucket for source in feed.sources.values() for bucket in source.buckets})
+    if device.type == "cuda":
+        rehearse(objective, network, plan, feed, sizes)
+    buckets = sum(len(source.buckets) for source in feed.sources.values())
     how = compile_blocks(args, [network, ema], buckets, device)
     step_module = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
     if chief:
@@ -360,16 +434,16 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
 
     stop = StopSignal()
     grid_every = args.grid_every if args.grid_every is not None else max(1, plan.steps // 10)
-    save_every = args.save_every if args.save_every is not None else min(1000, max(1, plan.steps // 5))
+    save_every = args.save_every if args.save_every is not None else max(1, plan.steps // 5)
     prompts = grid_prompts(feed.source(start)) if chief else []
     meter, peak = monitor.Meter(device), machine.peak_flops(device, precision)
-    log = monitor.Log(run) if chief else None
+    log = monitor.Log(run, start) if chief else None
     bar = tqdm(total=plan.steps, initial=start, disable=not chief, unit="it", dynamic_ncols=True, smoothing=0.05)
     stream = feed.stream(start)
     for close in (stream.close, bar.close, *([log.close] if log else []), functools.partial(torch.compiler.set_stance, "default")):
         closing.callback(close)
     began, step, stopping = time.perf_counter(), start, False
-    nonfinite = in_a_row = 0
+    in_a_row, saved_at = 0, time.perf_counter()
 
     # Iterate. One iteration: gradients of the global batch, an update, the average.
     while step < plan.steps and not stopping:
@@ -401,11 +475,13 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
             meter.add(stats, forwards * model.forward_flops(sizes, tokens, plan.txt_len) * len(batch.keys))
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), plan.clip)
 
-        # No update from a loss or gradient that is not finite, on any process; all of them must decide alike, and stop alike.
-        flags = torch.stack([(~torch.isfinite(total) | ~torch.isfinite(norm)).float(), torch.tensor(float(bool(stop)), device=device)])
+        # No update from a loss or gradient that is not finite, on any process. All processes must decide alike, stop and save alike.
+        due = args.save_every is None and time.perf_counter() - saved_at > SAVE_SECONDS
+        own = torch.tensor([bool(stop), due], device=device)
+        flags = torch.cat([(~torch.isfinite(total) | ~torch.isfinite(norm)).view(1), own]).float()
         if world > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        bad, stopping = (bool(flag) for flag in flags.tolist())
+        bad, stopping, due = (bool(flag) for flag in flags.tolist())
         if bad:
             nonfinite, in_a_row = nonfinite + 1, in_a_row + 1
             meter.drop()
@@ -441,20 +517,25 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
                 pass  # the run is about to end; its grid can be drawn again
             meter.began += time.perf_counter() - pause
         stopping = stopping or (world == 1 and bool(stop))  # several processes agree on it in the next iteration
-        if stopping or step == plan.steps or (save_every and step % save_every == 0) \
-                or (args.milestone_every and step % args.milestone_every == 0):  # fmt: skip
+        every = [n for n in (save_every, args.milestone_every) if n]
+        if stopping or due or step == plan.steps or any(step % n == 0 for n in every):
             if zero:
                 adam.consolidate_state_dict(to=0)
             if chief:
-                state = {"step": step, "elapsed": elapsed_before + time.perf_counter() - began, "seed": args.seed}
+                state = {"step": step, "elapsed": elapsed_before + time.perf_counter() - began, "seed": args.seed,
+                         "steps": plan.steps, "data": feed.fingerprints(), "nonfinite": nonfinite}  # fmt: skip
                 checkpoint.save_state(run, step, network, ema, adam.state_dict(), config, state, args.keep, args.milestone_every)
+            if world > 1:
+                dist.barrier()  # nobody leaves before the state is on the disk: a launcher may end the others with the first
+            saved_at = time.perf_counter()
 
     bar.close()
+    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
     if chief and step < plan.steps:
         print(f"stopped by {stop.name or 'a signal to another process'} after iteration {step}; the state is saved. To go on:\n"
-              f"  python train.py --resume --out {run}")  # fmt: skip
+              f"  {python} train.py --resume --out {run}")  # fmt: skip
     elif chief:
-        print(f"done: {run}. To make pictures:\n  python sample.py --checkpoint {run} --steps 1 2 4 8 50 "
+        print(f"done: {run}. To make pictures:\n  {python} sample.py --checkpoint {run} --steps 1 2 4 8 50 "
               f'--prompt "{prompts[0]}"')  # fmt: skip
 
 

@@ -118,6 +118,19 @@ def test_what_cannot_be_opened(tars, names, sides, said):
         feed.open_source(tuple(name.format(tars) for name in names), sides, 4, 4)
 
 
+@pytest.mark.parametrize("changes, said", [(dict(txt_len=11), "txt_len"), (dict(text="flux"), "text 'words'"), (dict(autoencoder="flux"), "autoencoder")])
+def test_a_cache_of_other_encoders_is_refused_at_the_start(tars, changes, said):
+    plan = recipe.replace(plan_of((0, (16,), 4), data=(str(tars / "cache16"),)), **changes)
+    with pytest.raises(data.DataError, match=said):
+        feed.Feed(plan, DRAW, 3, None, None, DEVICE, patch=4)
+
+
+def test_an_index_elsewhere_is_found(tars, tmp_path):
+    plan = plan_of((0, (16,), 4), data=(str(tars / "tars"),))
+    feed_of(plan, index=str(tmp_path / "index"))
+    assert len(list((tmp_path / "index").glob("*.index"))) == 4
+
+
 def test_an_error_on_a_thread_reaches_the_loop(monkeypatch):
     plan = plan_of((0, (24,), 4), micro_batch=2)
     stream = feed_of(plan).stream(0)

@@ -539,7 +539,7 @@ def test_a_cache_refuses_other_settings_other_tars_and_damage(tmp_path):
         encode(tmp_path / "t", tmp_path / "c")
     assert contents(tmp_path / "c") == before
     with pytest.raises(data.DataError, match="txt_len 8, not 16"):
-        shards.CachedShards(tmp_path / "c", 4).check(encoders.text_encoder("words", 16), encoders.autoencoder("pixels"))
+        shards.CachedShards(tmp_path / "c", 4).check("words", 16, "pixels")
     (tmp_path / "c" / "64x64_00001.safetensors").write_bytes(before["64x64_00001.safetensors"][:-9])
     with pytest.raises(data.DataError, match="64x64_00001.safetensors is damaged"):
         shards.CachedShards(tmp_path / "c", 4)

@@ -92,7 +92,9 @@ def test_micro_batches_make_the_same_iteration(tmp_path, monkeypatch):
         run(monkeypatch, train, "--steps", 3, "--out", tmp_path / name, "--aux-from", "0.3", "--micro-batch", micro,
             *QUICK[2:], "--batch-size", 8)  # fmt: skip
     a, b = (load_file(checkpoint.complete_states(tmp_path / n)[-1] / "network.safetensors") for n in ("one", "four"))
-    assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-4  # lr is 5e-3, and Adam divides rounding by rounding at first
+    # Adam's first updates are the signs of gradients, so a weight whose gradient is rounding noise goes either way: count them.
+    flips = sum(((a[key] - b[key]).abs() > 1e-4).sum().item() for key in a)
+    assert flips < 1e-4 * sum(value.numel() for value in a.values())
 
 
 def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path):
@@ -197,6 +199,7 @@ def test_imm_trains_and_samples_in_its_own_way(tmp_path, monkeypatch):
     (train, ["--micro-batch", "6"]), (train, ["--aux-from", "2"]), (train, ["--device", "abacus"]), (train, ["--resume"]),
     (train, ["--out", "/dev/null/run"]), (train, ["--side", "30"]), (train, ["--text", "telepathy"]),
     (train, ["--objective", "imm", "--micro-batch", "2"]), (train, ["--autoencoder", "kl:./absent"]), (train, ["--seed", "-1"]), (train, ["--lr", "nan"]),
+    (train, ["--seed", "99999999999999999999999"]), (train, ["--save-every", "-1"]), (train, ["--workers", "0"]),
     (sample, ["--checkpoint", "absent", "--prompt", "x"]), (sample, []), (sample, ["--prompt", "x", "--steps", "0"]),
     (sample, ["--prompt", "x", "--guidance", "-1"]), (sample, ["--prompt", "x", "--guidance", "nan"]),
     (sample, ["--prompt", "x", "--eta", "1.5"]), (sample, ["--prompt", "x", "--s-rule", "before"]),
@@ -232,6 +235,18 @@ def test_damaged_checkpoints(trained, tmp_path, monkeypatch, capsys, damage):
     lines = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and len(lines) == 1 and str(tmp_path) in lines[0]
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("config", ["{}", "[]", '{"arguments": 3}'])
+def test_resuming_what_train_did_not_begin(tmp_path, monkeypatch, capsys, config):
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "state" / "step_00000002_bak").mkdir(parents=True)
+    assert checkpoint.complete_states(tmp_path) == []
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        errors.run(train.main)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1 and "config.json" in lines[0]
 
 
 def test_the_exit_code_is_that_of_the_process():
