@@ -285,10 +285,10 @@ def check_resume(run: Path, state: dict, args, plan: recipe.Recipe, feed: Feed) 
     """Raise UserError when what the sequence of samples follows from is not what it was."""
     if state["seed"] != args.seed:
         raise errors.UserError(f"{run} was begun with --seed {state['seed']}; another seed would be another sequence of samples")
-    if len(plan.stages) > 1 and state["steps"] != plan.steps:
+    if len(plan.stages) > 1 and state.get("steps", plan.steps) != plan.steps:
         raise errors.UserError(f"{run} was begun with --steps {state['steps']}; other steps would move its stages")
     for number, now in feed.fingerprints().items():
-        if state["data"].get(number, now) != now:
+        if state.get("data", {}).get(number, now) != now:
             raise errors.UserError(f"{run} was begun with other data or another --batch-size: the samples would not be the next ones. "
                                    "Restore them, or begin a new run")  # fmt: skip
 
@@ -418,7 +418,7 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
     if args.resume:
         state = checkpoint.load_state(states[-1], network, ema, adam)
         check_resume(run, state, args, plan, feed)
-        elapsed_before, nonfinite = state["elapsed"], state["nonfinite"]
+        elapsed_before, nonfinite = state["elapsed"], state.get("nonfinite", 0)
     if chief:
         (run / "grids").mkdir(parents=True, exist_ok=True)
         checkpoint.cut_metrics(run / "metrics.jsonl", start)
@@ -438,7 +438,8 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
     prompts = grid_prompts(feed.source(start)) if chief else []
     meter, peak = monitor.Meter(device), machine.peak_flops(device, precision)
     log = monitor.Log(run, start) if chief else None
-    bar = tqdm(total=plan.steps, initial=start, disable=not chief, unit="it", dynamic_ncols=True, smoothing=0.05)
+    bar = tqdm(total=plan.steps, initial=start, disable=not chief, unit="it", dynamic_ncols=True, smoothing=0.05,
+               mininterval=0.5 if sys.stderr.isatty() else 30)  # a log file of days stays readable
     stream = feed.stream(start)
     for close in (stream.close, bar.close, *([log.close] if log else []), functools.partial(torch.compiler.set_stance, "default")):
         closing.callback(close)

@@ -92,12 +92,14 @@ def test_two_processes_equal_one_that_accumulates(runs):
     assert alike(runs / "one", runs / "two")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(runs):
     run_train(1, "--resume", "--out", runs / "two-other", "--device", "cpu")
     run_train(2, "--resume", "--out", runs / "one-other", "--device", "cpu")
     assert alike(runs / "one", runs / "two-other") and alike(runs / "one", runs / "one-other")
 
 
+@pytest.mark.slow
 def test_zero_spreads_adam_and_changes_nothing(runs):
     run_train(2, "--steps", 6, "--out", runs / "zero", *SMALL, "--aux-from", "0.5", "--save-every", "3", "--zero")
     assert alike(runs / "two", runs / "zero")
@@ -139,6 +141,7 @@ def test_the_compiler_recomputation_bf16_and_zero_under_ddp(tmp_path):
     assert losses_of(tmp_path / "plain") == pytest.approx(losses_of(tmp_path / "all"), rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_milestone_stays_and_can_be_sampled(tmp_path):
     run_train(1, "--steps", 7, "--out", tmp_path / "r", *SMALL, "--save-every", 1, "--keep", 1, "--milestone-every", 3)
     assert [p.name for p in sorted((tmp_path / "r/state").iterdir())] == ["step_00000003", "step_00000006", "step_00000007"]
