@@ -425,12 +425,10 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
 
     if device.type == "cuda":
         rehearse(objective, network, plan, feed, sizes)
-    buckets = sum(len(source.buckets) for source in feed.sources.values())
-    how = compile_blocks(args, [network, ema], buckets, device)
     step_module = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
     if chief:
         print_plan(args, plan, sizes, factor, world, start)
-        print(f"  on {config['machine']}, in {config['precision']}, {how}", flush=True)
+        print(f"  on {config['machine']}, in {config['precision']}", flush=True)
 
     stop = StopSignal()
     grid_every = args.grid_every if args.grid_every is not None else max(1, plan.steps // 10)
@@ -441,7 +439,7 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
     bar = tqdm(total=plan.steps, initial=start, disable=not chief, unit="it", dynamic_ncols=True, smoothing=0.05,
                mininterval=0.5 if sys.stderr.isatty() else 30)  # a log file of days stays readable
     stream = feed.stream(start)
-    for close in (stream.close, bar.close, *([log.close] if log else []), functools.partial(torch.compiler.set_stance, "default")):
+    for close in (stream.close, bar.close, *([log.close] if log else [])):
         closing.callback(close)
     began, step, stopping = time.perf_counter(), start, False
     in_a_row, saved_at = 0, time.perf_counter()
@@ -457,7 +455,10 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
                 checkpoint.write_json(run / "config.json", config)
 
         # The first iterations run as they are: they end in a first picture grid before the compiler takes its minute or two.
-        torch.compiler.set_stance("force_eager" if step < EAGER_STEPS else "default")
+        if step == max(start, EAGER_STEPS):
+            how = compile_blocks(args, [network, ema], sum(len(source.buckets) for source in feed.sources.values()), device)
+            if chief:
+                bar.write(f"  from iteration {step} on {how}", file=sys.stderr)
         tau, aux = plan.tau(step), plan.aux(step)
         count = len(feed.indices(step))
         total, keys = torch.zeros((), device=device), []
@@ -509,9 +510,9 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
         early = step == min(EAGER_STEPS, plan.steps)
         if chief and grid_every and (step % grid_every == 0 or step == plan.steps or early) and not stopping:
             pause = time.perf_counter()
-            torch.compiler.set_stance("force_eager")  # sampling's batch shapes are not worth compiling for
             try:
-                sheet = draw_grid(sample.Loaded(ema, config, text, autoencoder), prompts, lambda: bool(stop))
+                with torch.compiler.set_stance("force_eager"):  # sampling's batch shapes are not worth compiling for
+                    sheet = draw_grid(sample.Loaded(ema, config, text, autoencoder), prompts, lambda: bool(stop))
                 sheet.save(run / "grids" / f"step_{step:06d}.png")
                 log.grid(sheet, step)
             except sample.Stopped:

@@ -175,7 +175,6 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     for name in ("losses.py", "toy/training.py", "toy/mixture.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text())
-    monkeypatch.setattr(studies, "commit", lambda: "here")
     monkeypatch.setattr(measures, "SAMPLES", 50)
     monkeypatch.setattr(measures, "REFERENCE", 200)
     study = studies.Study("?", {"a": ({}, dict(eta=0.0)), "b": ({}, dict(eta=1.0))}, ("far",))

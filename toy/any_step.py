@@ -90,6 +90,7 @@ def compare(layouts: list[str], seed: int, steps: int, out: Path, jobs: int) -> 
         "settings": {label: {"training": a, "sampling": b} for label, (a, b) in OBJECTIVES.items()},
         "results": {layout: {label: rows[e] for label, rows in results.items()} for e, layout in enumerate(layouts)},
     }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(out / "any_step.json", record)
     sampling = {label: choices for label, (_, choices) in OBJECTIVES.items()}
     for e, member in enumerate(members):

@@ -131,6 +131,7 @@ def main() -> int:
     seconds = round(time.perf_counter() - start, 1)
     head = {**machine.provenance(torch.device("cpu")), "seeds": seeds, "t": T, "answers": ANSWERS, "rounds": ROUNDS, "seconds": seconds,
             "records": records}  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(args.out / "ideal.json", head)
     figures.ideal(pictures, [name for name in LAYOUTS if name != "ring"], list(GOALS), TIMES, T, args.out / "ideal.png")
     print(f"\n{args.out / 'ideal.png'}; {seconds:.0f} s")
