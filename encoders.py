@@ -49,7 +49,8 @@ FLUX_VAE = "kl:black-forest-labs/FLUX.1-schnell/vae"
 # about that size. In [-1, 1] the built-in shapes have a standard deviation of 0.3 and emoji on white one of 0.57, around
 # a mean that depends on the background; so pictures are doubled and not shifted. Fixed constants, not the statistics of
 # a data set: then a checkpoint means the same thing whatever folder it was trained on.
-PIXEL_SHIFT, PIXEL_SCALE = 0.0, 2.0
+PIXEL_SHIFT = 0.0
+PIXEL_SCALE = 2.0
 
 
 class EncoderError(errors.UserError):
