@@ -199,6 +199,7 @@ def killed_and_resumed(out: Path, steps: int, kills: int, seed: int) -> list[str
     return found
 
 
+@pytest.mark.slow
 def test_killed_five_times_it_ends_where_it_would_have(tmp_path):
     run_train(1, "--steps", 24, "--out", tmp_path / "whole", *SMALL)
     found = killed_and_resumed(tmp_path / "killed", 24, 5, seed=1)
@@ -406,6 +407,7 @@ def test_the_rehearsal_meets_every_stage_and_leaves_nothing_behind(monkeypatch):
         train.rehearse(objective, network, plan, data_feed, SIZE)
 
 
+@pytest.mark.slow
 def test_no_picture_size_is_compiled_twice():
     """Two passes over three sizes, with and without gradient: the second compiles nothing."""
     from torch._dynamo.utils import counters
