@@ -117,8 +117,8 @@ def main() -> None:
     ema = copy.deepcopy(network).requires_grad_(False)
     if args.compile:
         machine.allow_shapes(64)
-        for block in [*network.double_blocks, *network.single_blocks, *ema.double_blocks, *ema.single_blocks]:
-            block.compile(dynamic=False)
+        network.compile_blocks()
+        ema.compile_blocks()
     objective = losses.SelfE(network, ema, mu=losses.mu_of_length(image_tokens))
     adam = torch.optim.Adam(network.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
     average = get_ema_multi_avg_fn(0.9999)

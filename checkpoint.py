@@ -82,14 +82,19 @@ def save_weights(path: Path, module: nn.Module) -> None:
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}, partial)
 
 
-def load_weights(path: Path, module: nn.Module) -> None:
-    """Load safetensors into a module, every tensor of the same name and shape. Raises CheckpointError otherwise."""
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file. Raises CheckpointError when it is missing or damaged."""
     try:
-        state = load_file(path)
+        return load_file(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; is {path.parent} the folder of a run?") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file ({error})") from error
+
+
+def load_weights(path: Path, module: nn.Module) -> None:
+    """Load safetensors into a module, every tensor of the same name and shape. Raises CheckpointError otherwise."""
+    state = read_weights(path)
     own = module.state_dict()
     wrong = [n for n in own if n not in state or state[n].shape != own[n].shape] + [n for n in state if n not in own]
     if wrong:
@@ -192,11 +197,7 @@ def export(source: Path, out: Path, dtype: torch.dtype, lines: int = 200) -> Non
     fp16 halves the file and keeps 11 bits of every weight; the model still computes in what sample.py chooses. Raises
     CheckpointError when `source` holds no model.
     """
-    config = read_json(source / "config.json")
-    try:
-        weights = load_file(source / "model.safetensors")
-    except (FileNotFoundError, SafetensorError) as error:
-        raise CheckpointError(f"{source / 'model.safetensors'} cannot be read ({error})") from error
+    config, weights = read_json(source / "config.json"), read_weights(source / "model.safetensors")
     out.mkdir(parents=True, exist_ok=True)
     with in_one_piece(out / "model.safetensors") as partial:
         save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, partial)

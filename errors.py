@@ -12,6 +12,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
+import torch
+
 
 class UserError(ValueError):
     """Something that the user can mend; the message says what is wrong and what to do, in one line."""
@@ -28,17 +30,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def out_of_memory() -> tuple[type[Exception], ...]:
-    """The exception of a device without memory to spare; its first line says how much was missing."""
-    import torch  # not on top: --help and bad arguments need not wait for it
-
-    return (torch.OutOfMemoryError,)
-
-
 def run(main: Callable[[], None]) -> None:
     """Run a program's main function; a UserError, a failing file operation or a full device becomes one line and exit code 2."""
     try:
         main()
-    except (UserError, OSError, *out_of_memory()) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

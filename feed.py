@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import checkpoint
 import data
 import encoders
 import shards
@@ -37,7 +38,7 @@ def open_source(names: tuple[str, ...], sides: tuple[int, ...], batch_size: int,
     all else serves every side. `multiple` is what the sides of a picture must be multiples of: the auto-encoder's factor
     times the patch; `index` the folder of the tars' index, if not their own. Raises DataError with what is wrong and what to do.
     """
-    caches = [Path(name) for name in names if (Path(name) / "cache.json").exists()]
+    caches = {checkpoint.read_json(Path(name) / "cache.json")["side"]: name for name in names if shards.is_cache(name)}
     if len(caches) < len(names) and len(names) > 1:
         raise data.DataError(f"--data takes one folder, or several caches; of {', '.join(names)} only {len(caches)} are caches")
     for side in sides:
@@ -48,10 +49,9 @@ def open_source(names: tuple[str, ...], sides: tuple[int, ...], batch_size: int,
         if names == ("shapes",):
             parts.append(data.Shapes(side))
         elif caches:
-            by_side = {source.side: source for source in (shards.CachedShards(path, batch_size) for path in caches)}
-            if side not in by_side:
+            if side not in caches:
                 raise data.DataError(f"none of {', '.join(names)} was cached with --side {side}")
-            parts.append(by_side[side])
+            parts.append(shards.CachedShards(caches[side], batch_size))  # only this one: others may be for other batches
         elif any(Path(names[0]).glob("*.tar")):
             parts.append(shards.Shards(names[0], side, batch_size, multiple=multiple, index=index))
         else:
@@ -170,7 +170,8 @@ class Feed:
         fake = None
         if f.pictures is None:
             cached = parts_of(source)[0]
-            null = put(cached.null)
+            if self.null is None:
+                self.null = put(cached.null)
             x0, c, fake = shards.collate(f.samples, f.dropped, cached.null, cached.null_fake, f.aux)
             x0, c, fake = put(x0), put(c), put(fake) if fake else None
         else:
@@ -181,9 +182,8 @@ class Feed:
                 fake = self.text([encoders.fake_prompt(p) for p in prompts])
             if self.null is None:
                 self.null = self.text([""])
-            null = self.null
-        null = tuple(a.expand(len(x0), *a.shape[1:]) for a in null)
-        is_null = torch.tensor(f.dropped, device=self.device) | torch.tensor([s.caption == "" for s in f.samples], device=self.device)
+        null = tuple(a.expand(len(x0), *a.shape[1:]) for a in self.null)
+        is_null = torch.tensor([drop or s.caption == "" for s, drop in zip(f.samples, f.dropped)], device=self.device)
         return Batch(x0, c, null, fake, is_null, type(f.draws)(*put(tuple(f.draws))), [s.key for s in f.samples])
 
     def stream(self, start: int) -> Iterator[Batch]:

@@ -266,6 +266,11 @@ class Denoiser(nn.Module):
             else:
                 nn.init.xavier_uniform_(p)
 
+    def compile_blocks(self) -> None:
+        """torch.compile each block by itself: one block's code serves all blocks of its kind."""
+        for block in [*self.double_blocks, *self.single_blocks]:
+            block.compile(dynamic=False)
+
     def run(self, number: int, block: nn.Module, *x: Tensor):
         """Block `number` of all blocks on its inputs, with or without keeping its activations."""
         if number < self.recompute and torch.is_grad_enabled():
@@ -315,11 +320,16 @@ def forward_flops(size: dict, image_tokens: int, text_tokens: int) -> float:
     return 2.0 * (per_token + per_sample + ends + embedders + attention)
 
 
+def count_parameters(size: dict) -> int:
+    """The parameters of a Denoiser, from the entries of `SIZES`; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Denoiser(**size).parameters())
+
+
 def main() -> None:
     print(f"{'size':8}{'width':>7}{'heads':>7}{'blocks':>9}{'parameters':>14}{'image tokens':>14}{'GFLOP a forward':>17}")
     for name, size in SIZES.items():
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in Denoiser(**size).parameters())
+        parameters = count_parameters(size)
         for tokens, text in ((36, 14),) if name == "laptop" else ((256, 256), (1024, 256)):
             print(f"{name:8}{size['width']:7}{size['heads']:7}{size['double']:5} +{size['single']:3}{parameters:14,}"
                   f"{tokens:14}{forward_flops(size, tokens, text) / 1e9:17.3f}")  # fmt: skip

@@ -60,9 +60,8 @@ class Meter:
         for b in range(BINS):
             inside = (t >= b / BINS) & ((t < (b + 1) / BINS) | (b == BINS - 1))
             row += [inside.sum(), torch.where(inside, loss, 0.0).sum()]
-        row += [zero, zero, zero]
+        row += [torch.tensor(flops, dtype=self.sums.dtype, device=t.device), zero, zero]  # `keep` fills in the other two
         self.pending += torch.stack([value.to(self.sums.dtype) for value in row])
-        self.pending[-3] += flops
 
     def keep(self, grad_norm: Tensor) -> None:
         """Count the iteration."""
@@ -101,7 +100,7 @@ class Meter:
             result |= {"w": v["w"] / v["evaluated"], "delta_norm": v["delta_norm"] / v["evaluated"]}
         if v["fakes"]:
             result["fake_loss"] = v["fake_loss"] / v["fakes"]
-        # IMM reports one value per group of pictures, so pictures are counted by the loop and rates by iterations.
+        # n counts IMM's groups, not pictures; so the rate is of iterations, and the loop knows their batch.
         return result | {"grad_norm": v["grad_norm"] / v["iterations"], "iterations_per_s": iterations / seconds,
                          "mfu": v["flops"] / seconds / (peak * world), "data_wait": wait / world / seconds, "skipped": int(found)}  # fmt: skip
 

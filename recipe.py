@@ -85,9 +85,12 @@ class Recipe:
         stage = self.stage(step)
         return stage.sides[self.first(step) // stage.batch_size % len(stage.sides)]
 
+    def warmup_steps(self) -> int:
+        return min(self.warmup, max(1, self.steps // 20))
+
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then linear decay to lr_end."""
-        warmup = min(self.warmup, max(1, self.steps // 20))
+        warmup = self.warmup_steps()
         if step < warmup:
             return self.lr * (step + 1) / warmup
         return self.lr + (self.lr_end - self.lr) * (step - warmup) / max(1, self.steps - warmup)
@@ -195,10 +198,14 @@ H100_FLOPS = 989e12  # dense bf16, NVIDIA's data sheet
 ASSUMED_MFU = 0.40
 
 
+def image_tokens(size: dict, side: int, factor: int) -> int:
+    """Tokens of a picture of side x side pixels, behind an auto-encoder that shrinks sides by `factor`."""
+    return (side // (factor * size["patch"])) ** 2
+
+
 def picture_flops(size: dict, plan: Recipe, objective: str, side: int, factor: int, aux: bool) -> float:
     """Operations of one training step per picture of side x side pixels."""
-    tokens = (side // (factor * size["patch"])) ** 2
-    return FORWARDS["aux" if aux else objective] * model.forward_flops(size, tokens, plan.txt_len)
+    return FORWARDS["aux" if aux else objective] * model.forward_flops(size, image_tokens(size, side, factor), plan.txt_len)
 
 
 def run_flops(size: dict, plan: Recipe, objective: str, factor: int, start: int = 0) -> float:
@@ -221,11 +228,10 @@ def describe(size: dict, plan: Recipe, objective: str, factor: int, world: int) 
         sides = " and ".join(f"{side} x {side}" for side in stage.sides) + (" in turns" if len(stage.sides) > 1 else "")
         micro = {side: plan.micro_batch_of(stage, side, world) for side in stage.sides}
         shares = ", ".join(f"{stage.batch_size // world // m} x {m}" + (f" at {side}" if len(micro) > 1 else "") for side, m in micro.items())
-        mu = ", ".join(f"{losses.mu_of_length((side // (factor * size['patch'])) ** 2):.2f}" for side in stage.sides)
+        mu = ", ".join(f"{losses.mu_of_length(image_tokens(size, side, factor)):.2f}" for side in stage.sides)
         lines.append(f"iterations {begin:,} to {end:,}: {sides} pixels, {stage.batch_size} pictures each "
                      f"({world} process{'es' * (world > 1)} x {shares}), mu {mu}")  # fmt: skip
-    warmup = min(plan.warmup, max(1, plan.steps // 20))
-    lines.append(f"Adam {plan.betas}, learning rate {plan.lr:g} after {warmup:,} iterations, down to {plan.lr_end:g}; gradients clipped "
+    lines.append(f"Adam {plan.betas}, learning rate {plan.lr:g} after {plan.warmup_steps():,} iterations, down to {plan.lr_end:g}; gradients clipped "
                  f"at {plan.clip:g}; EMA {plan.ema:g}; {plan.dropout:.0%} of prompts dropped")  # fmt: skip
     if objective == "self_e":
         aux = f"auxiliary term from iteration {math.ceil(plan.aux_from * plan.steps):,}" if plan.aux_from < 1 else "no auxiliary term"

@@ -668,6 +668,10 @@ class CachedShards:
         return CachedSample(latent, caption, tokens, pooled, key, tuple(fake) or None)
 
 
+def is_cache(folder: str | Path) -> bool:
+    return (Path(folder) / "cache.json").exists()
+
+
 def cached_sizes(folder: Path) -> tuple[dict, int]:
     """What a cache says of the encoders without loading them: ({channels, txt_dim, vec_dim} for model.SIZES, factor)."""
     spec = checkpoint.read_json(folder / "cache.json")

@@ -42,7 +42,6 @@ ROWS = {
 }
 PROGRESS = ("flow_matching", "self_e")  # the rows of Fig. 5, scored along their training
 PAPER_NOTE = "paper: GenEval of 0.5B models; w/o target norm. and w/ aux. term after 100k iterations, the other rows after 300k"
-STEPS = (1, 2, 4, 8, 50)
 GRID = {"guidance": (1.0, 1.5, 2.0, 3.0, 5.0), "eta": (0.0, 1.0), "s_rule": (0.0, 0.5, 1.0)}
 
 
@@ -267,7 +266,7 @@ def parse_arguments():
     a("--images", metavar="N", type=int, default=4, help="pictures per test prompt (default: 4)")
     a("--search-images", metavar="N", type=int, default=1, help="pictures per validation prompt (default: 1)")
     a("--per-tag", metavar="N", type=int, default=10, help="prompts per tag (default: 10)")
-    a("--sample-steps", metavar="N", type=int, nargs="+", default=list(STEPS), help="step counts (default: 1 2 4 8 50)")
+    a("--sample-steps", metavar="N", type=int, nargs="+", default=list(train.STEP_COUNTS), help="step counts (default: 1 2 4 8 50)")
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     a("--milestones", metavar="N", type=int, default=6, help="points along the training for Fig. 5 (default: 6)")
     a("--quick", action="store_true", help="tiny budgets: checks the path, measures nothing")

@@ -80,8 +80,8 @@ PATIENCE = 5  # iterations in a row without a finite gradient before the run sto
 class StopSignal:
     """Becomes true at the first SIGINT or SIGTERM. A second Ctrl-C ends the process as usual.
 
-    A SIGTERM after a Ctrl-C does not: torchrun answers Ctrl-C by sending SIGTERM to its processes, which would cut the
-    saving short.
+    A further SIGTERM does not, because launchers and schedulers may send one after the other, and it would cut the saving
+    short; they have SIGKILL for what takes too long.
     """
 
     def __init__(self):
@@ -190,9 +190,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------------------------
 def print_plan(args, plan: recipe.Recipe, sizes: dict, factor: int, world: int, start: int) -> None:
     """The recipe as this run will follow it."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in model.Denoiser(**sizes).parameters())
-    print(f"{args.size}: {parameters / 1e6:,.2f} M parameters, {args.objective}, seed {args.seed}, data {' '.join(plan.data)}; "
+    print(f"{args.size}: {model.count_parameters(sizes) / 1e6:,.2f} M parameters, {args.objective}, seed {args.seed}, data {' '.join(plan.data)}; "
           f"iterations {start:,} to {plan.steps:,}")  # fmt: skip
     for line in recipe.describe(sizes, plan, args.objective, factor, world):
         print("  " + line)
@@ -202,8 +200,7 @@ def dry_run(args, plan: recipe.Recipe, world: int, start: int) -> None:
     """What a run will be, hold and cost, from its arguments alone: no encoder is loaded and nothing is written."""
     sizes, factor = model.SIZES[args.size], 1 if plan.autoencoder == "pixels" else 8
     print_plan(args, plan, sizes, factor, world, start)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in model.Denoiser(**sizes).parameters())
+    parameters = model.count_parameters(sizes)
     state = recipe.state_bytes(parameters, world, args.zero)
     print(f"memory of each process: {sum(state.values()) / 2**30:.2f} GiB of state ("
           + ", ".join(f"{name} {b / 2**30:.2f}" for name, b in state.items()) + "), and activations (benchmark.py measures them)"
@@ -235,7 +232,7 @@ def plan_of(args) -> recipe.Recipe:
 
 def open_encoders(args, plan: recipe.Recipe, device: torch.device, chief: bool):
     """(text encoder, auto-encoder, the entries of model.SIZES that they settle, factor); both None where a cache serves."""
-    cached = all((Path(name) / "cache.json").exists() for name in plan.data)
+    cached = all(map(shards.is_cache, plan.data))
     text = autoencoder = None
     if not cached or (chief and args.grid_every != 0):  # with a cache they only draw pictures
         text = encoders.text_encoder(plan.text, plan.txt_len, device)
@@ -246,15 +243,20 @@ def open_encoders(args, plan: recipe.Recipe, device: torch.device, chief: bool):
     return text, autoencoder, sizes, autoencoder.factor
 
 
+def gather(world: int, what) -> list:
+    """`what` of every process, in the order of their ranks; all must call it together."""
+    everyone = [what] * world
+    if world > 1:
+        dist.all_gather_object(everyone, what)
+    return everyone
+
+
 def agree(world: int, what: dict) -> None:
     """Raise UserError unless all processes say the same: one that resumed elsewhere would drift apart unnoticed."""
-    if world > 1:
-        everyone = [None] * world
-        dist.all_gather_object(everyone, what)
-        for rank, other in enumerate(everyone):
-            different = [name for name in what if other[name] != everyone[0][name]]
-            if different:
-                name = different[0]
+    everyone = gather(world, what)
+    for rank, other in enumerate(everyone):
+        for name in what:
+            if other[name] != everyone[0][name]:
                 raise errors.UserError(f"process {rank} has {name} {other[name]}, process 0 has {everyone[0][name]}: do all of them see "
                                        "the same --out and --data, and the same code?")  # fmt: skip
 
@@ -315,8 +317,7 @@ def compile_blocks(args, networks: list[model.Denoiser], buckets: int, device: t
     machine.allow_shapes(8 * buckets)  # with and without gradient, whole and half batches
     torch._dynamo.config.optimize_ddp = False  # or DDP cuts each block at its 25 MiB buckets; blocks overlap well enough
     for network in networks:
-        for block in [*network.double_blocks, *network.single_blocks]:
-            block.compile(dynamic=False)
+        network.compile_blocks()
     return "compiled"
 
 
@@ -450,7 +451,7 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
             group["lr"] = plan.learning_rate(step)
         if step == start or step in plan.begins():  # a new stage: checkpoints from now on make pictures of its size
             side = max(plan.stage(step).sides)
-            config |= {"side": side, "mu": losses.mu_of_length((side // (factor * patch)) ** 2)}
+            config |= {"side": side, "mu": losses.mu_of_length(recipe.image_tokens(sizes, side, factor))}
             if chief:
                 checkpoint.write_json(run / "config.json", config)
 
@@ -546,10 +547,7 @@ def report_nonfinite(log, step: int, loss: float, norm: float, keys: list[str], 
 
     The samples of the processes whose own loss is not finite, or of all where only the gradient is not.
     """
-    everyone = [(math.isfinite(loss), keys)]
-    if world > 1:
-        everyone = [None] * world
-        dist.all_gather_object(everyone, (math.isfinite(loss), keys))
+    everyone = gather(world, (math.isfinite(loss), keys))
     suspects = [key for finite, keys in everyone if not finite for key in keys] or [key for _, keys in everyone for key in keys]
     if log:
         log.write({"step": step + 1, "update_left_out": True, "grad_norm": str(norm), "keys": suspects})

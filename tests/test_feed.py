@@ -125,6 +125,15 @@ def test_a_cache_of_other_encoders_is_refused_at_the_start(tars, changes, said):
         feed.Feed(plan, DRAW, 3, None, None, DEVICE, patch=4)
 
 
+def test_only_the_caches_of_a_stages_sides_are_opened(tars):
+    """A cache for the larger pictures of a later stage may be made for that stage's smaller batch."""
+    plan = plan_of((0, (16,), 12), data=(str(tars / "cache16whole"), str(tars / "cache32")))
+    shards.cache(tars / "tars", tars / "cache16whole", 16, TEXT, PIXELS, batch_size=12, tokens="fp32", multiple=4)
+    assert len(next(feed.Feed(plan, DRAW, 3, None, None, DEVICE, patch=4).stream(0)).keys) == 12
+    with pytest.raises(data.DataError, match="fewer than a batch of 12"):
+        feed.open_source(plan.data, (32,), 12, 4)
+
+
 def test_an_index_elsewhere_is_found(tars, tmp_path):
     plan = plan_of((0, (16,), 4), data=(str(tars / "tars"),))
     feed_of(plan, index=str(tmp_path / "index"))
