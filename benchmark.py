@@ -6,16 +6,19 @@
 
 Prints and, with --out, writes as JSON: the steps of flow matching, Self-E (tau = 1) and Self-E with the auxiliary term,
 taken in turns so that the machine's moods hit all alike; forward + backward beside diffusers' FluxTransformer2DModel of the
-same size; the optimizer's and the average's share; and the share of the machine's own matrix-product peak (MFU), with the
+same size; the optimizer's and the average's share; how long the loop waits for data, and what torch.compile still compiles
+after its warm-up over all picture sizes of the data; and the share of the machine's own matrix-product peak (MFU), with the
 operations counted by `model.forward_flops`, a backward pass as two forward passes and no credit for recomputation.
 """
 
 import copy
+import functools
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from torch._dynamo.utils import counters
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import checkpoint
@@ -24,6 +27,8 @@ import losses
 import machine
 import model
 import recipe
+import train
+from feed import Feed
 
 # The steps compared, and their forward-pass equivalents per picture.
 FORWARDS = {"flow matching": recipe.FORWARDS["flow_matching"], "Self-E": recipe.FORWARDS["self_e"], "Self-E + aux": recipe.FORWARDS["aux"]}
@@ -54,6 +59,30 @@ def in_turns(works: dict, device: torch.device, repeats: int) -> dict[str, float
             if i >= 2:
                 times[name].append(elapsed)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def on_real_data(args, size: dict, work, device: torch.device) -> dict:
+    """Self-E steps on batches as training reads them, twice the same ones: what the loop waits for, and what is compiled.
+
+    work(batch) is one step. The first pass meets the picture sizes and is the warm-up; `seconds` and `waited` are of the
+    second. Raises DataError or UserError when the data cannot be used with this model.
+    """
+    plan = recipe.make(args.size, data=args.data and tuple(args.data), batch_size=args.batch, side=args.side, micro_batch=args.batch)
+    plan = recipe.replace(plan, steps=2 * args.repeats, stages=plan.stages[:1])
+    text, autoencoder, sizes, factor = train.open_encoders(None, plan, device, chief=False)
+    if any(size[name] != value for name, value in sizes.items()):
+        raise errors.UserError(f"{' '.join(plan.data)} gives {sizes}: not the sizes of --size {args.size}")
+    feed = Feed(plan, functools.partial(losses.draw, p_equal=0.5), 0, text, autoencoder, device, patch=size["patch"],
+                channels=size["channels"], factor=factor)  # fmt: skip
+    stats, met, result = counters["stats"], set(), {}
+    for compiled in ("compiled_in_warm_up", "compiled_after"):
+        before, feed.waited, start = stats["unique_graphs"], 0.0, time.perf_counter()
+        for batch in feed.stream(0):
+            met.add(tuple(batch.x0.shape[2:]))
+            work(batch)
+        wait(device)
+        result |= {"seconds": time.perf_counter() - start, "waited": feed.waited, compiled: stats["unique_graphs"] - before}
+    return {"data": list(plan.data), "steps": plan.steps, "picture_sizes": len(met), **result}
 
 
 def diffusers_flux(size: dict, device: torch.device):
@@ -88,6 +117,7 @@ def main() -> None:
     a("--blocks", metavar="N", type=int, nargs=2, help="double and single blocks instead of the size's own")
     a("--batch", metavar="N", type=int, default=64, help="pictures a step, even (default: 64)")
     a("--side", metavar="N", type=int, help="side of the pictures in pixels (default: the recipe's)")
+    a("--data", metavar="DIR", nargs="+", help="what training would read (default: the built-in shapes for laptop, else not measured)")
     a("--text", metavar="N", type=int, help="text tokens (default: the recipe's)")
     a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="inside the network (default: the faster)")
     a("--compile", action="store_true", help="torch.compile each block")
@@ -136,15 +166,17 @@ def main() -> None:
         adam.step()
         average(list(ema.parameters()), list(network.parameters()), 0)
 
-    def step(p_equal: float, aux: bool):
-        def work():
-            loss, _ = objective(x0, c, null, fake, is_null, draws[p_equal], 1.0, aux)
-            loss.backward()
-            update()
-            adam.zero_grad(set_to_none=False)
-        return work
+    def step(*inputs):
+        objective(*inputs)[0].backward()
+        update()
+        adam.zero_grad(set_to_none=False)
 
-    steps = {"flow matching": step(1.0, False), "Self-E": step(0.5, False), "Self-E + aux": step(0.5, True)}
+    arguments = x0, c, null, fake, is_null, draws[0.5], 1.0, False
+    steps = {
+        "flow matching": lambda: step(x0, c, null, fake, is_null, draws[1.0], 1.0, False),
+        "Self-E": lambda: step(*arguments),
+        "Self-E + aux": lambda: step(x0, c, null, fake, is_null, draws[0.5], 1.0, True),
+    }
     forwards = {}
     for name, work in steps.items():
         calls["n"] = 0.0
@@ -152,7 +184,6 @@ def main() -> None:
         forwards[name] = calls["n"]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    arguments = x0, c, null, fake, is_null, draws[0.5], 1.0, False
 
     def forward_backward():
         objective(*arguments)[0].backward()
@@ -189,6 +220,18 @@ def main() -> None:
     if device.type == "cuda":
         report["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         print(f"peak memory: {report['peak_memory_gib']:.1f} GiB")
+
+    if args.data or plan.data == ("shapes",) and plan.text == "words":
+        def on_batch(batch):
+            objective.mu = losses.mu_of_length(batch.x0.shape[2] * batch.x0.shape[3] // size["patch"] ** 2)
+            step(batch.x0, batch.c, batch.null, None, batch.is_null, batch.draws, 1.0, False)
+
+        report["real_data"] = real = on_real_data(args, size, on_batch, device)
+        print(f"on {' '.join(real['data'])}, {real['steps']} steps of {real['picture_sizes']} picture size{'s' * (real['picture_sizes'] > 1)}: "
+              f"{B * real['steps'] / real['seconds']:.1f} images/s, {real['waited'] / real['seconds']:.1%} of the time waiting for data; "
+              f"{real['compiled_in_warm_up']} pieces of code compiled in the warm-up, {real['compiled_after']} after it")  # fmt: skip
+    else:
+        print("data wait: not measured without --data")
 
     del ema, objective, adam
     other = diffusers_flux(size, device)

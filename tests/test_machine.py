@@ -58,4 +58,5 @@ def test_the_benchmark_counts_forward_passes(tmp_path):
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "b.json").read_text())
     assert [row["forwards"] for row in report["steps"].values()] == [1.0, 2.0, 2.5]
+    assert report["real_data"]["picture_sizes"] == 1 and 0 <= report["real_data"]["waited"] < report["real_data"]["seconds"]
     assert report["forward_backward"]["diffusers"] > 0 and report["peak_tflops"]["float32"] > 0

@@ -12,19 +12,23 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import checkpoint  # noqa: E402
+import encoders  # noqa: E402
 import errors  # noqa: E402
 import losses  # noqa: E402
 import machine  # noqa: E402
 import model  # noqa: E402
 import monitor  # noqa: E402
+import shards  # noqa: E402
 import train  # noqa: E402
 from ranks import SMALL, finish, start  # noqa: E402
 from ranks import train as run_train  # noqa: E402
@@ -90,6 +94,27 @@ def test_three_and_three_iterations_equal_six(runs, world, name):
 
 def test_two_processes_equal_one_that_accumulates(runs):
     assert alike(runs / "one", runs / "two")
+
+
+def test_shards_and_their_cache_train_alike(tmp_path):
+    """The same batches in three shapes from tars and from the cache of them, on one process and on two, with a stop between."""
+    (tmp_path / "pictures").mkdir()
+    random_ = np.random.default_rng(0)
+    for i in range(24):
+        size = ((16, 32), (32, 16), (20, 20))[i % 3]
+        Image.fromarray(random_.integers(0, 255, (*size, 3), dtype=np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+        (tmp_path / "pictures" / f"{i}.txt").write_text(f"picture number {i}")
+    shards.pack(tmp_path / "pictures", tmp_path / "tars", per_shard=10)
+    text, pixels = encoders.text_encoder("words", 14, "cpu"), encoders.autoencoder("pixels", "cpu")
+    shards.cache(tmp_path / "tars", tmp_path / "cache", 16, text, pixels, batch_size=4, tokens="fp32", multiple=4)
+    flags = [*SMALL, "--side", "16", "--steps", "6"]
+    run_train(1, "--data", tmp_path / "tars", "--out", tmp_path / "one", *flags)
+    run_train(2, "--data", tmp_path / "tars", "--out", tmp_path / "two", *flags)
+    run_train(1, "--data", tmp_path / "cache", "--out", tmp_path / "cached", *flags, "--save-every", "3")
+    assert alike(tmp_path / "one", tmp_path / "two") and alike(tmp_path / "one", tmp_path / "cached")
+    shutil.rmtree(last(tmp_path / "cached"))
+    run_train(1, "--resume", "--out", tmp_path / "cached", "--device", "cpu")
+    assert alike(tmp_path / "one", tmp_path / "cached")
 
 
 @pytest.mark.slow
