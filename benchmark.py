@@ -221,7 +221,7 @@ def main() -> None:
         report["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         print(f"peak memory: {report['peak_memory_gib']:.1f} GiB")
 
-    if args.data or plan.data == ("shapes",) and plan.text == "words":
+    if args.data or plan.text == "words":
         def on_batch(batch):
             objective.mu = losses.mu_of_length(batch.x0.shape[2] * batch.x0.shape[3] // size["patch"] ** 2)
             step(batch.x0, batch.c, batch.null, None, batch.is_null, batch.draws, 1.0, False)

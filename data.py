@@ -1,6 +1,6 @@
 """Captioned pictures: the built-in shapes, and a folder of your own (S.2: text-to-image data).
 
-    source = data.Shapes(size=32)                    # endless, seeded: GenEval in miniature
+    source = data.Shapes(32, "shapes")               # endless, seeded: GenEval in miniature
     source = data.ImageFolder("pictures/", size=32)  # images with metadata.jsonl, or a .txt beside each
     picture, caption, key = source.sample(g, seed)   # g = 0, 1, 2, ...: the global index of the sample in training
 
@@ -87,6 +87,7 @@ COLORS = {
     "white": (250, 250, 250),
 }
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+SETS = {"one-shape": ("single_object", "colors"), "shapes": TAGS}  # what --data calls them; the first can be learned in minutes
 COUNTS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
 
@@ -246,11 +247,14 @@ def draw_scene(random: np.random.Generator, size: int, tag: str) -> Scene:
 
 
 class Shapes:
-    """Endless captioned pictures of shapes, size x size pixels; sample g is a function of (seed, g) alone."""
+    """Endless captioned pictures of shapes, size x size pixels; sample g is a function of (seed, g) alone.
 
-    def __init__(self, size: int = 32, tags: tuple[str, ...] = TAGS):
-        self.size, self.tags, self.name = size, tags, "shapes"
-        self.buckets, self.skipped, self.fingerprint = [(size, size)], {}, "shapes"
+    name is a key of SETS, the kinds of prompt; `tags` takes other ones than that set's.
+    """
+
+    def __init__(self, size: int = 32, name: str = "shapes", tags: tuple[str, ...] | None = None):
+        self.size, self.tags, self.name = size, tags or SETS[name], name
+        self.buckets, self.skipped, self.fingerprint = [(size, size)], {}, " ".join([name, *(tags or ())])
 
     def __len__(self) -> int:
         raise TypeError("the built-in shapes are endless")
@@ -395,12 +399,12 @@ def label_grid(rows: list[list[np.ndarray]], columns: list[str], captions: list[
 
 def main() -> None:
     parser = errors.Parser("data.py", "Draw a sheet of training pictures with their captions.")
-    parser.add_argument("--data", default="shapes", help='"shapes" or a folder of captioned pictures (default: shapes)')
+    parser.add_argument("--data", default="shapes", help=f'{", ".join(SETS)} or a folder of captioned pictures (default: shapes)')
     parser.add_argument("--size", type=int, default=32, help="side of the pictures in pixels (default: 32)")
     parser.add_argument("--seed", type=int, default=0, help="which pictures (default: 0)")
     parser.add_argument("--out", default="data.png", help="where to write the sheet (default: data.png)")
     args = parser.parse_args()
-    source = Shapes(args.size) if args.data == "shapes" else ImageFolder(args.data, args.size)
+    source = Shapes(args.size, args.data) if args.data in SETS else ImageFolder(args.data, args.size)
     samples = [source.sample(g, args.seed) for g in range(24)]
     columns = [samples[i : i + 6] for i in range(0, 24, 6)]
     sheets = [label_grid([[s.picture] for s in column], [""], [s.caption for s in column], max(1, 256 // args.size))

@@ -32,7 +32,7 @@ from recipe import Recipe, Stage
 # Which source a name means
 # ---------------------------------------------------------------------------------------------------------------------
 def open_source(names: tuple[str, ...], sides: tuple[int, ...], batch_size: int, multiple: int, index: str | None = None):
-    """The samples of a stage: "shapes", a folder of pictures, a folder of tar shards, or caches of encoded shards.
+    """The samples of a stage: a built-in set by its name, a folder of pictures, a folder of tar shards, or caches of encoded shards.
 
     Sources of several sides take turns, batch by batch. A cache has one side, so a stage of two sides needs two caches;
     all else serves every side. `multiple` is what the sides of a picture must be multiples of: the auto-encoder's factor
@@ -46,8 +46,8 @@ def open_source(names: tuple[str, ...], sides: tuple[int, ...], batch_size: int,
             raise data.DataError(f"the side of the pictures must be a multiple of {multiple}, not {side}")
     parts = []
     for side in sides:
-        if names == ("shapes",):
-            parts.append(data.Shapes(side))
+        if names[0] in data.SETS:
+            parts.append(data.Shapes(side, names[0]))
         elif caches:
             if side not in caches:
                 raise data.DataError(f"none of {', '.join(names)} was cached with --side {side}")

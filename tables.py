@@ -55,6 +55,11 @@ def settings_of(row: str) -> list[dict]:
     return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
 
+def tags_of(config: dict) -> tuple[str, ...]:
+    """The kinds of prompt that a model was trained on."""
+    return data.SETS[config["data"][0]]
+
+
 def overall(asked: list[dict], right: list[int], images: int) -> float:
     return evaluate.summary(asked, right, images)["overall"]["score"]
 
@@ -85,7 +90,7 @@ def train_row(row: str, seed: int, run: Path, budget: list[str], milestone_every
 def search(loaded: sample.Loaded, row: str, images: int, per_tag: int | None, steps: tuple[int, ...]) -> dict:
     """The best settings per step count on validation prompts. At 50 steps only guidance is searched again, with the eta and
     the s-rule that won at the largest smaller count: it costs as much as all the others together."""
-    asked = evaluate.prompts("validation", per_tag)
+    asked = evaluate.prompts("validation", per_tag, tags_of(loaded.config))
     chosen = {}
     for n in steps:
         tries = settings_of(row)
@@ -119,7 +124,7 @@ def measure_row(row: str, seed: int, run: Path, out: Path, args, device: torch.d
         "row": row, "seed": seed, "train": loaded.config["command"], "training": loaded.config, "images": args.images,
         "training_seconds": checkpoint.read_json(run / "done.json")["seconds"], "splits": {}}  # fmt: skip
     for split in ("test", "pairs", "fixed"):
-        asked = evaluate.fixed_64() if split == "fixed" else evaluate.prompts(split, args.per_tag)
+        asked = evaluate.fixed_64() if split == "fixed" else evaluate.prompts(split, args.per_tag, tags_of(loaded.config))
         result["splits"][split] = {}
         for n in args.sample_steps:
             settings = chosen[str(n)]["settings"]
@@ -137,7 +142,7 @@ def measure_progress(row: str, seed: int, run: Path, out: Path, args, device: to
     began = time.perf_counter()
     every = checkpoint.read_json(run / "config.json")["arguments"]["milestone_every"]
     chosen = checkpoint.read_json(out / "rows" / f"{row}-search.json")["chosen"]
-    asked, points = evaluate.prompts("test", args.per_tag), []
+    asked, points = evaluate.prompts("test", args.per_tag, tags_of(checkpoint.read_json(run / "config.json"))), []
     states = [state for state in checkpoint.complete_states(run) if every and checkpoint.step_of(state) % every == 0]
     for state in tqdm(states, desc=f"{row}: along the training", leave=False, disable=None):
         loaded, scores = sample.load(state, device), {}
@@ -241,7 +246,7 @@ def draw_figures(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> N
         figure.savefig(out / "progress.png", dpi=110)
         plt.close(figure)
 
-    asked = evaluate.prompts("test", 1)
+    asked = evaluate.prompts("test", 1, tags_of(next(r["training"] for seeds in rows.values() for r in seeds.values())))
     for metadata in asked:
         sheet_rows, captions = [], []
         for row, seeds in rows.items():

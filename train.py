@@ -125,7 +125,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = errors.Parser("train.py", "Train Self-E. What has no default here has it in recipe.py, by --size.")
     a = parser.add_argument_group("the run").add_argument
     a("--size", default="laptop", choices=list(model.SIZES), help="model and recipe (default: laptop)")
-    a("--data", metavar="DIR", nargs="+", help='"shapes", a folder of captioned pictures or of tar shards, or caches of shards')
+    a("--data", metavar="DIR", nargs="+", help="one-shape, shapes, a folder of captioned pictures or of tar shards, or caches")
     a("--out", metavar="DIR", default="runs/laptop", help="folder of the run (default: runs/laptop)")
     a("--resume", action="store_true", help="go on from the last state in --out, with its flags")
     a("--dry-run", action="store_true", help="print the plan, memory and price of the run and end")
@@ -208,7 +208,7 @@ def dry_run(args, plan: recipe.Recipe, world: int, start: int) -> None:
     print(f"each saved state: {4 * 4 * parameters / 2**30:.2f} GiB on disk; {args.keep} are kept"
           + (f", and one every {args.milestone_every:,} iterations" if args.milestone_every else ""))  # fmt: skip
     for name in plan.data:
-        if name != "shapes" and not Path(name).is_dir():
+        if name not in data.SETS and not Path(name).is_dir():
             raise data.DataError(f"no such folder: {name}")
         tars, cached = sorted(Path(name).glob("*.tar")), list(Path(name).glob("*x*_*.safetensors"))
         if tars:

@@ -35,6 +35,11 @@ def test_held_out_pairs_and_prompts_never_occur(scenes):
     assert {s.metadata["tag"] for s in scenes} == set(data.TAGS)
 
 
+def test_the_set_of_single_shapes_has_nothing_else():
+    scenes = [data.Shapes(16, "one-shape").scene(g) for g in range(200)]
+    assert {s.metadata["tag"] for s in scenes} == {"single_object", "colors"} and all(len(s.objects) == 1 for s in scenes)
+
+
 def test_every_tag_that_can_spare_prompts_has_some_held_out():
     held = {"counting": [], "two_object": [], "position": []}
     for a in data.SHAPES:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,21 @@ def test_true_renderings_are_accepted(size):
 def test_thousands_of_true_renderings_are_accepted(size):
     share, wrong = accepted(size, 3000)
     assert share >= 0.999, wrong
+
+
+def test_single_shapes_of_sixteen_pixels_are_judged_too():
+    """True renderings pass; with another shape, another colour or only half of the shape they do not."""
+    for i, scene in scenes(16, 150, "small", data.SETS["one-shape"]):
+        item, truth = scene.objects[0], scene.metadata
+        assert evaluate.score(data.render(scene, 16), truth), truth["prompt"]
+        for shape in set(data.SHAPES) - {item.shape}:
+            assert not evaluate.score(data.render(changed(scene, shape=shape), 16), truth)
+        if "color" in truth["include"][0]:
+            for color in set(data.COLORS) - {item.color}:
+                assert not evaluate.score(data.render(changed(scene, color=color), 16), truth)
+        half = data.render(scene, 16).copy()
+        half[:, int(item.x) :] = scene.ground
+        assert not evaluate.score(half, truth)
 
 
 @pytest.mark.parametrize("grain, blur", [(6.0, False), (0.0, True)])
@@ -488,6 +504,15 @@ def tiny(tmp_path_factory):
         "txt_len": 16, "autoencoder": "pixels", "data": ["shapes"], "s_rule": 0.0, "eta": 1.0, "guidance": 1.0,
         "guidance_space": "v", "precision": "float32"})  # fmt: skip
     return folder
+
+
+def test_a_model_of_single_shapes_is_asked_for_those_only(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "one")
+    checkpoint.write_json(tmp_path / "one" / "config.json", checkpoint.read_json(tiny / "config.json") | {"data": ["one-shape"], "side": 16})
+    done = run("--checkpoint", tmp_path / "one", "--steps", 1, "--per-tag", 3, "--images", 1, "--out", tmp_path / "a.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    splits = json.loads((tmp_path / "a.json").read_text())["splits"]
+    assert set(splits["test"]["1"]["tags"]) == {"single_object", "colors"} and set(splits["pairs"]["1"]["tags"]) == {"colors"}
 
 
 def test_the_command_prints_the_table_and_writes_json_and_figure(tiny, tmp_path):

@@ -322,7 +322,7 @@ def test_equals_the_flux_of_diffusers_when_the_gap_embedder_is_zero(config):
 
 # --- initialisation and precision ------------------------------------------------------------------------------------
 def test_initialisation():
-    """V = 0 exactly, no bias, modulation zero, embedders N(0, 0.02), the other matrices within Xavier's bound."""
+    """V = 0 exactly, no bias, modulation zero, the other matrices within Xavier's bound."""
     torch.manual_seed(0)
     network = model.Denoiser(**SMALL)
     out = network(*inputs(SMALL))
@@ -332,8 +332,6 @@ def test_initialisation():
             assert torch.equal(p, torch.full_like(p, 1.0 if name.endswith("scale") else 0.0)), name
         elif "mod" in name or name.startswith("final_layer"):
             assert not p.any(), name
-        elif name.split(".")[0] in ("time_in", "gap_in", "vector_in"):
-            assert p.std().item() == pytest.approx(0.02, rel=0.1), name
         else:
             bound = math.sqrt(6 / (p.shape[0] + p.shape[1]))
             assert 0.98 * bound < p.abs().max() <= bound, name
