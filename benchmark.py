@@ -150,7 +150,7 @@ def main() -> None:
         network.compile_blocks()
         ema.compile_blocks()
     objective = losses.SelfE(network, ema, mu=losses.mu_of_length(image_tokens))
-    adam = torch.optim.Adam(network.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    adam = torch.optim.Adam(network.parameters(), lr=1e-4, betas=plan.betas, fused=True)
     average = get_ema_multi_avg_fn(0.9999)
     calls = {"n": 0.0}
     for net in (network, ema):  # counts forward passes in units of the whole batch

@@ -94,6 +94,11 @@ class StopSignal:
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
 
+    def hold(self, on: bool) -> None:
+        """Let a Ctrl-C wait, for programs that are started meanwhile too: a terminal sends it to the C++ compiler as well."""
+        if hasattr(signal, "pthread_sigmask"):  # not on Windows
+            signal.pthread_sigmask(signal.SIG_BLOCK if on else signal.SIG_UNBLOCK, {signal.SIGINT})
+
     def __bool__(self) -> bool:
         return self.name != ""
 
@@ -318,7 +323,7 @@ def compile_blocks(args, networks: list[model.Denoiser], buckets: int, device: t
     torch._dynamo.config.optimize_ddp = False  # or DDP cuts each block at its 25 MiB buckets; blocks overlap well enough
     for network in networks:
         network.compile_blocks()
-    return "compiled"
+    return "compiled, which takes a minute or two the first time"
 
 
 def rehearse(objective, network: torch.nn.Module, plan: recipe.Recipe, feed: Feed, sizes: dict) -> None:
@@ -457,6 +462,7 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
 
         # The first iterations run as they are: they end in a first picture grid before the compiler takes its minute or two.
         if step == max(start, EAGER_STEPS):
+            stop.hold(True)
             how = compile_blocks(args, [network, ema], sum(len(source.buckets) for source in feed.sources.values()), device)
             if chief:
                 bar.write(f"  from iteration {step} on {how}", file=sys.stderr)
@@ -476,6 +482,7 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
             keys += batch.keys
             forwards = recipe.FORWARDS["aux" if aux else args.objective]
             meter.add(stats, forwards * model.forward_flops(sizes, tokens, plan.txt_len) * len(batch.keys))
+        stop.hold(False)
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), plan.clip)
 
         # No update from a loss or gradient that is not finite, on any process. All processes must decide alike, stop and save alike.

@@ -66,7 +66,7 @@ def test_the_sequence_is_the_same_on_any_number_of_processes_and_threads():
 
 def test_a_batch_holds_what_the_indices_say():
     plan = plan_of((0, (24,), 4), micro_batch=2, steps=3, aux_from=0.5, dropout=0.5)
-    source, batches = data.Shapes(24), list(feed_of(plan).stream(0))
+    source, batches = data.Shapes(24, plan.data[0]), list(feed_of(plan).stream(0))
     assert len(batches) == 6
     for number, batch in enumerate(batches):
         step, index = number // 2, [2 * number, 2 * number + 1]

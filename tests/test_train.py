@@ -114,6 +114,24 @@ def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path):
     sample.load(out, torch.device("cpu"))
 
 
+@pytest.mark.slow
+def test_ctrl_c_while_compiling_waits_for_the_compiler(tmp_path):
+    """A terminal sends Ctrl-C to every process of the command, compilers too; here all of them are built anew."""
+    arguments = [sys.executable, "train.py", "--steps", "1000", "--out", str(tmp_path / "run"), *QUICK, "--compile"]
+    arguments.remove("--no-compile")
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})  # fmt: skip
+    try:
+        while not list(tmp_path.glob("cache/**/*.cpp")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        printed, complaints = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and "stopped by SIGINT after iteration" in printed, complaints[-3000:]
+
+
 def test_a_run_is_never_overwritten(trained, monkeypatch):
     with pytest.raises(errors.UserError, match="--resume"):
         run(monkeypatch, train, "--steps", 6, "--out", trained[0], *QUICK)
