@@ -53,7 +53,10 @@ def in_one_piece(path: Path, tag: str = ""):
     """
     partial = path.with_name(f"{path.name}{tag}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the user's umask has it; safetensors' files can be read by their owner alone
         yield partial
+        partial.chmod(mode)
         to_disk(partial)
         os.replace(partial, path)
     finally:

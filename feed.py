@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import cache
 import checkpoint
 import data
 import encoders
@@ -38,7 +39,7 @@ def open_source(names: tuple[str, ...], sides: tuple[int, ...], batch_size: int,
     all else serves every side. `multiple` is what the sides of a picture must be multiples of: the auto-encoder's factor
     times the patch; `index` the folder of the tars' index, if not their own. Raises DataError with what is wrong and what to do.
     """
-    caches = {checkpoint.read_json(Path(name) / "cache.json")["side"]: name for name in names if shards.is_cache(name)}
+    caches = {checkpoint.read_json(Path(name) / "cache.json")["side"]: name for name in names if cache.is_cache(name)}
     if len(caches) < len(names) and len(names) > 1:
         raise data.DataError(f"--data takes one folder, or several caches; of {', '.join(names)} only {len(caches)} are caches")
     for side in sides:
@@ -51,7 +52,7 @@ def open_source(names: tuple[str, ...], sides: tuple[int, ...], batch_size: int,
         elif caches:
             if side not in caches:
                 raise data.DataError(f"none of {', '.join(names)} was cached with --side {side}")
-            parts.append(shards.CachedShards(caches[side], batch_size))  # only this one: others may be for other batches
+            parts.append(cache.CachedShards(caches[side], batch_size))  # only this one: others may be for other batches
         elif any(Path(names[0]).glob("*.tar")):
             parts.append(shards.Shards(names[0], side, batch_size, multiple=multiple, index=index))
         else:
@@ -129,7 +130,7 @@ class Feed:
         """Raise DataError now, not at the iteration that needs it, for a cache of other encoders or without fake prompts."""
         for source in self.sources.values():
             for part in parts_of(source):
-                if isinstance(part, shards.CachedShards):
+                if isinstance(part, cache.CachedShards):
                     part.check(self.plan.text, self.plan.txt_len, self.plan.autoencoder)
                     if self.plan.aux_from < 1 and not part.fake:
                         raise data.DataError(f"{part.name} was cached without --fake, which the auxiliary term needs: cache again, "
@@ -142,10 +143,10 @@ class Feed:
     def indices(self, step: int) -> list[list[int]]:
         """The global indices of this process's micro-batches of an iteration: a run of consecutive integers each."""
         stage: Stage = self.plan.stage(step)
-        share = stage.batch_size // self.world
+        own = stage.batch_size // self.world
         micro = self.plan.micro_batch_of(stage, self.plan.side(step), self.world)
-        first = self.plan.first(step) + self.rank * share
-        return [list(range(first + m, first + m + micro)) for m in range(0, share, micro)]
+        first = self.plan.first(step) + self.rank * own
+        return [list(range(first + m, first + m + micro)) for m in range(0, own, micro)]
 
     def fetch(self, step: int, index: list[int]) -> Fetched:
         """Read one micro-batch; runs on a thread."""
@@ -155,7 +156,7 @@ class Feed:
         height, width = source.bucket(index[0], self.seed)
         shape = (self.channels, height // self.factor, width // self.factor)
         pictures = None
-        if not isinstance(samples[0], shards.CachedSample):
+        if not isinstance(samples[0], cache.CachedSample):
             pictures = data.to_tensor([s.picture for s in samples])
             if self.device.type == "cuda":
                 pictures = pictures.pin_memory()
@@ -172,7 +173,7 @@ class Feed:
             cached = parts_of(source)[0]
             if self.null is None:
                 self.null = put(cached.null)
-            x0, c, fake = shards.collate(f.samples, f.dropped, cached.null, cached.null_fake, f.aux)
+            x0, c, fake = cache.collate(f.samples, f.dropped, cached.null, cached.null_fake, f.aux)
             x0, c, fake = put(x0), put(c), put(fake) if fake else None
         else:
             x0 = self.autoencoder.encode(put(f.pictures))

@@ -22,7 +22,7 @@ import model
 class Stage:
     """A part of the run with its own picture sizes and batch."""
 
-    share: float  # begins after this share of the run's iterations
+    begin: float  # where it begins, as a share of the run's iterations
     sides: tuple[int, ...]  # of the pictures, pixels; iterations take turns among them
     batch_size: int  # global: over all processes and micro-batches
 
@@ -38,7 +38,7 @@ class Recipe:
     lr_end: float  # and where its linear decay ends
     tau_until: float  # share of the run over which tau rises from 0 to 1 (s.13)
     aux_from: float  # share of the run after which the auxiliary term joins (S.1.2); 1 is never
-    micro_batch: int | None  # pictures a process computes at once, at most, at the first stage's first side; None: its share
+    micro_batch: int | None  # pictures a process computes at once, at most, at the first stage's first side; None: all of its own
     guidance: float  # of the picture grids and the checkpoint's default
     s_rule: float = 0.0  # the checkpoint's default second time when sampling (S.3.1)
     data: tuple[str, ...] = ("shapes",)
@@ -57,7 +57,7 @@ class Recipe:
     # -----------------------------------------------------------------------------------------------------------------
     def begins(self) -> list[int]:
         """The iteration at which each stage begins, and the end of the run."""
-        return [round(stage.share * self.steps) for stage in self.stages] + [self.steps]
+        return [round(stage.begin * self.steps) for stage in self.stages] + [self.steps]
 
     def stage_number(self, step: int) -> int:
         return max(i for i, begin in enumerate(self.begins()[:-1]) if begin <= step or i == 0)
@@ -109,14 +109,14 @@ class Recipe:
     def micro_batch_of(self, stage: Stage, side: int, world: int) -> int:
         """Pictures that each of `world` processes computes at once at a stage and side.
 
-        The largest divisor of a process's share that takes no more memory than micro_batch pictures of the first stage.
+        The largest divisor of a process's part of the batch that takes no more memory than micro_batch pictures of the first stage.
         """
-        share = stage.batch_size // world
+        own = stage.batch_size // world
         if self.micro_batch is None:
-            return share
+            return own
         base = self.stages[0].sides[0]
         most = max(self.group, self.micro_batch * base**2 // side**2)
-        return max(m for m in range(self.group, share + 1, self.group) if share % m == 0 and (m <= most or m == self.group))
+        return max(m for m in range(self.group, own + 1, self.group) if own % m == 0 and (m <= most or m == self.group))
 
     def check_division(self, world: int, asked: int | None = None) -> None:
         """Raise UserError unless every stage's batch divides into `world` processes and equal micro-batches.
@@ -183,7 +183,7 @@ def make(size: str, **changes) -> Recipe:
     stages = []
     for stage in base.stages:
         stage = replace(stage, sides=(side,) if side else stage.sides, batch_size=batch_size or stage.batch_size)
-        if not stages or replace(stage, share=stages[-1].share) != stages[-1]:
+        if not stages or replace(stage, begin=stages[-1].begin) != stages[-1]:
             stages.append(stage)
     return replace(base, stages=tuple(stages), **{k: v for k, v in changes.items() if v is not None})
 
@@ -227,10 +227,10 @@ def describe(size: dict, plan: Recipe, objective: str, factor: int, world: int) 
     for stage, begin, end in zip(plan.stages, begins, begins[1:]):
         sides = " and ".join(f"{side} x {side}" for side in stage.sides) + (" in turns" if len(stage.sides) > 1 else "")
         micro = {side: plan.micro_batch_of(stage, side, world) for side in stage.sides}
-        shares = ", ".join(f"{stage.batch_size // world // m} x {m}" + (f" at {side}" if len(micro) > 1 else "") for side, m in micro.items())
+        parts = ", ".join(f"{stage.batch_size // world // m} x {m}" + (f" at {side}" if len(micro) > 1 else "") for side, m in micro.items())
         mu = ", ".join(f"{losses.mu_of_length(image_tokens(size, side, factor)):.2f}" for side in stage.sides)
         lines.append(f"iterations {begin:,} to {end:,}: {sides} pixels, {stage.batch_size} pictures each "
-                     f"({world} process{'es' * (world > 1)} x {shares}), mu {mu}")  # fmt: skip
+                     f"({world} process{'es' * (world > 1)} x {parts}), mu {mu}")  # fmt: skip
     lines.append(f"Adam {plan.betas}, learning rate {plan.lr:g} after {plan.warmup_steps():,} iterations, down to {plan.lr_end:g}; gradients clipped "
                  f"at {plan.clip:g}; EMA {plan.ema:g}; {plan.dropout:.0%} of prompts dropped")  # fmt: skip
     if objective == "self_e":

@@ -2,10 +2,9 @@
 
     python shards.py pack pictures/ tars/                      # a folder of captioned pictures -> tar shards, to try it
     python shards.py report tars/ --workers 16                 # index them; counts, sizes, buckets, what is skipped
-    python shards.py cache tars/ cache256/ --side 256 --fake --text flux --autoencoder flux     # encode once; resumable
+    python cache.py tars/ cache256/ --side 256 --fake          # encode them once, with the frozen encoders (cache.py)
 
     source = shards.Shards("tars/", side=256, batch_size=1024)          # pictures, decoded as they are asked for
-    source = shards.CachedShards("cache256/", batch_size=1024)          # latents and encoded captions, made by `cache`
     source = shards.Mixed([shards.Shards("tars/", 256, 768), shards.Shards("tars/", 512, 768)])     # S.2, second stage
     sample = source.sample(g, seed)                                     # g = 0, 1, 2, ...: the global sample index
 
@@ -42,25 +41,17 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
 import data
-import encoders
 import errors
-import machine
 from checkpoint import in_one_piece
 from data import DataError
 from randomness import rng
@@ -260,6 +251,14 @@ def read_index(folder: str | Path, cache: str | Path | None = None, workers: int
     shard = np.repeat(np.arange(len(tars), dtype=np.int32), [len(rows) for rows, _, _ in parts])
     skipped = {key: reason for _, _, some in parts for key, reason in some.items()}
     return Index(tars, shard, np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), skipped)
+
+
+def fingerprint(index: Index) -> str:
+    """Changes with the tars' names and with what is in them, as far as the index knows; not with where they lie."""
+    state = hashlib.sha256(json.dumps([tar.name for tar in index.tars]).encode())
+    for part in (index.shard, index.rows, index.keys):
+        state.update(part.tobytes())
+    return state.hexdigest()
 
 
 def log_skipped(name: str, skipped: dict[str, str], total: int, first: int = 10) -> None:
@@ -496,219 +495,6 @@ class Mixed:
 
 
 # =====================================================================================================================
-# The cache: latents and encoded captions
-# =====================================================================================================================
-# OUT/cache.json                    what it was made from and with: encoders, side, the source's fingerprint, the counts
-# OUT/null.safetensors              the encoded prompts "" and "fake image ": what a dropped prompt is replaced by
-# OUT/192x336_00002.safetensors     shard 2 of bucket (192, 336): latent [n, C, h, w] and pooled [n, d] in fp32, tokens
-#                                   [n, L, d] in bf16 or fp32, the same of the fake prompts, captions and keys
-
-
-class CachedSample(NamedTuple):
-    """One encoded sample: latent [C, h, w], (tokens [L, d_txt], pooled [d_vec]) of its caption and of its fake prompt.
-
-    All tensors are fp32; `fake` is None where the cache was made without --fake.
-    """
-
-    latent: Tensor
-    caption: str
-    tokens: Tensor
-    pooled: Tensor
-    key: str
-    fake: tuple[Tensor, Tensor] | None
-
-
-def encode_text(text, captions: list[str], batch: int, dtype: torch.dtype, fake: bool) -> dict[str, Tensor]:
-    """Encoded captions, and with `fake` their fake prompts (S.1.2), by the names they have in a cached shard."""
-    tensors = {}
-    for prefix, prompts in [("", captions)] + [("fake_", [encoders.fake_prompt(c) for c in captions])] * fake:
-        parts = [text(prompts[i : i + batch]) for i in range(0, len(prompts), batch)]
-        tensors[f"{prefix}tokens"] = torch.cat([tokens.to("cpu", dtype) for tokens, _ in parts])
-        tensors[f"{prefix}pooled"] = torch.cat([pooled.cpu() for _, pooled in parts])
-    return tensors
-
-
-def save_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Safetensors in one piece. Written by us and not by save_file, which lets nobody else read the file."""
-    with in_one_piece(path) as partial:
-        partial.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
-
-
-def fingerprint(index: Index) -> str:
-    """Changes with the tars' names and with what is in them, as far as the index knows; not with where they lie."""
-    state = hashlib.sha256(json.dumps([tar.name for tar in index.tars]).encode())
-    for part in (index.shard, index.rows, index.keys):
-        state.update(part.tobytes())
-    return state.hexdigest()
-
-
-def cache(folder: str | Path, out: str | Path, side: int, text, autoencoder, *, batch_size: int = 1024,
-          fake: bool = False, tokens: str = "bf16", multiple: int = 16, per_shard: int = 256, encode_batch: int = 16,
-          part: tuple[int, int] = (0, 1), index: str | Path | None = None) -> None:  # fmt: skip
-    """Encode the pictures and captions of a folder of tars into `out`; what is complete there is left as it is.
-
-    `batch_size` is the one the cache is meant for: as in Shards, buckets smaller than it are merged, and that fixes the
-    sizes of the latents. part (i, n) makes every n-th shard from the i-th on, so that n processes can share the work.
-    A picture that cannot be decoded is replaced as in Shards, and its shard remembers it: a cache yields the sequence
-    that its tars yield. Raises DataError when `out` holds a cache made from other tars or with other settings.
-    """
-    if multiple % autoencoder.factor:
-        raise DataError(f"auto-encoder {autoencoder.name} needs multiples of {autoencoder.factor}, not {multiple}")
-    source, out = Shards(folder, side, batch_size, multiple=multiple, index=index), Path(out)
-    spec = {
-        "format": 1, "text": text.name, "txt_len": text.txt_len, "autoencoder": autoencoder.name, "side": side,
-        "multiple": multiple, "batch_size": batch_size, "tokens": tokens, "fake": fake, "per_shard": per_shard,
-        "source": source.fingerprint,
-        "buckets": [[h, w, len(m)] for (h, w), m in zip(source.buckets, source.members)],
-    }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "cache.json").exists():
-        stored = checkpoint.read_json(out / "cache.json")
-        for name, value in spec.items():
-            if stored.get(name) != value:
-                said = "other tars" if name in ("source", "buckets") else f"{name} {stored.get(name)!r}, not {value!r}"
-                raise DataError(f"{out} is a cache made with {said}: choose another folder, or the same settings")
-    else:
-        checkpoint.write_json(out / "cache.json", spec)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[tokens]
-    if not (out / "null.safetensors").exists():
-        save_shard(out / "null.safetensors", encode_text(text, [""], 1, dtype, fake=True))
-
-    plan = list(shard_plan(out, spec))[part[0] :: part[1]]
-    missing = [entry for entry in plan if not entry[0].exists()]
-    bar = tqdm(total=sum(len(rows) for _, _, rows in plan), initial=sum(len(rows) for p, _, rows in plan if p.exists()),
-               desc=f"encoding {folder}", unit=" pictures", disable=None)  # fmt: skip
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for path, k, rows in missing:
-            latents, captions, texts = [], [], []
-            for first in range(0, len(rows), encode_batch):
-                samples = list(pool.map(functools.partial(source.picture, k), rows[first : first + encode_batch]))
-                latents.append(autoencoder.encode(data.to_tensor([s.picture for s in samples])).cpu())
-                captions += [s.caption for s in samples]
-                texts += [json.dumps([s.caption, s.key]).encode() for s in samples]
-                bar.update(len(samples))
-            tensors = encode_text(text, captions, encode_batch, dtype, fake) | {"latent": torch.cat(latents)}
-            tensors["text"] = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
-            tensors["text_end"] = torch.tensor(np.cumsum([0, *map(len, texts)]))
-            own = [source.key(n) for n in source.members[k][rows.start : rows.stop]]
-            failed = {key: source.skipped[key] for key in own if key in source.skipped}
-            save_shard(path, tensors, {"skipped": json.dumps(failed)})
-    bar.close()
-
-
-def shard_plan(out: Path, spec: dict) -> Iterator[tuple[Path, int, range]]:
-    """The shards of a cache: (path, bucket k, which of the bucket's pictures it holds)."""
-    for k, (height, width, count) in enumerate(spec["buckets"]):
-        for number, first in enumerate(range(0, count, spec["per_shard"])):
-            path = out / f"{height}x{width}_{number:05d}.safetensors"
-            yield path, k, range(first, min(count, first + spec["per_shard"]))
-
-
-class CachedShards:
-    """What `cache` wrote, as a source of CachedSample in the order of Blocks: the interface of Shards.
-
-    spec        what is in cache.json
-    null        (tokens [1, L, d_txt], pooled [1, d_vec]) of "", and null_fake of "fake image ": for dropped prompts
-
-    Raises DataError for an incomplete cache and for a batch larger than its smallest bucket.
-    """
-
-    def __init__(self, folder: str | Path, batch_size: int):
-        self.folder, self.name, self.batch_size = Path(folder), str(folder), batch_size
-        if not (self.folder / "cache.json").exists():
-            raise DataError(f"{folder} holds no cache.json: python shards.py cache makes a cache")
-        self.spec = checkpoint.read_json(self.folder / "cache.json")
-        plan = list(shard_plan(self.folder, self.spec))
-        missing = [path for path, _, _ in plan if not path.exists()]
-        if missing:
-            raise DataError(f"{folder} lacks {len(missing)} of {len(plan)} shards, first {missing[0].name}: "
-                            "run its python shards.py cache command again, it goes on where it stopped")  # fmt: skip
-        height, width, smallest = min(self.spec["buckets"], key=lambda bucket: bucket[2])
-        if smallest < batch_size:
-            raise DataError(f"bucket {height}x{width} of {folder} has {smallest} pictures, fewer than a batch of "
-                            f"{batch_size}: lower it, or cache with --batch-size {batch_size}")  # fmt: skip
-        self.side, self.fake, self.skipped = self.spec["side"], self.spec["fake"], {}
-        self.fingerprint = self.spec["source"]  # a cache yields the sequence that its tars yield
-        self.buckets = [(height, width) for height, width, _ in self.spec["buckets"]]
-        self.blocks = Blocks([count for _, _, count in self.spec["buckets"]], batch_size)
-        self.paths: list[list[Path]] = [[] for _ in self.buckets]
-        for path, k, _ in plan:
-            self.paths[k].append(path)
-            with opened(path) as file:
-                self.skipped |= json.loads(file.metadata()["skipped"])
-        log_skipped(self.name, self.skipped, len(self))
-        with opened(self.folder / "null.safetensors") as file:
-            self.null = tuple(file.get_tensor(name).float() for name in ("tokens", "pooled"))
-            self.null_fake = tuple(file.get_tensor(name).float() for name in ("fake_tokens", "fake_pooled"))
-
-    def check(self, text: str, txt_len: int, autoencoder: str) -> None:
-        """Raise DataError unless the encoders of these names are those that the cache was made with."""
-        asked = (("text", encoders.canonical(text)), ("txt_len", txt_len), ("autoencoder", encoders.canonical(autoencoder)))
-        for name, value in asked:
-            if self.spec[name] != value:
-                raise DataError(f"{self.name} was encoded with {name} {self.spec[name]!r}, not {value!r}: "
-                                "use the same encoders, or cache again")  # fmt: skip
-
-    def __len__(self) -> int:
-        return int(self.blocks.counts.sum())
-
-    def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
-        """(height, width) in pixels of sample g, and of its whole block; nothing is read."""
-        return self.buckets[self.blocks.block(g, seed)[0]]
-
-    def sample(self, g: int, seed: int = 0) -> CachedSample:
-        """Sample g of the sequence that belongs to `seed`; one row of each tensor is read."""
-        k, i = self.blocks.locate(g, seed)
-        which, row = divmod(i, self.spec["per_shard"])
-        with opened(self.paths[k][which]) as file:
-            begin, end = file.get_slice("text_end")[row : row + 2].tolist()
-            caption, key = json.loads(file.get_slice("text")[begin:end].numpy().tobytes())
-            names = ["latent", "tokens", "pooled"] + ["fake_tokens", "fake_pooled"] * self.fake
-            latent, tokens, pooled, *fake = (file.get_slice(name)[row].float() for name in names)
-        return CachedSample(latent, caption, tokens, pooled, key, tuple(fake) or None)
-
-
-def is_cache(folder: str | Path) -> bool:
-    return (Path(folder) / "cache.json").exists()
-
-
-def cached_sizes(folder: Path) -> tuple[dict, int]:
-    """What a cache says of the encoders without loading them: ({channels, txt_dim, vec_dim} for model.SIZES, factor)."""
-    spec = checkpoint.read_json(folder / "cache.json")
-    path, k, _ = next(shard_plan(folder, spec))
-    with opened(path) as file:
-        _, channels, height, _ = file.get_slice("latent").get_shape()
-    with opened(folder / "null.safetensors") as file:
-        sizes = {"channels": channels, "txt_dim": file.get_slice("tokens").get_shape()[-1],
-                 "vec_dim": file.get_slice("pooled").get_shape()[-1]}  # fmt: skip
-    return sizes, spec["buckets"][k][0] // height
-
-
-def collate(samples: list[CachedSample], dropped: list[bool], null: tuple, null_fake: tuple, with_fake: bool):
-    """(x0 [B, C, h, w], c, fake): what the loss takes, with the prompts of `dropped` samples replaced by "".
-
-    c and fake are (tokens [B, L, d_txt], pooled [B, d_vec]); fake is None unless asked for. Raises DataError when it is
-    asked for and was not cached.
-    """
-    if with_fake and any(s.fake is None for s in samples):
-        raise DataError("the auxiliary term needs the encoded fake prompts: cache with --fake")
-    c = [[a[0] for a in null] if drop else [s.tokens, s.pooled] for s, drop in zip(samples, dropped)]
-    fake = [[a[0] for a in null_fake] if drop else s.fake for s, drop in zip(samples, dropped)] if with_fake else None
-    stacked = [tuple(map(torch.stack, zip(*rows))) if rows else None for rows in (c, fake)]
-    return torch.stack([s.latent for s in samples]), *stacked
-
-
-@contextlib.contextmanager
-def opened(path: Path):
-    """A safetensors file, mapped and not read. Raises DataError naming one that is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, FileNotFoundError) as error:
-        raise DataError(f"{path} is damaged or missing ({error}): remove it and cache again") from error
-
-
-# =====================================================================================================================
 # What a data set holds; making one
 # =====================================================================================================================
 
@@ -795,14 +581,6 @@ def pack(folder: str | Path, out: str | Path, per_shard: int = 1000) -> tuple[in
 # ---------------------------------------------------------------------------------------------------------------------
 # The commands
 # ---------------------------------------------------------------------------------------------------------------------
-def share(text: str) -> tuple[int, int]:
-    """"0/8" -> (0, 8)"""
-    i, _, n = text.partition("/")
-    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
-        raise ValueError(text)
-    return int(i), int(n)
-
-
 def positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError(text)
@@ -845,37 +623,7 @@ def report_command(argv: list[str]) -> None:
             print(f"  skipped {key}: {reason}")
 
 
-def cache_command(argv: list[str]) -> None:
-    parser = errors.Parser("shards.py cache FOLDER OUT", "Encode tar shards once: pictures and captions.")
-    a = parser.add_argument
-    a("folder", metavar="FOLDER", help="a folder of .tar")
-    a("out", metavar="OUT", help="the folder of the cache; one that was begun with the same settings is gone on with")
-    a("--side", metavar="N", type=positive, required=True, help="side of the square bucket in pixels")
-    a("--text", metavar="SPEC", default="flux", help="frozen text encoder, see encoders.py (default: flux)")
-    a("--txt-len", metavar="N", type=positive, help="tokens a caption (default: the encoder's)")
-    a("--autoencoder", metavar="SPEC", default="flux", help="frozen auto-encoder, see encoders.py (default: flux)")
-    a("--fake", action="store_true", help="encode the fake prompts too, which the auxiliary term needs (default: off)")
-    a("--tokens", default="bf16", choices=("bf16", "fp32"), help="precision of the stored tokens (default: bf16)")
-    a("--batch-size", metavar="N", type=positive, default=1024,
-      help="the largest to train with: smaller buckets are merged (default: 1024)")  # fmt: skip
-    a("--multiple", metavar="N", type=positive, default=16, help="of which all sides are multiples (default: 16)")
-    a("--per-shard", metavar="N", type=positive, default=256, help="samples a cached shard (default: 256)")
-    a("--encode-batch", metavar="N", type=positive, default=16, help="pictures encoded at once (default: 16)")
-    a("--part", metavar="I/N", type=share, default=(0, 1), help="every N-th shard from the I-th on (default: 0/1, all)")
-    a("--index", metavar="DIR", help="folder of the index (default: FOLDER)")
-    a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
-    args = parser.parse_args(argv)
-    device = machine.pick_device(args.device)
-    text = encoders.text_encoder(args.text, args.txt_len, device)
-    autoencoder = encoders.autoencoder(args.autoencoder, device)
-    names = ("batch_size", "fake", "tokens", "multiple", "per_shard", "encode_batch", "part", "index")
-    cache(args.folder, args.out, args.side, text, autoencoder, **{name: getattr(args, name) for name in names})
-    plan = shard_plan(Path(args.out), checkpoint.read_json(Path(args.out) / "cache.json"))
-    missing = [path for path, _, _ in plan if not path.exists()]
-    print(f"{args.out}: " + (f"{len(missing)} shards are left to the other parts" if missing else "complete"))
-
-
-COMMANDS = {"pack": pack_command, "report": report_command, "cache": cache_command}
+COMMANDS = {"pack": pack_command, "report": report_command}
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import baselines
+import cache
 import checkpoint
 import data
 import encoders
@@ -44,7 +45,6 @@ import model
 import monitor
 import recipe
 import sample
-import shards
 from feed import Feed
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,13 +237,13 @@ def plan_of(args) -> recipe.Recipe:
 
 def open_encoders(args, plan: recipe.Recipe, device: torch.device, chief: bool):
     """(text encoder, auto-encoder, the entries of model.SIZES that they settle, factor); both None where a cache serves."""
-    cached = all(map(shards.is_cache, plan.data))
+    cached = all(map(cache.is_cache, plan.data))
     text = autoencoder = None
     if not cached or (chief and args.grid_every != 0):  # with a cache they only draw pictures
         text = encoders.text_encoder(plan.text, plan.txt_len, device)
         autoencoder = encoders.autoencoder(plan.autoencoder, device)
     if cached:
-        return text, autoencoder, *shards.cached_sizes(Path(plan.data[0]))
+        return text, autoencoder, *cache.cached_sizes(Path(plan.data[0]))
     sizes = {"channels": autoencoder.channels, "txt_dim": text.d_txt, "vec_dim": text.d_vec}
     return text, autoencoder, sizes, autoencoder.factor
 

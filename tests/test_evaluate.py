@@ -19,6 +19,7 @@ import data
 import errors
 import evaluate
 import model
+import scorer
 from data import Object, Scene
 from randomness import rng
 
@@ -41,7 +42,7 @@ def worn(picture, random, grain=6.0, blur=True):
 def accepted(size, n, alter=lambda picture, random: picture):
     wrong = []
     for i, scene in scenes(size, n):
-        ok, why = evaluate.judge(alter(data.render(scene, size), rng(3, "alter", i)), scene.metadata)
+        ok, why = scorer.judge(alter(data.render(scene, size), rng(3, "alter", i)), scene.metadata)
         if not ok:
             wrong.append((scene.metadata["prompt"], why))
     return 1 - len(wrong) / n, wrong
@@ -67,15 +68,15 @@ def test_single_shapes_of_sixteen_pixels_are_judged_too():
     """True renderings pass; with another shape, another colour or only half of the shape they do not."""
     for i, scene in scenes(16, 150, "small", data.SETS["one-shape"]):
         item, truth = scene.objects[0], scene.metadata
-        assert evaluate.score(data.render(scene, 16), truth), truth["prompt"]
+        assert scorer.score(data.render(scene, 16), truth), truth["prompt"]
         for shape in set(data.SHAPES) - {item.shape}:
-            assert not evaluate.score(data.render(changed(scene, shape=shape), 16), truth)
+            assert not scorer.score(data.render(changed(scene, shape=shape), 16), truth)
         if "color" in truth["include"][0]:
             for color in set(data.COLORS) - {item.color}:
-                assert not evaluate.score(data.render(changed(scene, color=color), 16), truth)
+                assert not scorer.score(data.render(changed(scene, color=color), 16), truth)
         half = data.render(scene, 16).copy()
         half[:, int(item.x) :] = scene.ground
-        assert not evaluate.score(half, truth)
+        assert not scorer.score(half, truth)
 
 
 @pytest.mark.parametrize("grain, blur", [(6.0, False), (0.0, True)])
@@ -94,7 +95,7 @@ def test_grain_and_slight_blur_are_tolerated_thousands_of_times(size):
 @pytest.mark.parametrize("size", [24, 32, 64])
 def test_objects_are_found_where_they_are(size):
     for _, scene in scenes(size, 24, "places"):
-        found = evaluate.find_objects(data.render(scene, size))
+        found = scorer.find_objects(data.render(scene, size))
         assert len(found) == len(scene.objects)
         for true in scene.objects:
             near = min(found, key=lambda o: abs(o.x - true.x) + abs(o.y - true.y))
@@ -106,7 +107,7 @@ def test_objects_are_found_where_they_are(size):
 def test_pictures_of_another_kind_are_refused():
     for picture in (np.zeros((32, 32, 3)), np.zeros((32, 40, 3), np.uint8), np.zeros((128, 128, 3), np.uint8)):
         with pytest.raises(ValueError, match="picture"):
-            evaluate.explain(picture)
+            scorer.explain(picture)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,8 +265,8 @@ def fooled(fault, size, n):
         picture = fault(scene, size, rng(4, fault.__name__, i))
         if picture is not None:
             made += 1
-            if evaluate.score(picture, scene.metadata):
-                wrong.append((i, scene.metadata["prompt"], evaluate.explain(picture).objects))
+            if scorer.score(picture, scene.metadata):
+                wrong.append((i, scene.metadata["prompt"], scorer.explain(picture).objects))
     return made, wrong
 
 
@@ -311,7 +312,7 @@ TWO_CIRCLES_AND_A_SQUARE = (("circle", "red", 6, 7, 9), ("circle", "red", 6, 24,
       "exclude": [{"class": "circle", "count": 1, "color": "red"}]}, False),
 ])  # fmt: skip
 def test_mixed_prompts_are_judged_by_include_and_exclude(metadata, expected):
-    ok, why = evaluate.judge(picture_of(*TWO_CIRCLES_AND_A_SQUARE), metadata)
+    ok, why = scorer.judge(picture_of(*TWO_CIRCLES_AND_A_SQUARE), metadata)
     assert ok == expected, why
 
 
@@ -321,7 +322,7 @@ def test_a_relation_holds_only_along_its_axis(relation, dx, dy):
     picture = picture_of(("ring", "red", 16 + dx / 2, 16 + dy / 2, 9), ("cross", "blue", 16 - dx / 2, 16 - dy / 2, 9))
     metadata = data.prompt_metadata("position", ["ring", "cross"], [None, None], relation=relation)
     distance = {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation]
-    assert evaluate.score(picture, metadata) == (distance > 9)
+    assert scorer.score(picture, metadata) == (distance > 9)
 
 
 @pytest.mark.parametrize("change, why", [
@@ -334,15 +335,15 @@ def test_a_relation_holds_only_along_its_axis(relation, dx, dy):
 def test_the_ground_must_be_plain_grey(change, why):
     picture = picture_of(("circle", "red", 16, 16, 10)).astype(int)
     metadata = {"include": [{"class": "circle", "count": 1}]}
-    assert evaluate.score(picture.astype(np.uint8), metadata)
-    ok, reason = evaluate.judge(change(picture).clip(0, 255).astype(np.uint8), metadata)
+    assert scorer.score(picture.astype(np.uint8), metadata)
+    ok, reason = scorer.judge(change(picture).clip(0, 255).astype(np.uint8), metadata)
     assert not ok and why in reason
 
 
 def test_a_pale_spot_within_an_object_is_seen():
     picture = picture_of(("circle", "red", 16, 16, 12))
     picture[14:18, 14:18] = (picture[14:18, 14:18].astype(int) + 120) // 2
-    ok, reason = evaluate.judge(picture, {"include": [{"class": "circle", "count": 1}]})
+    ok, reason = scorer.judge(picture, {"include": [{"class": "circle", "count": 1}]})
     assert not ok and "within an object" in reason
 
 
@@ -353,20 +354,20 @@ def test_a_thin_ring_of_another_colour_is_no_object(size):
     share = (120 - ring[..., 2]) / (120 - 40)
     orange = 120 + share[..., None] * (np.array([255, 150, 30]) - 120)
     metadata = {"include": [{"class": "ring", "count": 1}]}
-    assert evaluate.score(ring.astype(np.uint8), metadata)
-    assert not evaluate.score(orange.round().astype(np.uint8), metadata)
+    assert scorer.score(ring.astype(np.uint8), metadata)
+    assert not scorer.score(orange.round().astype(np.uint8), metadata)
 
 
 @pytest.mark.parametrize("diameter, ok", [(4.5, False), (8, True), (20, True), (27, False)])
 def test_objects_have_about_the_sizes_of_training(diameter, ok):
     picture = picture_of(("circle", "red", 16, 16, diameter))
-    assert evaluate.score(picture, {"include": [{"class": "circle", "count": 1}]}) == ok
+    assert scorer.score(picture, {"include": [{"class": "circle", "count": 1}]}) == ok
 
 
 def test_an_empty_picture_shows_nothing():
-    ok, why = evaluate.judge(picture_of(), {"include": [{"class": "circle", "count": 1}]})
+    ok, why = scorer.judge(picture_of(), {"include": [{"class": "circle", "count": 1}]})
     assert not ok and why == "shows nothing"
-    assert evaluate.find_objects(picture_of()) == []
+    assert scorer.find_objects(picture_of()) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import cache
 import data
 import encoders
 import feed
@@ -42,7 +43,7 @@ def tars(tmp_path_factory):
         (folder / "pictures" / f"{i}.txt").write_text(f"picture number {i}")
     shards.pack(folder / "pictures", folder / "tars", per_shard=5)
     for side in (16, 32):
-        shards.cache(folder / "tars", folder / f"cache{side}", side, TEXT, PIXELS, batch_size=4, fake=True, tokens="fp32",
+        cache.make(folder / "tars", folder / f"cache{side}", side, TEXT, PIXELS, batch_size=4, fake=True, tokens="fp32",
                      multiple=4, per_shard=4)  # fmt: skip
     return folder
 
@@ -128,7 +129,7 @@ def test_a_cache_of_other_encoders_is_refused_at_the_start(tars, changes, said):
 def test_only_the_caches_of_a_stages_sides_are_opened(tars):
     """A cache for the larger pictures of a later stage may be made for that stage's smaller batch."""
     plan = plan_of((0, (16,), 12), data=(str(tars / "cache16whole"), str(tars / "cache32")))
-    shards.cache(tars / "tars", tars / "cache16whole", 16, TEXT, PIXELS, batch_size=12, tokens="fp32", multiple=4)
+    cache.make(tars / "tars", tars / "cache16whole", 16, TEXT, PIXELS, batch_size=12, tokens="fp32", multiple=4)
     assert len(next(feed.Feed(plan, DRAW, 3, None, None, DEVICE, patch=4).stream(0)).keys) == 12
     with pytest.raises(data.DataError, match="fewer than a batch of 12"):
         feed.open_source(plan.data, (32,), 12, 4)

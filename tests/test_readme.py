@@ -56,7 +56,7 @@ def test_the_tests_named_in_the_long_run_exist():
         assert f"def {name}" in sources, name
 
 
-@pytest.mark.parametrize("program", ["train.py", "sample.py", "evaluate.py", "benchmark.py", "tables.py", "data.py", "toy/any_step.py"])
+@pytest.mark.parametrize("program", ["train.py", "sample.py", "evaluate.py", "benchmark.py", "tables.py", "data.py", "cache.py", "toy/any_step.py"])
 def test_help_fits_a_screen(program):
     result = subprocess.run([sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True)
     lines = result.stdout.splitlines()

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import cache  # noqa: E402
 import checkpoint  # noqa: E402
 import encoders  # noqa: E402
 import errors  # noqa: E402
@@ -106,7 +107,7 @@ def test_shards_and_their_cache_train_alike(tmp_path):
         (tmp_path / "pictures" / f"{i}.txt").write_text(f"picture number {i}")
     shards.pack(tmp_path / "pictures", tmp_path / "tars", per_shard=10)
     text, pixels = encoders.text_encoder("words", 14, "cpu"), encoders.autoencoder("pixels", "cpu")
-    shards.cache(tmp_path / "tars", tmp_path / "cache", 16, text, pixels, batch_size=4, tokens="fp32", multiple=4)
+    cache.make(tmp_path / "tars", tmp_path / "cache", 16, text, pixels, batch_size=4, tokens="fp32", multiple=4)
     flags = [*SMALL, "--side", "16", "--steps", "6"]
     run_train(1, "--data", tmp_path / "tars", "--out", tmp_path / "one", *flags)
     run_train(2, "--data", tmp_path / "tars", "--out", tmp_path / "two", *flags)

@@ -18,8 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
+import cache
 import data
 import encoders
+import errors
 import shards
 
 ROOT = Path(__file__).parent.parent
@@ -466,7 +468,7 @@ def test_the_index_can_lie_elsewhere_and_be_made_by_many_processes(tmp_path, wor
 def encode(source_folder, out, **options):
     options = {"batch_size": 4, "per_shard": 4, "encode_batch": 3, "fake": True, "tokens": "fp32"} | options
     text, pixels = encoders.text_encoder("words", options.pop("txt_len", 8)), encoders.autoencoder("pixels")
-    shards.cache(source_folder, out, 64, text, pixels, **options)
+    cache.make(source_folder, out, 64, text, pixels, **options)
 
 
 def contents(out):
@@ -486,7 +488,7 @@ def test_a_cache_resumed_equals_one_made_in_one_go(tmp_path, folder, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             encode(folder, tmp_path / "pieces")
         with pytest.raises(data.DataError, match=r"lacks \d+ of 11 shards.*again"):
-            shards.CachedShards(tmp_path / "pieces", 4)
+            cache.CachedShards(tmp_path / "pieces", 4)
     done = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "pieces").iterdir()}
     encode(folder, tmp_path / "pieces")
     assert contents(tmp_path / "whole") == contents(tmp_path / "pieces")
@@ -498,13 +500,13 @@ def test_a_cache_resumed_equals_one_made_in_one_go(tmp_path, folder, monkeypatch
 
 def test_bf16_tokens_and_no_fake_prompts(tmp_path, folder):
     encode(folder, tmp_path / "c", tokens="bf16", fake=False)
-    cached = shards.CachedShards(tmp_path / "c", 4)
+    cached = cache.CachedShards(tmp_path / "c", 4)
     sample = cached.sample(0)
     tokens, pooled = encoders.text_encoder("words", 8)([sample.caption])
     assert torch.equal(sample.tokens, tokens[0].bfloat16().float()) and torch.equal(sample.pooled, pooled[0])
     assert sample.fake is None
     with pytest.raises(data.DataError, match="--fake"):
-        shards.collate([sample], [False], cached.null, cached.null_fake, with_fake=True)
+        cache.collate([sample], [False], cached.null, cached.null_fake, with_fake=True)
 
 
 def test_a_broken_picture_is_replaced_in_the_cache_as_without_it(tmp_path):
@@ -515,11 +517,11 @@ def test_a_broken_picture_is_replaced_in_the_cache_as_without_it(tmp_path):
     for part in (2, 1, 0):
         encode(tmp_path / "t", tmp_path / "parts", batch_size=3, per_shard=2, part=(part, 3))
     assert contents(tmp_path / "c") == contents(tmp_path / "parts")
-    source, cached = shards.Shards(tmp_path / "t", 64, 3), shards.CachedShards(tmp_path / "c", 3)
+    source, cached = shards.Shards(tmp_path / "t", 64, 3), cache.CachedShards(tmp_path / "c", 3)
     assert [cached.sample(g).key for g in range(18)] == [source.sample(g).key for g in range(18)]
     assert cached.skipped == source.skipped and sorted(cached.skipped) == ["a/1", "a/4", "a/5"]
     with pytest.raises(data.DataError, match="64x64 of .* has 6 pictures, fewer than a batch of 8"):
-        shards.CachedShards(tmp_path / "c", 8)
+        cache.CachedShards(tmp_path / "c", 8)
 
 
 def test_a_cache_refuses_other_settings_other_tars_and_damage(tmp_path):
@@ -539,20 +541,20 @@ def test_a_cache_refuses_other_settings_other_tars_and_damage(tmp_path):
         encode(tmp_path / "t", tmp_path / "c")
     assert contents(tmp_path / "c") == before
     with pytest.raises(data.DataError, match="txt_len 8, not 16"):
-        shards.CachedShards(tmp_path / "c", 4).check("words", 16, "pixels")
+        cache.CachedShards(tmp_path / "c", 4).check("words", 16, "pixels")
     (tmp_path / "c" / "64x64_00001.safetensors").write_bytes(before["64x64_00001.safetensors"][:-9])
     with pytest.raises(data.DataError, match="64x64_00001.safetensors is damaged"):
-        shards.CachedShards(tmp_path / "c", 4)
+        cache.CachedShards(tmp_path / "c", 4)
     with pytest.raises(data.DataError, match="no cache.json"):
-        shards.CachedShards(tmp_path / "t", 4)
+        cache.CachedShards(tmp_path / "t", 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The commands
 # ---------------------------------------------------------------------------------------------------------------------
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["shards.py", *map(str, arguments)])
-    shards.main()
+def run(monkeypatch, *arguments, program=shards):
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, arguments)])
+    program.main()
 
 
 def test_report_against_hand_counts(tmp_path, monkeypatch, capsys):
@@ -598,17 +600,17 @@ def test_pack_and_cache_as_a_user_would(tmp_path, monkeypatch, capsys):
     assert "8.bmp: not a .jpg" in done.stderr and "absent.jpg: no such file" in done.stderr
     source = shards.Shards(tmp_path / "tars", 32, 1)
     assert sorted((s.caption, s.key) for s in map(source.sample, range(7)))[3] == ("number 3", "00001/000010000")
-    arguments = ["cache", tmp_path / "tars", tmp_path / "cache", "--side", 32, "--text", "words", "--device", "cpu",
+    arguments = [tmp_path / "tars", tmp_path / "cache", "--side", 32, "--text", "words", "--device", "cpu",
                  "--autoencoder", "pixels", "--batch-size", 2, "--per-shard", 4]  # fmt: skip
-    run(monkeypatch, *arguments, "--part", "1/2")
+    run(monkeypatch, *arguments, "--part", "1/2", program=cache)
     assert "cache: 1 shards are left to the other parts" in capsys.readouterr().out
-    run(monkeypatch, *arguments)
+    run(monkeypatch, *arguments, program=cache)
     assert "cache: complete" in capsys.readouterr().out
-    assert shards.CachedShards(tmp_path / "cache", 2).sample(0).latent.shape == (3, 32, 32)
+    assert cache.CachedShards(tmp_path / "cache", 2).sample(0).latent.shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("arguments, complaint", [
-    ([], "pack, report, cache"), (["unpack"], "pack, report, cache"), (["report", "absent"], "no such folder: absent"),
+    ([], "pack, report"), (["unpack"], "pack, report"), (["report", "absent"], "no such folder: absent"),
     (["pack", "{folder}", "{folder}"], "exists"), (["pack", "{folder}", "{new}"], "no captions"),
     (["cache", "{folder}", "{new}"], "--side"), (["report", "{folder}", "--sides", "0"], "--sides"),
     (["cache", "{folder}", "{new}", "--side", "64", "--part", "2/2"], "--part"),
@@ -617,9 +619,10 @@ def test_pack_and_cache_as_a_user_would(tmp_path, monkeypatch, capsys):
 ])  # fmt: skip
 def test_what_the_user_can_mend_is_one_line(tmp_path, folder, monkeypatch, capsys, arguments, complaint):
     arguments = [a.format(folder=folder, new=tmp_path / "new") for a in arguments]
-    monkeypatch.setattr(sys, "argv", ["shards.py", *arguments])
+    program = cache if arguments[:1] == ["cache"] else shards
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *arguments[program is cache :]])
     with pytest.raises(SystemExit) as stopped:
-        shards.errors.run(shards.main)
+        errors.run(program.main)
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith("shards.py: ") and error.count("\n") == 1 and complaint in error
+    assert stopped.value.code == 2 and error.startswith(f"{program.__name__}.py: ") and error.count("\n") == 1 and complaint in error
     assert not list(tmp_path.iterdir())

@@ -48,6 +48,7 @@ def trained(tmp_path_factory):
 def test_a_run_leaves_what_it_promises(trained):
     out, printed = trained
     config = json.loads((out / "config.json").read_text())
+    assert len({path.stat().st_mode for path in out.glob("*.*")}) == 1  # all can be read by whom the umask lets
     assert config["objective"] == "self_e" and config["size"] == "laptop" and config["seed"] == 0
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]

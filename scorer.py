@@ -1,0 +1,338 @@
+"""What a picture of the built-in shapes shows, exactly: GenEval's detector in miniature (Sec. 4, Tables 1 and 2).
+
+    ok, reason = scorer.judge(picture, metadata)    # a uint8 picture [H, W, 3] against the prompt's metadata
+    scorer.find_objects(picture)                    # what is in it: data.Object(shape, color, x, y, diameter), ...
+
+GenEval asks a detector what a picture shows. Here the objects are flat shapes of eight colours on a grey ground, so the
+question has an exact answer: a picture is right when a rendering of known objects explains it and these are the objects
+asked for, each of them, and nothing else. Anti-aliasing, slight blur and slight grain are part of "explains"; a
+missing, merged, cut-off, faded or additional object is not.
+
+Lengths called "units" are 32nds of the picture's side, colours are distances in RGB of 0 .. 255.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+import data
+
+GROUND_SLACK = 15  # the ground may be this much darker or lighter than any in training, and this much off grey
+GROUND_SHARE = 0.4  # of the picture, at least; the fullest scenes leave two thirds
+LINE = 45.0  # a pixel further than this from every line from the ground to a colour belongs to no object
+GRAIN = 0.12  # of coverage that is overlooked
+AGREEMENT = 0.885  # overlap of an object with its best-fitting shape, at least
+DIAMETER = (6.0, 24.0)  # of an object, in units; training has 8 to 22
+SHARED = 1.5  # square units that two objects may both claim; a hidden part of an object is a missing part
+SMALLEST = 4.0  # square units; less is a speck, which the test of what is left over judges
+OUTSIDE, INSIDE = 25.0, 50.0  # unexplained colour, averaged over 3 x 3 units, away from and within the objects
+CLEARLY = 0.4  # "left of": the centres lie further apart along the axis than this times the sum of the diameters
+
+PALETTE = np.array(list(data.COLORS.values()), dtype=float)
+COLOR_NAMES = list(data.COLORS)
+
+
+class Found(NamedTuple):
+    """One object of a picture, explained: centre and diameter in pixels."""
+
+    shape: str
+    color: str
+    x: float
+    y: float
+    diameter: float
+    blur: bool  # whether the rendering agrees better when slightly blurred
+    agreement: float  # soft intersection over union with the rendering, in [0, 1]
+
+
+class Explanation(NamedTuple):
+    """What a picture shows. `complaint` is empty when the objects explain all of it, else says what they do not."""
+
+    ground: np.ndarray  # RGB
+    objects: list[Found]
+    complaint: str
+
+
+class Outline(NamedTuple):
+    """A shape of radius 1: its area, the height of its centre of mass below its centre, and its box."""
+
+    area: float
+    drop: float
+    box: tuple[float, float, float, float]  # left, right, top, bottom
+
+
+@functools.cache
+def outline(shape: str) -> Outline:
+    """Measured from data.signed_distance, so that a new shape there needs no new line here."""
+    u = (np.arange(600) + 0.5) / 250 - 1.2
+    inside = data.signed_distance(shape, u[None, :], u[:, None], 1.0) < 0
+    rows, columns = u[inside.any(1)], u[inside.any(0)]
+    drop = (inside * u[:, None]).sum() / inside.sum()
+    return Outline(inside.sum() / 250**2, drop, (columns[0], columns[-1], rows[0], rows[-1]))
+
+
+def ground_color(picture: np.ndarray) -> np.ndarray:
+    """RGB of the ground: where more than half is ground the median is a ground pixel; the mean of those near it."""
+    pixels = picture.reshape(-1, 3)
+    median = np.median(pixels, axis=0)
+    near = pixels[np.square(pixels - median).sum(1) < 30.0**2]
+    return near.mean(0) if len(near) else median
+
+
+def components(label: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """The 8-connected regions of equal label >= 0 of an [H, W] map: (label, rows, columns) each."""
+    height, width = label.shape
+    stride = width + 1  # one column of -1 on the right ends every row, one row above and below the picture
+    flat = np.full((height + 2, stride), -1, dtype=np.int64)
+    flat[1:-1, :-1] = label
+    flat = flat.ravel().tolist()
+    flat.append(-1)
+    steps = (-stride - 1, -stride, -stride + 1, -1, 1, stride - 1, stride, stride + 1)
+    regions = []
+    for start in range(stride, stride * (height + 1)):
+        k = flat[start]
+        if k < 0:
+            continue
+        flat[start], region, i = -1, [start], 0
+        while i < len(region):
+            for step in steps:
+                j = region[i] + step
+                if flat[j] == k:
+                    flat[j] = -1
+                    region.append(j)
+            i += 1
+        rows, columns = np.divmod(np.array(region), stride)
+        regions.append((k, rows - 1, columns))
+    return regions
+
+
+def dilate(mask: np.ndarray) -> np.ndarray:
+    """A [H, W] mask and its 8-neighbours."""
+    wide = mask.copy()
+    wide[:, 1:] |= mask[:, :-1]
+    wide[:, :-1] |= mask[:, 1:]
+    tall = wide.copy()
+    tall[1:] |= wide[:-1]
+    tall[:-1] |= wide[1:]
+    return tall
+
+
+def coverage(shape: str, x, y, r, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """[n, h, w]: data.coverage on a window, for n candidates at once (x, y, r of shape [n] or scalars)."""
+    x, y, r = (np.asarray(a, dtype=float).reshape(-1, 1, 1) for a in (x, y, r))
+    distance = data.signed_distance(shape, columns[None, None, :] + 0.5 - x, rows[None, :, None] + 0.5 - y, r)
+    return np.clip(0.5 - distance, 0.0, 1.0)
+
+
+def blurred(a: np.ndarray) -> np.ndarray:
+    """[n, h, w] under the kernel (1, 2, 1) / 4 in both directions, repeating the border: the blur that is tolerated."""
+    down, across = np.arange(a.shape[1]), np.arange(a.shape[2])
+    a = (2 * a + a[:, np.maximum(down - 1, 0)] + a[:, np.minimum(down + 1, down[-1])]) / 4
+    return (2 * a + a[:, :, np.maximum(across - 1, 0)] + a[:, :, np.minimum(across + 1, across[-1])]) / 4
+
+
+def overlap(seen: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """Soft intersection over union of seen [h, w] with candidates [n, h, w]: [n] in [0, 1].
+
+    Values near 0 and 1 count as 0 and 1, so that grain on a flat area is no disagreement.
+    """
+    seen, candidates = (np.clip((a - GRAIN) / (1 - 2 * GRAIN), 0.0, 1.0) for a in (seen, candidates))
+    both = np.minimum(seen, candidates).sum((1, 2))
+    return both / (seen.sum() + candidates.sum((1, 2)) - both)
+
+
+NEIGHBOURS = np.concatenate([np.zeros((1, 3)), np.eye(3), -np.eye(3)])  # in (x, y, r)
+
+
+def fit(seen: np.ndarray, rows: np.ndarray, columns: np.ndarray, unit: float) -> tuple[str, np.ndarray, bool, float]:
+    """The shape that agrees best with an observed coverage: (shape, (x, y, r), whether blurred, agreement).
+
+    Area and centre of mass give the first guess for each shape; the shapes that come near the best of these guesses are
+    refined by a pattern search in (x, y, r), sharp and blurred.
+    """
+    total = seen.sum()
+    x = (seen.sum(0) * (columns + 0.5)).sum() / total
+    y = (seen.sum(1) * (rows + 0.5)).sum() / total
+    guesses = []
+    for shape in data.SHAPES:
+        r = (total / outline(shape).area) ** 0.5
+        at = np.array([x, y - outline(shape).drop * r, r])
+        sharp = coverage(shape, *at, rows, columns)
+        agreement = overlap(seen, np.concatenate([sharp, blurred(sharp)]))
+        guesses.append((agreement.max(), shape, at, bool(agreement.argmax())))
+    best_guess = max(g[0] for g in guesses)
+    best = ("", np.zeros(3), False, -1.0)
+    for agreement, shape, at, blur in guesses:
+        if agreement < best_guess - 0.12:
+            continue
+        for step in (0.5, 0.25, 0.12):
+            tries = at + step * unit * NEIGHBOURS
+            candidates = coverage(shape, *tries.T, rows, columns)
+            agreements = overlap(seen, blurred(candidates) if blur else candidates)
+            at, agreement = tries[agreements.argmax()], agreements.max()
+        if agreement > best[3]:
+            best = (shape, at, blur, float(agreement))
+    return best
+
+
+def box_mean(x: np.ndarray, side: int) -> np.ndarray:
+    """Mean over side x side windows (zeros beyond the border) of [H, W, C]; side is odd."""
+    half = side // 2
+    padded = np.pad(x, ((half + 1, half), (half + 1, half), (0, 0))).cumsum(0).cumsum(1)
+    return (padded[side:, side:] - padded[:-side, side:] - padded[side:, :-side] + padded[:-side, :-side]) / side**2
+
+
+def explain(picture: np.ndarray) -> Explanation:
+    """The objects that a picture shows, and the first thing in it that they do not explain.
+
+    picture: uint8 [H, W, 3], square, 16 to 64 pixels a side; below 20, crowded scenes have objects of too few pixels to
+    be told apart and true ones are refused now and then. Raises ValueError for anything else.
+    """
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.shape[0] != picture.shape[1]:
+        raise ValueError(f"expected a square uint8 picture [H, W, 3], not {picture.dtype} {picture.shape}")
+    if not 16 <= len(picture) <= 64:
+        raise ValueError(f"pictures of 16 to 64 pixels a side can be judged, not of {len(picture)}")
+    size, unit = len(picture), len(picture) / 32
+    p = picture.astype(float)
+    ground = ground_color(p)
+    low, high = data.GREYS[0] - GROUND_SLACK, data.GREYS[1] + GROUND_SLACK
+    if np.ptp(ground) > GROUND_SLACK or not low <= ground.mean() <= high:
+        return Explanation(ground, [], "the ground is not grey")
+    if (np.abs(p - ground).max(2) < 30).mean() < GROUND_SHARE:
+        return Explanation(ground, [], "too little ground")
+
+    # Each pixel on its nearest mixing line: p = ground + a (color - ground). More than half of a colour is that colour.
+    toward = PALETTE - ground  # [8, 3]
+    share = np.clip((p - ground) @ toward.T / np.square(toward).sum(1), 0.0, 1.0)  # [H, W, 8]
+    off_line = np.sqrt(np.square((p - ground)[:, :, None] - share[..., None] * toward).sum(-1))  # [H, W, 8]
+    nearest = off_line.argmin(2)
+    a = np.take_along_axis(share, nearest[..., None], 2)[..., 0]
+    label = np.where((a > 0.5) & (off_line.min(2) < LINE), nearest, -1)
+
+    objects, complaint = [], ""
+    for k, rows, columns in components(label):
+        if len(rows) < SMALLEST * unit**2:
+            continue
+        top, left = max(rows.min() - 2, 0), max(columns.min() - 2, 0)
+        window = np.s_[top : rows.max() + 3, left : columns.max() + 3]
+        mask = np.zeros((size, size), dtype=bool)
+        mask[rows, columns] = True
+        seen = np.where(dilate(mask[window]), share[window][..., k], 0.0)
+        at_rows, at_columns = np.arange(top, top + seen.shape[0]), np.arange(left, left + seen.shape[1])
+        shape, (x, y, r), blur, agreement = fit(seen, at_rows, at_columns, unit)
+        color = COLOR_NAMES[k]
+        found = Found(shape, color, float(x), float(y), float(2 * r), blur, agreement)
+        objects.append(found)
+
+        box = np.array([x, x, y, y]) + r * np.array(outline(shape).box)
+        what = f"the {color} {shape} at ({x:.0f}, {y:.0f})"
+        if complaint:
+            continue
+        if agreement < AGREEMENT:
+            complaint = f"a {color} region at ({x:.0f}, {y:.0f}) has no known shape; {shape} agrees to {agreement:.2f}"
+        elif not DIAMETER[0] * unit <= 2 * r <= DIAMETER[1] * unit:
+            complaint = f"{what} is {2 * r:.1f} pixels wide"
+        elif box.min() < -0.5 * unit or box.max() > size + 0.5 * unit:
+            complaint = f"{what} is cut off by the border"
+    return Explanation(ground, objects, complaint or left_over(p, ground, objects))
+
+
+def left_over(p: np.ndarray, ground: np.ndarray, objects: list[Found]) -> str:
+    """What a rendering of the objects leaves unexplained in a picture [H, W, 3], or "".
+
+    Compared are averages over about 3 x 3 units, in which grain cancels and an object does not, away from outlines by
+    more than a unit: how well those fit has been judged already.
+    """
+    size, unit = len(p), len(p) / 32
+    pixel = np.arange(size)
+    outside, inside = np.ones((size, size), dtype=bool), np.zeros((size, size), dtype=bool)
+    expected, covered, shared = np.broadcast_to(ground, p.shape), np.zeros((size, size, 1)), 0.0
+    for o in objects:
+        cover = coverage(o.shape, o.x, o.y, o.diameter / 2, pixel, pixel)[0][..., None]
+        expected = (1 - cover) * expected + cover * PALETTE[COLOR_NAMES.index(o.color)]
+        shared += np.minimum(covered, cover).sum()
+        covered = np.maximum(covered, cover)
+        distance = data.signed_distance(o.shape, pixel[None] + 0.5 - o.x, pixel[:, None] + 0.5 - o.y, o.diameter / 2)
+        edge = max(1.0, unit)
+        outside &= distance > edge
+        inside |= distance < -edge
+    if shared > SHARED * unit**2:
+        return "objects overlap"
+    side = 2 * max(1, round(unit)) + 1
+    for region, bound, where in ((outside, OUTSIDE, "on the ground"), (inside, INSIDE, "within an object")):
+        excess = np.sqrt(np.square(box_mean((p - expected) * region[..., None], side)).sum(2))
+        y, x = np.unravel_index(excess.argmax(), excess.shape)
+        if excess[y, x] > bound:
+            return f"something unexplained {where} at ({x}, {y})"
+    return ""
+
+
+def find_objects(picture: np.ndarray) -> list[data.Object]:
+    """The objects of a picture, in pixels, whether or not they explain all of it."""
+    return [data.Object(o.shape, o.color, o.x, o.y, o.diameter) for o in explain(picture).objects]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The picture against its prompt
+# ---------------------------------------------------------------------------------------------------------------------
+def stands(relation: str, a: Found, b: Found) -> bool:
+    """Whether a is clearly "left of" (or ...) b.
+
+    GenEval subtracts a tenth of the sizes from the offset of the centres and then wants an angle below 60 degrees to
+    the axis. The scenes of data.py promise instead that the extents do not overlap along the axis, at any angle: that
+    is asked here, with a tenth of the sizes as slack.
+    """
+    axis, sign = {"left of": ("x", 1), "right of": ("x", -1), "above": ("y", 1), "below": ("y", -1)}[relation]
+    return sign * (getattr(b, axis) - getattr(a, axis)) > CLEARLY * (a.diameter + b.diameter)
+
+
+def matches(item: dict, o: Found) -> bool:
+    """Whether an object is of the class, and of the colour if one is told, of an entry of the metadata."""
+    return o.shape == item["class"] and item.get("color", o.color) == o.color
+
+
+def assignments(items: list[dict], objects: list[Found]) -> Iterator[list[list[Found]]]:
+    """Every way to give each object to an entry that it matches, so that each entry gets exactly its count."""
+
+    def rest(i: int, groups: list[list[Found]]) -> Iterator[list[list[Found]]]:
+        if i == len(objects):
+            yield [list(group) for group in groups]
+            return
+        for item, group in zip(items, groups):
+            if len(group) < item["count"] and matches(item, objects[i]):
+                group.append(objects[i])
+                yield from rest(i + 1, groups)
+                group.pop()
+
+    if len(objects) == sum(item["count"] for item in items):
+        yield from rest(0, [[] for _ in items])
+
+
+def judge(picture: np.ndarray, metadata: dict) -> tuple[bool, str]:
+    """Whether a picture shows exactly what its prompt asks for, and if not, why.
+
+    picture: uint8 [H, W, 3]. metadata: GenEval's `include` (class, count, color, position: [relation, index of the
+    entry it refers to]) and `exclude` (class, count, color), whatever the tag, so a prompt may mix all of them.
+    Stricter than GenEval: the objects of `include` must be there in exactly their numbers, and nothing else.
+    """
+    _, objects, complaint = explain(picture)
+    if complaint:
+        return False, complaint
+    shown = ", ".join(sorted(f"{o.color} {o.shape}" for o in objects)) or "nothing"
+    for item in metadata.get("exclude", []):
+        if sum(matches(item, o) for o in objects) >= item["count"]:
+            return False, f"too many: {shown}"
+    items = metadata["include"]
+    matched = False
+    for groups in assignments(items, objects):
+        matched = True
+        if all(stands(item["position"][0], a, b) for item, group in zip(items, groups) if "position" in item
+               for a in group for b in groups[item["position"][1]]):  # fmt: skip
+            return True, f"shows {shown}"
+    return False, f"out of place: {shown}" if matched else f"shows {shown}"
+
+
+def score(picture: np.ndarray, metadata: dict) -> bool:
+    """`judge` without the reason."""
+    return judge(picture, metadata)[0]
