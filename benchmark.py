@@ -12,6 +12,7 @@ operations counted by `model.forward_flops`, a backward pass as two forward pass
 """
 
 import copy
+import dataclasses
 import functools
 import statistics
 import time
@@ -67,9 +68,10 @@ def on_real_data(args, size: dict, work, device: torch.device) -> dict:
     work(batch) is one step. The first pass meets the picture sizes and is the warm-up; `seconds` and `waited` are of the
     second. Raises DataError or UserError when the data cannot be used with this model.
     """
-    plan = recipe.make(args.size, data=args.data and tuple(args.data), batch_size=args.batch, side=args.side, micro_batch=args.batch)
-    plan = recipe.replace(plan, steps=2 * args.repeats, stages=plan.stages[:1])
-    text, autoencoder, sizes, factor = train.open_encoders(None, plan, device, chief=False)
+    plan = recipe.make(args.size, data=args.data and tuple(args.data), batch_size=args.batch, side=args.side, txt_len=args.txt_len,
+                       micro_batch=args.batch)  # fmt: skip
+    plan = dataclasses.replace(plan, steps=2 * args.repeats, stages=plan.stages[:1])
+    text, autoencoder, sizes, factor = train.open_encoders(None, plan, device, chief=False)  # no arguments: it draws no grids
     if any(size[name] != value for name, value in sizes.items()):
         raise errors.UserError(f"{' '.join(plan.data)} gives {sizes}: not the sizes of --size {args.size}")
     feed = Feed(plan, functools.partial(losses.draw, p_equal=0.5), 0, text, autoencoder, device, patch=size["patch"],
@@ -117,8 +119,8 @@ def main() -> None:
     a("--blocks", metavar="N", type=int, nargs=2, help="double and single blocks instead of the size's own")
     a("--batch", metavar="N", type=int, default=64, help="pictures a step, even (default: 64)")
     a("--side", metavar="N", type=int, help="side of the pictures in pixels (default: the recipe's)")
-    a("--data", metavar="DIR", nargs="+", help="what training would read (default: the built-in shapes for laptop, else not measured)")
-    a("--text", metavar="N", type=int, help="text tokens (default: the recipe's)")
+    a("--data", metavar="DIR", nargs="+", help="what training would read (default: one-shape for laptop, else not measured)")
+    a("--txt-len", metavar="N", type=int, help="text tokens (default: the recipe's)")
     a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="inside the network (default: the faster)")
     a("--compile", action="store_true", help="torch.compile each block")
     a("--recompute", metavar="N", type=int, default=0, help="blocks that recompute their activations (default: 0)")
@@ -137,7 +139,7 @@ def main() -> None:
         size["double"], size["single"] = args.blocks
     plan = recipe.RECIPES[args.size]
     side = (args.side or plan.stages[0].sides[0]) // (1 if plan.autoencoder == "pixels" else 8)
-    text_tokens = args.text or plan.txt_len
+    text_tokens = args.txt_len or plan.txt_len
     image_tokens = (side // size["patch"]) ** 2
     B, shape = args.batch, (size["channels"], side, side)
 

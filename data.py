@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,7 +37,8 @@ class Sample(NamedTuple):
 
 
 class Source(Protocol):
-    """What the loop asks of a data set; Shapes and ImageFolder below, and the sources of shards.py, are such.
+    """What the loop asks of a data set; Shapes and ImageFolder below, and the sources of shards.py, are such; those of cache.py
+    give samples that are encoded already.
 
     `sample` must be safe to call from several threads. All samples of one iteration must have one size.
     """
@@ -71,7 +72,7 @@ def to_pictures(x: Tensor) -> list[np.ndarray]:
 # (a) Built-in shapes: GenEval in miniature
 # =====================================================================================================================
 # GenEval (Ghosh et al. 2023) asks for objects, colours, counts and places in six kinds of prompt. Here the objects are
-# flat shapes on a grey ground, so that a program can judge every picture exactly (evaluate.py). The ground's shade and
+# flat shapes on a grey ground, so that a program can judge every picture exactly (scorer.py). The ground's shade and
 # the sizes vary on purpose: if all pictures had one energy, the normalisation of Eq. 19 alone would hand over part of
 # the answer.
 
@@ -254,7 +255,7 @@ class Shapes:
 
     def __init__(self, size: int = 32, name: str = "shapes", tags: tuple[str, ...] | None = None):
         self.size, self.tags, self.name = size, tags or SETS[name], name
-        self.buckets, self.skipped, self.fingerprint = [(size, size)], {}, " ".join([name, *(tags or ())])
+        self.buckets, self.skipped, self.fingerprint = [(size, size)], {}, " ".join([name, str(size), *(tags or ())])
 
     def __len__(self) -> int:
         raise TypeError("the built-in shapes are endless")
@@ -279,7 +280,13 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
 def square_crop(image: Image.Image, size: int) -> np.ndarray:
-    """A PIL image -> uint8 [size, size, 3]: transparency over white, shorter side to `size` (Lanczos), centre crop."""
+    """A PIL image -> uint8 [size, size, 3]: upright, transparency over white, shorter side to `size` (Lanczos), centre crop.
+
+    Raises ValueError for 16-bit and floating-point grey, which Pillow would clip to white.
+    """
+    if image.mode[0] in "IF":
+        raise ValueError(f"grey of mode {image.mode}, not of 8 bits")
+    image = ImageOps.exif_transpose(image)  # cameras say how they were held
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -399,15 +406,17 @@ def label_grid(rows: list[list[np.ndarray]], columns: list[str], captions: list[
 
 def main() -> None:
     parser = errors.Parser("data.py", "Draw a sheet of training pictures with their captions.")
-    parser.add_argument("--data", default="shapes", help=f'{", ".join(SETS)} or a folder of captioned pictures (default: shapes)')
-    parser.add_argument("--size", type=int, default=32, help="side of the pictures in pixels (default: 32)")
+    parser.add_argument("--data", metavar="DIR", default="one-shape", help=f"{', '.join(SETS)} or a folder of captioned pictures (default: one-shape)")
+    parser.add_argument("--side", metavar="N", type=int, default=16, help="of the pictures, in pixels (default: 16)")
     parser.add_argument("--seed", type=int, default=0, help="which pictures (default: 0)")
     parser.add_argument("--out", default="data.png", help="where to write the sheet (default: data.png)")
     args = parser.parse_args()
-    source = Shapes(args.size, args.data) if args.data in SETS else ImageFolder(args.data, args.size)
+    if args.side < 1:
+        parser.error("--side must be at least 1")
+    source = Shapes(args.side, args.data) if args.data in SETS else ImageFolder(args.data, args.side)
     samples = [source.sample(g, args.seed) for g in range(24)]
     columns = [samples[i : i + 6] for i in range(0, 24, 6)]
-    sheets = [label_grid([[s.picture] for s in column], [""], [s.caption for s in column], max(1, 256 // args.size))
+    sheets = [label_grid([[s.picture] for s in column], [""], [s.caption for s in column], max(1, 256 // args.side))
               for column in columns]  # fmt: skip
     whole = Image.new("RGB", (sum(sheet.width for sheet in sheets), sheets[0].height), "white")
     for i, sheet in enumerate(sheets):

@@ -1,6 +1,6 @@
 """Frozen encoders: prompts to conditions, pictures to latents and back (S.2 a and c). Nothing in this file is trained.
 
-    text = encoders.text_encoder("words", 16, "cpu")
+    text = encoders.text_encoder("words", 14, "cpu")
     cond = text(["a photo of a red circle"])            # (tokens [B, txt_len, d_txt], pooled [B, d_vec]), fp32
     null, fake = text([""]), text([encoders.fake_prompt("a photo of a red circle")])
     V(x_t, t, s, *cond)
@@ -46,7 +46,7 @@ FLUX_TEXT = "hf:black-forest-labs/FLUX.1-schnell/text_encoder_2,black-forest-lab
 FLUX_VAE = "kl:black-forest-labs/FLUX.1-schnell/vae"
 
 # x0 = (picture - shift) * scale for "pixels". Flow matching mixes data with noise of variance 1 and expects data of
-# about that size. In [-1, 1] the built-in shapes have a standard deviation of 0.3 and emoji on white one of 0.57, around
+# about that size. In [-1, 1] the built-in shapes have a standard deviation of 0.35 and emoji on white one of 0.57, around
 # a mean that depends on the background; so pictures are doubled and not shifted. Fixed constants, not the statistics of
 # a data set: then a checkpoint means the same thing whatever folder it was trained on.
 PIXEL_SHIFT = 0.0
@@ -93,14 +93,14 @@ class TextEncoder:
 
 
 def text_encoder(name: str, txt_len: int | None = None, device: torch.device | str = "cpu") -> TextEncoder:
-    """The text encoder of that name (the table on top). txt_len None: 16 for "words", 256 for the others.
+    """The text encoder of that name (the table on top). txt_len None: 14 for "words", 256 for the others.
 
     Raises EncoderError for an unknown name, a folder or name that can not be loaded, or a txt_len out of range.
     """
     if txt_len is not None and txt_len < 4:
         raise EncoderError(f'txt_len must be at least 4, not {txt_len}: "fake image" and an end token must fit')
     if name == "words":
-        return WordVectors(txt_len or 16, device)
+        return WordVectors(txt_len or 14, device)
     if name == "flux" or name.startswith("hf:"):
         return HuggingFaceText(name, txt_len or 256, device)
     raise EncoderError(f'unknown text encoder {name!r}: use "words", "flux", "hf:NAME_OR_FOLDER" or "hf:TOKENS,POOLED"')

@@ -75,7 +75,7 @@ class Batch(NamedTuple):
     c: tuple  # (tokens [B, L, d_txt], pooled [B, d_vec])
     null: tuple  # the same of ""
     fake: tuple | None  # the same of the fake prompts, with the auxiliary term
-    is_null: Tensor  # [B] bool, where the prompt was dropped
+    is_null: Tensor  # [B] bool, where the prompt was dropped or is empty
     draws: tuple  # the random numbers: losses.Draws or baselines.Draws
     keys: list[str]  # what the samples are called in logs
 

@@ -343,8 +343,9 @@ class SelfE(nn.Module):
     delta_scale    multiplies Delta; 1 is the paper, 0 the control that keeps Eq. 19 and has nothing to say about x0_hat
     lam_scale      multiplies lambda; 1 is the paper
     lam_s          the second time that lambda sees, as a function of (t, s); None is the paper: s itself (cf. S.3.1)
-    null_target    what a null prompt learns at s < t: "data" x0, until the auxiliary term is on and from then on as
-                   "renorm" | "renorm" Eq. 19 with its own Delta (zero without the auxiliary term). The paper does not say; guidance needs the null branch to follow the data.
+    null_target    what a null prompt learns at s < t (the paper does not say; guidance needs a null branch that follows the data):
+                   "data" x0, and once the auxiliary term is on as "renorm"
+                   "renorm" Eq. 19 with its own Delta, which is 0 without the auxiliary term
     unconditional  the network of the null branch; None is the paper: `network`
 
     Flow matching is the same module with draws that have no s < t (p_equal = 1).
@@ -366,7 +367,8 @@ class SelfE(nn.Module):
 
         x0 [B, ...] fp32; c, null, fake tuples of tensors with leading dimension B (fake is read only with aux);
         is_null [B] bool, where the prompt was dropped or is empty; tau in [0, 1] (s.13); aux switches the auxiliary term on.
-        Returns the scalar loss and a dict of detached tensors: t, s, loss [B]; delta_norm and w [n]; fake_loss [n].
+        Returns the scalar loss and a dict of detached tensors: t, s, loss [B]; where some s < t delta_norm and w [n], with
+        aux fake_loss [n].
         """
         t, s = sample_times(draws.z, draws.u, draws.jump, self.mu, tau)  # s.11-s.13
         x_t = add_noise(x0, t, draws.eps)  # Eq. 1

@@ -1,7 +1,7 @@
 """Prompts to pictures, with as many steps as you like (Sec. 3.4).
 
     python sample.py --checkpoint runs/laptop --prompt "a photo of a red circle" --steps 2
-    python sample.py --checkpoint runs/laptop --prompt "a photo of two rings" --prompt "a photo of a cross" --steps 1 2 4 8 50
+    python sample.py --checkpoint runs/laptop --prompt "a photo of a pink ring" --prompt "a photo of a cross" --steps 1 2 4 8 50
 
 One prompt at one step count gives that picture; more give a labelled sheet, prompts in rows and steps in columns. The
 same seed gives the same picture, whatever stands beside it.

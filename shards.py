@@ -190,12 +190,12 @@ def summary(skipped: dict[str, str]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in Counter(skipped.values()).most_common())
 
 
-def index_of(tar: Path, cache: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
-    """The index of a tar (rows, keys as UTF-8, skipped), read from `cache` or made and written there.
+def index_of(tar: Path, index_folder: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    """The index of a tar (rows, keys as UTF-8, skipped), read from index_folder or made and written there.
 
     An index holds while the tar's size and modification time stay what they were.
     """
-    path, stat = cache / f"{tar.name}.index", tar.stat()
+    path, stat = index_folder / f"{tar.name}.index", tar.stat()
     stamp = [2, MAX_PIXELS, stat.st_size, stat.st_mtime_ns]  # the 2 counts the versions of this format
     if path.exists():
         try:
@@ -226,8 +226,8 @@ class Index(NamedTuple):
     skipped: dict[str, str]  # key -> reason
 
 
-def read_index(folder: str | Path, cache: str | Path | None = None, workers: int = 1) -> Index:
-    """The index of all tars of a folder, in the order of their names; kept in `cache`, by default beside the tars.
+def read_index(folder: str | Path, index_folder: str | Path | None = None, workers: int = 1) -> Index:
+    """The index of all tars of a folder, in the order of their names; kept in index_folder, by default beside the tars.
 
     Raises DataError for a missing folder, one without tars, and for the first tar that cannot be used. Processes that
     start together on tars without an index each read them all, so run the report command before a long run.
@@ -238,9 +238,9 @@ def read_index(folder: str | Path, cache: str | Path | None = None, workers: int
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise DataError(f"{folder} holds no .tar: python shards.py pack makes some of a folder of pictures")
-    cache = folder if cache is None else Path(cache)
-    cache.mkdir(parents=True, exist_ok=True)
-    one = functools.partial(index_of, cache=cache)
+    index_folder = folder if index_folder is None else Path(index_folder)
+    index_folder.mkdir(parents=True, exist_ok=True)
+    one = functools.partial(index_of, index_folder=index_folder)
     with contextlib.ExitStack() as stack:
         parts = map(one, tars)
         if workers > 1:
@@ -634,7 +634,7 @@ def main() -> None:
         try:
             COMMANDS[name](sys.argv[2:])
         except KeyboardInterrupt:
-            print("\nstopped; the same command goes on with what is missing", file=sys.stderr)
+            print("\nstopped; nothing is half-written, the same command begins again", file=sys.stderr)
             sys.exit(130)
     else:
         raise errors.UserError(f"say what to do: python shards.py {', '.join(COMMANDS)} (--help after each says more)")

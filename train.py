@@ -95,7 +95,8 @@ class StopSignal:
             signal.signal(number, signal.default_int_handler)
 
     def hold(self, on: bool) -> None:
-        """Let a Ctrl-C wait, for programs that are started meanwhile too: a terminal sends it to the C++ compiler as well."""
+        """Block SIGINT in this thread, so that programs started meanwhile inherit the block: a terminal sends Ctrl-C to the
+        C++ compiler as well, which would end in its traceback. This process still notices it, and stops after the iteration."""
         if hasattr(signal, "pthread_sigmask"):  # not on Windows
             signal.pthread_sigmask(signal.SIG_BLOCK if on else signal.SIG_UNBLOCK, {signal.SIGINT})
 
@@ -142,6 +143,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--lr", metavar="X", type=float, help="peak learning rate")
     a("--side", metavar="N", type=int, help="side of the pictures in pixels, in all stages")
     a("--text", metavar="SPEC", help="frozen text encoder, see encoders.py")
+    a("--txt-len", metavar="N", type=int, help="tokens that a caption is cut or padded to")
     a("--autoencoder", metavar="SPEC", help="frozen auto-encoder, see encoders.py")
     a = parser.add_argument_group("the objective (Sec. 3.3, Table 2)").add_argument
     a("--objective", default="self_e", choices=list(OBJECTIVES), help="default: self_e")
@@ -170,7 +172,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
             raise checkpoint.CheckpointError(f"{path} is not that of a run that train.py began")
         parser.set_defaults(**config["arguments"])
         args = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "micro_batch", "side", "log_every", "keep", "workers"):
+    for name in ("steps", "batch_size", "micro_batch", "side", "txt_len", "log_every", "keep", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     for name in ("seed", "recompute", "grid_every", "save_every", "milestone_every"):
@@ -195,7 +197,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------------------------
 def print_plan(args, plan: recipe.Recipe, sizes: dict, factor: int, world: int, start: int) -> None:
     """The recipe as this run will follow it."""
-    print(f"{args.size}: {model.count_parameters(sizes) / 1e6:,.2f} M parameters, {args.objective}, seed {args.seed}, data {' '.join(plan.data)}; "
+    print(f"{args.size}: {model.count_parameters(sizes) / 1e6:,.2f} M parameters, {args.objective}, seed {args.seed}, data {' '.join(plan.data) or 'not given'}; "
           f"iterations {start:,} to {plan.steps:,}")  # fmt: skip
     for line in recipe.describe(sizes, plan, args.objective, factor, world):
         print("  " + line)
@@ -229,7 +231,7 @@ def dry_run(args, plan: recipe.Recipe, world: int, start: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 def plan_of(args) -> recipe.Recipe:
     """The recipe of --size with what the flags change."""
-    fields = ("steps", "batch_size", "lr", "side", "text", "autoencoder", "micro_batch")
+    fields = ("steps", "batch_size", "lr", "side", "text", "txt_len", "autoencoder", "micro_batch")
     changes = {name: getattr(args, name) for name in fields} | {"group": OBJECTIVES[args.objective].group}
     aux_from = args.aux_from if args.objective == "self_e" else 1.0  # the others have no auxiliary term
     return recipe.make(args.size, data=args.data and tuple(args.data), aux_from=aux_from, **changes)
@@ -376,8 +378,11 @@ def main() -> None:
     states = checkpoint.complete_states(run)
     if args.resume and not states:
         raise checkpoint.CheckpointError(f"nothing to resume: {run / 'state'} holds no complete state")
+    if not plan.data and not args.dry_run:
+        raise errors.UserError(f"--size {args.size} needs --data: a folder of tar shards, or caches of them (LONG_RUN.md)")
     if args.dry_run:
-        dry_run(args, plan, world, checkpoint.step_of(states[-1]) if args.resume else 0)
+        if os.environ.get("RANK", "0") == "0":
+            dry_run(args, plan, world, checkpoint.step_of(states[-1]) if args.resume else 0)
         return
     if not args.resume and (states or (run / "model.safetensors").exists()):
         raise errors.UserError(f"{run} already holds a run; add --resume to go on, or choose another --out")
@@ -482,7 +487,8 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
             keys += batch.keys
             forwards = recipe.FORWARDS["aux" if aux else args.objective]
             meter.add(stats, forwards * model.forward_flops(sizes, tokens, plan.txt_len) * len(batch.keys))
-        stop.hold(False)
+        if step == max(start, EAGER_STEPS):
+            stop.hold(False)
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), plan.clip)
 
         # No update from a loss or gradient that is not finite, on any process. All processes must decide alike, stop and save alike.

@@ -155,6 +155,18 @@ def test_transparency_lies_over_white_and_crops_are_centred(tmp_path):
     assert (picture[:, 2:8] > 250).all()
 
 
+def test_cameras_are_held_upright_and_deep_grey_is_refused(tmp_path):
+    image = Image.new("RGB", (20, 10), (255, 0, 0))
+    image.paste((0, 0, 255), (10, 0, 20, 10))  # red left of blue, to be turned by a quarter: red above blue
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    image.save(tmp_path / "x.png", exif=tag)
+    Image.fromarray(np.full((9, 9), 30000, np.uint16)).save(tmp_path / "deep.png")
+    source = data.ImageFolder(metadata(tmp_path, [{"file_name": n, "text": n} for n in ("x.png", "deep.png")]), 10)
+    assert source.keys == ["x.png"] and "not of 8 bits" in source.skipped["deep.png"]
+    assert (source.pictures[0][:4, :, 0] > 200).all() and (source.pictures[0][6:, :, 2] > 200).all()
+
+
 def test_broken_pictures_are_skipped_counted_and_named(tmp_path, capsys):
     folder = write_pictures(tmp_path / "f", ["good.png", "cut.png"])
     whole = (folder / "cut.png").read_bytes()

@@ -118,7 +118,7 @@ def test_words_are_the_same_in_any_batch_and_rebuilt(words):
         assert all(x[0].equal(y[i]) for x, y in zip(words([prompt]), both))
     both[0].zero_()  # what a caller does to its tensors must not reach the cache
     assert again(PAIR)[0].abs().sum() > 0
-    assert (words.d_txt, words.d_vec, encoders.text_encoder("words").txt_len) == (256, 256, 16)
+    assert (words.d_txt, words.d_vec, encoders.text_encoder("words").txt_len) == (256, 256, 14)
 
 
 # ------------------------------------------------------------------------------------------- tiny Hugging Face models

@@ -214,7 +214,7 @@ def test_imm_trains_and_samples_in_its_own_way(tmp_path, monkeypatch):
 # Bad input: one line, exit code 2, nothing half-written
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("program, arguments", [
-    (train, ["--data", "absent"]), (train, ["--size", "7b"]), (train, ["--steps", "0"]), (train, ["--batch-size", "3"]),
+    (train, ["--data", "absent"]), (train, ["--size", "2b"]), (train, ["--txt-len", "3"]), (train, ["--size", "7b"]), (train, ["--steps", "0"]), (train, ["--batch-size", "3"]),
     (train, ["--micro-batch", "6"]), (train, ["--aux-from", "2"]), (train, ["--device", "abacus"]), (train, ["--resume"]),
     (train, ["--out", "/dev/null/run"]), (train, ["--side", "30"]), (train, ["--text", "telepathy"]),
     (train, ["--objective", "imm", "--micro-batch", "2"]), (train, ["--autoencoder", "kl:./absent"]), (train, ["--seed", "-1"]), (train, ["--lr", "nan"]),
