@@ -63,28 +63,31 @@ def in_turns(works: dict, device: torch.device, repeats: int) -> dict[str, float
 
 
 def on_real_data(args, size: dict, work, device: torch.device) -> dict:
-    """Self-E steps on batches as training reads them, twice the same ones: what the loop waits for, and what is compiled.
+    """Self-E steps on batches as training reads them: what the loop waits for, and what is compiled late.
 
-    work(batch) is one step. The first pass meets the picture sizes and is the warm-up; `seconds` and `waited` are of the
-    second. Raises DataError or UserError when the data cannot be used with this model.
+    work(batch) is one step. The first half of the steps is the warm-up, in which every picture size should be met; what is
+    returned is of the second half, on pictures not read before, with one thread reading ahead as in train.py. Raises
+    DataError or UserError when the data cannot be used with this model.
     """
     plan = recipe.make(args.size, data=args.data and tuple(args.data), batch_size=args.batch, side=args.side, txt_len=args.txt_len,
                        micro_batch=args.batch)  # fmt: skip
-    plan = dataclasses.replace(plan, steps=2 * args.repeats, stages=plan.stages[:1])
+    plan = dataclasses.replace(plan, steps=4 * args.repeats, stages=plan.stages[:1])
     text, autoencoder, sizes, factor = train.open_encoders(None, plan, device, chief=False)  # no arguments: it draws no grids
     if any(size[name] != value for name, value in sizes.items()):
         raise errors.UserError(f"{' '.join(plan.data)} gives {sizes}: not the sizes of --size {args.size}")
     feed = Feed(plan, functools.partial(losses.draw, p_equal=0.5), 0, text, autoencoder, device, patch=size["patch"],
-                channels=size["channels"], factor=factor)  # fmt: skip
-    stats, met, result = counters["stats"], set(), {}
-    for compiled in ("compiled_in_warm_up", "compiled_after"):
-        before, feed.waited, start = stats["unique_graphs"], 0.0, time.perf_counter()
-        for batch in feed.stream(0):
-            met.add(tuple(batch.x0.shape[2:]))
-            work(batch)
-        wait(device)
-        result |= {"seconds": time.perf_counter() - start, "waited": feed.waited, compiled: stats["unique_graphs"] - before}
-    return {"data": list(plan.data), "steps": plan.steps, "picture_sizes": len(met), **result}
+                channels=size["channels"], factor=factor, workers=1)  # fmt: skip
+    stats, met, half = counters["stats"], set(), plan.steps // 2
+    graphs = [stats["unique_graphs"]]
+    for step, batch in enumerate(feed.stream(0)):
+        if step == half:
+            graphs.append(stats["unique_graphs"])
+            feed.waited, start = 0.0, time.perf_counter()
+        met.add(tuple(batch.x0.shape[2:]))
+        work(batch)
+        wait(device)  # as train.py does once an iteration
+    return {"data": list(plan.data), "steps": half, "picture_sizes": len(met), "seconds": time.perf_counter() - start, "waited": feed.waited,
+            "compiled_in_warm_up": graphs[1] - graphs[0], "compiled_after": stats["unique_graphs"] - graphs[1]}  # fmt: skip
 
 
 def diffusers_flux(size: dict, device: torch.device):
@@ -130,6 +133,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.batch < 2 or args.batch % 2 or args.repeats < 1:
         parser.error("--batch must be even and at least 2, --repeats at least 1")
+    multiple = model.SIZES[args.size]["patch"] * (1 if recipe.RECIPES[args.size].autoencoder == "pixels" else 8)
+    if args.side is not None and (args.side < multiple or args.side % multiple):
+        parser.error(f"--side must be a multiple of {multiple}")
 
     machine.keep_freed_memory()
     device = machine.pick_device(args.device)

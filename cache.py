@@ -10,7 +10,7 @@
     OUT/192x336_00002.safetensors     shard 2 of bucket (192, 336): latent [n, C, h, w] and pooled [n, d] in fp32, tokens
                                       [n, L, d] in bf16 or fp32, the same of the fake prompts, captions and keys
 
-A cache yields the sequence of samples that its tars yield, so a run may change from one to the other.
+A cache yields the sequence of samples that its tars yield with the same side, `multiple` and batch size.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import functools
 import json
 import os
 import sys
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,8 +66,8 @@ def encode_text(text, captions: list[str], batch: int, dtype: torch.dtype, fake:
 
 
 def save_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Safetensors in one piece."""
-    with in_one_piece(path) as partial:
+    """Safetensors in one piece; several processes may write the same file."""
+    with in_one_piece(path, f".{uuid.uuid4().hex}") as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
 
 
@@ -97,7 +98,7 @@ def make(folder: str | Path, out: str | Path, side: int, text, autoencoder, *, b
                 said = "other tars" if name in ("source", "buckets") else f"{name} {stored.get(name)!r}, not {value!r}"
                 raise DataError(f"{out} is a cache made with {said}: choose another folder, or the same settings")
     else:
-        checkpoint.write_json(out / "cache.json", spec)
+        checkpoint.write_json(out / "cache.json", spec, f".{uuid.uuid4().hex}")  # all parts write it
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[tokens]
     if not (out / "null.safetensors").exists():
         save_shard(out / "null.safetensors", encode_text(text, [""], 1, dtype, fake=True))
@@ -156,7 +157,7 @@ class CachedShards:
             raise DataError(f"bucket {height}x{width} of {folder} has {smallest} pictures, fewer than a batch of "
                             f"{batch_size}: lower it, or cache with --batch-size {batch_size}")  # fmt: skip
         self.side, self.fake, self.skipped = self.spec["side"], self.spec["fake"], {}
-        self.fingerprint = self.spec["source"]  # a cache yields the sequence that its tars yield
+        self.fingerprint = self.spec["source"]  # that of its tars: it yields their sequence
         self.buckets = [(height, width) for height, width, _ in self.spec["buckets"]]
         self.blocks = shards.Blocks([count for _, _, count in self.spec["buckets"]], batch_size)
         self.paths: list[list[Path]] = [[] for _ in self.buckets]

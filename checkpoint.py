@@ -18,6 +18,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -53,19 +54,22 @@ def in_one_piece(path: Path, tag: str = ""):
     """
     partial = path.with_name(f"{path.name}{tag}.partial")
     try:
+        partial.unlink(missing_ok=True)  # of a process that was killed; its mode may be another
         partial.touch()
         mode = partial.stat().st_mode  # as the user's umask has it; safetensors' files can be read by their owner alone
         yield partial
         partial.chmod(mode)
         to_disk(partial)
         os.replace(partial, path)
+    except SafetensorError as error:  # how it tells of a full disk
+        raise CheckpointError(f"{path} cannot be written ({error})") from error
     finally:
         partial.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value) -> None:
-    """Write `value` to `path` in one piece."""
-    with in_one_piece(path) as partial:
+def write_json(path: Path, value, tag: str = "") -> None:
+    """Write `value` to `path` in one piece; `tag` as for in_one_piece."""
+    with in_one_piece(path, tag) as partial:
         partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
@@ -119,6 +123,34 @@ def step_of(state: Path) -> int:
     return int(state.name.removeprefix("step_"))
 
 
+def publish(run: Path, folder: Path) -> None:
+    """Make the model of a state that of the run, RUN/model.safetensors."""
+    with in_one_piece(run / "model.safetensors") as copy:
+        copy.unlink(missing_ok=True)
+        try:
+            os.link(folder / "model.safetensors", copy)  # the same bytes under two names
+        except OSError:  # a file system without hard links
+            shutil.copyfile(folder / "model.safetensors", copy)
+
+
+@contextlib.contextmanager
+def locked(run: Path):
+    """Nobody else trains in this folder while the block lasts. Raises CheckpointError when somebody does.
+
+    The lock goes with the process, however it ends. Windows and some network file systems have none.
+    """
+    with open(run / "lock", "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"another process is training in {run}: wait for it, or choose another --out") from error
+        except (ImportError, OSError) as error:
+            print(f"{run} cannot be locked ({error}): see to it that nothing else trains there", file=sys.stderr)
+        yield
+
+
 def save_state(run: Path, step: int, network: nn.Module, ema: nn.Module, adam: dict, config: dict, state: dict, keep: int = 2,
                milestone_every: int = 0) -> Path:  # fmt: skip
     """Write RUN/state/step_N and RUN/model.safetensors, then remove older states. Returns the state's folder.
@@ -142,13 +174,8 @@ def save_state(run: Path, step: int, network: nn.Module, ema: nn.Module, adam: d
             to_disk(partial)
             os.replace(partial, folder)
             to_disk(folder.parent)
-        with in_one_piece(run / "model.safetensors") as copy:
-            copy.unlink(missing_ok=True)
-            try:
-                os.link(folder / "model.safetensors", copy)  # the same bytes under two names
-            except OSError:  # a file system without hard links
-                shutil.copyfile(folder / "model.safetensors", copy)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap a full disk in their own
+        publish(run, folder)
+    except (OSError, CheckpointError, RuntimeError) as error:  # torch wraps a full disk in its own, in_one_piece in ours
         shutil.rmtree(partial, ignore_errors=True)
         last = [p.name for p in complete_states(run)][-1:]
         raise CheckpointError(f"cannot save iteration {step} in {run} ({str(error).splitlines()[0]}); "
@@ -201,6 +228,8 @@ def export(source: Path, out: Path, dtype: torch.dtype, lines: int = 200) -> Non
     CheckpointError when `source` holds no model.
     """
     config, weights = read_json(source / "config.json"), read_weights(source / "model.safetensors")
+    if out.resolve() == source.resolve() or (out / "state").exists():
+        raise CheckpointError(f"{out} is a run: choose another folder, or its model would be overwritten")
     out.mkdir(parents=True, exist_ok=True)
     with in_one_piece(out / "model.safetensors") as partial:
         save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, partial)

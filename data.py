@@ -57,6 +57,14 @@ class DataError(errors.UserError):
     """The data cannot be used; the message says which file and what to do."""
 
 
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, with or without a byte-order mark. Raises DataError for one that is something else."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
+
+
 def to_tensor(pictures: list[np.ndarray]) -> Tensor:
     """uint8 pictures [H, W, 3] of one size -> fp32 [B, 3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -309,7 +317,7 @@ def read_captions(folder: Path) -> dict[str, str]:
     if not metadata.exists():
         pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
         texts = {p.name: p.with_suffix(".txt") for p in pictures}
-        captions = {name: text.read_text(encoding="utf-8").strip() for name, text in texts.items() if text.exists()}
+        captions = {name: read_text(text).strip() for name, text in texts.items() if text.exists()}
         if not captions:
             raise DataError(f"{folder} has no captions: give it a metadata.jsonl with one line "
                             '{"file_name": ..., "text": ...} per picture, or a .txt beside each picture')  # fmt: skip
@@ -318,11 +326,13 @@ def read_captions(folder: Path) -> dict[str, str]:
                   file=sys.stderr)  # fmt: skip
         return captions
     captions = {}
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(metadata).splitlines(), 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
+            if not isinstance(entry["file_name"], str):
+                raise TypeError
             captions[entry["file_name"]] = entry["text"].strip()
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f'{metadata}, line {number}: expected {{"file_name": "...", "text": "..."}}, '

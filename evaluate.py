@@ -238,7 +238,7 @@ def read_prompt_file(path: Path) -> list[dict]:
     """The lines of a prompt file of GenEval's format: JSON objects with at least a "prompt". Raises UserError."""
     if not path.is_file():
         raise errors.UserError(f"no such prompt file: {path}")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in data.read_text(path).splitlines() if line.strip()]
     found = []
     for number, line in enumerate(lines, 1):
         try:
@@ -411,6 +411,8 @@ def run_scores(args: argparse.Namespace, device: torch.device) -> None:
     if loaded.config["data"][0] not in data.SETS:
         raise errors.UserError(f"{args.checkpoint} was trained on {' '.join(loaded.config['data'])}; only the built-in shapes "
                                "have exact scores. For other models: --export, and GenEval's own scorer")  # fmt: skip
+    if not 16 <= loaded.config["side"] <= 64:
+        raise errors.UserError(f"{args.checkpoint} makes pictures of {loaded.config['side']} pixels a side; 16 to 64 can be judged")
     choices = choices_of(args)
     results = machine.provenance(device) | {"checkpoint": str(args.checkpoint), "seed": args.seed, "images": args.images,
                                             "per_tag": args.per_tag, "splits": {},

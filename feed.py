@@ -52,7 +52,12 @@ def open_source(names: tuple[str, ...], sides: tuple[int, ...], batch_size: int,
         elif caches:
             if side not in caches:
                 raise data.DataError(f"none of {', '.join(names)} was cached with --side {side}")
-            parts.append(cache.CachedShards(caches[side], batch_size))  # only this one: others may be for other batches
+            source = cache.CachedShards(caches[side], batch_size)  # only this one: others may be for other batches
+            wrong = [f"{h}x{w}" for h, w in source.buckets if h % multiple or w % multiple]
+            if wrong:
+                raise data.DataError(f"{source.name} holds pictures of {', '.join(wrong)}, and sides must be multiples of {multiple}: cache again "
+                                     f"with --multiple {multiple}")  # fmt: skip
+            parts.append(source)
         elif any(Path(names[0]).glob("*.tar")):
             parts.append(shards.Shards(names[0], side, batch_size, multiple=multiple, index=index))
         else:

@@ -26,6 +26,8 @@ import model
 import sampler
 from randomness import normal
 
+# What sampling reads of config.json; train.config_of writes it.
+NEEDED = ("model", "precision", "objective", "side", "mu", "text_encoder", "txt_len", "autoencoder", "guidance", "eta", "s_rule", "guidance_space")
 S_RULES = {"next": 0.0, "same": 1.0}  # names for s_k = t_{k+1} and s_k = t_k (S.3.1)
 
 
@@ -47,11 +49,14 @@ def load(folder: Path, device: torch.device, precision: torch.dtype | None = Non
     if not folder.is_dir():
         raise checkpoint.CheckpointError(f"no such checkpoint folder: {folder}")
     config = checkpoint.read_json(folder / "config.json")
+    missing = [name for name in NEEDED if name not in config] if isinstance(config, dict) else NEEDED
+    if missing:
+        raise checkpoint.CheckpointError(f"{folder / 'config.json'} lacks {', '.join(missing)}: it is not that of a model to sample from")
     if precision is None:
         precision = torch.float32 if device.type == "cpu" else getattr(torch, config["precision"])
     try:
         network = model.Denoiser(**config["model"], precision=precision)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise checkpoint.CheckpointError(f"{folder / 'config.json'} does not describe a model ({error})") from error
     checkpoint.load_weights(folder / "model.safetensors", network)
     text = encoders.text_encoder(config["text_encoder"], config["txt_len"], device)
@@ -155,7 +160,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     if args.prompts:
         if not args.prompts.is_file():
             parser.error(f"no such prompt file: {args.prompts}")
-        args.prompt += [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        args.prompt += [line.strip() for line in data.read_text(args.prompts).splitlines() if line.strip()]
     if not args.prompt:
         parser.error("give at least one --prompt, or --prompts FILE")
     if min(args.steps) < 1:
@@ -170,7 +175,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     machine.keep_freed_memory()
-    if not args.out.parent.is_dir() or args.out.suffix.lower() != ".png":
+    if not args.out.parent.is_dir() or args.out.is_dir() or args.out.suffix.lower() != ".png":
         raise errors.UserError(f"--out must name a .png file in a folder that exists, not {args.out}")
     loaded = load(Path(args.checkpoint), machine.pick_device(args.device))
     prompts = [p for p in args.prompt for _ in range(args.images)]
@@ -185,9 +190,8 @@ def main() -> None:
     else:
         labels = [f"{n} step{'s' if n > 1 else ''}" for n in args.steps]
         sheet = data.label_grid([list(row) for row in zip(*columns)], labels, prompts, scale)
-    partial = args.out.with_name(args.out.name + ".partial")
-    sheet.save(partial, format="PNG")
-    partial.replace(args.out)
+    with checkpoint.in_one_piece(args.out) as partial:
+        sheet.save(partial, format="PNG")
     print(f"wrote {args.out}: {len(prompts)} prompt{'s' if len(prompts) > 1 else ''} at {args.steps} steps")
 
 

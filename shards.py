@@ -253,9 +253,10 @@ def read_index(folder: str | Path, index_folder: str | Path | None = None, worke
     return Index(tars, shard, np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), skipped)
 
 
-def fingerprint(index: Index) -> str:
-    """Changes with the tars' names and with what is in them, as far as the index knows; not with where they lie."""
-    state = hashlib.sha256(json.dumps([tar.name for tar in index.tars]).encode())
+def fingerprint(index: Index, buckets: list[tuple[int, int, int]]) -> str:
+    """Changes with the tars' names, with what is in them, as far as the index knows, and with the buckets (height, width,
+    pictures), so with all that the order of samples follows from; not with where the tars lie."""
+    state = hashlib.sha256(json.dumps([[tar.name for tar in index.tars], buckets]).encode())
     for part in (index.shard, index.rows, index.keys):
         state.update(part.tobytes())
     return state.hexdigest()
@@ -401,8 +402,9 @@ class Shards:
             raise DataError(f"{folder} has {len(keep)} usable pictures, fewer than one batch of {batch_size}: "
                             "lower the batch size or add shards")  # fmt: skip
         self.buckets, bucket = choose_buckets(self.rows[keep], buckets, batch_size)
-        self.fingerprint = fingerprint(Index(self.tars, self.shard, self.rows, self.keys, self.skipped))
         self.members = [keep[bucket == k] for k in range(len(self.buckets))]
+        counts = [(height, width, len(m)) for (height, width), m in zip(self.buckets, self.members)]
+        self.fingerprint = fingerprint(Index(self.tars, self.shard, self.rows, self.keys, self.skipped), counts)
         self.blocks = Blocks([len(m) for m in self.members], batch_size)
 
     def __len__(self) -> int:

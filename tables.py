@@ -76,11 +76,18 @@ def train_row(row: str, seed: int, run: Path, budget: list[str], milestone_every
         return
     command = [sys.executable, "train.py", "--out", str(run)]
     if checkpoint.complete_states(run):
-        command += ["--resume"]
+        command += ["--resume", *budget[-2:]]  # the device is not kept with a run
     else:
         command += ["--seed", str(seed), *budget, *ROWS[row][1]]
         command += ["--milestone-every", str(milestone_every)] if row in PROGRESS else []
-    subprocess.run(command, cwd=Path(__file__).parent, check=True)
+    process, code = subprocess.Popen(command, cwd=Path(__file__).parent), None
+    while code is None:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # Ctrl-C reaches train.py too, which saves before it ends
+            continue
+    if code:
+        raise errors.UserError(f"training {row}, seed {seed}, ended with exit code {code}; what it said stands above")
     state = checkpoint.read_json(checkpoint.complete_states(run)[-1] / "state.json")
     if state["step"] < checkpoint.read_json(run / "config.json")["steps"]:
         raise KeyboardInterrupt  # train.py was stopped and has saved itself; so are we
@@ -291,6 +298,14 @@ def parse_arguments():
     return args
 
 
+def keep_settings(args) -> None:
+    """Write the settings that all rows share beside their results; raise UserError when they were others before."""
+    path, settings = args.out / "settings.json", {name: getattr(args, name) for name in ("budget", "images", "search_images", "per_tag", "sample_steps")}
+    if path.exists() and checkpoint.read_json(path) != settings:
+        raise errors.UserError(f"{args.out} was begun with other settings ({path}); repeat them, or choose another --out and --runs")
+    checkpoint.write_json(path, settings)
+
+
 def main() -> None:
     args = parse_arguments()
     machine.keep_freed_memory()
@@ -300,6 +315,7 @@ def main() -> None:
         budget = [*args.budget.split(), "--device", args.device]
         flags = train.parse_arguments(budget)
         milestone_every = max(1, (flags.steps or recipe.RECIPES[flags.size].steps) // args.milestones)
+        keep_settings(args)
         for seed, row in itertools.product(args.seeds, args.rows):
             run = args.runs / f"{row}-{seed}"
             train_row(row, seed, run, budget, milestone_every)
@@ -315,4 +331,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    try:
+        errors.run(main)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)

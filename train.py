@@ -96,7 +96,8 @@ class StopSignal:
 
     def hold(self, on: bool) -> None:
         """Block SIGINT in this thread, so that programs started meanwhile inherit the block: a terminal sends Ctrl-C to the
-        C++ compiler as well, which would end in its traceback. This process still notices it, and stops after the iteration."""
+        C++ compiler as well, which would end in its traceback. Any iteration may compile: one with pictures of a new size,
+        the first with the auxiliary term. This process still notices the signal and stops after the iteration."""
         if hasattr(signal, "pthread_sigmask"):  # not on Windows
             signal.pthread_sigmask(signal.SIG_BLOCK if on else signal.SIG_UNBLOCK, {signal.SIGINT})
 
@@ -172,6 +173,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
             raise checkpoint.CheckpointError(f"{path} is not that of a run that train.py began")
         parser.set_defaults(**config["arguments"])
         args = parser.parse_args(argv)
+        for name in ("size", "objective", "target", "delta_scale", "text", "txt_len", "autoencoder"):
+            if getattr(args, name) != config["arguments"].get(name):
+                flag = "--" + name.replace("_", "-")
+                parser.error(f"{args.out} was begun with {flag} {config['arguments'].get(name)}; for another begin a new run")
     for name in ("steps", "batch_size", "micro_batch", "side", "txt_len", "log_every", "keep", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -294,11 +299,13 @@ def check_resume(run: Path, state: dict, args, plan: recipe.Recipe, feed: Feed) 
     """Raise UserError when what the sequence of samples follows from is not what it was."""
     if state["seed"] != args.seed:
         raise errors.UserError(f"{run} was begun with --seed {state['seed']}; another seed would be another sequence of samples")
+    if state["step"] > plan.steps:
+        raise errors.UserError(f"{run} is at iteration {state['step']} already, past --steps {plan.steps}")
     if len(plan.stages) > 1 and state.get("steps", plan.steps) != plan.steps:
         raise errors.UserError(f"{run} was begun with --steps {state['steps']}; other steps would move its stages")
     for number, now in feed.fingerprints().items():
-        if state.get("data", {}).get(number, now) != now:
-            raise errors.UserError(f"{run} was begun with other data or another --batch-size: the samples would not be the next ones. "
+        if "data" in state and state["data"].get(number) != now:
+            raise errors.UserError(f"{run} was begun with other data, another --side or another --batch-size: the samples would not be the next ones. "
                                    "Restore them, or begin a new run")  # fmt: skip
 
 
@@ -424,6 +431,9 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
     adam = optimizer_of(network, plan, zero)
 
     # Go on, or begin.
+    if chief:
+        (run / "grids").mkdir(parents=True, exist_ok=True)
+        closing.enter_context(checkpoint.locked(run))
     elapsed_before, nonfinite = 0.0, 0
     config = config_of(args, plan, sizes, precision, device)
     if args.resume:
@@ -431,8 +441,9 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
         check_resume(run, state, args, plan, feed)
         elapsed_before, nonfinite = state["elapsed"], state.get("nonfinite", 0)
     if chief:
-        (run / "grids").mkdir(parents=True, exist_ok=True)
         checkpoint.cut_metrics(run / "metrics.jsonl", start)
+        if args.resume:
+            checkpoint.publish(run, states[-1])  # a process killed while it saved may not have got so far
 
     if device.type == "cuda":
         rehearse(objective, network, plan, feed, sizes)
@@ -466,8 +477,8 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
                 checkpoint.write_json(run / "config.json", config)
 
         # The first iterations run as they are: they end in a first picture grid before the compiler takes its minute or two.
+        stop.hold(True)
         if step == max(start, EAGER_STEPS):
-            stop.hold(True)
             how = compile_blocks(args, [network, ema], sum(len(source.buckets) for source in feed.sources.values()), device)
             if chief:
                 bar.write(f"  from iteration {step} on {how}", file=sys.stderr)
@@ -487,8 +498,7 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
             keys += batch.keys
             forwards = recipe.FORWARDS["aux" if aux else args.objective]
             meter.add(stats, forwards * model.forward_flops(sizes, tokens, plan.txt_len) * len(batch.keys))
-        if step == max(start, EAGER_STEPS):
-            stop.hold(False)
+        stop.hold(False)
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), plan.clip)
 
         # No update from a loss or gradient that is not finite, on any process. All processes must decide alike, stop and save alike.

@@ -180,12 +180,22 @@ def test_broken_pictures_are_skipped_counted_and_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("lines, complaint", [
-    (["{not json"], "line 1"), ([{"file_name": "good.png"}], "KeyError"), ([{"file_name": "good.png", "text": 3}], "line 1"),
+    (["{not json"], "line 1"), ([{"file_name": "good.png"}], "KeyError"), ([{"file_name": "good.png", "text": 3}], "line 1"), ([{"file_name": 3, "text": "x"}], "line 1"),
     (["[1, 2]"], "line 1"), ([""], "empty"), ([{"file_name": "absent.png", "text": "x"}], "none of its 1 pictures"),
 ])  # fmt: skip
 def test_unusable_metadata_is_one_clear_error(tmp_path, lines, complaint):
     folder = metadata(write_pictures(tmp_path / "f", ["good.png"]), lines)
     with pytest.raises(data.DataError, match=complaint):
+        data.ImageFolder(folder, 8)
+
+
+def test_captions_are_utf8_with_or_without_a_mark(tmp_path):
+    folder = write_pictures(tmp_path / "f", ["a.png", "b.png"])
+    for name, mark in (("a", b""), ("b", b"\xef\xbb\xbf")):
+        (folder / f"{name}.txt").write_bytes(mark + "café".encode())
+    assert data.ImageFolder(folder, 8).captions == ["café", "café"]
+    (folder / "b.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(data.DataError, match="b.txt is not UTF-8"):
         data.ImageFolder(folder, 8)
 
 

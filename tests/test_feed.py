@@ -135,6 +135,19 @@ def test_only_the_caches_of_a_stages_sides_are_opened(tars):
         feed.open_source(plan.data, (32,), 12, 4)
 
 
+def test_what_the_order_follows_from_is_in_the_fingerprint(tars):
+    """Another side, batch or multiple is another sequence; the cache made with the same three is the same one."""
+    same = {feed.open_source((str(tars / name),), (16,), 4, 4).fingerprint for name in ("tars", "cache16")}
+    others = {shards.Shards(tars / "tars", side, batch, multiple=multiple).fingerprint for side, batch, multiple in ((32, 4, 4), (16, 12, 4), (16, 4, 8))}
+    assert len(same) == 1 and len(others | same) == 4 and data.Shapes(16).fingerprint != data.Shapes(24).fingerprint
+
+
+def test_a_cache_whose_sides_do_not_fit_the_patch_is_refused(tars):
+    cache.make(tars / "tars", tars / "odd", 16, TEXT, PIXELS, batch_size=4, tokens="fp32", multiple=1)
+    with pytest.raises(data.DataError, match="--multiple 8"):
+        feed.open_source((str(tars / "odd"),), (16,), 4, 8)
+
+
 def test_an_index_elsewhere_is_found(tars, tmp_path):
     plan = plan_of((0, (16,), 4), data=(str(tars / "tars"),))
     feed_of(plan, index=str(tmp_path / "index"))

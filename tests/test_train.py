@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,35 @@ def test_a_run_is_never_overwritten(trained, monkeypatch):
         run(monkeypatch, train, "--steps", 6, "--out", trained[0], *QUICK)
 
 
+def test_a_run_goes_on_as_what_it_was(trained, tmp_path, monkeypatch):
+    """Another objective or a shorter run is refused; a model file that a kill left behind the state is made anew."""
+    out = tmp_path / "run"
+    shutil.copytree(trained[0], out)
+    for flags, complaint in ((["--objective", "flow_matching"], "was begun with --objective self_e"), (["--steps", "3"], "past --steps 3"),
+                             (["--side", "24"], "another --side")):  # fmt: skip
+        with pytest.raises(errors.UserError, match=complaint):
+            run(monkeypatch, train, "--resume", "--out", out, "--device", "cpu", *flags)
+    (out / "model.safetensors").unlink()
+    run(monkeypatch, train, "--resume", "--out", out, "--device", "cpu")
+    assert (out / "model.safetensors").read_bytes() == (trained[0] / "model.safetensors").read_bytes()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such locks")
+def test_two_processes_do_not_train_in_one_folder(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained[0], tmp_path / "run")
+    with checkpoint.locked(tmp_path / "run"), pytest.raises(errors.UserError, match="another process"):
+        run(monkeypatch, train, "--resume", "--out", tmp_path / "run", "--steps", "7", "--device", "cpu")
+    run(monkeypatch, train, "--resume", "--out", tmp_path / "run", "--steps", "7", "--device", "cpu")
+
+
+def test_an_export_spares_runs(trained, tmp_path):
+    before = (trained[0] / "model.safetensors").read_bytes()
+    with pytest.raises(errors.UserError, match="choose another folder"):
+        checkpoint.export(trained[0], trained[0], torch.float16)
+    checkpoint.export(trained[0], tmp_path / "small", torch.float16)
+    assert (trained[0] / "model.safetensors").read_bytes() == before and len(before) > 1.9 * (tmp_path / "small" / "model.safetensors").stat().st_size
+
+
 def test_old_states_go_and_the_newest_stay(tmp_path, monkeypatch):
     run(monkeypatch, train, "--steps", 5, "--out", tmp_path / "r", "--save-every", 1, *QUICK)
     assert [p.name for p in sorted((tmp_path / "r" / "state").iterdir())] == ["step_00000004", "step_00000005"]
@@ -223,7 +253,7 @@ def test_imm_trains_and_samples_in_its_own_way(tmp_path, monkeypatch):
     (sample, ["--prompt", "x", "--guidance", "-1"]), (sample, ["--prompt", "x", "--guidance", "nan"]),
     (sample, ["--prompt", "x", "--eta", "1.5"]), (sample, ["--prompt", "x", "--s-rule", "before"]),
     (sample, ["--prompt", "x", "--out", "/dev/null/x.png"]), (sample, ["--prompt", "x", "--out", "x.txt"]),
-    (sample, ["--prompts", "absent.txt"]),
+    (sample, ["--prompts", "absent.txt"]), (sample, ["--prompt", "x", "--out", ".png"]),
 ])  # fmt: skip
 def test_bad_arguments(program, arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
