@@ -230,10 +230,11 @@ def draw_figures(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> N
     figure, panel = plt.subplots(figsize=(7, 4.5))
     for row, seeds in rows.items():
         values = np.array([[score_of(r, n) for n in steps] for r in seeds.values()])
-        panel.plot(range(len(steps)), values.mean(0), marker="o", label=ROWS[row][0])
-        panel.fill_between(range(len(steps)), values.min(0), values.max(0), alpha=0.15)
-    panel.set(xticks=range(len(steps)), xticklabels=steps, xlabel="network evaluations", ylabel="overall score, test prompts",
-              ylim=(0, 1))  # fmt: skip
+        color = f"C{list(ROWS).index(row)}"
+        panel.plot(range(len(steps)), values.mean(0), marker="o", color=color, label=ROWS[row][0])
+        panel.fill_between(range(len(steps)), values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
+    panel.set(xticks=range(len(steps)), xticklabels=steps, xlabel="network evaluations", ylabel="overall score, test prompts")
+    panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
     panel.legend(fontsize=7)
     figure.tight_layout()
@@ -248,7 +249,8 @@ def draw_figures(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> N
                 for i, points in enumerate(runs_of):
                     panel.plot([p["step"] for p in points], [p["overall"][str(n)] for p in points], marker=".",
                                color=f"C{list(ROWS).index(row)}", alpha=0.8, label=ROWS[row][0] if i == 0 else None)  # fmt: skip
-            panel.set(title=f"{n} step{'s' * (n > 1)}", xlabel="iteration", ylim=(0, 1))
+            panel.set(title=f"{n} step{'s' * (n > 1)}", xlabel="iteration")
+            panel.set_ylim(bottom=0)
             panel.grid(alpha=0.3)
         panels[0][0].set_ylabel("overall score, test prompts")
         panels[0][0].legend(fontsize=6)

@@ -90,7 +90,7 @@ def start(world: int, *arguments, program: str = "train", script: str = "") -> l
     return processes
 
 
-def finish(processes: list[Process], timeout: float = 240) -> list[tuple[int, str, str]]:
+def finish(processes: list[Process], timeout: float = 600) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each process, all of them ended."""
     end = time.monotonic() + timeout
     try:
