@@ -133,7 +133,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.batch < 2 or args.batch % 2 or args.repeats < 1:
         parser.error("--batch must be even and at least 2, --repeats at least 1")
-    multiple = model.SIZES[args.size]["patch"] * (1 if recipe.RECIPES[args.size].autoencoder == "pixels" else 8)
+    plan = recipe.RECIPES[args.size]
+    multiple = model.SIZES[args.size]["patch"] * plan.factor()
     if args.side is not None and (args.side < multiple or args.side % multiple):
         parser.error(f"--side must be a multiple of {multiple}")
 
@@ -143,10 +144,10 @@ def main() -> None:
     size = dict(model.SIZES[args.size])
     if args.blocks:
         size["double"], size["single"] = args.blocks
-    plan = recipe.RECIPES[args.size]
-    side = (args.side or plan.stages[0].sides[0]) // (1 if plan.autoencoder == "pixels" else 8)
+    pixels = args.side or plan.stages[0].sides[0]
+    side = pixels // plan.factor()
     text_tokens = args.txt_len or plan.txt_len
-    image_tokens = (side // size["patch"]) ** 2
+    image_tokens = recipe.image_tokens(size, pixels, plan.factor())
     B, shape = args.batch, (size["channels"], side, side)
 
     torch.manual_seed(0)

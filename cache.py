@@ -17,8 +17,6 @@ import contextlib
 import functools
 import json
 import os
-import sys
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -67,7 +65,7 @@ def encode_text(text, captions: list[str], batch: int, dtype: torch.dtype, fake:
 
 def save_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Safetensors in one piece; several processes may write the same file."""
-    with in_one_piece(path, f".{uuid.uuid4().hex}") as partial:
+    with in_one_piece(path, shared=True) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
 
 
@@ -91,14 +89,14 @@ def make(folder: str | Path, out: str | Path, side: int, text, autoencoder, *, b
         "buckets": [[h, w, len(m)] for (h, w), m in zip(source.buckets, source.members)],
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "cache.json").exists():
+    if is_cache(out):
         stored = checkpoint.read_json(out / "cache.json")
         for name, value in spec.items():
             if stored.get(name) != value:
                 said = "other tars" if name in ("source", "buckets") else f"{name} {stored.get(name)!r}, not {value!r}"
                 raise DataError(f"{out} is a cache made with {said}: choose another folder, or the same settings")
     else:
-        checkpoint.write_json(out / "cache.json", spec, f".{uuid.uuid4().hex}")  # all parts write it
+        checkpoint.write_json(out / "cache.json", spec, shared=True)  # all parts write it
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[tokens]
     if not (out / "null.safetensors").exists():
         save_shard(out / "null.safetensors", encode_text(text, [""], 1, dtype, fake=True))
@@ -144,7 +142,7 @@ class CachedShards:
 
     def __init__(self, folder: str | Path, batch_size: int):
         self.folder, self.name, self.batch_size = Path(folder), str(folder), batch_size
-        if not (self.folder / "cache.json").exists():
+        if not is_cache(folder):
             raise DataError(f"{folder} holds no cache.json: python cache.py makes a cache")
         self.spec = checkpoint.read_json(self.folder / "cache.json")
         plan = list(shard_plan(self.folder, self.spec))
@@ -272,15 +270,11 @@ def main() -> None:
     text = encoders.text_encoder(args.text, args.txt_len, device)
     autoencoder = encoders.autoencoder(args.autoencoder, device)
     names = ("batch_size", "fake", "tokens", "multiple", "per_shard", "encode_batch", "part", "index")
-    try:
-        make(args.folder, args.out, args.side, text, autoencoder, **{name: getattr(args, name) for name in names})
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on with what is missing", file=sys.stderr)
-        sys.exit(130)
+    make(args.folder, args.out, args.side, text, autoencoder, **{name: getattr(args, name) for name in names})
     plan = shard_plan(Path(args.out), checkpoint.read_json(Path(args.out) / "cache.json"))
     missing = [path for path, _, _ in plan if not path.exists()]
     print(f"{args.out}: " + (f"{len(missing)} shards are left to the other parts" if missing else "complete"))
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, "stopped; the same command goes on with what is missing")

@@ -19,6 +19,7 @@ import pickle
 import re
 import shutil
 import sys
+import uuid
 from pathlib import Path
 
 import torch
@@ -47,12 +48,14 @@ def to_disk(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def in_one_piece(path: Path, tag: str = ""):
+def in_one_piece(path: Path, shared: bool = False):
     """A path beside `path` to write a file to, renamed to it when the block ends well and removed when it does not.
 
-    Processes that may write the same file at the same time give each a `tag` of its own.
+    `shared` is for a file that several processes may write at the same time: each has a partial file of its own, and the
+    last rename wins. Otherwise the name is fixed, and what a killed process left there is written over.
     """
-    partial = path.with_name(f"{path.name}{tag}.partial")
+    own = f".{uuid.uuid4().hex}" if shared else ""
+    partial = path.with_name(f"{path.name}{own}.partial")
     try:
         partial.unlink(missing_ok=True)  # of a process that was killed; its mode may be another
         partial.touch()
@@ -67,9 +70,9 @@ def in_one_piece(path: Path, tag: str = ""):
         partial.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value, tag: str = "") -> None:
-    """Write `value` to `path` in one piece; `tag` as for in_one_piece."""
-    with in_one_piece(path, tag) as partial:
+def write_json(path: Path, value, shared: bool = False) -> None:
+    """Write `value` to `path` in one piece; `shared` as for in_one_piece."""
+    with in_one_piece(path, shared) as partial:
         partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 

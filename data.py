@@ -258,12 +258,12 @@ def draw_scene(random: np.random.Generator, size: int, tag: str) -> Scene:
 class Shapes:
     """Endless captioned pictures of shapes, size x size pixels; sample g is a function of (seed, g) alone.
 
-    name is a key of SETS, the kinds of prompt; `tags` takes other ones than that set's.
+    name is a key of SETS: the kinds of prompt.
     """
 
-    def __init__(self, size: int = 32, name: str = "shapes", tags: tuple[str, ...] | None = None):
-        self.size, self.tags, self.name = size, tags or SETS[name], name
-        self.buckets, self.skipped, self.fingerprint = [(size, size)], {}, " ".join([name, str(size), *(tags or ())])
+    def __init__(self, size: int = 32, name: str = "shapes"):
+        self.size, self.tags, self.name = size, SETS[name], name
+        self.buckets, self.skipped, self.fingerprint = [(size, size)], {}, f"{name} {size}"
 
     def __len__(self) -> int:
         raise TypeError("the built-in shapes are endless")
@@ -287,6 +287,14 @@ class Shapes:
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
+def over_white(image: Image.Image) -> Image.Image:
+    """A PIL image of any mode -> RGB, what is transparent over white."""
+    if "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def square_crop(image: Image.Image, size: int) -> np.ndarray:
     """A PIL image -> uint8 [size, size, 3]: upright, transparency over white, shorter side to `size` (Lanczos), centre crop.
 
@@ -295,10 +303,7 @@ def square_crop(image: Image.Image, size: int) -> np.ndarray:
     if image.mode[0] in "IF":
         raise ValueError(f"grey of mode {image.mode}, not of 8 bits")
     image = ImageOps.exif_transpose(image)  # cameras say how they were held
-    if "A" in image.mode or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    image = over_white(image)
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.LANCZOS)

@@ -30,10 +30,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a program's main function; a UserError, a failing file operation or a full device becomes one line and exit code 2."""
+def run(main: Callable[[], None], stopped: str = "") -> None:
+    """Run a program's main function; a UserError, a failing file operation or a full device becomes one line and exit code 2.
+
+    With `stopped`, which says what a Ctrl-C leaves, that ends in this line and exit code 130.
+    """
     try:
         main()
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        if not stopped:
+            raise
+        print(f"\n{stopped}", file=sys.stderr)
+        sys.exit(130)

@@ -31,7 +31,7 @@ import data
 import errors
 import machine
 import sample
-from scorer import score
+from scorer import SIDES, score
 
 # =====================================================================================================================
 # The prompts
@@ -65,6 +65,11 @@ def split_of(metadata: dict) -> str:
     """"pairs" for a prompt that asks for a colour-shape pair never rendered in training, else data.split_of."""
     pairs = {(item.get("color"), item["class"]) for item in metadata["include"]}
     return "pairs" if pairs & data.HELD_OUT_PAIRS else data.split_of(metadata["prompt"])
+
+
+def tags_of(config: dict) -> tuple[str, ...]:
+    """The kinds of prompt that a model was trained on, from its config.json."""
+    return data.SETS[config["data"][0]]
 
 
 def prompts(split: str, per_tag: int | None = None, tags: tuple[str, ...] = data.TAGS) -> list[dict]:
@@ -225,9 +230,8 @@ def draw_figure(results: dict, path: Path) -> None:
         panel.grid(alpha=0.3)
     panels[0][0].legend(fontsize=8)
     figure.tight_layout()
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=120)
-    os.replace(partial, path)
+    with checkpoint.in_one_piece(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
     plt.close(figure)
 
 
@@ -411,14 +415,15 @@ def run_scores(args: argparse.Namespace, device: torch.device) -> None:
     if loaded.config["data"][0] not in data.SETS:
         raise errors.UserError(f"{args.checkpoint} was trained on {' '.join(loaded.config['data'])}; only the built-in shapes "
                                "have exact scores. For other models: --export, and GenEval's own scorer")  # fmt: skip
-    if not 16 <= loaded.config["side"] <= 64:
-        raise errors.UserError(f"{args.checkpoint} makes pictures of {loaded.config['side']} pixels a side; 16 to 64 can be judged")
+    least, most = SIDES
+    if not least <= loaded.config["side"] <= most:
+        raise errors.UserError(f"{args.checkpoint} makes pictures of {loaded.config['side']} pixels a side; {least} to {most} can be judged")
     choices = choices_of(args)
     results = machine.provenance(device) | {"checkpoint": str(args.checkpoint), "seed": args.seed, "images": args.images,
                                             "per_tag": args.per_tag, "splits": {},
                                             "choices": sample.choose(loaded.config, **choices)}  # fmt: skip
     began = time.perf_counter()
-    asked = {split: prompts(split, args.per_tag, data.SETS[loaded.config["data"][0]]) for split in args.split}
+    asked = {split: prompts(split, args.per_tag, tags_of(loaded.config)) for split in args.split}
     total = sum(len(a) for a in asked.values()) * args.images * len(args.steps)
     with tqdm(total=total, unit=" pictures", disable=None) as bar:
         for split in args.split:

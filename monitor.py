@@ -60,7 +60,7 @@ class Meter:
         for b in range(BINS):
             inside = (t >= b / BINS) & ((t < (b + 1) / BINS) | (b == BINS - 1))
             row += [inside.sum(), torch.where(inside, loss, 0.0).sum()]
-        row += [torch.tensor(flops, dtype=self.sums.dtype, device=t.device), zero, zero]  # `keep` fills in the other two
+        row += [torch.full((), flops, dtype=self.sums.dtype, device=t.device), zero, zero]  # `keep` fills in the other two
         self.pending += torch.stack([value.to(self.sums.dtype) for value in row])
 
     def keep(self, grad_norm: Tensor) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 import data
 
+SIDES = (16, 64)  # of the pictures that can be judged, in pixels
 GROUND_SLACK = 15  # the ground may be this much darker or lighter than any in training, and this much off grey
 GROUND_SHARE = 0.4  # of the picture, at least; the fullest scenes leave two thirds
 LINE = 45.0  # a pixel further than this from every line from the ground to a colour belongs to no object
@@ -191,8 +192,8 @@ def explain(picture: np.ndarray) -> Explanation:
     """
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.shape[0] != picture.shape[1]:
         raise ValueError(f"expected a square uint8 picture [H, W, 3], not {picture.dtype} {picture.shape}")
-    if not 16 <= len(picture) <= 64:
-        raise ValueError(f"pictures of 16 to 64 pixels a side can be judged, not of {len(picture)}")
+    if not SIDES[0] <= len(picture) <= SIDES[1]:
+        raise ValueError(f"pictures of {SIDES[0]} to {SIDES[1]} pixels a side can be judged, not of {len(picture)}")
     size, unit = len(picture), len(picture) / 32
     p = picture.astype(float)
     ground = ground_color(p)

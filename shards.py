@@ -36,7 +36,6 @@ import shutil
 import struct
 import sys
 import tarfile
-import uuid
 import warnings
 import zipfile
 import zlib
@@ -207,8 +206,7 @@ def index_of(tar: Path, index_folder: Path) -> tuple[np.ndarray, np.ndarray, dic
     rows, keys, skipped = scan(tar)
     packed = np.array([key.encode("utf-8", "surrogateescape") for key in keys])
     try:
-        # Many processes may index one folder at once: each writes a file of its own, and the last rename wins.
-        with in_one_piece(path, f".{uuid.uuid4().hex}") as partial, open(partial, "wb") as file:
+        with in_one_piece(path, shared=True) as partial, open(partial, "wb") as file:
             np.savez(file, stamp=np.array(stamp), rows=rows, keys=packed,
                      skipped=np.frombuffer(json.dumps(skipped).encode(), np.uint8))  # fmt: skip
     except OSError as error:  # no permission, or a file system that can only be read
@@ -313,10 +311,7 @@ def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
     """A PIL image -> uint8 [height, width, 3]: upright, over white, resized to cover the bucket, cropped centrally."""
     if "exif" in image.info:
         image = ImageOps.exif_transpose(image)
-    if "A" in image.mode or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS))
+    return np.asarray(ImageOps.fit(data.over_white(image), (width, height), Image.Resampling.LANCZOS))
 
 
 class Blocks:
@@ -633,14 +628,10 @@ def main() -> None:
     if name in ("-h", "--help"):
         print(__doc__)
     elif name in COMMANDS:
-        try:
-            COMMANDS[name](sys.argv[2:])
-        except KeyboardInterrupt:
-            print("\nstopped; nothing is half-written, the same command begins again", file=sys.stderr)
-            sys.exit(130)
+        COMMANDS[name](sys.argv[2:])
     else:
         raise errors.UserError(f"say what to do: python shards.py {', '.join(COMMANDS)} (--help after each says more)")
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, "stopped; nothing is half-written, the same command begins again")

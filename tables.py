@@ -55,11 +55,6 @@ def settings_of(row: str) -> list[dict]:
     return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
 
-def tags_of(config: dict) -> tuple[str, ...]:
-    """The kinds of prompt that a model was trained on."""
-    return data.SETS[config["data"][0]]
-
-
 def overall(asked: list[dict], right: list[int], images: int) -> float:
     return evaluate.summary(asked, right, images)["overall"]["score"]
 
@@ -67,16 +62,16 @@ def overall(asked: list[dict], right: list[int], images: int) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 # One row, one seed
 # ---------------------------------------------------------------------------------------------------------------------
-def train_row(row: str, seed: int, run: Path, budget: list[str], milestone_every: int) -> None:
+def train_row(row: str, seed: int, run: Path, budget: list[str], device: str, milestone_every: int) -> None:
     """Train unless it is done; go on where a stopped run was. The budget is the same for every row.
 
     The rows of Fig. 5 keep a state at every multiple of milestone_every.
     """
     if (run / "done.json").exists():
         return
-    command = [sys.executable, "train.py", "--out", str(run)]
+    command = [sys.executable, "train.py", "--out", str(run), "--device", device]
     if checkpoint.complete_states(run):
-        command += ["--resume", *budget[-2:]]  # the device is not kept with a run
+        command += ["--resume"]
     else:
         command += ["--seed", str(seed), *budget, *ROWS[row][1]]
         command += ["--milestone-every", str(milestone_every)] if row in PROGRESS else []
@@ -97,7 +92,7 @@ def train_row(row: str, seed: int, run: Path, budget: list[str], milestone_every
 def search(loaded: sample.Loaded, row: str, images: int, per_tag: int | None, steps: tuple[int, ...]) -> dict:
     """The best settings per step count on validation prompts. At 50 steps only guidance is searched again, with the eta and
     the s-rule that won at the largest smaller count: it costs as much as all the others together."""
-    asked = evaluate.prompts("validation", per_tag, tags_of(loaded.config))
+    asked = evaluate.prompts("validation", per_tag, evaluate.tags_of(loaded.config))
     chosen = {}
     for n in steps:
         tries = settings_of(row)
@@ -131,7 +126,7 @@ def measure_row(row: str, seed: int, run: Path, out: Path, args, device: torch.d
         "row": row, "seed": seed, "train": loaded.config["command"], "training": loaded.config, "images": args.images,
         "training_seconds": checkpoint.read_json(run / "done.json")["seconds"], "splits": {}}  # fmt: skip
     for split in ("test", "pairs", "fixed"):
-        asked = evaluate.fixed_64() if split == "fixed" else evaluate.prompts(split, args.per_tag, tags_of(loaded.config))
+        asked = evaluate.fixed_64() if split == "fixed" else evaluate.prompts(split, args.per_tag, evaluate.tags_of(loaded.config))
         result["splits"][split] = {}
         for n in args.sample_steps:
             settings = chosen[str(n)]["settings"]
@@ -147,9 +142,10 @@ def measure_progress(row: str, seed: int, run: Path, out: Path, args, device: to
     if path.exists():
         return
     began = time.perf_counter()
-    every = checkpoint.read_json(run / "config.json")["arguments"]["milestone_every"]
+    config = checkpoint.read_json(run / "config.json")
+    every = config["arguments"]["milestone_every"]
     chosen = checkpoint.read_json(out / "rows" / f"{row}-search.json")["chosen"]
-    asked, points = evaluate.prompts("test", args.per_tag, tags_of(checkpoint.read_json(run / "config.json"))), []
+    asked, points = evaluate.prompts("test", args.per_tag, evaluate.tags_of(config)), []
     states = [state for state in checkpoint.complete_states(run) if every and checkpoint.step_of(state) % every == 0]
     if not states:
         return  # a run of train.py's own, without milestones
@@ -258,7 +254,7 @@ def draw_figures(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> N
         figure.savefig(out / "progress.png", dpi=110)
         plt.close(figure)
 
-    asked = evaluate.prompts("test", 1, tags_of(next(r["training"] for seeds in rows.values() for r in seeds.values())))
+    asked = evaluate.prompts("test", 1, evaluate.tags_of(next(r["training"] for seeds in rows.values() for r in seeds.values())))
     for metadata in asked:
         sheet_rows, captions = [], []
         for row, seeds in rows.items():
@@ -314,13 +310,13 @@ def main() -> None:
     device = machine.pick_device(args.device)
     (args.out / "rows").mkdir(parents=True, exist_ok=True)
     if not args.report:
-        budget = [*args.budget.split(), "--device", args.device]
+        budget = args.budget.split()
         flags = train.parse_arguments(budget)
         milestone_every = max(1, (flags.steps or recipe.RECIPES[flags.size].steps) // args.milestones)
         keep_settings(args)
         for seed, row in itertools.product(args.seeds, args.rows):
             run = args.runs / f"{row}-{seed}"
-            train_row(row, seed, run, budget, milestone_every)
+            train_row(row, seed, run, budget, args.device, milestone_every)
             measure_row(row, seed, run, args.out, args, device)
             if row in PROGRESS:
                 measure_progress(row, seed, run, args.out, args, device)
@@ -333,8 +329,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        errors.run(main)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    errors.run(main, "stopped; the same command goes on")

@@ -210,7 +210,7 @@ def print_plan(args, plan: recipe.Recipe, sizes: dict, factor: int, world: int, 
 
 def dry_run(args, plan: recipe.Recipe, world: int, start: int) -> None:
     """What a run will be, hold and cost, from its arguments alone: no encoder is loaded and nothing is written."""
-    sizes, factor = model.SIZES[args.size], 1 if plan.autoencoder == "pixels" else 8
+    sizes, factor = model.SIZES[args.size], plan.factor()
     print_plan(args, plan, sizes, factor, world, start)
     parameters = model.count_parameters(sizes)
     state = recipe.state_bytes(parameters, world, args.zero)
@@ -380,7 +380,7 @@ def main() -> None:
     args = parse_arguments()
     machine.keep_freed_memory()
     plan, run = plan_of(args), Path(args.out)
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     plan.check_division(world, args.micro_batch)
     states = checkpoint.complete_states(run)
     if args.resume and not states:
@@ -388,7 +388,7 @@ def main() -> None:
     if not plan.data and not args.dry_run:
         raise errors.UserError(f"--size {args.size} needs --data: a folder of tar shards, or caches of them (LONG_RUN.md)")
     if args.dry_run:
-        if os.environ.get("RANK", "0") == "0":
+        if rank == 0:
             dry_run(args, plan, world, checkpoint.step_of(states[-1]) if args.resume else 0)
         return
     if not args.resume and (states or (run / "model.safetensors").exists()):
@@ -400,7 +400,7 @@ def main() -> None:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
             # Not after an error: the other processes may be waiting in a reduction, and so would this.
             closing.push(lambda kind, *_: None if kind else dist.destroy_process_group())
-        train(args, plan, run, device, world, int(os.environ.get("RANK", 0)), closing)
+        train(args, plan, run, device, world, rank, closing)
 
 
 def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int, rank: int, closing: contextlib.ExitStack) -> None:
@@ -476,8 +476,8 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
             if chief:
                 checkpoint.write_json(run / "config.json", config)
 
-        # The first iterations run as they are: they end in a first picture grid before the compiler takes its minute or two.
         stop.hold(True)
+        # The first iterations run as they are: they end in a first picture grid before the compiler takes its minute or two.
         if step == max(start, EAGER_STEPS):
             how = compile_blocks(args, [network, ema], sum(len(source.buckets) for source in feed.sources.values()), device)
             if chief:
