@@ -464,7 +464,7 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
     for close in (stream.close, bar.close, *([log.close] if log else [])):
         closing.callback(close)
     began, step, stopping = time.perf_counter(), start, False
-    in_a_row, saved_at = 0, time.perf_counter()
+    in_a_row, failure, saved_at = 0, "", time.perf_counter()
 
     # Iterate. One iteration: gradients of the global batch, an update, the average.
     while step < plan.steps and not stopping:
@@ -511,7 +511,8 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
         if bad:
             nonfinite, in_a_row = nonfinite + 1, in_a_row + 1
             meter.drop()
-            report_nonfinite(log, step, total.item(), norm.item(), keys, world, in_a_row, run)
+            failure = report_nonfinite(log, step, total.item(), norm.item(), keys, world, in_a_row, run)
+            stopping = stopping or bool(failure)
         else:
             in_a_row = 0
             meter.keep(norm)
@@ -556,6 +557,8 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
             saved_at = time.perf_counter()
 
     bar.close()
+    if failure:
+        raise errors.UserError(failure)
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
     if chief and step < plan.steps:
         print(f"stopped by {stop.name or 'a signal to another process'} after iteration {step}; the state is saved. To go on:\n"
@@ -565,8 +568,8 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
               f'--prompt "{prompts[0]}"')  # fmt: skip
 
 
-def report_nonfinite(log, step: int, loss: float, norm: float, keys: list[str], world: int, in_a_row: int, run: Path) -> None:
-    """Say which samples led to a loss or gradient that is not finite; raise UserError when it happens too often in a row.
+def report_nonfinite(log, step: int, loss: float, norm: float, keys: list[str], world: int, in_a_row: int, run: Path) -> str:
+    """Say which samples led to a loss or gradient that is not finite; why to stop, where that has happened too often in a row.
 
     The samples of the processes whose own loss is not finite, or of all where only the gradient is not.
     """
@@ -575,10 +578,11 @@ def report_nonfinite(log, step: int, loss: float, norm: float, keys: list[str], 
     if log:
         log.write({"step": step + 1, "update_left_out": True, "grad_norm": str(norm), "keys": suspects})
         print(f"iteration {step + 1}: no finite gradient (loss {loss}, norm {norm}); its update is left out", file=sys.stderr)
-    if in_a_row >= PATIENCE:
-        raise errors.UserError(f"no finite gradient in {in_a_row} iterations in a row, last with {', '.join(suspects[:8])}"
-                               f"{' ...' if len(suspects) > 8 else ''} (all are in {run / 'metrics.jsonl'}); "
-                               "lower --lr or leave these samples out, then --resume from the last state")  # fmt: skip
+    if in_a_row < PATIENCE:
+        return ""
+    return (f"no finite gradient in {in_a_row} iterations in a row, last with {', '.join(suspects[:8])}"
+            f"{' ...' if len(suspects) > 8 else ''} (all are in {run / 'metrics.jsonl'}); the weights from before them are saved. "
+            "Leave these samples out or lower --lr, then --resume goes on behind them")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -338,12 +338,15 @@ def test_one_bad_sample_on_one_process_leaves_the_update_out_on_all(tmp_path):
 
 def test_five_in_a_row_stop_the_run_and_name_the_samples(tmp_path):
     script = POISON.replace("{calls}", "range(4, 99)")
-    code, _, error = finish(start(1, "--steps", 20, "--out", tmp_path / "r", *SMALL, "--save-every", 2, script=script))[0]
-    assert code == 2
-    line = error.strip().splitlines()[-1]
-    assert "5 iterations in a row" in line and "shapes-0-28" in line and "--resume" in line
-    assert last(tmp_path / "r").name in ("step_00000006", "step_00000008")
-    assert all(torch.isfinite(value).all() for value in tensors(last(tmp_path / "r")).values())
+    flags = ["--steps", 20, "--out", tmp_path / "r", *SMALL, "--save-every", 2, "--keep", 9]
+    for code, _, error in finish(start(2, *flags, script=script)):
+        assert code == 2
+        line = error.strip().splitlines()[-1]
+        assert "5 iterations in a row" in line and "shapes-0-30" in line and "shapes-0-28" not in line and "--resume" in line
+    before, after = (tensors(tmp_path / f"r/state/step_0000000{n}") for n in (2, 8))  # 2: the last whole one; 3 is good, 4-8 are not
+    assert last(tmp_path / "r").name == "step_00000008"
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert any(not torch.equal(before[key], after[key]) for key in before)  # iteration 3 is not lost
 
 
 # ---------------------------------------------------------------------------------------------------------------------
