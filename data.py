@@ -12,6 +12,7 @@ run in its data is the one integer that train.py counts, and any number of proce
 
 import functools
 import hashlib
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -104,9 +105,18 @@ RELATIONS = ("left of", "right of", "above", "below")
 HELD_OUT_PAIRS = {("red", "triangle"), ("blue", "ring"), ("yellow", "square"), ("green", "cross")}
 
 GREYS = (80, 170)  # the range of the ground's shade; black and white shapes stay visible on all of it
-# Diameters by the number of shapes, in 32nds of the picture's side: as in photographs, what stands alone fills more of it.
-DIAMETERS = {1: (14.0, 22.0), 2: (10.0, 14.0), 3: (8.5, 11.0), 4: (8.0, 10.5)}
-GAP = 1.5  # between two shapes, and to the border, in the same unit
+# By the number of shapes, in 32nds of the picture's side: where they stand, one of several layouts (x, y); how far each may
+# be moved from there; and their diameters. As in photographs, what stands alone is in the middle and fills more of the picture.
+QUARTERS = ((8, 8), (24, 8), (8, 24), (24, 24))
+LAYOUTS = {
+    1: (((16, 16),),),
+    2: (((8.5, 16), (23.5, 16)), ((16, 8.5), (16, 23.5))),
+    3: tuple(itertools.combinations(QUARTERS, 3)),
+    4: (QUARTERS,),
+}
+MOVES = {1: 1.0, 2: 0.75, 3: 1.0, 4: 1.0}
+DIAMETERS = {1: (14.0, 22.0), 2: (9.5, 12.0), 3: (8.0, 10.5), 4: (8.0, 10.5)}
+GAP = 1.5  # so that at least this remains between two shapes, and to the border
 
 
 @dataclass(frozen=True)
@@ -163,21 +173,13 @@ def render(scene: Scene, size: int) -> np.ndarray:
     return picture.round().astype(np.uint8)
 
 
-def place(random: np.random.Generator, n: int, size: int) -> list[tuple[float, float, float]] | None:
-    """n non-overlapping (x, y, diameter), or None if the first tries leave no room (the caller draws again)."""
-    unit, (low, high) = size / 32, DIAMETERS[n]
-    placed = np.empty((0, 3))
-    for _ in range(n):
-        tries = random.random((16, 3))
-        d = (low + (high - low) * tries[:, 2:]) * unit
-        margin = d / 2 + GAP * unit
-        tries = np.hstack([margin + (size - 2 * margin) * tries[:, :2], d])
-        apart = np.abs(tries[:, None, :2] - placed[None, :, :2]).max(axis=2, initial=0)  # [16, placed]
-        free = (apart > (d + placed[:, 2]) / 2 + GAP * unit).all(axis=1)
-        if not free.any():
-            return None
-        placed = np.vstack([placed, tries[free.argmax()]])
-    return [tuple(map(float, row)) for row in placed]
+def place(random: np.random.Generator, n: int, size: int) -> list[tuple[float, float, float]]:
+    """n random (x, y, diameter) in pixels, at least GAP apart."""
+    layouts, (low, high) = LAYOUTS[n], DIAMETERS[n]
+    layout = random.permutation(layouts[random.integers(len(layouts))])
+    centres = layout + MOVES[n] * (2 * random.random((n, 2)) - 1)
+    d = low + (high - low) * random.random((n, 1))
+    return [tuple(map(float, row)) for row in np.hstack([centres, d]) * (size / 32)]
 
 
 def holds(relation: str, a: tuple, b: tuple) -> bool:
@@ -249,7 +251,7 @@ def draw_scene(random: np.random.Generator, size: int, tag: str) -> Scene:
         if set(zip(colors, shapes)) & HELD_OUT_PAIRS or split_of(metadata["prompt"]) != "train":
             continue
         places = place(random, len(shapes), size)
-        if places is None or (relation and not holds(relation, *places)):
+        if relation and not holds(relation, *places):
             continue
         objects = tuple(Object(s, c, *p) for s, c, p in zip(shapes, colors, places))
         return Scene(objects, int(random.integers(*GREYS)), metadata)

@@ -86,6 +86,28 @@ def test_objects_keep_apart_and_inside(scenes):
         total = sum(data.coverage(o, 32) for o in scene.objects)
         assert total.max() <= 1 + 1e-9  # no pixel belongs to two objects
         assert total[0].max() == total[-1].max() == total[:, 0].max() == total[:, -1].max() == 0
+        for i, a in enumerate(scene.objects):
+            r = a.diameter / 2
+            assert min(a.x, a.y, 32 - a.x, 32 - a.y) - r >= data.GAP - 1e-9
+            for b in scene.objects[:i]:
+                assert max(abs(a.x - b.x), abs(a.y - b.y)) - r - b.diameter / 2 >= data.GAP - 1e-9
+
+
+def test_scenes_leave_much_open(scenes):
+    """Shapes of one number stand in every layout, in many orders, each moved by all that it may be: no prompt tells it all."""
+    for n, layouts in data.LAYOUTS.items():
+        drawn = [s.objects for s in scenes if len(s.objects) == n and s.metadata["tag"] != "position"]
+        places = sorted({place for layout in layouts for place in layout})
+        orders = set()
+        moves = []
+        for objects in drawn:
+            order = [min(places, key=lambda p: np.hypot(o.x - p[0], o.y - p[1])) for o in objects]
+            assert sorted(order) in [sorted(layout) for layout in layouts]
+            moves += [(o.x - x, o.y - y) for o, (x, y) in zip(objects, order)]
+            orders.add(tuple(order))
+        assert {tuple(sorted(order)) for order in orders} == {tuple(sorted(layout)) for layout in layouts}
+        assert len(orders) >= {1: 1, 2: 4, 3: 12, 4: 12}[n]
+        assert 0.9 * data.MOVES[n] < np.abs(moves).max() <= data.MOVES[n]
 
 
 @pytest.mark.parametrize("shape", data.SHAPES)

@@ -26,10 +26,30 @@ from randomness import rng
 SIZES = (24, 28, 32, 40, 48, 64)
 
 
+LARGEST = {1: (14.0, 22.0), 2: (10.0, 14.0), 3: (8.5, 11.0), 4: (8.0, 10.5)}
+
+
+def anywhere(random, scene, size):
+    """The scene with its objects anywhere in the picture, larger ones among them: a model need not keep to data.LAYOUTS."""
+    unit, (low, high) = size / 32, LARGEST[len(scene.objects)]
+    relation = next((item["position"][0] for item in scene.metadata["include"] if "position" in item), "")
+    while True:
+        placed = []
+        for o in scene.objects:
+            d = random.uniform(low, high) * unit
+            x, y = random.uniform(d / 2 + 1.5 * unit, size - d / 2 - 1.5 * unit, size=2)
+            if all(max(abs(x - p.x), abs(y - p.y)) > (d + p.diameter) / 2 + 1.5 * unit for p in placed):
+                placed.append(dataclasses.replace(o, x=x, y=y, diameter=d))
+        if len(placed) == len(scene.objects) and (not relation or data.holds(relation, *((o.x, o.y, o.diameter) for o in placed))):
+            return dataclasses.replace(scene, objects=tuple(placed))
+
+
 def scenes(size, n, purpose="scenes", tags=data.TAGS):
-    """n scenes of data.py, every tag in turn, that no training run draws."""
+    """n scenes, every tag in turn, that no training run draws: as data.py places them, and anywhere."""
     for i in range(n):
-        yield i, data.draw_scene(rng(2, purpose, size, i), size, tags[i % len(tags)])
+        random = rng(2, purpose, size, i)
+        scene = data.draw_scene(random, size, tags[i % len(tags)])
+        yield i, anywhere(random, scene, size) if i // len(tags) % 2 else scene
 
 
 def worn(picture, random, grain=6.0, blur=True):
@@ -233,9 +253,9 @@ def sliced(scene, size, random):
 def averaged(scene, size, random):
     """The average with a picture of other objects elsewhere: what a posterior mean looks like."""
     while True:
-        second = data.draw_scene(random, size, scene.metadata["tag"])
+        second = anywhere(random, data.draw_scene(random, size, scene.metadata["tag"]), size)
         far = max(abs(a.x - b.x) + abs(a.y - b.y) for a, b in zip(scene.objects, second.objects))
-        if far > size / 4:
+        if far > size / 8:
             return mean_of(data.render(scene, size), data.render(second, size))
 
 
@@ -457,7 +477,7 @@ class Painter:
             places = data.place(random, len(shapes), 32)
             if len(items) == 2 and "position" in items[1]:
                 relation = items[1]["position"][0]
-            if places is None or (relation and not data.holds(relation, places[1], places[0])):
+            if relation and not data.holds(relation, places[1], places[0]):
                 continue
             colors = [i.get("color", "white") for i in items for _ in range(i["count"])]
             return picture_of(*((s, c, *p) for s, c, p in zip(shapes, colors, places)))
