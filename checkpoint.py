@@ -200,6 +200,8 @@ def load_state(folder: Path, network: nn.Module, ema: nn.Module, optimizer: torc
     optimizer.load_state_dict(adam)
     for p, own in getattr(optimizer, "optim", optimizer).state.items():  # ZeRO-1 leaves Adam's count on the CPU, where the
         own["step"] = own["step"].to(p.device)  # fused update does not look for it (pytorch issue 124133)
+    if hasattr(optimizer, "optim"):
+        optimizer.state.clear()  # a second copy of the moments, which ZeRO-1 makes on loading and never reads
     return read_json(folder / "state.json")
 
 

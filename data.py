@@ -97,6 +97,7 @@ COLORS = {
     "white": (250, 250, 250),
 }
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+VERSION = 2  # of what the shapes' pictures look like; goes up when the same sample becomes another picture
 SETS = {"one-shape": ("single_object", "colors"), "shapes": TAGS}  # what --data calls them; the first can be learned in minutes
 COUNTS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
@@ -116,7 +117,7 @@ LAYOUTS = {
 }
 MOVES = {1: 1.0, 2: 0.75, 3: 1.0, 4: 1.0}
 DIAMETERS = {1: (14.0, 22.0), 2: (9.5, 12.0), 3: (8.0, 10.5), 4: (8.0, 10.5)}
-GAP = 1.5  # so that at least this remains between two shapes, and to the border
+GAP = 1.5  # what the three leave at least between two shapes, and to the border (a test checks it)
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def render(scene: Scene, size: int) -> np.ndarray:
 
 
 def place(random: np.random.Generator, n: int, size: int) -> list[tuple[float, float, float]]:
-    """n random (x, y, diameter) in pixels, at least GAP apart."""
+    """n random (x, y, diameter) in pixels: one of the layouts, each place moved a little."""
     layouts, (low, high) = LAYOUTS[n], DIAMETERS[n]
     layout = random.permutation(layouts[random.integers(len(layouts))])
     centres = layout + MOVES[n] * (2 * random.random((n, 2)) - 1)
@@ -265,7 +266,7 @@ class Shapes:
 
     def __init__(self, size: int = 32, name: str = "shapes"):
         self.size, self.tags, self.name = size, SETS[name], name
-        self.buckets, self.skipped, self.fingerprint = [(size, size)], {}, f"{name} {size}"
+        self.buckets, self.skipped, self.fingerprint = [(size, size)], {}, f"{name} {size} {VERSION}"
 
     def __len__(self) -> int:
         raise TypeError("the built-in shapes are endless")

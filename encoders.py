@@ -242,7 +242,7 @@ def load(what: str, place: str, from_pretrained, **arguments):
 
 
 def precision(device: torch.device | str) -> torch.dtype:
-    """The dtype that frozen networks run in: bf16 on CUDA, where it halves memory and time; fp32 elsewhere."""
+    """The dtype that frozen networks run in: bf16 on CUDA, where it halves the memory; fp32 elsewhere."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 

@@ -343,7 +343,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--seed", metavar="N", type=int, default=0, help="of the noise (default: 0)")
     a("--out", metavar="FILE", type=Path,
       help="the JSON to write, a figure beside it (default: evaluation.json in the checkpoint)")  # fmt: skip
-    a = parser.add_argument_group("how (each default is the checkpoint's own)").add_argument
+    a = parser.add_argument_group("how (what has no default here: the checkpoint's own)").add_argument
     a("--steps", metavar="N", type=int, nargs="+", default=[1, 2, 4, 8, 50],
       help="evaluations of the network (default: 1 2 4 8 50)")  # fmt: skip
     a("--guidance", type=float, help="scale of guidance; 1 is off")

@@ -170,8 +170,11 @@ class Feed:
     def encode(self, f: Fetched, source) -> Batch:
         """Put a fetched micro-batch on the device and through the frozen encoders."""
 
+        # Not on MPS, where a copy may still read its source after that is gone (pytorch issue 139550).
+        non_blocking = self.device.type == "cuda"
+
         def put(x):
-            return tuple(a.to(self.device, non_blocking=True) for a in x) if isinstance(x, tuple) else x.to(self.device, non_blocking=True)
+            return tuple(map(put, x)) if isinstance(x, tuple) else x.to(self.device, non_blocking=non_blocking)
 
         fake = None
         if f.pictures is None:

@@ -171,7 +171,8 @@ def pseudo_target(x0_hat: Tensor, Delta: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Eq. 15     L_self-evaluate = || x0_hat - x_self ||^2                                            (s.4 is the same line)
-# Eq. s.5, s.7   its gradient with respect to x_s_hat is 2 Delta / alpha_s = 2 sigma_s^2 / alpha_s^2 * Eq. 13 / w
+# Eq. s.5, s.7   its gradient with respect to x_s_hat is 2 Delta / alpha_s: for s.7 (k = (w - 1) / w) 2 sigma_s^2 / alpha_s^2 * Eq. 13 / w,
+#                for s.5 (k = 1) the same with the classifier score alone
 # ---------------------------------------------------------------------------------------------------------------------
 def self_evaluation_loss(x0_hat: Tensor, x_self: Tensor) -> Tensor:
     """The self-evaluation loss of each sample, [B]. Its value is ||Delta||^2; what counts is its gradient, 2 Delta."""
@@ -200,7 +201,7 @@ def fake_loss(V_fake: Tensor, x0_hat: Tensor, eps: Tensor) -> Tensor:
 # Eq. 17     lam = sigma_t / alpha_t - sigma_s / alpha_s = t / (1 - t) - s / (1 - s)
 # ---------------------------------------------------------------------------------------------------------------------
 def lam(t: Tensor, s: Tensor) -> Tensor:
-    """lambda_{s,t} >= 0, [B]: zero where s = t, infinite at t = 1 (s < t). The targets use `mix_weight` instead."""
+    """lambda_{s,t} >= 0, [B]: zero where s = t < 1, infinite at t = 1 (s < t). The targets use `mix_weight` instead."""
     return (t - s) / ((1 - t) * (1 - s))
 
 
@@ -288,7 +289,7 @@ def warp(t_raw: Tensor, mu: float) -> Tensor:
 def sample_times(z: Tensor, u: Tensor, jump: Tensor, mu: float, tau: float) -> tuple[Tensor, Tensor]:
     """z normal [B], u uniform in [0, 1) [B], jump [n]: the positions with s < t -> t, s [B] each (s.11 to s.13)."""
     t = warp(torch.sigmoid(z), mu)
-    s = t.index_copy(0, jump, ((1 - tau * u) * t)[jump])
+    s = t.index_put((jump,), ((1 - tau * u) * t)[jump])
     return t, s
 
 
@@ -406,7 +407,7 @@ class SelfE(nn.Module):
             x_tar = implicit_target(x0_j, x_self, w)  # Eq. 18
             x_renorm = renormalise(x_tar, x0_j) if self.target == "renorm" else x_tar  # Eq. 19
             loss_j = target_loss(x0_hat_j, x_renorm)  # Eq. 20
-        loss = time_weight(t) * data_loss(x0_hat, x0).index_copy(0, draws.jump, loss_j)  # Eq. 7 where s = t; Eq. 21
+        loss = time_weight(t) * data_loss(x0_hat, x0).index_put((draws.jump,), loss_j)  # Eq. 7 where s = t; Eq. 21
         total = loss.mean()
         if aux:
             total = total + loss_fake.sum() / len(x0)  # coefficient 1, over the full batch like the rest

@@ -68,7 +68,7 @@ def allow_shapes(n: int) -> None:
 def pick_precision(device: torch.device) -> torch.dtype:
     """bf16 on CUDA chips that have it, and on CPUs whose bf16 matrix product is clearly faster (AMX, AVX512-BF16); else fp32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu" and 1.5 * matmul_seconds(device, torch.bfloat16) < matmul_seconds(device, torch.float32):
         return torch.bfloat16
     return torch.float32

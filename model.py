@@ -234,8 +234,9 @@ class FinalLayer(nn.Module):
 class Denoiser(nn.Module):
     """V_theta(x_t, t, s, c), S.2 (d). The keyword arguments are the columns of `SIZES`.
 
-    `precision` is the dtype of the network's inside (torch.bfloat16 runs it under autocast); the time features and
-    embedders, the input and the output stay in fp32 whatever it is (call the network outside any autocast of your own).
+    `precision` is the dtype of the network's inside (torch.bfloat16 runs it under autocast). Time features and embedders
+    are computed in fp32 whatever it is; input and output are passed in fp32 and rounded inside, by the first and the last
+    linear layer. Call the network outside any autocast of your own.
     """
 
     def __init__(self, width, heads, double, single, axes, channels, patch, txt_dim, vec_dim, precision=torch.float32):

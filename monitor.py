@@ -1,6 +1,6 @@
 """Seeing a run: what is watched, summed over iterations and processes, and where it is written.
 
-    RUN/metrics.jsonl    one line per --log-every iterations
+    RUN/metrics.jsonl    one line per --log-every iterations, and one for each update that was left out, with its samples' keys
     RUN/tensorboard/     the same curves and the picture grids, if the package tensorboard is installed
 
     name               what it is                                                           what it should look like

@@ -148,7 +148,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--images", type=int, default=1, help="pictures per prompt (default: 1)")
     a("--seed", type=int, default=0, help="same seed, same picture (default: 0)")
     a("--out", type=Path, default=Path("samples.png"), help="the PNG to write (default: samples.png)")
-    a = parser.add_argument_group("how (each default is the checkpoint's own)").add_argument
+    a = parser.add_argument_group("how (what has no default here: the checkpoint's own)").add_argument
     a("--steps", type=int, nargs="+", default=[2], help="evaluations of the network; several give a sheet (default: 2)")
     a("--guidance", type=float, help="scale of energy-preserving guidance; 1 is off")
     a("--eta", type=fraction_or_name({"renoise": "renoise"}), help='0 deterministic .. 1 ancestral, or "renoise"')

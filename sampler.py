@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from losses import like, one_step_estimate, squared_norm, warp
+from losses import one_step_estimate, renormalise, warp
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,8 +45,7 @@ def time_grid(steps: int, mu: float) -> list[float]:
 # ---------------------------------------------------------------------------------------------------------------------
 def energy_preserving(guided: Tensor, conditional: Tensor) -> Tensor:
     """`guided` [B, ...] scaled, sample by sample, to the norm of `conditional`; zero stays zero."""
-    energy = squared_norm(guided)
-    return guided * like(torch.where(energy > 0, squared_norm(conditional) / energy, 0.0).sqrt(), guided)
+    return renormalise(guided, conditional)  # Eq. 19's line
 
 
 def predict(V: Callable, x_t: Tensor, t: Tensor, s: Tensor, cond: tuple, null: tuple | None, guidance: float,

@@ -21,11 +21,12 @@ import data
 
 SIDES = (16, 64)  # of the pictures that can be judged, in pixels
 GROUND_SLACK = 15  # the ground may be this much darker or lighter than any in training, and this much off grey
-GROUND_SHARE = 0.4  # of the picture, at least; the fullest scenes leave two thirds
+GROUND_SHARE = 0.4  # of the picture, at least; the fullest scenes leave 63%
 LINE = 45.0  # a pixel further than this from every line from the ground to a colour belongs to no object
 GRAIN = 0.12  # of coverage that is overlooked
 AGREEMENT = 0.885  # overlap of an object with its best-fitting shape, at least
-DIAMETER = (6.0, 24.0)  # of an object, in units; training has 8 to 22
+DIAMETER = (7.0, 24.0)  # of an object, in units; training has 8 to 22
+AT_BORDER = 0.75  # a pixel at the picture's border that is covered more than this: the object goes on beyond it
 SHARED = 1.5  # square units that two objects may both claim; a hidden part of an object is a missing part
 SMALLEST = 4.0  # square units; less is a speck, which the test of what is left over judges
 OUTSIDE, INSIDE = 25.0, 50.0  # unexplained colour, averaged over 3 x 3 units, away from and within the objects
@@ -227,6 +228,7 @@ def explain(picture: np.ndarray) -> Explanation:
         objects.append(found)
 
         box = np.array([x, x, y, y]) + r * np.array(outline(shape).box)
+        at_border = (np.minimum(rows, columns) == 0) | (np.maximum(rows, columns) == size - 1)
         what = f"the {color} {shape} at ({x:.0f}, {y:.0f})"
         if complaint:
             continue
@@ -234,7 +236,7 @@ def explain(picture: np.ndarray) -> Explanation:
             complaint = f"a {color} region at ({x:.0f}, {y:.0f}) has no known shape; {shape} agrees to {agreement:.2f}"
         elif not DIAMETER[0] * unit <= 2 * r <= DIAMETER[1] * unit:
             complaint = f"{what} is {2 * r:.1f} pixels wide"
-        elif box.min() < -0.5 * unit or box.max() > size + 0.5 * unit:
+        elif box.min() < -0.5 * unit or box.max() > size + 0.5 * unit or (share[rows, columns, k][at_border] > AT_BORDER).any():
             complaint = f"{what} is cut off by the border"
     return Explanation(ground, objects, complaint or left_over(p, ground, objects))
 
@@ -281,8 +283,8 @@ def stands(relation: str, a: Found, b: Found) -> bool:
     """Whether a is clearly "left of" (or ...) b.
 
     GenEval subtracts a tenth of the sizes from the offset of the centres and then wants an angle below 60 degrees to
-    the axis. The scenes of data.py promise instead that the extents do not overlap along the axis, at any angle: that
-    is asked here, with a tenth of the sizes as slack.
+    the axis. Here the extents must not overlap along the axis, at any angle, with a tenth of the sizes as slack; the scenes
+    of data.py keep to it without any.
     """
     axis, sign = {"left of": ("x", 1), "right of": ("x", -1), "above": ("y", 1), "below": ("y", -1)}[relation]
     return sign * (getattr(b, axis) - getattr(a, axis)) > CLEARLY * (a.diameter + b.diameter)

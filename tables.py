@@ -5,9 +5,11 @@
     python tables.py --report                 # the tables and figures again, from what has been measured
 
 Per row and seed: a run of train.py under one budget (runs/tables/ROW-SEED), then scores of evaluate.py on test prompts at
-1, 2, 4, 8 and 50 steps. Guidance, eta and the rule for s_k are searched for each row and step count on validation prompts,
-on the run of the first seed, in one grid for all rows; flow matching stays at s_k = t_k and IMM has its own sampler, so
-fewer of the settings are open to them. Everything measured is one JSON file per row and seed, written in one piece.
+1, 2, 4, 8 and 50 steps. Guidance, eta and the rule for s_k are searched for each row and step count (guidance alone at 50
+steps) on validation prompts, on the run of the first seed, in one grid for all rows; flow matching stays at s_k = t_k and IMM
+has its own sampler, so fewer of the settings are open to them. Everything measured is one JSON file per row and seed, beside
+one of the search per row and one for Fig. 5, written in one piece. What has been measured stays, whatever code made it: after
+a change that matters, choose another --out and --runs.
 """
 
 import itertools
@@ -217,7 +219,8 @@ def write_table(rows: dict, out: Path, steps: tuple[int, ...]) -> None:
 
 
 def draw_figures(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> None:
-    """scores.png: score against steps, a line per row. samples.png (Fig. 3, 4, 6): rows = objectives, columns = steps."""
+    """scores.png: score against steps, a line per row. progress.png: Fig. 5. samples_TAG.png (Fig. 3, 4, 6), one per kind of
+    prompt: objectives in rows, steps in columns."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -282,7 +285,7 @@ def parse_arguments():
     a("--sample-steps", metavar="N", type=int, nargs="+", default=list(train.STEP_COUNTS), help="step counts (default: 1 2 4 8 50)")
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     a("--milestones", metavar="N", type=int, default=6, help="points along the training for Fig. 5 (default: 6)")
-    a("--quick", action="store_true", help="tiny budgets: checks the path, measures nothing")
+    a("--quick", action="store_true", help="tiny budgets, in OUT-quick and RUNS-quick, whatever the other flags say: checks the path, measures nothing")
     a("--report", action="store_true", help="only the tables and figures, from what has been measured")
     args = parser.parse_args()
     if args.quick:
@@ -298,7 +301,8 @@ def parse_arguments():
 
 def keep_settings(args) -> None:
     """Write the settings that all rows share beside their results; raise UserError when they were others before."""
-    path, settings = args.out / "settings.json", {name: getattr(args, name) for name in ("budget", "images", "search_images", "per_tag", "sample_steps")}
+    path, settings = args.out / "settings.json", {"shapes": data.VERSION}
+    settings |= {name: getattr(args, name) for name in ("budget", "images", "search_images", "per_tag", "sample_steps")}
     if path.exists() and checkpoint.read_json(path) != settings:
         raise errors.UserError(f"{args.out} was begun with other settings ({path}); repeat them, or choose another --out and --runs")
     checkpoint.write_json(path, settings)

@@ -8,8 +8,8 @@
     torchrun --nproc-per-node 8 train.py --size 2b --data tars/ --out runs/2b      # the paper's model
 
 What it prints: the plan, then one line with loss, images/s and time left, and at the end the command that samples.
-What it writes: checkpoint.py and monitor.py say; besides, grids/step_*.png: fixed prompts and noise in rows, 1, 2, 4, 8,
-50 steps in columns. What is trained for how long at which rate is in recipe.py, where the data comes from in feed.py.
+What it writes: checkpoint.py and monitor.py say; besides, grids/step_*.png: the data's first prompts, each from one noise,
+in rows, 1, 2, 4, 8, 50 steps in columns. What is trained for how long at which rate is in recipe.py, where the data comes from in feed.py.
 """
 
 import argparse
@@ -109,7 +109,8 @@ class StopSignal:
 # Pictures on the way
 # ---------------------------------------------------------------------------------------------------------------------
 def grid_prompts(source, n: int = 8) -> list[str]:
-    """The prompts of the picture grids: the first captions of the data, no two alike, for as long as a stage lasts."""
+    """The prompts of the picture grids: the first captions of the data, no two alike. With buckets they follow from the batch
+    size too, so a run resumed in another stage draws others."""
     captions = [source.sample(g, 0).caption for g in range(n)]
     if len(set(captions)) < n:
         captions += [source.sample(g, 0).caption for g in range(n, 8 * n)]
@@ -173,10 +174,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
             raise checkpoint.CheckpointError(f"{path} is not that of a run that train.py began")
         parser.set_defaults(**config["arguments"])
         args = parser.parse_args(argv)
+        begun = parser.parse_args(["--resume"])  # the run's own flags
         for name in ("size", "objective", "target", "delta_scale", "text", "txt_len", "autoencoder"):
-            if getattr(args, name) != config["arguments"].get(name):
-                flag = "--" + name.replace("_", "-")
-                parser.error(f"{args.out} was begun with {flag} {config['arguments'].get(name)}; for another begin a new run")
+            now, then = (getattr(plan_of(a) if name in ("text", "txt_len", "autoencoder") else a, name) for a in (args, begun))
+            if now != then:
+                parser.error(f"{args.out} was begun with --{name.replace('_', '-')} {then}; for another begin a new run")
     for name in ("steps", "batch_size", "micro_batch", "side", "txt_len", "log_every", "keep", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -335,13 +337,16 @@ def compile_blocks(args, networks: list[model.Denoiser], buckets: int, device: t
     return "compiled, which takes a minute or two the first time"
 
 
-def rehearse(objective, network: torch.nn.Module, plan: recipe.Recipe, feed: Feed, sizes: dict) -> None:
+def rehearse(objective, network: torch.nn.Module, adam, plan: recipe.Recipe, feed: Feed, sizes: dict, zero: bool) -> None:
     """The forward and backward pass of every stage to come, at its largest pictures and with the auxiliary term if it has it.
 
     Before the first iteration of a run on a GPU: what does not fit into its memory fails now, not after days. Nothing is
     learned from it. Raises UserError with what to do.
     """
-    begins = plan.begins()
+    begins, moments = plan.begins(), None
+    if not getattr(adam, "optim", adam).state:  # those of a new run come with its first update; hold their place
+        parameters = sum(p.numel() for p in network.parameters())
+        moments = torch.empty(2 * parameters // (feed.world if zero else 1), device=feed.device)
     for number in feed.sources:
         stage, aux = plan.stages[number], plan.aux(begins[number + 1] - 1)
         for side in stage.sides:
@@ -356,15 +361,16 @@ def rehearse(objective, network: torch.nn.Module, plan: recipe.Recipe, feed: Fee
                 raise errors.UserError(f"{B} pictures of {side} x {side}{' with the auxiliary term' if aux else ''} do not fit into the "
                                        f"device's memory: a smaller --micro-batch, --recompute N or --zero ({str(error).splitlines()[0]})") from error  # fmt: skip
             network.zero_grad(set_to_none=True)
+    del moments
 
 
 def config_of(args, plan: recipe.Recipe, sizes: dict, precision: torch.dtype, device: torch.device) -> dict:
     """What config.json says of a run, but for the size of its pictures."""
     return {
         "format": 1, "size": args.size, "model": sizes, "objective": args.objective, "target": args.target,
-        "delta_scale": args.delta_scale, "aux_from": plan.aux_from, "text_encoder": plan.text, "txt_len": plan.txt_len,
-        "autoencoder": plan.autoencoder, "data": list(plan.data),
-        "s_rule": 1.0 if args.objective == "flow_matching" else plan.s_rule, "eta": 1.0,
+        "delta_scale": args.delta_scale, "aux_from": plan.aux_from, "text_encoder": encoders.canonical(plan.text),
+        "txt_len": plan.txt_len, "autoencoder": encoders.canonical(plan.autoencoder), "data": list(plan.data),
+        "s_rule": 1.0 if args.objective == "flow_matching" else 0.0, "eta": 1.0,  # S.3.1
         "guidance": plan.guidance, "guidance_space": "v",
         "steps": plan.steps, "batch_size": plan.stages[0].batch_size, "lr": plan.lr, "seed": args.seed,
         "precision": str(precision).removeprefix("torch."), "machine": machine.describe(device),
@@ -394,6 +400,8 @@ def main() -> None:
     if not args.resume and (states or (run / "model.safetensors").exists()):
         raise errors.UserError(f"{run} already holds a run; add --resume to go on, or choose another --out")
     device = machine.pick_device(args.device)
+    if world > 1 and device.type == "mps":
+        raise errors.UserError("several processes can not share an Apple GPU: one process, or --device cpu")
     with contextlib.ExitStack() as closing:
         if world > 1:
             # Saving the state and drawing pictures keep the other processes waiting; an hour is longer than either.
@@ -421,7 +429,8 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
                     channels=sizes["channels"], factor=factor, world=world, rank=rank, start=start, workers=args.workers,
                     index=args.index)  # fmt: skip
     precision = pick_precision(args, run, device, world)
-    agree(world, {"iteration": start, "recipe": plan, "seed": args.seed, "precision": precision, "data": feed.fingerprints()})
+    flags = {"--" + k.replace("_", "-"): v for k, v in vars(args).items() if k not in ("data", "index", "workers", "device")}
+    agree(world, {"iteration": start, "recipe": plan, "precision": precision, "data": feed.fingerprints()} | flags)
     torch.manual_seed(args.seed)
     network = model.Denoiser(**sizes, precision=precision).to(device)
     network.recompute = args.recompute
@@ -446,7 +455,7 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
             checkpoint.publish(run, states[-1])  # a process killed while it saved may not have got so far
 
     if device.type == "cuda":
-        rehearse(objective, network, plan, feed, sizes)
+        rehearse(objective, network, adam, plan, feed, sizes, zero)
     step_module = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
     if chief:
         print_plan(args, plan, sizes, factor, world, start)

@@ -80,7 +80,7 @@ SAMPLER = [
     ("grid upside down", "torch.linspace(1, 0, steps + 1", "torch.linspace(0, 1, steps + 1"),
     ("one evaluation too few", "torch.linspace(1, 0, steps + 1", "torch.linspace(1, 0, steps + 0"),
     ("grid not warped", "dtype=torch.float64), mu).tolist()", "dtype=torch.float64), 0).tolist()"),
-    ("energy for norm in guidance", "/ energy, 0.0).sqrt(), guided)", "/ energy, 0.0), guided)"),
+    ("energy of the null branch", "renormalise(guided, conditional)", "renormalise(guided, guided)"),
     ("guidance from the conditional branch", "energy_preserving(v_null + guidance", "energy_preserving(v_c + guidance"),
     ("guidance away from the condition", "guidance * (v_c - v_null), v_c)", "guidance * (v_null - v_c), v_c)"),
     ("energy of the null branch", "guidance * (v_c - v_null), v_c)", "guidance * (v_c - v_null), v_null)"),

@@ -148,7 +148,8 @@ def test_a_run_goes_on_as_what_it_was(trained, tmp_path, monkeypatch):
         with pytest.raises(errors.UserError, match=complaint):
             run(monkeypatch, train, "--resume", "--out", out, "--device", "cpu", *flags)
     (out / "model.safetensors").unlink()
-    run(monkeypatch, train, "--resume", "--out", out, "--device", "cpu")
+    own = ["--text", "words", "--autoencoder", "pixels", "--txt-len", str(json.loads((out / "config.json").read_text())["txt_len"])]
+    run(monkeypatch, train, "--resume", "--out", out, "--device", "cpu", *own)  # what it was, named
     assert (out / "model.safetensors").read_bytes() == (trained[0] / "model.safetensors").read_bytes()
 
 
