@@ -70,7 +70,7 @@ def on_real_data(args, size: dict, work, device: torch.device) -> dict:
     DataError or UserError when the data cannot be used with this model.
     """
     plan = recipe.make(args.size, data=args.data and tuple(args.data), batch_size=args.batch, side=args.side, txt_len=args.txt_len,
-                       micro_batch=args.batch)  # fmt: skip
+                       micro_batch=args.batch, aux_from=1.0)  # fmt: skip
     plan = dataclasses.replace(plan, steps=4 * args.repeats, stages=plan.stages[:1])
     text, autoencoder, sizes, factor = train.open_encoders(None, plan, device, chief=False)  # no arguments: it draws no grids
     if any(size[name] != value for name, value in sizes.items()):
@@ -131,8 +131,10 @@ def main() -> None:
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     a("--out", metavar="FILE", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
-    if args.batch < 2 or args.batch % 2 or args.repeats < 1:
-        parser.error("--batch must be even and at least 2, --repeats at least 1")
+    if args.batch < 2 or args.batch % 2 or args.repeats < 1 or (args.txt_len or 1) < 1:
+        parser.error("--batch must be even and at least 2, --repeats and --txt-len at least 1")
+    if args.out and not Path(args.out).parent.is_dir():
+        parser.error(f"--out: no such folder: {Path(args.out).parent}")
     plan = recipe.RECIPES[args.size]
     multiple = model.SIZES[args.size]["patch"] * plan.factor()
     if args.side is not None and (args.side < multiple or args.side % multiple):
@@ -198,9 +200,17 @@ def main() -> None:
         objective(*arguments)[0].backward()
 
     parts = {"forward": lambda: objective(*arguments), "forward + backward": forward_backward, "Adam + EMA": update}
+    peak = {"float32": 0.0, "bfloat16": 0.0}
+
+    def measure_peak():  # between the steps, so that both see the same machine, and the best of all rounds
+        for name in peak:
+            peak[name] = max(peak[name], machine.peak_flops(device, getattr(torch, name)))
+
     medians = in_turns(steps | parts, device, args.repeats)
     adam.zero_grad(set_to_none=False)
-    peak = {str(d).removeprefix("torch."): machine.peak_flops(device, d) for d in (torch.float32, torch.bfloat16)}
+    if device.type == "cuda":
+        peak_memory = torch.cuda.max_memory_allocated(device) / 2**30  # before the large matrices of the peak
+    in_turns({"Self-E": steps["Self-E"], "peak": measure_peak}, device, 5)
     used = str(precision).removeprefix("torch.")
     flops = model.forward_flops(size, image_tokens, text_tokens)
 
@@ -227,7 +237,7 @@ def main() -> None:
     report["self_e_split_seconds"] = split
     print("a Self-E step: " + ", ".join(f"{name} {t * 1e3:.1f} ms" for name, t in split.items()) + f" ({share:.1%} of it)")
     if device.type == "cuda":
-        report["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        report["peak_memory_gib"] = peak_memory
         print(f"peak memory: {report['peak_memory_gib']:.1f} GiB")
 
     if args.data or plan.text == "words":
@@ -242,7 +252,7 @@ def main() -> None:
     else:
         print("data wait: not measured without --data")
 
-    del ema, objective, adam
+    del ema, net, objective, adam
     other = diffusers_flux(size, device)
     if other is None:
         print("diffusers is not installed: no comparison with its FluxTransformer2DModel")

@@ -391,12 +391,12 @@ def run_export(args: argparse.Namespace, device: torch.device) -> None:
     if args.pipeline:
         pipeline = open_pipeline(args.pipeline, device)
         draw = draw_with_pipeline(pipeline, asked, args.seed, steps, args.guidance, args.side)
-        settings |= {"pipeline": args.pipeline, "guidance": args.guidance, "side": args.side}
+        settings |= {"pipeline": args.pipeline, "guidance": args.guidance, "side": args.side, "precision": str(pipeline.dtype)}
     else:
         loaded = sample.load(args.checkpoint, device)
         choices = choices_of(args)
         weights = hashlib.sha256((args.checkpoint / "model.safetensors").read_bytes()).hexdigest()
-        settings |= sample.choose(loaded.config, **choices) | {"weights": weights}
+        settings |= sample.choose(loaded.config, **choices) | {"weights": weights, "precision": str(loaded.network.precision)}
 
         def draw(jobs):
             pictures = sample.generate(loaded, [asked[i]["prompt"] for i, _ in jobs], jobs, seed=args.seed, steps=steps,

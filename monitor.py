@@ -8,7 +8,7 @@
     loss_t0 .. loss_t3 the same by quarters of t, from data to noise                        all fall; the two ends are largest
     share_jump         share of samples with s < t                                          0 at tau = 0, then 0.5
     lambda             geometric mean of Eq. 17 over them                                   grows with tau
-    w                  mean of lambda / (1 + lambda), the weight of x_self; null prompts 0  grows with tau, stays below 1
+    w                  mean of lambda / (1 + lambda), the weight of x_self                  grows with tau, stays below 1
     delta_norm         root mean square of Delta per value, the self-evaluation signal      a few % of the data's own size
     fake_loss          s.8, in the auxiliary stage                                          near the loss at small t
     grad_norm          before clipping, mean                                                steady; peaks are clipped

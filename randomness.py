@@ -19,7 +19,7 @@ from torch import Tensor
 def rng(seed: int, purpose: str, *key: int) -> np.random.Generator:
     """A fresh generator that depends on (seed, purpose, *key) and on nothing else. All integers must be >= 0.
 
-    Give one purpose keys of one length: a key and the same key with zeros after it are one stream.
+    Give one purpose keys of one length: a short key and the same key with zeros after it are one stream.
     """
     word = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, word, *key])))

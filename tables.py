@@ -29,6 +29,7 @@ import evaluate
 import machine
 import recipe
 import sample
+import scorer
 import train
 
 # The rows: what train.py is told, and the paper's GenEval scores at 2, 4, 8 and 50 steps (Table 2; none where it has none).
@@ -43,7 +44,8 @@ ROWS = {
     "aux_late": ("Self-E, aux. term late", ["--aux-from", f"{recipe.AUX_FROM:.4f}"], None),
 }
 PROGRESS = ("flow_matching", "self_e")  # the rows of Fig. 5, scored along their training
-PAPER_NOTE = "paper: GenEval of 0.5B models; w/o target norm. and w/ aux. term after 100k iterations, the other rows after 300k"
+PAPER_NOTE = ("paper: GenEval of 0.5B models after 300k iterations; w/o target norm. and w/ aux. term after 100k, when its Ours has "
+              "0.544, 0.638, 0.682 and 0.716")  # fmt: skip
 GRID = {"guidance": (1.0, 1.5, 2.0, 3.0, 5.0), "eta": (0.0, 1.0), "s_rule": (0.0, 0.5, 1.0)}
 
 
@@ -65,19 +67,19 @@ def overall(asked: list[dict], right: list[int], images: int) -> float:
 # One row, one seed
 # ---------------------------------------------------------------------------------------------------------------------
 def train_row(row: str, seed: int, run: Path, budget: list[str], device: str, milestone_every: int) -> None:
-    """Train unless it is done; go on where a stopped run was. The budget is the same for every row.
+    """Train unless it is done; go on where a stopped run was. The budget, precision included, is the same for every row.
 
     The rows of Fig. 5 keep a state at every multiple of milestone_every.
     """
     if (run / "done.json").exists():
         return
-    command = [sys.executable, "train.py", "--out", str(run), "--device", device]
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), "--out", str(run), "--device", device]
     if checkpoint.complete_states(run):
         command += ["--resume"]
     else:
         command += ["--seed", str(seed), *budget, *ROWS[row][1]]
         command += ["--milestone-every", str(milestone_every)] if row in PROGRESS else []
-    process, code = subprocess.Popen(command, cwd=Path(__file__).parent), None
+    process, code = subprocess.Popen(command), None
     while code is None:
         try:
             code = process.wait()
@@ -132,7 +134,7 @@ def measure_row(row: str, seed: int, run: Path, out: Path, args, device: torch.d
         result["splits"][split] = {}
         for n in args.sample_steps:
             settings = chosen[str(n)]["settings"]
-            right = evaluate.measure(loaded, asked, args.images, n, seed=seed, stream=10 + len(split), **settings)
+            right = evaluate.measure(loaded, asked, args.images, n, seed=seed, stream=10 + evaluate.SPLITS.index(split), **settings)
             result["splits"][split][str(n)] = evaluate.summary(asked, right, args.images) | {"settings": settings}
     result["seconds"] = round(time.perf_counter() - began, 1)
     checkpoint.write_json(path, result)
@@ -177,9 +179,9 @@ def read_rows(out: Path) -> dict[str, dict[int, dict]]:
 
 def t_interval(values: list[float]) -> tuple[float, float]:
     """Mean and half-width of the 95% interval over seeds (Student's t; infinite for one seed)."""
-    quantile = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+    quantile = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
     n = len(values)
-    return float(np.mean(values)), quantile.get(n, 2.3) * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else float("inf")
+    return float(np.mean(values)), quantile.get(n, 1.96 + 2.6 / n) * float(np.std(values, ddof=1)) / n**0.5 if n > 1 else float("inf")
 
 
 def score_of(result: dict, n: int, split: str = "test") -> float:
@@ -215,7 +217,8 @@ def write_table(rows: dict, out: Path, steps: tuple[int, ...]) -> None:
                 mean, half = t_interval([score_of(rows[a][s], n) - score_of(rows[b][s], n) for s in common])
                 cells.append(f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]" if np.isfinite(half) else f"{mean:+.3f}")
             lines.append(f"| {ROWS[a][0]} minus {ROWS[b][0]} | " + " | ".join(cells) + " |")
-    (out / "table2.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with checkpoint.in_one_piece(out / "table2.md") as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def draw_figures(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> None:
@@ -237,7 +240,8 @@ def draw_figures(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> N
     panel.grid(alpha=0.3)
     panel.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(out / "scores.png", dpi=110)
+    with checkpoint.in_one_piece(out / "scores.png") as partial:
+        figure.savefig(partial, format="png", dpi=110)
     plt.close(figure)
 
     progress = {row: [checkpoint.read_json(f)["points"] for f in sorted((out / "rows").glob(f"{row}-progress-*.json"))] for row in PROGRESS}
@@ -254,9 +258,14 @@ def draw_figures(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> N
         panels[0][0].set_ylabel("overall score, test prompts")
         panels[0][0].legend(fontsize=6)
         figure.tight_layout()
-        figure.savefig(out / "progress.png", dpi=110)
+        with checkpoint.in_one_piece(out / "progress.png") as partial:
+            figure.savefig(partial, format="png", dpi=110)
         plt.close(figure)
 
+    missing = [run for run in (runs / f"{row}-{min(seeds)}" for row, seeds in rows.items()) if not (run / "model.safetensors").exists()]
+    if missing:
+        print(f"no sheets of samples: {', '.join(map(str, missing))} not here", file=sys.stderr)
+        return
     asked = evaluate.prompts("test", 1, evaluate.tags_of(next(r["training"] for seeds in rows.values() for r in seeds.values())))
     for metadata in asked:
         sheet_rows, captions = [], []
@@ -268,7 +277,8 @@ def draw_figures(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> N
                                for n in steps])  # fmt: skip
             captions.append(ROWS[row][0])
         sheet = data.label_grid(sheet_rows, [f"{n} steps" for n in steps], captions, scale=max(1, 96 // sheet_rows[0][0].shape[0]))
-        sheet.save(out / f"samples_{metadata['tag']}.png")
+        with checkpoint.in_one_piece(out / f"samples_{metadata['tag']}.png") as partial:
+            sheet.save(partial, format="png")
 
 
 def parse_arguments():
@@ -285,7 +295,7 @@ def parse_arguments():
     a("--sample-steps", metavar="N", type=int, nargs="+", default=list(train.STEP_COUNTS), help="step counts (default: 1 2 4 8 50)")
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     a("--milestones", metavar="N", type=int, default=6, help="points along the training for Fig. 5 (default: 6)")
-    a("--quick", action="store_true", help="tiny budgets, in OUT-quick and RUNS-quick, whatever the other flags say: checks the path, measures nothing")
+    a("--quick", action="store_true", help="tiny budgets, in OUT-quick and RUNS-quick: checks the path, measures nothing")
     a("--report", action="store_true", help="only the tables and figures, from what has been measured")
     args = parser.parse_args()
     if args.quick:
@@ -299,13 +309,32 @@ def parse_arguments():
     return args
 
 
-def keep_settings(args) -> None:
-    """Write the settings that all rows share beside their results; raise UserError when they were others before."""
-    path, settings = args.out / "settings.json", {"shapes": data.VERSION}
-    settings |= {name: getattr(args, name) for name in ("budget", "images", "search_images", "per_tag", "sample_steps")}
-    if path.exists() and checkpoint.read_json(path) != settings:
-        raise errors.UserError(f"{args.out} was begun with other settings ({path}); repeat them, or choose another --out and --runs")
-    checkpoint.write_json(path, settings)
+def check_budget(args, budget: list[str]) -> recipe.Recipe:
+    """The recipe of a budget; UserError for one that train.py would refuse in some row, or whose pictures have no exact scores."""
+    for row in args.rows:
+        plan = train.plan_of(train.parse_arguments([*budget, *ROWS[row][1]]))
+        plan.check_division(1, train.parse_arguments(budget).micro_batch)
+    if plan.data[0] not in data.SETS or not scorer.SIDES[0] <= plan.stages[-1].sides[-1] <= scorer.SIDES[1]:
+        raise errors.UserError(f"only the built-in shapes have exact scores, at {scorer.SIDES[0]} to {scorer.SIDES[1]} pixels: "
+                               f"not {plan.data[0]} at {plan.stages[-1].sides[-1]}")  # fmt: skip
+    return plan
+
+
+def keep_settings(args, device: torch.device) -> str:
+    """Write what all rows share beside the runs and beside the results; returns the precision of the trainings, chosen once.
+
+    Raises UserError when runs or results were begun with other settings.
+    """
+    path = args.runs / "settings.json"
+    precision = "bf16" if machine.pick_precision(device) == torch.bfloat16 else "fp32"
+    training = {"shapes": data.VERSION, "budget": args.budget, "precision": checkpoint.read_json(path)["precision"] if path.exists() else precision}
+    measuring = {name: getattr(args, name) for name in ("images", "search_images", "per_tag", "sample_steps")}
+    for path, settings in ((path, training), (args.out / "settings.json", training | measuring)):
+        if path.exists() and checkpoint.read_json(path) != settings:
+            raise errors.UserError(f"{path.parent} was begun with other settings ({path}); repeat them, or choose another --out and --runs")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(path, settings)
+    return training["precision"]
 
 
 def main() -> None:
@@ -315,9 +344,10 @@ def main() -> None:
     (args.out / "rows").mkdir(parents=True, exist_ok=True)
     if not args.report:
         budget = args.budget.split()
-        flags = train.parse_arguments(budget)
-        milestone_every = max(1, (flags.steps or recipe.RECIPES[flags.size].steps) // args.milestones)
-        keep_settings(args)
+        milestone_every = max(1, check_budget(args, budget).steps // args.milestones)
+        precision = keep_settings(args, device)
+        if "--precision" not in args.budget:
+            budget += ["--precision", precision]
         for seed, row in itertools.product(args.seeds, args.rows):
             run = args.runs / f"{row}-{seed}"
             train_row(row, seed, run, budget, args.device, milestone_every)
@@ -327,9 +357,10 @@ def main() -> None:
     rows = read_rows(args.out)
     if not rows:
         raise errors.UserError(f"nothing has been measured in {args.out}")
-    write_table(rows, args.out, tuple(args.sample_steps))
-    draw_figures(rows, args.out, args.runs, tuple(args.sample_steps))
-    print((args.out / "table2.md").read_text())
+    steps = tuple(int(n) for n in next(r["splits"]["test"] for seeds in rows.values() for r in seeds.values()))  # those measured
+    write_table(rows, args.out, steps)
+    print((args.out / "table2.md").read_text(encoding="utf-8"))
+    draw_figures(rows, args.out, args.runs, steps)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import errors  # noqa: E402
 from toy import any_step, identities, measures, studies  # noqa: E402
 from toy.mixture import LAYOUTS, Mixture  # noqa: E402
 from toy.training import STEPS, Member, Net, assemble, train  # noqa: E402
@@ -143,7 +144,7 @@ def test_any_step_command_writes_its_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["any_step.py", *"--steps 3 --layout far --jobs 1 --out".split(), str(tmp_path / "o")]
     )
-    assert any_step.main() == 0
+    any_step.main()
     made = {path.name for path in (tmp_path / "o").iterdir()}
     assert made == {"any_step.json", "samples_far.png", "trajectories.png", "distances.png", "fields.png"}
     record = json.loads((tmp_path / "o" / "any_step.json").read_text())
@@ -164,7 +165,7 @@ def test_bad_arguments_are_one_line_and_exit_2(bad, tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["any_step.py", *bad])
     with pytest.raises(SystemExit) as end:
-        any_step.main()
+        errors.run(any_step.main)
     said = capsys.readouterr().err
     assert end.value.code == 2 and len(said.strip().splitlines()) == 1 and bad[0] in said
     assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
@@ -172,7 +173,7 @@ def test_bad_arguments_are_one_line_and_exit_2(bad, tmp_path, monkeypatch, capsy
 
 def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "ROOT", tmp_path)  # runs/toy of this test
-    for name in ("losses.py", "toy/training.py", "toy/mixture.py"):
+    for name in ("losses.py", "model.py", "randomness.py", "toy/training.py", "toy/mixture.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text())
     monkeypatch.setattr(measures, "SAMPLES", 50)
@@ -191,6 +192,10 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     studies.run("test", tmp_path, seeds=(0, 1), steps=2, say=said.append)
     assert len(said) == 6 and len(trained) == 2
     assert "N = 50" in studies.table(full)
+    before = (tmp_path / "test.json").read_bytes()
+    with pytest.raises(errors.UserError, match="other settings"):  # they would be averaged together
+        studies.run("test", tmp_path, seeds=(0, 1), steps=3)
+    assert (tmp_path / "test.json").read_bytes() == before
 
 
 def test_kept_results_name_what_made_them():

@@ -1,7 +1,7 @@
 """Any-step sampling in the plane: six objectives, one small network, one budget, and what each buys.
 
     python toy/any_step.py                        # about two minutes on two cores: tables, and figures in toy/results
-    python toy/any_step.py --layout far           # one layout only
+    python toy/any_step.py --layout far           # one layout only, in runs/any_step
     python toy/any_step.py --seed 1 --out runs/x  # another seed, another folder
     python toy/any_step.py --study list           # the paper's open questions (toy/studies.py)
     python toy/any_step.py --study s_rule         # one of them, three seeds, kept in toy/results/s_rule.json
@@ -11,7 +11,6 @@ distance and the share of samples that fell between the modes, averaged over the
 of the data have between them. mixture.py holds the data, training.py the network, measures.py the distances.
 """
 
-import argparse
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it runs from any folder
 
 import checkpoint
+import errors
 import machine
 from toy import figures, studies
 from toy.measures import BUDGETS, evaluate
@@ -66,6 +66,7 @@ def at_the_same_time(jobs: int, function, calls: list[tuple]):
 def compare(layouts: list[str], seed: int, steps: int, out: Path, jobs: int) -> None:
     """The main command: train all objectives, print the tables, write any_step.json and the figures."""
     start = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)  # now, so that a folder that can not be written is found before the work
     members = [Member(layout, seed) for layout in layouts]
     results, nets = {"floor": evaluate(None, members)}, {}
     calls = [(label, members, steps) for label in OBJECTIVES]
@@ -90,7 +91,6 @@ def compare(layouts: list[str], seed: int, steps: int, out: Path, jobs: int) -> 
         "settings": {label: {"training": a, "sampling": b} for label, (a, b) in OBJECTIVES.items()},
         "results": {layout: {label: rows[e] for label, rows in results.items()} for e, layout in enumerate(layouts)},
     }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(out / "any_step.json", record)
     sampling = {label: choices for label, (_, choices) in OBJECTIVES.items()}
     for e, member in enumerate(members):
@@ -102,15 +102,8 @@ def compare(layouts: list[str], seed: int, steps: int, out: Path, jobs: int) -> 
     print(f"\nfigures and any_step.json in {out}; {time.perf_counter() - start:.0f} s in all, {jobs} processes")
 
 
-class Parser(argparse.ArgumentParser):
-    """Answers bad input with one line, and exit code 2."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def main() -> int:
-    parser = Parser(description=__doc__.split("\n")[0])
+def main() -> None:
+    parser = errors.Parser("toy/any_step.py", __doc__.split("\n")[0])
     parser.add_argument(
         "--layout", default="all", choices=["all", *LAYOUTS], help="which data; all shows the three side by side"
     )
@@ -123,7 +116,7 @@ def main() -> int:
         "--jobs", type=int, default=2, help="processes that train at the same time; 1 trains one by one"
     )
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "toy" / "results", help="folder for the JSON file and the figures"
+        "--out", type=Path, help="folder for the JSON file and the figures (default: toy/results; runs/any_step with other flags)"
     )
     args = parser.parse_args()
     if args.study not in (None, "list", *studies.STUDIES):
@@ -133,6 +126,9 @@ def main() -> int:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.seed < 0:
         parser.error(f"--seed must be at least 0, not {args.seed}")
+    if args.out is None:  # what the README shows is replaced by its like only
+        usual = args.steps == STEPS and (args.study or (args.layout == "all" and args.seed == 0))
+        args.out = ROOT / ("toy/results" if usual else "runs/any_step")
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out must be a folder; {args.out} is a file")
 
@@ -149,8 +145,7 @@ def main() -> int:
     else:
         layouts = list(LAYOUTS) if args.layout == "all" else [args.layout]
         compare(layouts, args.seed, args.steps, args.out, args.jobs)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    errors.run(main)

@@ -15,7 +15,6 @@ the answer of flow matching, E[x0 | x_t, c]. The distance is measured where the 
 q(x_s | c) (Sec. 3.2), and at s = 0.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it runs from any folder
 
 import checkpoint
+import errors
 import losses
 import machine
 from randomness import rng
@@ -88,15 +88,15 @@ def distance(x: Tensor, y: Tensor, s: float, seed: int) -> float:
     return float(np.mean([energy_distance(a, b) for a, b in zip(*noised)]))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "toy" / "results", help="folder for ideal.json and ideal.png"
-    )
+def main() -> None:
+    parser = errors.Parser("toy/ideal.py", __doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, help="folder for ideal.json and ideal.png (default: toy/results; runs/ideal with another --seed)")
     parser.add_argument("--seed", type=int, default=0, help="the first of three seeds (default: 0)")
     args = parser.parse_args()
     if args.seed < 0:
         parser.error("--seed must not be negative")
+    out = args.out or ROOT / ("runs/ideal" if args.seed else "toy/results")
+    out.mkdir(parents=True, exist_ok=True)
     seeds = [args.seed + i for i in SEEDS]
     torch.set_num_threads(1)
     start, records, pictures = time.perf_counter(), [], {}
@@ -131,12 +131,10 @@ def main() -> int:
     seconds = round(time.perf_counter() - start, 1)
     head = {**machine.provenance(torch.device("cpu")), "seeds": seeds, "t": T, "answers": ANSWERS, "rounds": ROUNDS, "seconds": seconds,
             "records": records}  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(args.out / "ideal.json", head)
-    figures.ideal(pictures, [name for name in LAYOUTS if name != "ring"], list(GOALS), TIMES, T, args.out / "ideal.png")
-    print(f"\n{args.out / 'ideal.png'}; {seconds:.0f} s")
-    return 0
+    checkpoint.write_json(out / "ideal.json", head)
+    figures.ideal(pictures, [name for name in LAYOUTS if name != "ring"], list(GOALS), TIMES, T, out / "ideal.png")
+    print(f"\n{out / 'ideal.png'}; {seconds:.0f} s")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    errors.run(main)

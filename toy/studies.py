@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import errors
 import machine
 from toy.measures import BUDGETS, evaluate
 from toy.mixture import LAYOUTS
@@ -157,8 +158,8 @@ STUDIES = {
 # Bookkeeping
 # =====================================================================================================================
 def weights_file(member: Member, steps: int, changes: dict) -> Path:
-    """Where a trained member is kept: named by all that made it, the text of the code included."""
-    code = [(ROOT / name).read_text(encoding="utf-8") for name in ("losses.py", "toy/training.py", "toy/mixture.py")]
+    """Where a trained member is kept: named by all that made it, the text of the code that trains included."""
+    code = [(ROOT / name).read_text(encoding="utf-8") for name in ("losses.py", "model.py", "randomness.py", "toy/training.py", "toy/mixture.py")]
     recipe = json.dumps([member, steps, PAPER | changes, code], sort_keys=True)
     return ROOT / "runs" / "toy" / f"{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.pt"
 
@@ -183,10 +184,14 @@ def run(name: str, out: Path, seeds=SEEDS, steps: int = STEPS, say=print) -> dic
     made_by = machine.provenance(torch.device("cpu"))
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"records": []}
     kept |= {"study": name, "question": study.question, "command": f"python toy/any_step.py --study {name}"}
+    settings = {label: {"training": changes, "sampling": sampling, "steps": steps} for label, (changes, sampling) in rows_of(study)}
+    others = [r for r in kept["records"] if settings.get(r["label"]) != r["setting"]]
+    if others:
+        raise errors.UserError(f"{path} holds results of other settings ({others[0]['label']}, {others[0]['setting']['steps']} steps): choose another --out")
     for label, (changes, sampling) in rows_of(study):
         members = [Member(layout, seed) for layout in study.layouts for seed in seeds]
-        setting = {"training": changes, "sampling": sampling, "steps": steps}
-        done = {(r["label"], r["layout"], r["seed"]) for r in kept["records"] if r["setting"] == setting}
+        setting = settings[label]
+        done = {(r["label"], r["layout"], r["seed"]) for r in kept["records"]}
         todo = [m for m in members if (label, m.layout, m.seed) not in done]
         if not todo:
             continue
