@@ -157,7 +157,7 @@ class CachedShards:
         self.side, self.fake, self.skipped = self.spec["side"], self.spec["fake"], {}
         self.fingerprint = self.spec["source"]  # that of its tars: it yields their sequence
         self.buckets = [(height, width) for height, width, _ in self.spec["buckets"]]
-        self.blocks = shards.Blocks([count for _, _, count in self.spec["buckets"]], batch_size)
+        self.blocks = shards.Blocks([count for _, _, count in self.spec["buckets"]], batch_size, self.spec["side"])
         self.paths: list[list[Path]] = [[] for _ in self.buckets]
         for path, k, _ in plan:
             self.paths[k].append(path)
@@ -196,7 +196,9 @@ class CachedShards:
 
 
 def is_cache(folder: str | Path) -> bool:
-    return (Path(folder) / "cache.json").exists()
+    path = Path(folder) / "cache.json"
+    spec = checkpoint.read_json(path) if path.exists() else None
+    return isinstance(spec, dict) and "buckets" in spec
 
 
 def cached_sizes(folder: Path) -> tuple[dict, int]:

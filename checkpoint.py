@@ -165,7 +165,7 @@ def save_state(run: Path, step: int, network: nn.Module, ema: nn.Module, adam: d
     partial = folder.with_name(folder.name + ".partial")
     try:
         for left in (run / "state").glob("*.partial"):  # of a process that was killed while it saved
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
         if not folder.exists():  # a state of this iteration that is complete already is the same state
             partial.mkdir(parents=True)
             save_weights(partial / "model.safetensors", ema)
@@ -182,10 +182,13 @@ def save_state(run: Path, step: int, network: nn.Module, ema: nn.Module, adam: d
         shutil.rmtree(partial, ignore_errors=True)
         last = [p.name for p in complete_states(run)][-1:]
         raise CheckpointError(f"cannot save iteration {step} in {run} ({str(error).splitlines()[0]}); "
-                              + (f"the last complete state is {last[0]}: make room, then --resume" if last else "make room and start again")) from error  # fmt: skip
+                              + (f"the last complete state is {last[0]}: --resume goes on from it; make room if the disk is full" if last else "make room and start again")) from error  # fmt: skip
     for old in complete_states(run)[:-keep]:
         if not milestone_every or step_of(old) % milestone_every:
-            shutil.rmtree(old)
+            gone = old.with_name(old.name + ".partial")  # a half-deleted state must not pass for a complete one
+            with contextlib.suppress(OSError):  # what can not be deleted now, as on NFS while it is read, is swept by a later save
+                os.replace(old, gone)
+                shutil.rmtree(gone)
     return folder
 
 
@@ -194,7 +197,7 @@ def load_state(folder: Path, network: nn.Module, ema: nn.Module, optimizer: torc
     load_weights(folder / "network.safetensors", network)
     load_weights(folder / "model.safetensors", ema)
     try:
-        adam = torch.load(folder / "adam.pt", map_location="cpu", weights_only=True, mmap=True)
+        adam = torch.load(folder / "adam.pt", map_location="cpu", weights_only=True, mmap=next(network.parameters()).is_cuda)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{folder / 'adam.pt'} cannot be read ({error})") from error
     optimizer.load_state_dict(adam)

@@ -14,14 +14,16 @@ import functools
 import hashlib
 import itertools
 import json
+import struct
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -64,6 +66,11 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
+
+
+def whole(text: str) -> str:
+    """Text without halves of surrogate pairs, which JSON can carry and no tokenizer takes; each becomes one U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def to_tensor(pictures: list[np.ndarray]) -> Tensor:
@@ -289,6 +296,23 @@ class Shapes:
 # =====================================================================================================================
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
+# What Pillow raises for a broken picture.
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError, ArithmeticError, MemoryError,
+          struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)  # fmt: skip
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+
+
+def orientation(image: Image.Image) -> int:
+    """How the camera was held, EXIF's 1 .. 8; 1 where nothing usable is said."""
+    told = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
+    return told if told in TURNS else 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """As the camera was held. (ImageOps.exif_transpose writes all of the EXIF data again, and fails where it is odd.)"""
+    turn = TURNS.get(orientation(image))
+    return image.transpose(Image.Transpose[turn]) if turn else image
+
 
 def over_white(image: Image.Image) -> Image.Image:
     """A PIL image of any mode -> RGB, what is transparent over white."""
@@ -305,13 +329,7 @@ def square_crop(image: Image.Image, size: int) -> np.ndarray:
     """
     if image.mode[0] in "IF":
         raise ValueError(f"grey of mode {image.mode}, not of 8 bits")
-    image = ImageOps.exif_transpose(image)  # cameras say how they were held
-    image = over_white(image)
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    return np.asarray(ImageOps.fit(over_white(upright(image)), (size, size), Image.Resampling.LANCZOS))
 
 
 def read_captions(folder: Path) -> dict[str, str]:
@@ -334,19 +352,23 @@ def read_captions(folder: Path) -> dict[str, str]:
                   file=sys.stderr)  # fmt: skip
         return captions
     captions = {}
-    for number, line in enumerate(read_text(metadata).splitlines(), 1):
+    several = 0
+    for number, line in enumerate(read_text(metadata).split("\n"), 1):  # JSON may hold the other characters that end lines
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
             if not isinstance(entry["file_name"], str):
                 raise TypeError
-            captions[entry["file_name"]] = entry["text"].strip()
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            several += entry["file_name"] in captions
+            captions[entry["file_name"]] = whole(entry["text"]).strip()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f'{metadata}, line {number}: expected {{"file_name": "...", "text": "..."}}, '
                             f"found {line.strip()[:60]!r} ({type(error).__name__})") from error  # fmt: skip
     if not captions:
         raise DataError(f"{metadata} is empty: it needs one line per picture")
+    if several:
+        print(f"{metadata}: {several} lines name a picture once more; the last line of each picture counts", file=sys.stderr)
     return captions
 
 
@@ -369,7 +391,7 @@ class ImageFolder:
             try:
                 with Image.open(self.folder / name) as image:
                     self.pictures.append(square_crop(image, size))
-            except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            except BROKEN as error:
                 self.skipped[name] = f"{type(error).__name__}: {error}"
                 print(f"skipped {self.folder / name}: {self.skipped[name]}", file=sys.stderr)
                 continue
@@ -377,7 +399,7 @@ class ImageFolder:
             self.keys.append(name)
         if self.skipped:
             print(f"{self.folder}: skipped {len(self.skipped)} of {len(captions)} pictures", file=sys.stderr)
-        content = json.dumps([self.keys, self.captions, size]).encode()
+        content = json.dumps([self.keys, self.captions, size, "order 2"]).encode()
         self.fingerprint = hashlib.sha256(content).hexdigest()
         if not self.pictures:
             raise DataError(f"{self.folder}: none of its {len(captions)} pictures can be read")
@@ -392,7 +414,7 @@ class ImageFolder:
     @functools.lru_cache(maxsize=4)
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The shuffled order of one epoch."""
-        return rng(seed, "epoch", epoch).permutation(len(self))
+        return rng(seed, "epoch", self.size, epoch).permutation(len(self))  # at another size in another order (recipe.Stage.sides)
 
     def sample(self, g: int, seed: int = 0) -> Sample:
         i = int(self.order(seed, g // len(self))[g % len(self)])
@@ -429,8 +451,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which pictures (default: 0)")
     parser.add_argument("--out", default="data.png", help="where to write the sheet (default: data.png)")
     args = parser.parse_args()
-    if args.side < 1:
-        parser.error("--side must be at least 1")
+    if args.side < 1 or args.seed < 0:
+        parser.error("--side must be at least 1, --seed not negative")
+    if Path(args.out).suffix.lower() != ".png":
+        parser.error(f"--out must name a .png file, not {args.out}")
     source = Shapes(args.side, args.data) if args.data in SETS else ImageFolder(args.data, args.side)
     samples = [source.sample(g, args.seed) for g in range(24)]
     columns = [samples[i : i + 6] for i in range(0, 24, 6)]

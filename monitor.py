@@ -15,7 +15,7 @@
     iterations_per_s   and images_per_s, over all processes                                 steady
     mfu                share of the machine's own matrix-product peak                       steady
     data_wait          share of the time spent waiting for data, mean over processes        near 0
-    skipped            samples that could not be read so far                                constant or slowly rising
+    skipped            failed readings of samples, over all processes, since the start      constant or slowly rising
     nonfinite          iterations whose update was left out so far                          0
 """
 

@@ -33,12 +33,10 @@ import json
 import math
 import os
 import shutil
-import struct
 import sys
 import tarfile
 import warnings
 import zipfile
-import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -60,9 +58,6 @@ FORMATS = ("JPEG", "PNG", "WEBP")  # the only decoders of Pillow's that data fro
 MAX_PIXELS = 2**26  # 8192 x 8192: a larger picture is refused from its header, before memory is taken for it
 HEAD = 2**16  # bytes of a picture that nearly always hold its header
 
-# What Pillow raises for a broken picture. Pictures are read into memory first, so a failing disk is not among them.
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error,
-          Image.DecompressionBombError, Image.DecompressionBombWarning)  # fmt: skip
 
 
 # =====================================================================================================================
@@ -85,19 +80,19 @@ def read_at(file, offset: int, size: int) -> bytes:
 def parse_caption(content: bytes, is_json: bool) -> str:
     """The caption in a .txt or .json member. Raises Unusable when there is none or it cannot be read."""
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")  # with or without a byte-order mark
         if is_json:
             entry = json.loads(text)
             if not isinstance(entry, dict):
                 raise Unusable("its .json is not an object")
-            text = next((entry[name] for name in ("caption", "text") if isinstance(entry.get(name), str)), "")
+            text = next((entry[name] for name in ("caption", "text") if isinstance(entry.get(name), str) and entry[name].strip()), "")
     except UnicodeDecodeError as error:
         raise Unusable("its caption is not UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
         raise Unusable("its .json is not valid JSON") from error
     if not text.strip():
         raise Unusable("no caption")
-    return text.strip()
+    return data.whole(text).strip()
 
 
 def picture_size(content: bytes) -> tuple[int, int]:
@@ -108,7 +103,7 @@ def picture_size(content: bytes) -> tuple[int, int]:
             width, height = image.size
             if image.mode.startswith(("I", "F")):  # Pillow would cut these to 8 bits as all white
                 raise Unusable("16-bit or floating-point grey")
-            if "exif" in image.info and image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # lies on its side
+            if data.orientation(image) >= 5:  # lies on its side
                 width, height = height, width
     if width * height > MAX_PIXELS:
         raise Unusable("more than 67 million pixels")
@@ -132,13 +127,13 @@ def read_member(file, members: dict[str, tuple[int, int]]) -> tuple:
     try:
         try:
             width, height = picture_size(read_at(file, offset, min(size, HEAD)))
-        except BROKEN:
+        except data.BROKEN:
             if size <= HEAD:
                 raise
             width, height = picture_size(read_at(file, offset, size))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Unusable("more than 67 million pixels") from error
-    except BROKEN as error:
+    except data.BROKEN as error:
         raise Unusable("broken picture") from error
     return offset, size, width, height, *members[text], text == "json", len(caption)
 
@@ -146,6 +141,7 @@ def read_member(file, members: dict[str, tuple[int, int]]) -> tuple:
 def scan(tar: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
     """Read a tar's headers: (index rows, their keys, skipped key -> reason). Raises DataError naming the tar."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
+    dotted: list[tuple[str, str]] = []  # (key, name) of pictures by their last suffix only, such as masks
     skipped: dict[str, str] = {}
     with open(tar, "rb") as file:
         try:
@@ -154,6 +150,8 @@ def scan(tar: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
                     folder, slash, name = member.name.rpartition("/")
                     stem, _, suffix = name.partition(".")
                     suffix = suffix.lower()
+                    if member.isreg() and stem and suffix.rpartition(".")[2] in SUFFIXES and "." in suffix:
+                        dotted.append((folder + slash + stem, member.name))
                     if not member.isreg() or not stem or suffix not in (*SUFFIXES, "txt", "json"):
                         continue
                     own = samples.setdefault(folder + slash + stem, {})
@@ -166,6 +164,9 @@ def scan(tar: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
             raise DataError(f"{tar} is truncated or not a tar ({error}): fetch or make it again") from error
         if read_at(file, end, 512) != bytes(512):  # tarfile takes a tar cut between two members for a whole one
             raise DataError(f"{tar} is truncated or damaged at byte {end}, it has no end mark: fetch or make it again")
+        for key, name in dotted:
+            if not samples.get(key, {}).keys() & set(SUFFIXES):  # else it only lies beside a picture
+                skipped[f"{tar.stem}/{name}"] = "a dot in its name: a key ends at the first one"
         for key in [key for key, own in samples.items() if not own.keys() & set(SUFFIXES)]:
             skipped[f"{tar.stem}/{key}"] = "no .jpg, .png or .webp"
             del samples[key]
@@ -254,7 +255,7 @@ def read_index(folder: str | Path, index_folder: str | Path | None = None, worke
 def fingerprint(index: Index, buckets: list[tuple[int, int, int]]) -> str:
     """Changes with the tars' names, with what is in them, as far as the index knows, and with the buckets (height, width,
     pictures), so with all that the order of samples follows from; not with where the tars lie."""
-    state = hashlib.sha256(json.dumps([[tar.name for tar in index.tars], buckets]).encode())
+    state = hashlib.sha256(json.dumps(["order 2", [tar.name for tar in index.tars], buckets]).encode())
     for part in (index.shard, index.rows, index.keys):
         state.update(part.tobytes())
     return state.hexdigest()
@@ -309,9 +310,7 @@ def choose_buckets(rows: np.ndarray, buckets: list, smallest: int) -> tuple[list
 
 def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
     """A PIL image -> uint8 [height, width, 3]: upright, over white, resized to cover the bucket, cropped centrally."""
-    if "exif" in image.info:
-        image = ImageOps.exif_transpose(image)
-    return np.asarray(ImageOps.fit(data.over_white(image), (width, height), Image.Resampling.LANCZOS))
+    return np.asarray(ImageOps.fit(data.over_white(data.upright(image)), (width, height), Image.Resampling.LANCZOS))
 
 
 class Blocks:
@@ -324,8 +323,8 @@ class Blocks:
     than a block), and at every moment the showings of two pictures of one bucket differ by at most 1.
     """
 
-    def __init__(self, counts: list[int], batch_size: int):
-        self.counts, self.batch_size = np.array(counts, np.int64), batch_size
+    def __init__(self, counts: list[int], batch_size: int, side: int = 0):
+        self.counts, self.batch_size, self.side = np.array(counts, np.int64), batch_size, side
 
     def before(self, epoch: int) -> np.ndarray:
         """[buckets] the blocks that each bucket has given before an epoch."""
@@ -335,7 +334,7 @@ class Blocks:
     def order(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The blocks of an epoch: ([blocks] their bucket, [blocks] their number in that bucket's stream)."""
         first, end = self.before(epoch), self.before(epoch + 1)
-        bucket = rng(seed, "blocks", epoch).permutation(np.repeat(np.arange(len(first)), end - first))
+        bucket = rng(seed, "blocks", self.side, epoch).permutation(np.repeat(np.arange(len(first)), end - first))
         number = np.empty_like(bucket)
         for k in range(len(first)):
             number[bucket == k] = np.arange(first[k], end[k])
@@ -344,7 +343,7 @@ class Blocks:
     @functools.lru_cache(maxsize=128)
     def shuffled(self, seed: int, bucket: int, turn: int) -> np.ndarray:
         """One pass over a bucket's pictures."""
-        return rng(seed, "bucket", bucket, turn).permutation(self.counts[bucket]).astype(np.uint32)
+        return rng(seed, "bucket", self.side, bucket, turn).permutation(self.counts[bucket]).astype(np.uint32)
 
     def block(self, g: int, seed: int) -> tuple[int, int]:
         """(bucket, number in its stream) of the block that g belongs to."""
@@ -400,7 +399,7 @@ class Shards:
         self.members = [keep[bucket == k] for k in range(len(self.buckets))]
         counts = [(height, width, len(m)) for (height, width), m in zip(self.buckets, self.members)]
         self.fingerprint = fingerprint(Index(self.tars, self.shard, self.rows, self.keys, self.skipped), counts)
-        self.blocks = Blocks([len(m) for m in self.members], batch_size)
+        self.blocks = Blocks([len(m) for m in self.members], batch_size, side)
 
     def __len__(self) -> int:
         return int(self.blocks.counts.sum())
@@ -430,7 +429,7 @@ class Shards:
             caption = parse_caption(text, bool(row["is_json"]))
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 return data.Sample(cover(image, height, width), caption, key)
-        except (Unusable, *BROKEN) as error:
+        except (Unusable, *data.BROKEN) as error:
             reason = f"cannot be decoded ({type(error).__name__}: {error})"
             if self.skipped.setdefault(key, reason) is reason:  # not named by another thread
                 print(f"skipped {key}: {reason}", file=sys.stderr)
@@ -547,11 +546,23 @@ def pack(folder: str | Path, out: str | Path, per_shard: int = 1000) -> tuple[in
         raise DataError(f"{out} exists: choose a new folder for the shards")
     captions = data.read_captions(folder)
     skipped, usable = {}, []
+
+    def why_not(name: str) -> str:
+        if not captions[name]:
+            return "no caption"
+        try:
+            picture_size((folder / name).read_bytes())
+        except (Unusable, *data.BROKEN) as error:
+            return str(error) if isinstance(error, Unusable) else "broken picture"
+        return ""
+
     for name in sorted(captions):
         if Path(name).suffix.lower().removeprefix(".") not in SUFFIXES:
             skipped[name] = "not a .jpg, .png or .webp"
         elif not (folder / name).is_file():
             skipped[name] = "no such file"
+        elif reason := why_not(name):
+            skipped[name] = reason
         else:
             usable.append(name)
     if not usable:
@@ -563,7 +574,7 @@ def pack(folder: str | Path, out: str | Path, per_shard: int = 1000) -> tuple[in
         for shard, first in enumerate(range(0, len(usable), per_shard)):
             with tarfile.open(partial / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
                 for i, name in enumerate(usable[first : first + per_shard]):
-                    entry = json.dumps({"caption": captions[name], "file_name": name}, ensure_ascii=False)
+                    entry = json.dumps({"caption": captions[name], "file_name": name})
                     suffix = Path(name).suffix.lower().removeprefix(".")
                     for ending, content in ((suffix, (folder / name).read_bytes()), ("json", entry.encode("utf-8"))):
                         member = tarfile.TarInfo(f"{shard:05d}{i:04d}.{ending}")
@@ -617,7 +628,7 @@ def report_command(argv: list[str]) -> None:
     print_report(args.folder, result)
     if args.skipped:
         for key, reason in index.skipped.items():
-            print(f"  skipped {key}: {reason}")
+            print(f"  skipped {key.encode('utf-8', 'backslashreplace').decode()}: {reason}")
 
 
 COMMANDS = {"pack": pack_command, "report": report_command}

@@ -421,6 +421,50 @@ def test_a_bucket_without_a_readable_picture_and_a_tar_that_shrank(tmp_path):
         source.sample(0)
 
 
+def odd_exif() -> bytes:
+    """A JPEG on its side whose EXIF says the camera's make as a fraction: Pillow reads it and can not write it again."""
+    tags = [(0x010F, 5, 1, 38), (0x0112, 3, 1, 6)]  # make: a rational at byte 38; orientation 6
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + struct.pack("<II", 1, 1)
+    return picture((48, 32), kind="JPEG", exif=exif)
+
+
+def test_odd_exif_text_with_a_mark_and_halves_of_characters(tmp_path):
+    members = {"0.jpg": odd_exif(), "0.txt": "\ufeffwith a mark".encode(),
+               "2.png": picture(), "2.json": b'\xef\xbb\xbf{"caption": " ", "text": "a \\ud83d half"}'}  # fmt: skip
+    rows, keys, skipped = shards.scan(write_tar(tmp_path / "0.tar", members))
+    assert keys == ["0/0", "0/2"] and not skipped
+    assert (rows[0]["width"], rows[0]["height"]) == (32, 48)
+    source = shards.Shards(tmp_path, 16, 2, multiple=16)
+    assert {source.sample(g).caption for g in range(2)} == {"with a mark", "a \ufffd half"}
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/a.jpg").write_bytes(odd_exif())
+    (tmp_path / "folder/metadata.jsonl").write_text(json.dumps({"file_name": "a.jpg", "text": "a \ud83d half\u2028line"}) + "\n")
+    whole = data.ImageFolder(tmp_path / "folder", 16)
+    assert whole.captions == ["a \ufffd half\u2028line"] and not whole.skipped
+
+
+def test_a_picture_with_a_dot_in_its_name_is_named(tmp_path):
+    members = {"a.png": picture(), "a.txt": b"one", "a.mask.png": picture(), "b.v1.jpg": picture(kind="JPEG"), "b.v1.txt": b"two"}
+    _, keys, skipped = shards.scan(write_tar(tmp_path / "0.tar", members))
+    assert keys == ["0/a"] and list(skipped) == ["0/b.v1.jpg"] and "dot" in skipped["0/b.v1.jpg"]
+
+
+def test_two_sides_do_not_show_the_same_pictures_in_turn(tmp_path):
+    write_shards(tmp_path, [(64, 64)] * 40)
+    small, large = (shards.Shards(tmp_path, side, 4) for side in (16, 32))
+    same = sum({small.sample(g + i).key for i in range(4)} == {large.sample(g + i).key for i in range(4)} for g in range(0, 40, 4))
+    assert same <= 1
+
+
+def test_pack_leaves_out_what_training_could_not_use(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, content, text in (("a.png", picture(), "one"), ("b.png", b"nothing", "two"), ("c.png", picture(), "")):
+        (tmp_path / "in" / name).write_bytes(content)
+        (tmp_path / "in" / name).with_suffix(".txt").write_text(text)
+    assert shards.pack(tmp_path / "in", tmp_path / "out") == (1, {"b.png": "broken picture", "c.png": "no caption"})
+
+
 def test_small_pictures_can_be_left_out(folder):
     assert len(shards.Shards(folder, 64, 4)) == 37
     assert len(shards.Shards(folder, 64, 4, enlarge=1.5)) == 20  # 40 x 40 to 64 x 64 is 1.6 times
