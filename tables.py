@@ -253,8 +253,8 @@ def draw_figures(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> N
                     panel.plot([p["step"] for p in points], [p["overall"][str(n)] for p in points], marker=".",
                                color=f"C{list(ROWS).index(row)}", alpha=0.8, label=ROWS[row][0] if i == 0 else None)  # fmt: skip
             panel.set(title=f"{n} step{'s' * (n > 1)}", xlabel="iteration")
-            panel.set_ylim(bottom=0)
             panel.grid(alpha=0.3)
+        panels[0][0].set_ylim(bottom=0)  # of all panels: they share it
         panels[0][0].set_ylabel("overall score, test prompts")
         panels[0][0].legend(fontsize=6)
         figure.tight_layout()
@@ -350,6 +350,9 @@ def main() -> None:
             budget += ["--precision", precision]
         for seed, row in itertools.product(args.seeds, args.rows):
             run = args.runs / f"{row}-{seed}"
+            wanted = [f"{row}-{seed}.json", *([f"{row}-progress-{seed}.json"] if row in PROGRESS else [])]
+            if all((args.out / "rows" / name).exists() for name in wanted):
+                continue  # measured, perhaps on another machine
             train_row(row, seed, run, budget, args.device, milestone_every)
             measure_row(row, seed, run, args.out, args, device)
             if row in PROGRESS:
