@@ -133,8 +133,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.batch < 2 or args.batch % 2 or args.repeats < 1 or (args.txt_len or 1) < 1:
         parser.error("--batch must be even and at least 2, --repeats and --txt-len at least 1")
-    if args.out and not Path(args.out).parent.is_dir():
-        parser.error(f"--out: no such folder: {Path(args.out).parent}")
+    if args.out and not args.out.parent.is_dir():
+        parser.error(f"--out: no such folder: {args.out.parent}")
     plan = recipe.RECIPES[args.size]
     multiple = model.SIZES[args.size]["patch"] * plan.factor()
     if args.side is not None and (args.side < multiple or args.side % multiple):

@@ -89,8 +89,10 @@ def make(folder: str | Path, out: str | Path, side: int, text, autoencoder, *, b
         "buckets": [[h, w, len(m)] for (h, w), m in zip(source.buckets, source.members)],
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    if is_cache(out):
-        stored = checkpoint.read_json(out / "cache.json")
+    if (out / "cache.json").exists():
+        stored = spec_of(out)
+        if stored is None:
+            raise DataError(f"{out / 'cache.json'} is not that of a cache: choose another folder")
         for name, value in spec.items():
             if stored.get(name) != value:
                 said = "other tars" if name in ("source", "buckets") else f"{name} {stored.get(name)!r}, not {value!r}"
@@ -142,9 +144,9 @@ class CachedShards:
 
     def __init__(self, folder: str | Path, batch_size: int):
         self.folder, self.name, self.batch_size = Path(folder), str(folder), batch_size
-        if not is_cache(folder):
+        self.spec = spec_of(folder)
+        if self.spec is None:
             raise DataError(f"{folder} holds no cache.json: python cache.py makes a cache")
-        self.spec = checkpoint.read_json(self.folder / "cache.json")
         plan = list(shard_plan(self.folder, self.spec))
         missing = [path for path, _, _ in plan if not path.exists()]
         if missing:
@@ -195,10 +197,15 @@ class CachedShards:
         return CachedSample(latent, caption, tokens, pooled, key, tuple(fake) or None)
 
 
-def is_cache(folder: str | Path) -> bool:
+def spec_of(folder: str | Path) -> dict | None:
+    """What cache.json says of a cache; None where there is none, or that of another program."""
     path = Path(folder) / "cache.json"
     spec = checkpoint.read_json(path) if path.exists() else None
-    return isinstance(spec, dict) and "buckets" in spec
+    return spec if isinstance(spec, dict) and "buckets" in spec else None
+
+
+def is_cache(folder: str | Path) -> bool:
+    return spec_of(folder) is not None
 
 
 def cached_sizes(folder: Path) -> tuple[dict, int]:

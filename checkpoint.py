@@ -196,7 +196,7 @@ def load_state(folder: Path, network: nn.Module, ema: nn.Module, optimizer: torc
     """Load one training state into network, ema and optimizer; returns what was in state.json."""
     load_weights(folder / "network.safetensors", network)
     load_weights(folder / "model.safetensors", ema)
-    try:
+    try:  # on a CPU the moments would stay the mapping of a file that is going to be deleted
         adam = torch.load(folder / "adam.pt", map_location="cpu", weights_only=True, mmap=next(network.parameters()).is_cuda)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{folder / 'adam.pt'} cannot be read ({error})") from error

@@ -322,14 +322,19 @@ def over_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """A PIL image -> uint8 [height, width, 3]: upright, over white, resized to cover (Lanczos), cropped centrally."""
+    return np.asarray(ImageOps.fit(over_white(upright(image)), (width, height), Image.Resampling.LANCZOS))
+
+
 def square_crop(image: Image.Image, size: int) -> np.ndarray:
-    """A PIL image -> uint8 [size, size, 3]: upright, transparency over white, shorter side to `size` (Lanczos), centre crop.
+    """A PIL image -> uint8 [size, size, 3], by `cover`.
 
     Raises ValueError for 16-bit and floating-point grey, which Pillow would clip to white.
     """
     if image.mode[0] in "IF":
         raise ValueError(f"grey of mode {image.mode}, not of 8 bits")
-    return np.asarray(ImageOps.fit(over_white(upright(image)), (size, size), Image.Resampling.LANCZOS))
+    return cover(image, size, size)
 
 
 def read_captions(folder: Path) -> dict[str, str]:

@@ -16,7 +16,8 @@ at known offsets. So a run's place in its data is one integer, and any number of
 
 A batch is one tensor, so its pictures have one size: each aligned block of batch_size consecutive g has one bucket.
 
-    buckets     (height, width), both multiples of 16 (`multiple`; 4 for laptop), areas near side^2, from 1:2 to 2:1 (S.2: "varying aspect-ratio")
+    buckets     (height, width), multiples of 16 (`multiple`; 4 for laptop), areas near side^2, 1:2 to 2:1 (S.2: "varying
+                aspect-ratio")
     a picture   goes to the bucket of nearest log aspect ratio, is resized to cover it (Lanczos) and cropped centrally
     an epoch    takes from a bucket of n pictures as many blocks as n fills, and shuffles the blocks of all buckets
     the rest    of a bucket is neither dropped nor doubled: it opens that bucket's first block of the next epoch
@@ -44,7 +45,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 import data
@@ -57,7 +58,6 @@ SUFFIXES = ("jpg", "jpeg", "png", "webp")
 FORMATS = ("JPEG", "PNG", "WEBP")  # the only decoders of Pillow's that data from the web may reach
 MAX_PIXELS = 2**26  # 8192 x 8192: a larger picture is refused from its header, before memory is taken for it
 HEAD = 2**16  # bytes of a picture that nearly always hold its header
-
 
 
 # =====================================================================================================================
@@ -308,11 +308,6 @@ def choose_buckets(rows: np.ndarray, buckets: list, smallest: int) -> tuple[list
         del used[min(range(len(used)), key=lambda k: (counts[k], -abs(logs[k])))]
 
 
-def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """A PIL image -> uint8 [height, width, 3]: upright, over white, resized to cover the bucket, cropped centrally."""
-    return np.asarray(ImageOps.fit(data.over_white(data.upright(image)), (width, height), Image.Resampling.LANCZOS))
-
-
 class Blocks:
     """Which picture stands at global index g, for buckets of counts[k] pictures: blocks of batch_size, one bucket each.
 
@@ -428,7 +423,7 @@ class Shards:
         try:
             caption = parse_caption(text, bool(row["is_json"]))
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                return data.Sample(cover(image, height, width), caption, key)
+                return data.Sample(data.cover(image, height, width), caption, key)
         except (Unusable, *data.BROKEN) as error:
             reason = f"cannot be decoded ({type(error).__name__}: {error})"
             if self.skipped.setdefault(key, reason) is reason:  # not named by another thread

@@ -312,29 +312,34 @@ def parse_arguments():
 def check_budget(args, budget: list[str]) -> recipe.Recipe:
     """The recipe of a budget; UserError for one that train.py would refuse in some row, or whose pictures have no exact scores."""
     for row in args.rows:
-        plan = train.plan_of(train.parse_arguments([*budget, *ROWS[row][1]]))
-        plan.check_division(1, train.parse_arguments(budget).micro_batch)
+        flags = train.parse_arguments([*budget, *ROWS[row][1]])
+        plan = train.plan_of(flags)
+        plan.check_division(1, flags.micro_batch)
     if plan.data[0] not in data.SETS or not scorer.SIDES[0] <= plan.stages[-1].sides[-1] <= scorer.SIDES[1]:
         raise errors.UserError(f"only the built-in shapes have exact scores, at {scorer.SIDES[0]} to {scorer.SIDES[1]} pixels: "
                                f"not {plan.data[0]} at {plan.stages[-1].sides[-1]}")  # fmt: skip
     return plan
 
 
-def keep_settings(args, device: torch.device) -> str:
+def keep_settings(args, budget: list[str], device: torch.device) -> str:
     """Write what all rows share beside the runs and beside the results; returns the precision of the trainings, chosen once.
 
     Raises UserError when runs or results were begun with other settings.
     """
     path = args.runs / "settings.json"
-    precision = "bf16" if machine.pick_precision(device) == torch.bfloat16 else "fp32"
-    training = {"shapes": data.VERSION, "budget": args.budget, "precision": checkpoint.read_json(path)["precision"] if path.exists() else precision}
+    precision = train.parse_arguments(budget).precision
+    if precision == "auto" and path.exists():
+        precision = checkpoint.read_json(path)["precision"]
+    if precision == "auto":
+        precision = "bf16" if machine.pick_precision(device) == torch.bfloat16 else "fp32"
+    training = {"shapes": data.VERSION, "budget": args.budget, "precision": precision}
     measuring = {name: getattr(args, name) for name in ("images", "search_images", "per_tag", "sample_steps")}
     for path, settings in ((path, training), (args.out / "settings.json", training | measuring)):
         if path.exists() and checkpoint.read_json(path) != settings:
             raise errors.UserError(f"{path.parent} was begun with other settings ({path}); repeat them, or choose another --out and --runs")
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(path, settings)
-    return training["precision"]
+    return precision
 
 
 def main() -> None:
@@ -345,9 +350,7 @@ def main() -> None:
     if not args.report:
         budget = args.budget.split()
         milestone_every = max(1, check_budget(args, budget).steps // args.milestones)
-        precision = keep_settings(args, device)
-        if "--precision" not in args.budget:
-            budget += ["--precision", precision]
+        budget += ["--precision", keep_settings(args, budget, device)]
         for seed, row in itertools.product(args.seeds, args.rows):
             run = args.runs / f"{row}-{seed}"
             wanted = [f"{row}-{seed}.json", *([f"{row}-progress-{seed}.json"] if row in PROGRESS else [])]

@@ -450,6 +450,15 @@ def test_a_picture_with_a_dot_in_its_name_is_named(tmp_path):
     assert keys == ["0/a"] and list(skipped) == ["0/b.v1.jpg"] and "dot" in skipped["0/b.v1.jpg"]
 
 
+def test_another_program_s_cache_json_is_left_alone(tmp_path, folder):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/cache.json").write_text('{"theirs": 1}')
+    assert not cache.is_cache(tmp_path / "out")
+    with pytest.raises(errors.UserError, match="choose another folder"):
+        encode(folder, tmp_path / "out")
+    assert (tmp_path / "out/cache.json").read_text() == '{"theirs": 1}'
+
+
 def test_two_sides_do_not_show_the_same_pictures_in_turn(tmp_path):
     write_shards(tmp_path, [(64, 64)] * 40)
     small, large = (shards.Shards(tmp_path, side, 4) for side in (16, 32))

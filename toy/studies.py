@@ -188,9 +188,9 @@ def run(name: str, out: Path, seeds=SEEDS, steps: int = STEPS, say=print) -> dic
     others = [r for r in kept["records"] if settings.get(r["label"]) != r["setting"]]
     if others:
         raise errors.UserError(f"{path} holds results of other settings ({others[0]['label']}, {others[0]['setting']['steps']} steps): choose another --out")
-    for label, (changes, sampling) in rows_of(study):
+    for label, setting in settings.items():
+        changes, sampling = setting["training"], setting["sampling"]
         members = [Member(layout, seed) for layout in study.layouts for seed in seeds]
-        setting = settings[label]
         done = {(r["label"], r["layout"], r["seed"]) for r in kept["records"]}
         todo = [m for m in members if (label, m.layout, m.seed) not in done]
         if not todo:
