@@ -380,8 +380,217 @@ def config_of(args, plan: recipe.Recipe, sizes: dict, precision: torch.dtype, de
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# One iteration in its parts: the gradient, what all processes decide together, the update, the state
+# ---------------------------------------------------------------------------------------------------------------------
+def accumulate(step_module, objective, stream, count: int, tau: float, aux: bool, patch: int, flops: Callable[[int], float],
+               meter: monitor.Meter) -> tuple[torch.Tensor, list[str]]:  # fmt: skip
+    """Leave the gradient of the mean loss over the stream's next `count` micro-batches in the network, over all processes.
+
+    step_module is the objective, or DDP around it; flops says what a picture of so many tokens costs. Returns this process's mean
+    loss and the names of its samples.
+    """
+    total, keys = 0.0, []
+    for m in range(count):
+        batch = next(stream)
+        tokens = batch.x0.shape[2] * batch.x0.shape[3] // patch**2
+        if isinstance(objective, losses.SelfE):
+            objective.mu = losses.mu_of_length(tokens)  # s.12: by the size of these pictures
+        # What DDP's no_sync() sets: gradients are reduced once an iteration. (Under static_graph no_sync would lose them.)
+        step_module.require_backward_grad_sync = m == count - 1
+        loss, stats = step_module(batch.x0, batch.c, batch.null, batch.fake, batch.is_null, batch.draws, tau, aux)
+        (loss / count).backward()
+        total = total + loss.detach() / count
+        keys += batch.keys
+        meter.add(stats, flops(tokens) * len(batch.keys))
+    return total, keys
+
+
+def anywhere(world: int, *flags: torch.Tensor) -> list[bool]:
+    """Whether each flag is set on any process: all of them must skip, stop and save alike, so all must call it together."""
+    told = torch.stack([flag.float() for flag in flags])
+    if world > 1:
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in told.tolist()]
+
+
+def update(adam: torch.optim.Optimizer, ema: torch.nn.Module, network: torch.nn.Module, rate: float, decay: float) -> None:
+    """One step of Adam at a learning rate, and of the average, ema <- decay ema + (1 - decay) network, in place."""
+    for group in adam.param_groups:
+        group["lr"] = rate
+    adam.step()
+    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(network.parameters()), 0)  # the 0 is not used
+
+
+def save(run: Path, step: int, network, ema, adam, config: dict, state: dict, args, world: int, chief: bool) -> None:
+    """The first process writes the state; nobody leaves before it is on the disk, because a launcher may end the others with
+    the first that ends."""
+    if args.zero and world > 1:
+        adam.consolidate_state_dict(to=0)
+    if chief:
+        checkpoint.save_state(run, step, network, ema, adam.state_dict(), config, state, args.keep, args.milestone_every)
+    if world > 1:
+        dist.barrier()
+
+
+def report_nonfinite(log, step: int, loss: float, norm: float, keys: list[str], world: int, in_a_row: int, run: Path) -> str:
+    """Say which samples led to a loss or gradient that is not finite; why to stop, where that has happened too often in a row.
+
+    The samples of the processes whose own loss is not finite, or of all where only the gradient is not.
+    """
+    everyone = gather(world, (math.isfinite(loss), keys))
+    suspects = [key for finite, keys in everyone if not finite for key in keys] or [key for _, keys in everyone for key in keys]
+    if log:
+        log.write({"step": step + 1, "update_left_out": True, "grad_norm": str(norm), "keys": suspects})
+        print(f"iteration {step + 1}: no finite gradient (loss {loss}, norm {norm}); its update is left out", file=sys.stderr)
+    if in_a_row < PATIENCE:
+        return ""
+    return (f"no finite gradient in {in_a_row} iterations in a row, last with {', '.join(suspects[:8])}"
+            f"{' ...' if len(suspects) > 8 else ''} (all are in {run / 'metrics.jsonl'}); the weights from before them are saved. "
+            "Leave these samples out or lower --lr, then --resume goes on behind them")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
+def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int, rank: int, closing: contextlib.ExitStack) -> None:
+    """One process's part of a run, from its first iteration, or its last state, to its end.
+
+    `closing` closes threads, files and the progress bar, after an error too.
+    """
+    chief = rank == 0
+    states = checkpoint.complete_states(run) if args.resume else []
+    start = checkpoint.step_of(states[-1]) if states else 0
+
+    # Frozen encoders and data.
+    text, autoencoder, own_sizes, factor = open_encoders(args, plan, device, chief)
+    sizes = model.SIZES[args.size] | own_sizes
+    with chief_first(world, chief):
+        feed = Feed(plan, OBJECTIVES[args.objective].draw, args.seed, text, autoencoder, device, patch=sizes["patch"],
+                    channels=sizes["channels"], factor=factor, world=world, rank=rank, start=start, workers=args.workers,
+                    index=args.index)  # fmt: skip
+    precision = pick_precision(args, run, device, world)
+    flags = {"--" + k.replace("_", "-"): v for k, v in vars(args).items() if k not in ("data", "index", "workers", "device")}
+    agree(world, {"iteration": start, "recipe": plan, "precision": precision, "data": feed.fingerprints()} | flags)
+
+    # The network, its average, the objective that holds both, Adam.
+    torch.manual_seed(args.seed)
+    network = model.Denoiser(**sizes, precision=precision).to(device)
+    network.recompute = args.recompute
+    ema = copy.deepcopy(network).requires_grad_(False)
+    objective = OBJECTIVES[args.objective].build(network, ema, args)
+    adam = optimizer_of(network, plan, args.zero and world > 1)
+
+    # The run's folder, and where a stopped run was.
+    config = config_of(args, plan, sizes, precision, device)
+    if chief:
+        (run / "grids").mkdir(parents=True, exist_ok=True)
+        closing.enter_context(checkpoint.locked(run))
+    elapsed_before, nonfinite = 0.0, 0
+    if args.resume:
+        state = checkpoint.load_state(states[-1], network, ema, adam)
+        check_resume(run, state, args, plan, feed)
+        elapsed_before, nonfinite = state["elapsed"], state.get("nonfinite", 0)
+    if chief:
+        checkpoint.cut_metrics(run / "metrics.jsonl", start)
+        if args.resume:
+            checkpoint.publish(run, states[-1])  # a process killed while it saved may not have got so far
+    if device.type == "cuda":
+        rehearse(objective, network, adam, plan, feed, sizes, args.zero and world > 1)
+    step_module = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
+    if chief:
+        print_plan(args, plan, sizes, factor, world, start)
+        print(f"  on {config['machine']}, in {config['precision']}", flush=True)
+
+    # What watches it.
+    stop = StopSignal()
+    grid_every = args.grid_every if args.grid_every is not None else max(1, plan.steps // 10)
+    save_every = args.save_every if args.save_every is not None else max(1, plan.steps // 5)
+    prompts = grid_prompts(feed.source(start)) if chief else []
+    meter, peak = monitor.Meter(device), machine.peak_flops(device, precision)
+    log = monitor.Log(run, start) if chief else None
+    bar = tqdm(total=plan.steps, initial=start, disable=not chief, unit="it", dynamic_ncols=True, smoothing=0.05,
+               mininterval=0.5 if sys.stderr.isatty() else 30)  # a log file of days stays readable
+    stream = feed.stream(start)
+    for close in (stream.close, bar.close, *([log.close] if log else [])):
+        closing.callback(close)
+    began, step, stopping = time.perf_counter(), start, False
+    in_a_row, failure, saved_at = 0, "", time.perf_counter()
+
+    # Iterate. One iteration: the gradient of the global batch, an update, the average.
+    while step < plan.steps and not stopping:
+        if step == start or step in plan.begins():  # a new stage: checkpoints from now on make pictures of its size
+            side = max(plan.stage(step).sides)
+            config |= {"side": side, "mu": losses.mu_of_length(recipe.image_tokens(sizes, side, factor))}
+            if chief:
+                checkpoint.write_json(run / "config.json", config)
+        stop.hold(True)
+        # The first iterations run as they are: they end in a first picture grid before the compiler takes its minute or two.
+        if step == max(start, EAGER_STEPS):
+            how = compile_blocks(args, [network, ema], sum(len(source.buckets) for source in feed.sources.values()), device)
+            if chief:
+                bar.write(f"  from iteration {step} on {how}", file=sys.stderr)
+        rate, tau, aux = plan.learning_rate(step), plan.tau(step), plan.aux(step)
+        forwards = recipe.FORWARDS["aux" if aux else args.objective]
+        loss, keys = accumulate(step_module, objective, stream, len(feed.indices(step)), tau, aux, sizes["patch"],
+                                lambda tokens: forwards * model.forward_flops(sizes, tokens, plan.txt_len), meter)  # fmt: skip
+        stop.hold(False)
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), plan.clip)
+
+        # No update from a loss or gradient that is not finite, on any process.
+        due = args.save_every is None and time.perf_counter() - saved_at > SAVE_SECONDS
+        bad, stopping, due = anywhere(world, ~torch.isfinite(loss) | ~torch.isfinite(norm), *torch.tensor([bool(stop), due], device=device))
+        if bad:
+            nonfinite, in_a_row = nonfinite + 1, in_a_row + 1
+            meter.drop()
+            failure = report_nonfinite(log, step, loss.item(), norm.item(), keys, world, in_a_row, run)
+            stopping = stopping or bool(failure)
+        else:
+            in_a_row = 0
+            meter.keep(norm)
+            update(adam, ema, network, rate, decay=min(plan.ema, (1 + step) / (10 + step)))
+        adam.zero_grad(set_to_none=False)
+        step += 1
+        bar.update()
+
+        # Tell, draw, save.
+        if step % args.log_every == 0 or step == plan.steps:
+            record = meter.record(world, peak, feed.waited, feed.skipped_so_far() - feed.skipped_at_start)
+            if chief and record:
+                record["skipped"] += feed.skipped_at_start
+                record["images_per_s"] = record["iterations_per_s"] * plan.stage(step - 1).batch_size
+                log.write({"step": step, **record, "lr": rate, "tau": tau, "aux": aux, "nonfinite": nonfinite,
+                           "elapsed": elapsed_before + time.perf_counter() - began})  # fmt: skip
+                bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['images_per_s']:.0f} images/s")
+        early = step == min(EAGER_STEPS, plan.steps)
+        if chief and grid_every and (step % grid_every == 0 or step == plan.steps or early) and not stopping:
+            pause = time.perf_counter()
+            try:
+                with torch.compiler.set_stance("force_eager"):  # sampling's batch shapes are not worth compiling for
+                    sheet = draw_grid(sample.Loaded(ema, config, text, autoencoder), prompts, lambda: bool(stop))
+                sheet.save(run / "grids" / f"step_{step:06d}.png")
+                log.grid(sheet, step)
+            except sample.Stopped:
+                pass  # the run is about to end; its grid can be drawn again
+            meter.began += time.perf_counter() - pause
+        stopping = stopping or (world == 1 and bool(stop))  # several processes agree on it in the next iteration
+        if stopping or due or step == plan.steps or any(every and step % every == 0 for every in (save_every, args.milestone_every)):
+            state = {"step": step, "elapsed": elapsed_before + time.perf_counter() - began, "seed": args.seed, "steps": plan.steps,
+                     "data": feed.fingerprints(), "nonfinite": nonfinite}  # fmt: skip
+            save(run, step, network, ema, adam, config, state, args, world, chief)
+            saved_at = time.perf_counter()
+
+    bar.close()
+    if failure:
+        raise errors.UserError(failure)
+    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
+    if chief and step < plan.steps:
+        print(f"stopped by {stop.name or 'a signal to another process'} after iteration {step}; the state is saved. To go on:\n"
+              f"  {python} train.py --resume --out {run}")  # fmt: skip
+    elif chief:
+        print(f"done: {run}. To make pictures:\n  {python} sample.py --checkpoint {run} --steps 1 2 4 8 50 "
+              f'--prompt "{prompts[0]}"')  # fmt: skip
+
+
 def main() -> None:
     args = parse_arguments()
     machine.keep_freed_memory()
@@ -409,189 +618,6 @@ def main() -> None:
             # Not after an error: the other processes may be waiting in a reduction, and so would this.
             closing.push(lambda kind, *_: None if kind else dist.destroy_process_group())
         train(args, plan, run, device, world, rank, closing)
-
-
-def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int, rank: int, closing: contextlib.ExitStack) -> None:
-    """One process's part of a run, from its first iteration, or its last state, to its end.
-
-    `closing` closes threads, files and the progress bar, after an error too.
-    """
-    chief = rank == 0
-    states = checkpoint.complete_states(run) if args.resume else []
-    start = checkpoint.step_of(states[-1]) if states else 0
-
-    # Frozen encoders, data, the network and its average.
-    text, autoencoder, own_sizes, factor = open_encoders(args, plan, device, chief)
-    sizes = model.SIZES[args.size] | own_sizes
-    patch = sizes["patch"]
-    with chief_first(world, chief):
-        feed = Feed(plan, OBJECTIVES[args.objective].draw, args.seed, text, autoencoder, device, patch=patch,
-                    channels=sizes["channels"], factor=factor, world=world, rank=rank, start=start, workers=args.workers,
-                    index=args.index)  # fmt: skip
-    precision = pick_precision(args, run, device, world)
-    flags = {"--" + k.replace("_", "-"): v for k, v in vars(args).items() if k not in ("data", "index", "workers", "device")}
-    agree(world, {"iteration": start, "recipe": plan, "precision": precision, "data": feed.fingerprints()} | flags)
-    torch.manual_seed(args.seed)
-    network = model.Denoiser(**sizes, precision=precision).to(device)
-    network.recompute = args.recompute
-    ema = copy.deepcopy(network).requires_grad_(False)
-    objective = OBJECTIVES[args.objective].build(network, ema, args)
-    zero = args.zero and world > 1
-    adam = optimizer_of(network, plan, zero)
-
-    # Go on, or begin.
-    if chief:
-        (run / "grids").mkdir(parents=True, exist_ok=True)
-        closing.enter_context(checkpoint.locked(run))
-    elapsed_before, nonfinite = 0.0, 0
-    config = config_of(args, plan, sizes, precision, device)
-    if args.resume:
-        state = checkpoint.load_state(states[-1], network, ema, adam)
-        check_resume(run, state, args, plan, feed)
-        elapsed_before, nonfinite = state["elapsed"], state.get("nonfinite", 0)
-    if chief:
-        checkpoint.cut_metrics(run / "metrics.jsonl", start)
-        if args.resume:
-            checkpoint.publish(run, states[-1])  # a process killed while it saved may not have got so far
-
-    if device.type == "cuda":
-        rehearse(objective, network, adam, plan, feed, sizes, zero)
-    step_module = DistributedDataParallel(objective, gradient_as_bucket_view=True) if world > 1 else objective
-    if chief:
-        print_plan(args, plan, sizes, factor, world, start)
-        print(f"  on {config['machine']}, in {config['precision']}", flush=True)
-
-    stop = StopSignal()
-    grid_every = args.grid_every if args.grid_every is not None else max(1, plan.steps // 10)
-    save_every = args.save_every if args.save_every is not None else max(1, plan.steps // 5)
-    prompts = grid_prompts(feed.source(start)) if chief else []
-    meter, peak = monitor.Meter(device), machine.peak_flops(device, precision)
-    log = monitor.Log(run, start) if chief else None
-    bar = tqdm(total=plan.steps, initial=start, disable=not chief, unit="it", dynamic_ncols=True, smoothing=0.05,
-               mininterval=0.5 if sys.stderr.isatty() else 30)  # a log file of days stays readable
-    stream = feed.stream(start)
-    for close in (stream.close, bar.close, *([log.close] if log else [])):
-        closing.callback(close)
-    began, step, stopping = time.perf_counter(), start, False
-    in_a_row, failure, saved_at = 0, "", time.perf_counter()
-
-    # Iterate. One iteration: gradients of the global batch, an update, the average.
-    while step < plan.steps and not stopping:
-        for group in adam.param_groups:
-            group["lr"] = plan.learning_rate(step)
-        if step == start or step in plan.begins():  # a new stage: checkpoints from now on make pictures of its size
-            side = max(plan.stage(step).sides)
-            config |= {"side": side, "mu": losses.mu_of_length(recipe.image_tokens(sizes, side, factor))}
-            if chief:
-                checkpoint.write_json(run / "config.json", config)
-
-        stop.hold(True)
-        # The first iterations run as they are: they end in a first picture grid before the compiler takes its minute or two.
-        if step == max(start, EAGER_STEPS):
-            how = compile_blocks(args, [network, ema], sum(len(source.buckets) for source in feed.sources.values()), device)
-            if chief:
-                bar.write(f"  from iteration {step} on {how}", file=sys.stderr)
-        tau, aux = plan.tau(step), plan.aux(step)
-        count = len(feed.indices(step))
-        total, keys = torch.zeros((), device=device), []
-        for m in range(count):
-            batch = next(stream)
-            tokens = batch.x0.shape[2] * batch.x0.shape[3] // patch**2
-            if isinstance(objective, losses.SelfE):
-                objective.mu = losses.mu_of_length(tokens)  # s.12: by the size of these pictures
-            # What DDP's no_sync() sets: gradients are reduced once an iteration. (Under static_graph no_sync would lose them.)
-            step_module.require_backward_grad_sync = m == count - 1
-            loss, stats = step_module(batch.x0, batch.c, batch.null, batch.fake, batch.is_null, batch.draws, tau, aux)
-            (loss / count).backward()
-            total += loss.detach() / count
-            keys += batch.keys
-            forwards = recipe.FORWARDS["aux" if aux else args.objective]
-            meter.add(stats, forwards * model.forward_flops(sizes, tokens, plan.txt_len) * len(batch.keys))
-        stop.hold(False)
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), plan.clip)
-
-        # No update from a loss or gradient that is not finite, on any process. All processes must decide alike, stop and save alike.
-        due = args.save_every is None and time.perf_counter() - saved_at > SAVE_SECONDS
-        own = torch.tensor([bool(stop), due], device=device)
-        flags = torch.cat([(~torch.isfinite(total) | ~torch.isfinite(norm)).view(1), own]).float()
-        if world > 1:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        bad, stopping, due = (bool(flag) for flag in flags.tolist())
-        if bad:
-            nonfinite, in_a_row = nonfinite + 1, in_a_row + 1
-            meter.drop()
-            failure = report_nonfinite(log, step, total.item(), norm.item(), keys, world, in_a_row, run)
-            stopping = stopping or bool(failure)
-        else:
-            in_a_row = 0
-            meter.keep(norm)
-            adam.step()
-            decay = min(plan.ema, (1 + step) / (10 + step))
-            get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(network.parameters()), 0)  # in place; the 0 is not used
-        adam.zero_grad(set_to_none=False)
-        step += 1
-        bar.update()
-
-        # Tell, draw, save.
-        if step % args.log_every == 0 or step == plan.steps:
-            record = meter.record(world, peak, feed.waited, feed.skipped_so_far() - feed.skipped_at_start)
-            if chief and record:
-                record["skipped"] += feed.skipped_at_start
-                record["images_per_s"] = record["iterations_per_s"] * plan.stage(step - 1).batch_size
-                log.write({"step": step, **record, "lr": adam.param_groups[0]["lr"], "tau": tau, "aux": aux, "nonfinite": nonfinite,
-                           "elapsed": elapsed_before + time.perf_counter() - began})  # fmt: skip
-                bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['images_per_s']:.0f} images/s")
-        early = step == min(EAGER_STEPS, plan.steps)
-        if chief and grid_every and (step % grid_every == 0 or step == plan.steps or early) and not stopping:
-            pause = time.perf_counter()
-            try:
-                with torch.compiler.set_stance("force_eager"):  # sampling's batch shapes are not worth compiling for
-                    sheet = draw_grid(sample.Loaded(ema, config, text, autoencoder), prompts, lambda: bool(stop))
-                sheet.save(run / "grids" / f"step_{step:06d}.png")
-                log.grid(sheet, step)
-            except sample.Stopped:
-                pass  # the run is about to end; its grid can be drawn again
-            meter.began += time.perf_counter() - pause
-        stopping = stopping or (world == 1 and bool(stop))  # several processes agree on it in the next iteration
-        every = [n for n in (save_every, args.milestone_every) if n]
-        if stopping or due or step == plan.steps or any(step % n == 0 for n in every):
-            if zero:
-                adam.consolidate_state_dict(to=0)
-            if chief:
-                state = {"step": step, "elapsed": elapsed_before + time.perf_counter() - began, "seed": args.seed,
-                         "steps": plan.steps, "data": feed.fingerprints(), "nonfinite": nonfinite}  # fmt: skip
-                checkpoint.save_state(run, step, network, ema, adam.state_dict(), config, state, args.keep, args.milestone_every)
-            if world > 1:
-                dist.barrier()  # nobody leaves before the state is on the disk: a launcher may end the others with the first
-            saved_at = time.perf_counter()
-
-    bar.close()
-    if failure:
-        raise errors.UserError(failure)
-    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
-    if chief and step < plan.steps:
-        print(f"stopped by {stop.name or 'a signal to another process'} after iteration {step}; the state is saved. To go on:\n"
-              f"  {python} train.py --resume --out {run}")  # fmt: skip
-    elif chief:
-        print(f"done: {run}. To make pictures:\n  {python} sample.py --checkpoint {run} --steps 1 2 4 8 50 "
-              f'--prompt "{prompts[0]}"')  # fmt: skip
-
-
-def report_nonfinite(log, step: int, loss: float, norm: float, keys: list[str], world: int, in_a_row: int, run: Path) -> str:
-    """Say which samples led to a loss or gradient that is not finite; why to stop, where that has happened too often in a row.
-
-    The samples of the processes whose own loss is not finite, or of all where only the gradient is not.
-    """
-    everyone = gather(world, (math.isfinite(loss), keys))
-    suspects = [key for finite, keys in everyone if not finite for key in keys] or [key for _, keys in everyone for key in keys]
-    if log:
-        log.write({"step": step + 1, "update_left_out": True, "grad_norm": str(norm), "keys": suspects})
-        print(f"iteration {step + 1}: no finite gradient (loss {loss}, norm {norm}); its update is left out", file=sys.stderr)
-    if in_a_row < PATIENCE:
-        return ""
-    return (f"no finite gradient in {in_a_row} iterations in a row, last with {', '.join(suspects[:8])}"
-            f"{' ...' if len(suspects) > 8 else ''} (all are in {run / 'metrics.jsonl'}); the weights from before them are saved. "
-            "Leave these samples out or lower --lr, then --resume goes on behind them")  # fmt: skip
 
 
 if __name__ == "__main__":
