@@ -17,6 +17,7 @@ import functools
 import statistics
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch._dynamo.utils import counters
@@ -62,16 +63,124 @@ def in_turns(works: dict, device: torch.device, repeats: int) -> dict[str, float
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def on_real_data(args, size: dict, work, device: torch.device) -> dict:
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured
+# ---------------------------------------------------------------------------------------------------------------------
+class Setting(NamedTuple):
+    """What the command line settles."""
+
+    device: torch.device
+    precision: torch.dtype
+    size: dict  # of model.SIZES, with --blocks
+    batch: int
+    latents: tuple[int, int, int]  # shape of one sample as the network sees it
+    image_tokens: int
+    text_tokens: int
+    compile: bool
+    recompute: int
+
+
+class Step:
+    """A training step as train.py makes it: the objective, Adam and the average."""
+
+    def __init__(self, setting: Setting):
+        self.network = model.Denoiser(**setting.size, precision=setting.precision).to(setting.device)
+        self.network.recompute = setting.recompute
+        self.ema = copy.deepcopy(self.network).requires_grad_(False)
+        if setting.compile:
+            machine.allow_shapes(64)
+            self.network.compile_blocks()
+            self.ema.compile_blocks()
+        self.objective = losses.SelfE(self.network, self.ema, mu=losses.mu_of_length(setting.image_tokens))
+        self.adam = torch.optim.Adam(self.network.parameters(), lr=1e-4, betas=recipe.Recipe.betas, fused=True)
+        self.average = get_ema_multi_avg_fn(0.9999)
+
+    def update(self) -> None:
+        self.adam.step()
+        self.average(list(self.ema.parameters()), list(self.network.parameters()), 0)
+
+    def __call__(self, *inputs) -> None:
+        self.objective(*inputs)[0].backward()
+        self.update()
+        self.adam.zero_grad(set_to_none=False)
+
+
+def made_up_inputs(setting: Setting) -> dict[str, tuple]:
+    """The arguments of losses.SelfE for each kind of step: noise in place of pictures and prompts, tau = 1."""
+    B, device = setting.batch, setting.device
+    x0 = torch.randn(B, *setting.latents, device=device)
+    c, null, fake = ((torch.randn(B, setting.text_tokens, setting.size["txt_dim"], device=device),
+                      torch.randn(B, setting.size["vec_dim"], device=device)) for _ in range(3))  # fmt: skip
+    is_null = torch.zeros(B, dtype=torch.bool, device=device)
+    draws = {p: losses.draw(0, 0, list(range(B)), setting.latents, p, device) for p in (0.5, 1.0)}
+    return {"flow matching": (x0, c, null, fake, is_null, draws[1.0], 1.0, False),
+            "Self-E": (x0, c, null, fake, is_null, draws[0.5], 1.0, False),
+            "Self-E + aux": (x0, c, null, fake, is_null, draws[0.5], 1.0, True)}  # fmt: skip
+
+
+def count_forwards(step: Step, inputs: dict[str, tuple], batch: int) -> dict[str, float]:
+    """Forward passes of each kind of step, in units of the whole batch."""
+    calls, forwards = [], {}
+    hooks = [net.register_forward_pre_hook(lambda _, x: calls.append(len(x[0]) / batch)) for net in (step.network, step.ema)]
+    for name, arguments in inputs.items():
+        calls.clear()
+        step(*arguments)
+        forwards[name] = sum(calls)
+    for hook in hooks:
+        hook.remove()
+    return forwards
+
+
+def measure_steps(setting: Setting, step: Step, repeats: int) -> dict:
+    """The kinds of step, and the parts of a Self-E step, in turns; then the machine's matrix-product peak."""
+    device, inputs = setting.device, made_up_inputs(setting)
+    forwards = count_forwards(step, inputs, setting.batch)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    works = {name: functools.partial(step, *arguments) for name, arguments in inputs.items()}
+    parts = {"forward": lambda: step.objective(*inputs["Self-E"]),
+             "forward + backward": lambda: step.objective(*inputs["Self-E"])[0].backward(),
+             "Adam + EMA": step.update}  # fmt: skip
+    medians = in_turns(works | parts, device, repeats)
+    step.adam.zero_grad(set_to_none=False)
+    memory = {}
+    if device.type == "cuda":
+        memory = {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}  # before the large matrices of the peak
+
+    peak = {"float32": 0.0, "bfloat16": 0.0}
+
+    def measure_peak():  # between steps, so that both see the same machine, and the best of all rounds
+        for name in peak:
+            peak[name] = max(peak[name], machine.peak_flops(device, getattr(torch, name)))
+
+    in_turns({"Self-E": works["Self-E"], "peak": measure_peak}, device, 5)
+    flops = setting.batch * model.forward_flops(setting.size, setting.image_tokens, setting.text_tokens)
+    used = str(setting.precision).removeprefix("torch.")
+    rows = {}
+    for name in works:
+        t = medians[name]
+        rate = FORWARDS[name] * flops / t
+        rows[name] = {"seconds": t, "images_per_s": setting.batch / t, "ratio": t / medians["flow matching"], "forwards": forwards[name],
+                      "tflops": rate / 1e12, "mfu": rate / peak[used]}  # fmt: skip
+    return {
+        "peak_tflops": {name: round(value / 1e12, 3) for name, value in peak.items()}, "steps": rows,
+        "adam_and_ema_share": medians["Adam + EMA"] / medians["Self-E"],
+        "self_e_split_seconds": {"forward": medians["forward"], "backward": medians["forward + backward"] - medians["forward"],
+                                 "Adam + EMA": medians["Adam + EMA"]},
+    } | memory  # fmt: skip
+
+
+def on_real_data(args, setting: Setting, step: Step) -> dict:
     """Self-E steps on batches as training reads them: what the loop waits for, and what is compiled late.
 
-    work(batch) is one step. The first half of the steps is the warm-up, in which every picture size should be met; what is
+    The first half of the steps is the warm-up, in which every picture size should be met; what is
     returned is of the second half, on pictures not read before, with one thread reading ahead as in train.py. Raises
     DataError or UserError when the data cannot be used with this model.
     """
     plan = recipe.make(args.size, data=args.data and tuple(args.data), batch_size=args.batch, side=args.side, txt_len=args.txt_len,
                        micro_batch=args.batch, aux_from=1.0)  # fmt: skip
     plan = dataclasses.replace(plan, steps=4 * args.repeats, stages=plan.stages[:1])
+    size, device = setting.size, setting.device
     text, autoencoder, sizes, factor = train.open_encoders(None, plan, device, chief=False)  # no arguments: it draws no grids
     if any(size[name] != value for name, value in sizes.items()):
         raise errors.UserError(f"{' '.join(plan.data)} gives {sizes}: not the sizes of --size {args.size}")
@@ -79,12 +188,13 @@ def on_real_data(args, size: dict, work, device: torch.device) -> dict:
                 channels=size["channels"], factor=factor, workers=1)  # fmt: skip
     stats, met, half = counters["stats"], set(), plan.steps // 2
     graphs = [stats["unique_graphs"]]
-    for step, batch in enumerate(feed.stream(0)):
-        if step == half:
+    for number, batch in enumerate(feed.stream(0)):
+        if number == half:
             graphs.append(stats["unique_graphs"])
             feed.waited, start = 0.0, time.perf_counter()
         met.add(tuple(batch.x0.shape[2:]))
-        work(batch)
+        step.objective.mu = losses.mu_of_length(batch.x0.shape[2] * batch.x0.shape[3] // size["patch"] ** 2)
+        step(batch.x0, batch.c, batch.null, None, batch.is_null, batch.draws, 1.0, False)
         wait(device)  # as train.py does once an iteration
     return {"data": list(plan.data), "steps": half, "picture_sizes": len(met), "seconds": time.perf_counter() - start, "waited": feed.waited,
             "compiled_in_warm_up": graphs[1] - graphs[0], "compiled_after": stats["unique_graphs"] - graphs[1]}  # fmt: skip
@@ -115,7 +225,34 @@ def diffusers_flux(size: dict, device: torch.device):
     return flux, call
 
 
-def main() -> None:
+def against_diffusers(setting: Setting, network: model.Denoiser, repeats: int) -> dict | None:
+    """Seconds of forward + backward of our network and of diffusers' of the same size, in turns; None without diffusers."""
+    other = diffusers_flux(setting.size, setting.device)
+    if other is None:
+        return None
+    flux, call = other
+    if setting.compile:
+        for block in [*flux.transformer_blocks, *flux.single_transformer_blocks]:
+            block.compile(dynamic=False)
+    x, c, *_ = made_up_inputs(setting)["flow matching"]
+    t = torch.rand(setting.batch, device=setting.device)
+    tokens = torch.randn(setting.batch, setting.image_tokens, setting.size["channels"] * setting.size["patch"] ** 2, device=setting.device)
+
+    def ours():
+        network(x, t, t, *c).square().mean().backward()
+        network.zero_grad(set_to_none=True)
+
+    def theirs():
+        call(tokens, t, *c, setting.precision).float().square().mean().backward()
+        flux.zero_grad(set_to_none=True)
+
+    return in_turns({"ours": ours, "diffusers": theirs}, setting.device, repeats)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+def parse_arguments():
     parser = errors.Parser("benchmark.py", "Measure a training step on this machine.")
     a = parser.add_argument
     a("--size", default="laptop", choices=list(model.SIZES), help="which model (default: laptop)")
@@ -131,148 +268,72 @@ def main() -> None:
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     a("--out", metavar="FILE", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
-    if args.batch < 2 or args.batch % 2 or args.repeats < 1 or (args.txt_len or 1) < 1:
+    if args.batch < 2 or args.batch % 2 or args.repeats < 1 or (1 if args.txt_len is None else args.txt_len) < 1:
         parser.error("--batch must be even and at least 2, --repeats and --txt-len at least 1")
+    if args.recompute < 0 or min(args.blocks or [0]) < 0 or sum(args.blocks or [1]) < 1:
+        parser.error("--recompute and --blocks must not be negative, and there must be a block")
     if args.out and not args.out.parent.is_dir():
         parser.error(f"--out: no such folder: {args.out.parent}")
     plan = recipe.RECIPES[args.size]
     multiple = model.SIZES[args.size]["patch"] * plan.factor()
     if args.side is not None and (args.side < multiple or args.side % multiple):
         parser.error(f"--side must be a multiple of {multiple}")
+    return args
 
-    machine.keep_freed_memory()
-    device = machine.pick_device(args.device)
-    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision) or machine.pick_precision(device)
-    size = dict(model.SIZES[args.size])
+
+def setting_of(args) -> Setting:
+    plan, size = recipe.RECIPES[args.size], dict(model.SIZES[args.size])
     if args.blocks:
         size["double"], size["single"] = args.blocks
+    device = machine.pick_device(args.device)
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision) or machine.pick_precision(device)
     pixels = args.side or plan.stages[0].sides[0]
     side = pixels // plan.factor()
-    text_tokens = args.txt_len or plan.txt_len
-    image_tokens = recipe.image_tokens(size, pixels, plan.factor())
-    B, shape = args.batch, (size["channels"], side, side)
+    return Setting(device, precision, size, args.batch, (size["channels"], side, side),
+                   recipe.image_tokens(size, pixels, plan.factor()), args.txt_len or plan.txt_len, args.compile, args.recompute)  # fmt: skip
 
-    torch.manual_seed(0)
-    network = model.Denoiser(**size, precision=precision).to(device)
-    network.recompute = args.recompute
-    ema = copy.deepcopy(network).requires_grad_(False)
-    if args.compile:
-        machine.allow_shapes(64)
-        network.compile_blocks()
-        ema.compile_blocks()
-    objective = losses.SelfE(network, ema, mu=losses.mu_of_length(image_tokens))
-    adam = torch.optim.Adam(network.parameters(), lr=1e-4, betas=plan.betas, fused=True)
-    average = get_ema_multi_avg_fn(0.9999)
-    calls = {"n": 0.0}
-    for net in (network, ema):  # counts forward passes in units of the whole batch
-        net.register_forward_pre_hook(lambda m, inputs: calls.__setitem__("n", calls["n"] + len(inputs[0]) / B))
 
-    x0 = torch.randn(B, *shape, device=device)
-    c, null, fake = ((torch.randn(B, text_tokens, size["txt_dim"], device=device), torch.randn(B, size["vec_dim"], device=device))
-                     for _ in range(3))  # fmt: skip
-    is_null = torch.zeros(B, dtype=torch.bool, device=device)
-    draws = {p: losses.draw(0, 0, list(range(B)), shape, p, device) for p in (0.5, 1.0)}
-
-    def update():
-        adam.step()
-        average(list(ema.parameters()), list(network.parameters()), 0)
-
-    def step(*inputs):
-        objective(*inputs)[0].backward()
-        update()
-        adam.zero_grad(set_to_none=False)
-
-    arguments = x0, c, null, fake, is_null, draws[0.5], 1.0, False
-    steps = {
-        "flow matching": lambda: step(x0, c, null, fake, is_null, draws[1.0], 1.0, False),
-        "Self-E": lambda: step(*arguments),
-        "Self-E + aux": lambda: step(x0, c, null, fake, is_null, draws[0.5], 1.0, True),
-    }
-    forwards = {}
-    for name, work in steps.items():
-        calls["n"] = 0.0
-        work()
-        forwards[name] = calls["n"]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-    def forward_backward():
-        objective(*arguments)[0].backward()
-
-    parts = {"forward": lambda: objective(*arguments), "forward + backward": forward_backward, "Adam + EMA": update}
-    peak = {"float32": 0.0, "bfloat16": 0.0}
-
-    def measure_peak():  # between the steps, so that both see the same machine, and the best of all rounds
-        for name in peak:
-            peak[name] = max(peak[name], machine.peak_flops(device, getattr(torch, name)))
-
-    medians = in_turns(steps | parts, device, args.repeats)
-    adam.zero_grad(set_to_none=False)
-    if device.type == "cuda":
-        peak_memory = torch.cuda.max_memory_allocated(device) / 2**30  # before the large matrices of the peak
-    in_turns({"Self-E": steps["Self-E"], "peak": measure_peak}, device, 5)
-    used = str(precision).removeprefix("torch.")
-    flops = model.forward_flops(size, image_tokens, text_tokens)
-
-    report = machine.provenance(device) | {
-        "size": args.size, "blocks": [size["double"], size["single"]], "batch": B,
-        "image_tokens": image_tokens, "text_tokens": text_tokens, "precision": used, "compiled": args.compile, "recompute": args.recompute,
-        "peak_tflops": {name: round(value / 1e12, 3) for name, value in peak.items()}, "steps": {},
-    }  # fmt: skip
-    print(f"{args.size} ({size['double']} + {size['single']} blocks), batch {B}, {image_tokens} + {text_tokens} tokens, {used}"
-          f"{', compiled' if args.compile else ''}, on {report['hardware']}")  # fmt: skip
-    print("matrix-product peak: " + ", ".join(f"{v / 1e12:.2f} TFLOP/s in {k}" for k, v in peak.items()))
+def print_steps(setting: Setting, args, report: dict) -> None:
+    print(f"{args.size} ({setting.size['double']} + {setting.size['single']} blocks), batch {setting.batch}, {setting.image_tokens} + "
+          f"{setting.text_tokens} tokens, {report['precision']}{', compiled' if setting.compile else ''}, on {report['hardware']}")  # fmt: skip
+    print("matrix-product peak: " + ", ".join(f"{v:.2f} TFLOP/s in {k}" for k, v in report["peak_tflops"].items()))
     print(f"{'step':16}{'ms':>9}{'images/s':>10}{'x flow matching':>17}{'forward passes':>16}{'TFLOP/s':>9}{'of peak':>9}")
-    for name in steps:
-        t = medians[name]
-        rate = FORWARDS[name] * flops * B / t
-        row = {"seconds": t, "images_per_s": B / t, "ratio": t / medians["flow matching"], "forwards": forwards[name],
-               "tflops": rate / 1e12, "mfu": rate / peak[used]}  # fmt: skip
-        report["steps"][name] = row
-        print(f"{name:16}{t * 1e3:9.1f}{row['images_per_s']:10.1f}{row['ratio']:17.3f}{forwards[name]:16.1f}"
+    for name, row in report["steps"].items():
+        print(f"{name:16}{row['seconds'] * 1e3:9.1f}{row['images_per_s']:10.1f}{row['ratio']:17.3f}{row['forwards']:16.1f}"
               f"{row['tflops']:9.3f}{row['mfu']:9.1%}")  # fmt: skip
-    share = medians["Adam + EMA"] / medians["Self-E"]
-    report["adam_and_ema_share"] = share
-    split = {"forward": medians["forward"], "backward": medians["forward + backward"] - medians["forward"], "Adam + EMA": medians["Adam + EMA"]}
-    report["self_e_split_seconds"] = split
-    print("a Self-E step: " + ", ".join(f"{name} {t * 1e3:.1f} ms" for name, t in split.items()) + f" ({share:.1%} of it)")
-    if device.type == "cuda":
-        report["peak_memory_gib"] = peak_memory
+    print("a Self-E step: " + ", ".join(f"{name} {t * 1e3:.1f} ms" for name, t in report["self_e_split_seconds"].items())
+          + f" ({report['adam_and_ema_share']:.1%} of it)")  # fmt: skip
+    if "peak_memory_gib" in report:
         print(f"peak memory: {report['peak_memory_gib']:.1f} GiB")
 
-    if args.data or plan.text == "words":
-        def on_batch(batch):
-            objective.mu = losses.mu_of_length(batch.x0.shape[2] * batch.x0.shape[3] // size["patch"] ** 2)
-            step(batch.x0, batch.c, batch.null, None, batch.is_null, batch.draws, 1.0, False)
 
-        report["real_data"] = real = on_real_data(args, size, on_batch, device)
+def main() -> None:
+    args = parse_arguments()
+    machine.keep_freed_memory()
+    setting = setting_of(args)
+    torch.manual_seed(0)
+    step = Step(setting)
+    report = machine.provenance(setting.device) | {
+        "size": args.size, "blocks": [setting.size["double"], setting.size["single"]], "batch": setting.batch,
+        "image_tokens": setting.image_tokens, "text_tokens": setting.text_tokens,
+        "precision": str(setting.precision).removeprefix("torch."), "compiled": setting.compile, "recompute": setting.recompute,
+    } | measure_steps(setting, step, args.repeats)  # fmt: skip
+    print_steps(setting, args, report)
+
+    if args.data or recipe.RECIPES[args.size].text == "words":
+        report["real_data"] = real = on_real_data(args, setting, step)
         print(f"on {' '.join(real['data'])}, {real['steps']} steps of {real['picture_sizes']} picture size{'s' * (real['picture_sizes'] > 1)}: "
-              f"{B * real['steps'] / real['seconds']:.1f} images/s, {real['waited'] / real['seconds']:.1%} of the time waiting for data; "
+              f"{setting.batch * real['steps'] / real['seconds']:.1f} images/s, {real['waited'] / real['seconds']:.1%} of the time waiting for data; "
               f"{real['compiled_in_warm_up']} pieces of code compiled in the warm-up, {real['compiled_after']} after it")  # fmt: skip
     else:
         print("data wait: not measured without --data")
 
-    del ema, net, objective, adam
-    other = diffusers_flux(size, device)
-    if other is None:
+    network = step.network
+    del step  # the average and Adam's moments make room for the other model
+    pair = against_diffusers(setting, network, args.repeats)
+    if pair is None:
         print("diffusers is not installed: no comparison with its FluxTransformer2DModel")
     else:
-        flux, call = other
-        if args.compile:
-            for block in [*flux.transformer_blocks, *flux.single_transformer_blocks]:
-                block.compile(dynamic=False)
-        t = torch.rand(B, device=device)
-        tokens = torch.randn(B, image_tokens, size["channels"] * size["patch"] ** 2, device=device)
-
-        def ours():
-            network(x0, t, t, *c).square().mean().backward()
-            network.zero_grad(set_to_none=True)
-
-        def theirs():
-            call(tokens, t, *c, precision).float().square().mean().backward()
-            flux.zero_grad(set_to_none=True)
-
-        pair = in_turns({"ours": ours, "diffusers": theirs}, device, args.repeats)
         report["forward_backward"] = pair
         print(f"forward + backward: {pair['ours'] * 1e3:.1f} ms, diffusers' FluxTransformer2DModel {pair['diffusers'] * 1e3:.1f} ms "
               f"({pair['ours'] / pair['diffusers']:.2f} of it)")  # fmt: skip
