@@ -8,7 +8,7 @@ same seed gives the same picture, whatever stands beside it.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,6 +119,12 @@ def generate(loaded: Loaded, prompts: list[str], keys: list[tuple[int, ...]], *,
     return pictures
 
 
+def sheet(rows: list[list[np.ndarray]], counts: Sequence[int], captions: list[str], scale: int = 0) -> Image.Image:
+    """Captions in rows, step counts in columns; pixels enlarged `scale` times, or (0) until a picture is 96 wide or so."""
+    labels = [f"{n} step{'s' if n > 1 else ''}" for n in counts]
+    return data.label_grid(rows, labels, captions, scale or max(1, 96 // rows[0][0].shape[1]))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,12 +192,11 @@ def main() -> None:
     side = columns[0][0].shape[0]
     scale = args.scale or max(1, 128 // side)
     if len(columns) == len(prompts) == 1:
-        sheet = Image.fromarray(columns[0][0]).resize((side * scale,) * 2, Image.Resampling.NEAREST)
+        picture = Image.fromarray(columns[0][0]).resize((side * scale,) * 2, Image.Resampling.NEAREST)
     else:
-        labels = [f"{n} step{'s' if n > 1 else ''}" for n in args.steps]
-        sheet = data.label_grid([list(row) for row in zip(*columns)], labels, prompts, scale)
+        picture = sheet([list(row) for row in zip(*columns)], args.steps, prompts, scale)
     with checkpoint.in_one_piece(args.out) as partial:
-        sheet.save(partial, format="PNG")
+        picture.save(partial, format="PNG")
     print(f"wrote {args.out}: {len(prompts)} prompt{'s' if len(prompts) > 1 else ''} at {args.steps} steps")
 
 

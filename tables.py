@@ -276,7 +276,7 @@ def draw_figures(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> N
             sheet_rows.append([sample.generate(loaded, [metadata["prompt"]], [(0,)], steps=n, **chosen[str(n)]["settings"])[0]
                                for n in steps])  # fmt: skip
             captions.append(ROWS[row][0])
-        sheet = data.label_grid(sheet_rows, [f"{n} steps" for n in steps], captions, scale=max(1, 96 // sheet_rows[0][0].shape[0]))
+        sheet = sample.sheet(sheet_rows, steps, captions)
         with checkpoint.in_one_piece(out / f"samples_{metadata['tag']}.png") as partial:
             sheet.save(partial, format="png")
 

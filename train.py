@@ -122,7 +122,7 @@ def draw_grid(loaded: sample.Loaded, prompts: list[str], stop: Callable[[], bool
     keys = [(i,) for i in range(len(prompts))]
     columns = [sample.generate(loaded, prompts, keys, steps=n, stop=stop) for n in STEP_COUNTS]
     rows = [list(row) for row in zip(*columns)]
-    return data.label_grid(rows, [f"{n} steps" for n in STEP_COUNTS], prompts, scale=max(1, 96 // rows[0][0].shape[0]))
+    return sample.sheet(rows, STEP_COUNTS, prompts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
