@@ -82,7 +82,7 @@ def read_json(path: Path):
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; is {path.parent} the folder of a run?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); the checkpoint is damaged") from error
 
 
@@ -193,19 +193,22 @@ def save_state(run: Path, step: int, network: nn.Module, ema: nn.Module, adam: d
 
 
 def load_state(folder: Path, network: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Load one training state into network, ema and optimizer; returns what was in state.json."""
+    """Load one training state into network, ema and optimizer; returns what was in state.json. Raises CheckpointError."""
     load_weights(folder / "network.safetensors", network)
     load_weights(folder / "model.safetensors", ema)
     try:  # on a CPU the moments would stay the mapping of a file that is going to be deleted
         adam = torch.load(folder / "adam.pt", map_location="cpu", weights_only=True, mmap=next(network.parameters()).is_cuda)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{folder / 'adam.pt'} cannot be read ({error})") from error
-    optimizer.load_state_dict(adam)
+        optimizer.load_state_dict(adam)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'adam.pt'} is not Adam's state of this model ({type(error).__name__}: {error})") from error
     for p, own in getattr(optimizer, "optim", optimizer).state.items():  # ZeRO-1 leaves Adam's count on the CPU, where the
         own["step"] = own["step"].to(p.device)  # fused update does not look for it (pytorch issue 124133)
     if hasattr(optimizer, "optim"):
         optimizer.state.clear()  # a second copy of the moments, which ZeRO-1 makes on loading and never reads
-    return read_json(folder / "state.json")
+    state = read_json(folder / "state.json")
+    if not isinstance(state, dict) or not {"step", "seed", "elapsed"} <= set(state):
+        raise CheckpointError(f"{folder / 'state.json'} is not that of a training state; delete {folder} to go on from an older one")
+    return state
 
 
 def cut_metrics(path: Path, step: int) -> None:
@@ -217,7 +220,7 @@ def cut_metrics(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except json.JSONDecodeError:  # the last line of a process that was killed while it wrote
+        except (ValueError, KeyError, TypeError):  # the last line of a process that was killed while it wrote
             continue
     with in_one_piece(path) as partial:
         partial.write_text("".join(kept), encoding="utf-8")

@@ -367,7 +367,7 @@ def read_captions(folder: Path) -> dict[str, str]:
                 raise TypeError
             several += entry["file_name"] in captions
             captions[entry["file_name"]] = whole(entry["text"]).strip()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f'{metadata}, line {number}: expected {{"file_name": "...", "text": "..."}}, '
                             f"found {line.strip()[:60]!r} ({type(error).__name__})") from error  # fmt: skip
     if not captions:

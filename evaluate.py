@@ -242,12 +242,12 @@ def read_prompt_file(path: Path) -> list[dict]:
     """The lines of a prompt file of GenEval's format: JSON objects with at least a "prompt". Raises UserError."""
     if not path.is_file():
         raise errors.UserError(f"no such prompt file: {path}")
-    lines = [line for line in data.read_text(path).splitlines() if line.strip()]
+    lines = [line for line in data.read_text(path).split("\n") if line.strip()]  # JSON may hold the other characters that end lines
     found = []
     for number, line in enumerate(lines, 1):
         try:
             metadata = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise errors.UserError(f"{path}, entry {number} is not JSON ({error})") from error
         if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
             raise errors.UserError(f'{path}, entry {number} has no "prompt"; GenEval\'s evaluation_metadata.jsonl has')
@@ -411,9 +411,12 @@ def run_scores(args: argparse.Namespace, device: torch.device) -> None:
     out = args.out or args.checkpoint / "evaluation.json"
     if out.suffix != ".json" or not (out.parent.is_dir() or out.parent == args.checkpoint):
         raise errors.UserError(f"--out must name a .json file in a folder that exists, not {out}")
+    for path in (out, out.with_suffix(".png")):  # now, not after an hour of sampling
+        if path.is_dir() or (path.parent.is_dir() and not os.access(path.parent, os.W_OK)):
+            raise errors.UserError(f"cannot write {path}: it is a folder, or in one that cannot be written; choose another --out")
     loaded = sample.load(args.checkpoint, device)
-    if loaded.config["data"][0] not in data.SETS:
-        raise errors.UserError(f"{args.checkpoint} was trained on {' '.join(loaded.config['data'])}; only the built-in shapes "
+    if loaded.config.get("data") not in [[name] for name in data.SETS]:
+        raise errors.UserError(f"{args.checkpoint} was trained on {loaded.config.get('data')}; only the built-in shapes "
                                "have exact scores. For other models: --export, and GenEval's own scorer")  # fmt: skip
     least, most = SIDES
     if not least <= loaded.config["side"] <= most:
@@ -437,8 +440,8 @@ def run_scores(args: argparse.Namespace, device: torch.device) -> None:
         pictures = len(asked[split]) * args.images
         print(f"\n{split} prompts, {pictures} pictures a row, score [95% interval]")
         print(table(split, results["splits"][split]))
-    checkpoint.write_json(out, results)
     draw_figure(results, out.with_suffix(".png"))
+    checkpoint.write_json(out, results)
     print(f"\nwrote {out} and {out.with_suffix('.png')}")
 
 

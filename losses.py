@@ -40,7 +40,7 @@ def like(t: Tensor, x: Tensor) -> Tensor:
 
 def squared_norm(x: Tensor) -> Tensor:
     """||x||^2 over all but the first dimension: [B, ...] -> [B]."""
-    return x.flatten(1).square().sum(dim=1)
+    return x.reshape(len(x), -1).square().sum(dim=1)
 
 
 # =====================================================================================================================

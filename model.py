@@ -241,8 +241,8 @@ class Denoiser(nn.Module):
 
     def __init__(self, width, heads, double, single, axes, channels, patch, txt_dim, vec_dim, precision=torch.float32):
         super().__init__()
-        if sum(axes) != width // heads:
-            raise ValueError(f"RoPE axes {axes} must sum to the head size, {width} / {heads}")
+        if sum(axes) != width // heads or any(n % 2 for n in axes):
+            raise ValueError(f"RoPE axes {axes} must be even and sum to the head size, {width} / {heads}")
         self.axes, self.patch, self.channels, self.precision = tuple(axes), patch, channels, precision
         self.recompute = 0  # so many blocks forget their activations and compute them again in the backward pass
         self.img_in = nn.Linear(channels * patch**2, width)

@@ -19,6 +19,8 @@ import datetime
 import functools
 import math
 import os
+import re
+import shlex
 import signal
 import sys
 import time
@@ -196,6 +198,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.error("--delta-scale must be a number from 0 up")
     if args.aux_from is not None and not 0 <= args.aux_from <= 1:
         parser.error("--aux-from is a share of the run, between 0 and 1")
+    if args.objective != "self_e" and (args.target, args.delta_scale, args.aux_from) not in (("renorm", 1, None), ("renorm", 1, 1)):
+        parser.error(f"--target, --delta-scale and --aux-from are choices of Self-E; {args.objective} has none of them")
+    if not args.out:
+        parser.error("--out must name the folder of the run")
     return args
 
 
@@ -585,10 +591,10 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
     if chief and step < plan.steps:
         print(f"stopped by {stop.name or 'a signal to another process'} after iteration {step}; the state is saved. To go on:\n"
-              f"  {python} train.py --resume --out {run}")  # fmt: skip
+              f"  {python} train.py --resume --out {shlex.quote(str(run))}")  # fmt: skip
     elif chief:
-        print(f"done: {run}. To make pictures:\n  {python} sample.py --checkpoint {run} --steps 1 2 4 8 50 "
-              f'--prompt "{prompts[0]}"')  # fmt: skip
+        shown = f'"{prompts[0]}"' if re.fullmatch(r"[\w ,.'-]*", prompts[0]) else shlex.quote(prompts[0])  # what the shell would read
+        print(f"done: {run}. To make pictures:\n  {python} sample.py --checkpoint {shlex.quote(str(run))} --steps 1 2 4 8 50 --prompt {shown}")
 
 
 def main() -> None:
@@ -621,4 +627,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, "stopped; what was saved before is whole, and --resume goes on from it")

@@ -143,8 +143,8 @@ def other(random, names, but):
     return str(random.choice([n for n in names if n not in but]))
 
 
-def mean_of(a, b):
-    return ((a.astype(float) + b) / 2).round().astype(np.uint8)
+def mean_of(*pictures):
+    return np.mean([picture.astype(float) for picture in pictures], axis=0).round().astype(np.uint8)
 
 
 def wrong_color(scene, size, random):
@@ -302,6 +302,30 @@ def test_near_misses_are_rejected(fault):
 def test_hundreds_of_near_misses_are_rejected(fault, size):
     made, wrong = fooled(fault, size, 600)
     assert made >= 100 and not wrong, wrong
+
+
+def means(size, tag, n, scenes_drawn):
+    """The mean of n pictures of the same prompt, for every prompt that was drawn so often: (picture, metadata)."""
+    random, by_prompt = rng(5, "means", size), {}
+    for _ in range(scenes_drawn):
+        scene = data.draw_scene(random, size, tag)
+        by_prompt.setdefault(scene.metadata["prompt"], []).append(scene)
+    for same in by_prompt.values():
+        if len(same) >= n:
+            yield mean_of(*(data.render(scene, size) for scene in same[:n])), same[0].metadata
+
+
+@pytest.mark.parametrize("size, tag", [(16, "single_object"), (24, "single_object"), (24, "two_object"), (24, "counting"), (24, "position")])
+def test_the_mean_of_a_prompts_pictures_is_rejected_where_it_leaves_much_open(size, tag):
+    asked = list(means(size, tag, 8, 4000 if tag == "position" else 600))
+    assert len(asked) >= 5
+    assert not [metadata["prompt"] for picture, metadata in asked if scorer.score(picture, metadata)]
+
+
+def test_the_mean_of_one_colored_shape_is_a_soft_picture_of_it():
+    """A limit that the README tells: the tag "colors" cannot punish a blend, because the blend is what was asked for."""
+    asked = list(means(16, "colors", 8, 600))
+    assert sum(scorer.score(picture, metadata) for picture, metadata in asked) > 0.8 * len(asked) and len(asked) >= 20
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -250,6 +251,8 @@ def test_imm_trains_and_samples_in_its_own_way(tmp_path, monkeypatch):
     (train, ["--out", "/dev/null/run"]), (train, ["--side", "30"]), (train, ["--text", "telepathy"]),
     (train, ["--objective", "imm", "--micro-batch", "2"]), (train, ["--autoencoder", "kl:./absent"]), (train, ["--seed", "-1"]), (train, ["--lr", "nan"]),
     (train, ["--seed", "99999999999999999999999"]), (train, ["--save-every", "-1"]), (train, ["--workers", "0"]),
+    (train, ["--objective", "flow_matching", "--target", "tar"]), (train, ["--objective", "imm", "--aux-from", "0"]), (train, ["--out", ""]),
+    (train, ["--device", "meta"]), (sample, ["--prompt", "x", "--scale", "200000"]),
     (sample, ["--checkpoint", "absent", "--prompt", "x"]), (sample, []), (sample, ["--prompt", "x", "--steps", "0"]),
     (sample, ["--prompt", "x", "--guidance", "-1"]), (sample, ["--prompt", "x", "--guidance", "nan"]),
     (sample, ["--prompt", "x", "--eta", "1.5"]), (sample, ["--prompt", "x", "--s-rule", "before"]),
@@ -285,6 +288,51 @@ def test_damaged_checkpoints(trained, tmp_path, monkeypatch, capsys, damage):
     lines = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and len(lines) == 1 and str(tmp_path) in lines[0]
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("name, value", [
+    ("side", "24"), ("side", None), ("side", 0), ("side", 23), ("side", 24.0), ("mu", "x"), ("mu", float("nan")), ("guidance", None),
+    ("eta", 2), ("s_rule", "next"), ("guidance_space", "q"), ("text_encoder", 5), ("txt_len", 14.5), ("txt_len", 3), ("autoencoder", None),
+    ("objective", "gan"), ("precision", "int8"), ("model", [1]),
+])  # fmt: skip
+def test_a_config_with_a_wrong_value_is_named(trained, tmp_path, name, value):
+    (tmp_path / "model.safetensors").write_bytes((trained[0] / "model.safetensors").read_bytes())
+    config = checkpoint.read_json(trained[0] / "config.json")
+    checkpoint.write_json(tmp_path / "config.json", config | {name: value})
+    with pytest.raises(errors.UserError, match=name):
+        sample.load(tmp_path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("change", [{"heads": 0}, {"axes": [7, 13, 12]}, {"width": -8}, {"patch": "x"}, {"colour": 1}])
+def test_a_config_that_describes_no_model(trained, tmp_path, change):
+    (tmp_path / "model.safetensors").write_bytes((trained[0] / "model.safetensors").read_bytes())
+    config = checkpoint.read_json(trained[0] / "config.json")
+    checkpoint.write_json(tmp_path / "config.json", config | {"model": config["model"] | change})
+    with pytest.raises(errors.UserError, match="does not describe a model"):
+        sample.load(tmp_path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name, content", [("adam.pt", b"hi\n"), ("adam.pt", None), ("state.json", b"{}"), ("state.json", b"[]")])
+def test_a_damaged_state_is_named(trained, tmp_path, monkeypatch, capsys, name, content):
+    shutil.copytree(trained[0], tmp_path / "run")
+    damaged = checkpoint.complete_states(tmp_path / "run")[-1] / name
+    torch.save({"other": torch.zeros(2)}, damaged) if content is None else damaged.write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--steps", "10", "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as stopped:
+        errors.run(train.main)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1 and str(damaged) in lines[0]
+
+
+def test_the_printed_commands_can_be_pasted(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "my pictures"
+    folder.mkdir()
+    Image.new("RGB", (16, 16), "red").save(folder / "a.png")
+    (folder / "a.txt").write_text('a "red" $HOME `id` circle')
+    run(monkeypatch, train, "--steps", 1, "--data", folder, "--out", tmp_path / "a run", *QUICK)
+    words = shlex.split(capsys.readouterr().out.strip().splitlines()[-1])
+    assert words[words.index("--checkpoint") + 1] == str(tmp_path / "a run")
+    assert words[words.index("--prompt") + 1 :] == ['a "red" $HOME `id` circle']
 
 
 @pytest.mark.parametrize("config", ["{}", "[]", '{"arguments": 3}'])
