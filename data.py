@@ -12,6 +12,7 @@ run in its data is the one integer that train.py counts, and any number of proce
 
 import functools
 import hashlib
+import io
 import itertools
 import json
 import struct
@@ -299,6 +300,7 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 # What Pillow raises for a broken picture.
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError, ArithmeticError, MemoryError,
           struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)  # fmt: skip
+MAX_PIXELS = 2**26  # 8192 x 8192: a larger picture is refused from its header, before memory is taken for it
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
 
 
@@ -330,8 +332,10 @@ def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
 def square_crop(image: Image.Image, size: int) -> np.ndarray:
     """A PIL image -> uint8 [size, size, 3], by `cover`.
 
-    Raises ValueError for 16-bit and floating-point grey, which Pillow would clip to white.
+    Raises ValueError for 16-bit and floating-point grey, which Pillow would clip to white, and for more than MAX_PIXELS.
     """
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError("more than 67 million pixels")
     if image.mode[0] in "IF":
         raise ValueError(f"grey of mode {image.mode}, not of 8 bits")
     return cover(image, size, size)
@@ -351,7 +355,8 @@ def read_captions(folder: Path) -> dict[str, str]:
         captions = {name: read_text(text).strip() for name, text in texts.items() if text.exists()}
         if not captions:
             raise DataError(f"{folder} has no captions: give it a metadata.jsonl with one line "
-                            '{"file_name": ..., "text": ...} per picture, or a .txt beside each picture')  # fmt: skip
+                            '{"file_name": ..., "text": ...} per picture, or a .txt beside each picture; '
+                            "for tar shards, name the folder that holds the .tar files themselves")  # fmt: skip
         if len(captions) < len(pictures):
             print(f"{folder}: {len(pictures) - len(captions)} of {len(pictures)} pictures have no .txt and are left out",
                   file=sys.stderr)  # fmt: skip
@@ -391,10 +396,11 @@ class ImageFolder:
         self.pictures: list[np.ndarray] = []
         self.captions: list[str] = []
         self.keys: list[str] = []
-        captions = read_captions(self.folder)
+        captions, state = read_captions(self.folder), hashlib.sha256()
         for name in tqdm(sorted(captions), desc=f"reading {folder}", unit=" pictures", leave=False, disable=None):
             try:
-                with Image.open(self.folder / name) as image:
+                content = (self.folder / name).read_bytes()
+                with Image.open(io.BytesIO(content)) as image:
                     self.pictures.append(square_crop(image, size))
             except BROKEN as error:
                 self.skipped[name] = f"{type(error).__name__}: {error}"
@@ -402,10 +408,11 @@ class ImageFolder:
                 continue
             self.captions.append(captions[name])
             self.keys.append(name)
+            state.update(content)
         if self.skipped:
             print(f"{self.folder}: skipped {len(self.skipped)} of {len(captions)} pictures", file=sys.stderr)
-        content = json.dumps([self.keys, self.captions, size, "order 2"]).encode()
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+        state.update(json.dumps([self.keys, self.captions, size, "order 2"]).encode())
+        self.fingerprint = state.hexdigest()
         if not self.pictures:
             raise DataError(f"{self.folder}: none of its {len(captions)} pictures can be read")
 

@@ -103,7 +103,6 @@ class Feed:
     text, autoencoder   the frozen encoders; both may be None when all sources are caches
     patch               of the network, for `multiple` of open_source
     waited              seconds that `stream` has kept its caller waiting for the threads
-    skipped_at_start    samples that the sources left out when they were opened; `skipped_so_far` counts those found since, too
 
     Raises DataError when a stage's source cannot be opened: at the start, for all stages to come.
     """
@@ -119,7 +118,6 @@ class Feed:
             for number, stage in enumerate(plan.stages) if number >= plan.stage_number(start)
         }  # fmt: skip
         self.null = None
-        self.skipped_at_start = self.skipped_so_far()  # the same for every process
         self.check_caches()
 
     def fingerprints(self) -> dict[str, str]:
@@ -141,9 +139,9 @@ class Feed:
                         raise data.DataError(f"{part.name} was cached without --fake, which the auxiliary term needs: cache again, "
                                              "or train with --aux-from 1")  # fmt: skip
 
-    def skipped_so_far(self) -> int:
-        """Samples that could not be read so far."""
-        return len({key for source in self.sources.values() for key in dict(source.skipped)})
+    def skipped(self) -> set[str]:
+        """The keys of the samples that could not be read so far: those that an index knows, and those found by this process."""
+        return {key for source in self.sources.values() for key in dict(source.skipped)}
 
     def indices(self, step: int) -> list[list[int]]:
         """The global indices of this process's micro-batches of an iteration: a run of consecutive integers each."""

@@ -284,7 +284,8 @@ class Denoiser(nn.Module):
         H and W must be multiples of the patch side. Eq. s.9-s.10 are the line that makes `vec`.
         """
         p, rows, cols = self.patch, x_t.shape[2] // self.patch, x_t.shape[3] // self.patch
-        vec = self.time_in(sinusoid(t)) + self.gap_in(sinusoid(t - s)) + self.vector_in(vec.float())  # [B, d]
+        with torch.autocast(x_t.device.type, enabled=False):  # in fp32, whatever the caller's context says
+            vec = self.time_in(sinusoid(t)) + self.gap_in(sinusoid(t - s)) + self.vector_in(vec.float())  # [B, d]
         rope = rope_table(txt.shape[1], rows, cols, self.axes, x_t.device)
 
         # Autocast begins and ends inside this call. Its cache of cast weights therefore never outlives one forward pass,

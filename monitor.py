@@ -15,7 +15,8 @@
     iterations_per_s   and images_per_s, over all processes                                 steady
     mfu                share of the machine's own matrix-product peak                       steady
     data_wait          share of the time spent waiting for data, mean over processes        near 0
-    skipped            failed readings of samples, over all processes, since the start      constant or slowly rising
+    skipped            samples that could not be read, over all processes, since it began or
+                       was resumed                                                          constant or slowly rising
     nonfinite          iterations whose update was left out so far                          0
 """
 
@@ -74,18 +75,18 @@ class Meter:
         """Forget the iteration: its numbers are not finite."""
         self.pending.zero_()
 
-    def record(self, world: int, peak: float, waited: float, found: int) -> dict[str, float]:
+    def record(self, world: int, peak: float, waited: float) -> dict[str, float]:
         """The means since the last record; all processes must call it together.
 
-        peak is one process's matrix-product rate in FLOP/s; waited its seconds of waiting for data since the run began;
-        found the samples it could not read. Empty when no iteration was kept.
+        peak is one process's matrix-product rate in FLOP/s; waited its seconds of waiting for data since the run began.
+        Empty when no iteration was kept.
         """
         seconds = time.perf_counter() - self.began
         wait, self.waited_before = waited - self.waited_before, waited
-        sums = torch.cat([self.sums, torch.tensor([wait, found], dtype=self.sums.dtype, device=self.sums.device)])
+        sums = torch.cat([self.sums, torch.tensor([wait], dtype=self.sums.dtype, device=self.sums.device)])
         if world > 1:
             dist.all_reduce(sums)
-        *values, wait, found = sums.tolist()
+        *values, wait = sums.tolist()
         v = dict(zip(self.NAMES, values))
         self.sums.zero_()
         self.began = time.perf_counter()
@@ -102,7 +103,7 @@ class Meter:
             result["fake_loss"] = v["fake_loss"] / v["fakes"]
         # n counts IMM's groups, not pictures; so the rate is of iterations, and the loop knows their batch.
         return result | {"grad_norm": v["grad_norm"] / v["iterations"], "iterations_per_s": iterations / seconds,
-                         "mfu": v["flops"] / seconds / (peak * world), "data_wait": wait / world / seconds, "skipped": int(found)}  # fmt: skip
+                         "mfu": v["flops"] / seconds / (peak * world), "data_wait": wait / world / seconds}  # fmt: skip
 
 
 class Log:

@@ -139,7 +139,8 @@ class Recipe:
         said = " and ".join(map(str, batches))
         worlds = [w for w in range(1, math.gcd(*batches) + 1) if divides(w, micro, batches)]
         micros = [m for m in range(group, max(batches) + 1, group) if divides(world, m, batches)]
-        unit = world * math.lcm(micro, group)
+        even = -(-micro // group) * group
+        unit, so = world * even, "" if even == micro else f" with micro-batches of {even}"
         ways = []
         if worlds:
             ways.append(f"{' or '.join(map(str, nearest(worlds, world)))} processes with micro-batches of {micro}")
@@ -147,9 +148,9 @@ class Recipe:
             ways.append(f"micro-batches of {' or '.join(map(str, nearest(micros, micro)))} on {world} processes")
         if len(batches) == 1:
             near = nearest([unit * max(1, batches[0] // unit), unit * (batches[0] // unit + 1)], batches[0])
-            ways.append(f"--batch-size {' or '.join(map(str, near))}")
+            ways.append(f"--batch-size {' or '.join(map(str, near))}{so}")
         else:
-            ways.append(f"--batch-size {unit * max(1, round(batches[-1] / unit))} in all stages")
+            ways.append(f"--batch-size {unit * max(1, round(batches[-1] / unit))} in all stages{so}")
         raise errors.UserError(f"a batch of {said} does not divide into {world} process{'es' * (world > 1)} x micro-batches of {micro} "
                                f"(multiples of {group}); the nearest that do: {'; '.join(ways)}")  # fmt: skip
 

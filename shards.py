@@ -38,6 +38,7 @@ import sys
 import tarfile
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -56,16 +57,16 @@ from randomness import rng
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp")
 FORMATS = ("JPEG", "PNG", "WEBP")  # the only decoders of Pillow's that data from the web may reach
-MAX_PIXELS = 2**26  # 8192 x 8192: a larger picture is refused from its header, before memory is taken for it
 HEAD = 2**16  # bytes of a picture that nearly always hold its header
 
 
 # =====================================================================================================================
 # The index of a tar
 # =====================================================================================================================
-# One row per usable sample: where the picture and its caption lie in the tar, and what bucketing needs to know.
+# One row per usable sample: where the picture and its caption lie in the tar, what bucketing needs to know, and a checksum of
+# the caption and the picture's first bytes, by which other content of the same length is noticed.
 ROW = np.dtype([("offset", "<i8"), ("size", "<i8"), ("width", "<i4"), ("height", "<i4"), ("text_offset", "<i8"),
-                ("text_size", "<i4"), ("is_json", "?"), ("letters", "<i4")])  # fmt: skip
+                ("text_size", "<i4"), ("is_json", "?"), ("letters", "<i4"), ("check", "<u4")])  # fmt: skip
 
 
 class Unusable(Exception):
@@ -105,7 +106,7 @@ def picture_size(content: bytes) -> tuple[int, int]:
                 raise Unusable("16-bit or floating-point grey")
             if data.orientation(image) >= 5:  # lies on its side
                 width, height = height, width
-    if width * height > MAX_PIXELS:
+    if width * height > data.MAX_PIXELS:
         raise Unusable("more than 67 million pixels")
     return width, height
 
@@ -124,9 +125,10 @@ def read_member(file, members: dict[str, tuple[int, int]]) -> tuple:
                 reason = error
     else:
         raise reason
+    head = read_at(file, offset, min(size, HEAD))
     try:
         try:
-            width, height = picture_size(read_at(file, offset, min(size, HEAD)))
+            width, height = picture_size(head)
         except data.BROKEN:
             if size <= HEAD:
                 raise
@@ -135,7 +137,7 @@ def read_member(file, members: dict[str, tuple[int, int]]) -> tuple:
         raise Unusable("more than 67 million pixels") from error
     except data.BROKEN as error:
         raise Unusable("broken picture") from error
-    return offset, size, width, height, *members[text], text == "json", len(caption)
+    return offset, size, width, height, *members[text], text == "json", len(caption), zlib.crc32(caption.encode(), zlib.crc32(head))
 
 
 def scan(tar: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
@@ -196,7 +198,7 @@ def index_of(tar: Path, index_folder: Path) -> tuple[np.ndarray, np.ndarray, dic
     An index holds while the tar's size and modification time stay what they were.
     """
     path, stat = index_folder / f"{tar.name}.index", tar.stat()
-    stamp = [2, MAX_PIXELS, stat.st_size, stat.st_mtime_ns]  # the 2 counts the versions of this format
+    stamp = [3, data.MAX_PIXELS, stat.st_size, stat.st_mtime_ns]  # the 3 counts the versions of this format
     if path.exists():
         try:
             with np.load(path, allow_pickle=False) as stored:
@@ -253,7 +255,7 @@ def read_index(folder: str | Path, index_folder: str | Path | None = None, worke
 
 
 def fingerprint(index: Index, buckets: list[tuple[int, int, int]]) -> str:
-    """Changes with the tars' names, with what is in them, as far as the index knows, and with the buckets (height, width,
+    """Changes with the tars' names, with what is in them, as far as the index knows (captions whole, pictures by their first bytes), and with the buckets (height, width,
     pictures), so with all that the order of samples follows from; not with where the tars lie."""
     state = hashlib.sha256(json.dumps(["order 2", [tar.name for tar in index.tars], buckets]).encode())
     for part in (index.shard, index.rows, index.keys):

@@ -452,7 +452,7 @@ def report_nonfinite(log, step: int, loss: float, norm: float, keys: list[str], 
         return ""
     return (f"no finite gradient in {in_a_row} iterations in a row, last with {', '.join(suspects[:8])}"
             f"{' ...' if len(suspects) > 8 else ''} (all are in {run / 'metrics.jsonl'}); the weights from before them are saved. "
-            "Leave these samples out or lower --lr, then --resume goes on behind them")  # fmt: skip
+            "--resume goes on behind them, with a lower --lr if need be; without these samples it would be a new run")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -520,7 +520,7 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
     for close in (stream.close, bar.close, *([log.close] if log else [])):
         closing.callback(close)
     began, step, stopping = time.perf_counter(), start, False
-    in_a_row, failure, saved_at = 0, "", time.perf_counter()
+    in_a_row, failure, saved_at, skipped = 0, "", time.perf_counter(), feed.skipped()
 
     # Iterate. One iteration: the gradient of the global batch, an update, the average.
     while step < plan.steps and not stopping:
@@ -560,9 +560,10 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
 
         # Tell, draw, save.
         if step % args.log_every == 0 or step == plan.steps:
-            record = meter.record(world, peak, feed.waited, feed.skipped_so_far() - feed.skipped_at_start)
+            record = meter.record(world, peak, feed.waited)
+            skipped = skipped.union(*gather(world, feed.skipped() - skipped))
             if chief and record:
-                record["skipped"] += feed.skipped_at_start
+                record["skipped"] = len(skipped)
                 record["images_per_s"] = record["iterations_per_s"] * plan.stage(step - 1).batch_size
                 log.write({"step": step, **record, "lr": rate, "tau": tau, "aux": aux, "nonfinite": nonfinite,
                            "elapsed": elapsed_before + time.perf_counter() - began})  # fmt: skip

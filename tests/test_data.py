@@ -211,6 +211,15 @@ def test_unusable_metadata_is_one_clear_error(tmp_path, lines, complaint):
         data.ImageFolder(folder, 8)
 
 
+def test_decompression_bombs_are_refused_before_decoding(tmp_path, monkeypatch):
+    for name, side in (("a", 9), ("b", 8)):
+        Image.new("RGB", (side, 8)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("a picture")
+    monkeypatch.setattr(data, "MAX_PIXELS", 64)
+    folder = data.ImageFolder(tmp_path, 8)
+    assert folder.keys == ["b.png"] and "67 million" in folder.skipped["a.png"]
+
+
 def test_captions_are_utf8_with_or_without_a_mark(tmp_path):
     folder = write_pictures(tmp_path / "f", ["a.png", "b.png"])
     for name, mark in (("a", b""), ("b", b"\xef\xbb\xbf")):

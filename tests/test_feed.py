@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -140,6 +141,25 @@ def test_what_the_order_follows_from_is_in_the_fingerprint(tars):
     same = {feed.open_source((str(tars / name),), (16,), 4, 4).fingerprint for name in ("tars", "cache16")}
     others = {shards.Shards(tars / "tars", side, batch, multiple=multiple).fingerprint for side, batch, multiple in ((32, 4, 4), (16, 12, 4), (16, 4, 8))}
     assert len(same) == 1 and len(others | same) == 4 and data.Shapes(16).fingerprint != data.Shapes(24).fingerprint
+
+
+def test_other_content_under_the_same_names_is_noticed(tars, tmp_path):
+    """Resuming would go on with other samples, a cache would keep the old ones."""
+    before, folder = shards.Shards(tars / "tars", 16, 4, multiple=4).fingerprint, tmp_path / "tars"
+    for where in (b"picture number 7", b"IDAT"):  # in a caption, in a picture
+        shutil.copytree(tars / "tars", folder, ignore=shutil.ignore_patterns("*.index"))
+        content = {tar: bytearray(tar.read_bytes()) for tar in folder.glob("*.tar")}
+        tar = next(tar for tar in content if where in content[tar])
+        content[tar][content[tar].index(where) + 10] ^= 1
+        tar.write_bytes(content[tar])
+        assert shards.Shards(folder, 16, 4, multiple=4).fingerprint != before
+        shutil.rmtree(folder)
+    pictures = tmp_path / "pictures"
+    shutil.copytree(tars / "pictures", pictures)
+    before = data.ImageFolder(pictures, 16).fingerprint
+    assert data.ImageFolder(pictures, 16).fingerprint == before
+    Image.new("RGB", (40, 40)).save(pictures / "3.png")
+    assert data.ImageFolder(pictures, 16).fingerprint != before
 
 
 def test_a_cache_whose_sides_do_not_fit_the_patch_is_refused(tars):

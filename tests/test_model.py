@@ -369,6 +369,16 @@ def test_a_pass_without_gradient_leaves_no_trap_in_the_autocast_cache(outer):
         assert (twice[name] - 2 * p.grad).norm() < 0.2 * p.grad.norm(), name  # equal, but for bf16 under `outer`
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_callers_autocast_changes_nothing(precision):
+    network = away_from_zero(SMALL, precision=precision)
+    with torch.no_grad():
+        alone = network(*inputs(SMALL))
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = network(*inputs(SMALL))
+    assert torch.equal(alone, inside)
+
+
 def test_text_order_matters_only_through_the_encoder():
     """All text tokens sit at the origin of RoPE: permuting them leaves V as it is, permuting patches does not."""
     network = away_from_zero(SMALL)

@@ -82,6 +82,18 @@ def test_refusals_name_combinations_that_divide(size, world, micro, batch):
     assert tried
 
 
+@pytest.mark.parametrize("world, batch", [(1, 32), (2, 36), (3, 20)])
+def test_refusals_for_groups_of_four_name_what_divides(world, batch):
+    """IMM's micro-batches are multiples of 4: a batch for micro-batches of 6 does not exist."""
+    plan = recipe.make("laptop", batch_size=batch, group=4)
+    with pytest.raises(errors.UserError) as refused:
+        plan.check_division(world, 6)
+    *batches, micro = map(int, re.findall(r"\d+", str(refused.value).split("--batch-size")[1]))
+    for near in batches:
+        recipe.make("laptop", batch_size=near, group=4).check_division(world, micro)
+    assert batches and "with micro-batches" in str(refused.value)
+
+
 @pytest.mark.parametrize("world", [1, 8, 16, 32, 64])
 def test_the_2b_batch_divides_over_the_usual_numbers_of_gpus(world):
     plan = recipe.RECIPES["2b"]
