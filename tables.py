@@ -40,6 +40,7 @@ ROWS = {
     "eq16": ("w/o target norm. (Eq. 16 to the letter)", ["--aux-from", "1", "--target", "sum"], (0.5555, 0.6156, 0.6521, 0.7018)),
     "eq18": ("Eq. 18 as target", ["--aux-from", "1", "--target", "tar"], None),
     "control": ("control: Eq. 19 with Delta = 0", ["--aux-from", "1", "--delta-scale", "0"], None),
+    "self_e_ema": ("Self-E, both branches by the average", ["--aux-from", "1", "--null-branch", "ema"], None),
     "aux_throughout": ("w/ aux. term throughout", ["--aux-from", "0"], (0.3307, 0.4304, 0.5153, 0.6166)),
     "aux_late": ("Self-E, aux. term late", ["--aux-from", f"{recipe.AUX_FROM:.4f}"], None),
 }
@@ -208,7 +209,7 @@ def write_table(rows: dict, out: Path, steps: tuple[int, ...]) -> None:
         lines.append(f"| {title} | {len(seeds)} | " + " | ".join(cells) + f" | {seconds / 60:.0f} min | {ratio} |")
     lines += ["", "Paired differences over seeds (mean, 95% interval):", "", "| difference | "
               + " | ".join(f"{n} steps" for n in steps) + " |", "|---" * (len(steps) + 1) + "|"]  # fmt: skip
-    for a, b in (("self_e", "flow_matching"), ("aux_late", "flow_matching"), ("self_e", "control"), ("aux_late", "control"),
+    for a, b in (("self_e", "flow_matching"), ("aux_late", "flow_matching"), ("self_e", "control"), ("self_e_ema", "control"), ("self_e_ema", "self_e"), ("aux_late", "control"),
                  ("self_e", "eq16"), ("self_e", "aux_throughout"), ("aux_late", "self_e"), ("self_e", "imm")):  # fmt: skip
         if a in rows and b in rows:
             common = sorted(set(rows[a]) & set(rows[b]))

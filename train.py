@@ -61,7 +61,8 @@ class Objective(NamedTuple):
 
 
 def self_e(network, ema, args) -> losses.SelfE:
-    return losses.SelfE(network, ema, target=args.target, delta_scale=args.delta_scale)
+    null_branch = {"online": network, "ema": ema}[args.null_branch]
+    return losses.SelfE(network, ema, target=args.target, delta_scale=args.delta_scale, unconditional=null_branch)
 
 
 OBJECTIVES = {
@@ -153,6 +154,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--objective", default="self_e", choices=list(OBJECTIVES), help="default: self_e")
     a("--target", default="renorm", choices=("renorm", "tar", "sum"), help="Eq. 20, Eq. 18 or Eq. 16 (default: renorm)")
     a("--delta-scale", metavar="X", type=float, default=1.0, help="times the self-evaluation; 0 is the control (default: 1)")
+    a("--null-branch", default="online", choices=("online", "ema"), help="which network sees the null prompt: the trained one (default, S.2) or ema")
     a("--aux-from", metavar="X", type=float, help="share of the run after which the auxiliary term joins; 1 is never")
     a = parser.add_argument_group("the machine").add_argument
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
@@ -177,7 +179,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.set_defaults(**config["arguments"])
         args = parser.parse_args(argv)
         begun = parser.parse_args(["--resume"])  # the run's own flags
-        for name in ("size", "objective", "target", "delta_scale", "text", "txt_len", "autoencoder"):
+        for name in ("size", "objective", "target", "delta_scale", "null_branch", "text", "txt_len", "autoencoder"):
             now, then = (getattr(plan_of(a) if name in ("text", "txt_len", "autoencoder") else a, name) for a in (args, begun))
             if now != then:
                 parser.error(f"{args.out} was begun with --{name.replace('_', '-')} {then}; for another begin a new run")
@@ -198,8 +200,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.error("--delta-scale must be a number from 0 up")
     if args.aux_from is not None and not 0 <= args.aux_from <= 1:
         parser.error("--aux-from is a share of the run, between 0 and 1")
-    if args.objective != "self_e" and (args.target, args.delta_scale, args.aux_from) not in (("renorm", 1, None), ("renorm", 1, 1)):
-        parser.error(f"--target, --delta-scale and --aux-from are choices of Self-E; {args.objective} has none of them")
+    chosen = args.target, args.delta_scale, args.null_branch, 1 if args.aux_from is None else args.aux_from
+    if args.objective != "self_e" and chosen != ("renorm", 1, "online", 1):
+        parser.error(f"--target, --delta-scale, --null-branch and --aux-from are choices of Self-E; {args.objective} has none of them")
     if not args.out:
         parser.error("--out must name the folder of the run")
     return args
@@ -374,7 +377,7 @@ def config_of(args, plan: recipe.Recipe, sizes: dict, precision: torch.dtype, de
     """What config.json says of a run, but for the size of its pictures."""
     return {
         "format": 1, "size": args.size, "model": sizes, "objective": args.objective, "target": args.target,
-        "delta_scale": args.delta_scale, "aux_from": plan.aux_from, "text_encoder": encoders.canonical(plan.text),
+        "delta_scale": args.delta_scale, "null_branch": args.null_branch, "aux_from": plan.aux_from, "text_encoder": encoders.canonical(plan.text),
         "txt_len": plan.txt_len, "autoencoder": encoders.canonical(plan.autoencoder), "data": list(plan.data),
         "s_rule": 1.0 if args.objective == "flow_matching" else 0.0, "eta": 1.0,  # S.3.1
         "guidance": plan.guidance, "guidance_space": "v",

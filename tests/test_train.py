@@ -242,6 +242,13 @@ def test_imm_trains_and_samples_in_its_own_way(tmp_path, monkeypatch):
         sample.generate(loaded, ["x"], [(0,)], steps=2, eta=0.5)
 
 
+def test_the_flags_of_the_objective_reach_it():
+    network, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    for flags, expected in (([], ("renorm", 1, network)), (["--target", "tar", "--delta-scale", "0", "--null-branch", "ema"], ("tar", 0, ema))):
+        built = train.OBJECTIVES["self_e"].build(network, ema, train.parse_arguments(flags))
+        assert (built.target, built.delta_scale) == expected[:2] and built.unconditional is expected[2] and built.ema is ema
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input: one line, exit code 2, nothing half-written
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,7 +258,7 @@ def test_imm_trains_and_samples_in_its_own_way(tmp_path, monkeypatch):
     (train, ["--out", "/dev/null/run"]), (train, ["--side", "30"]), (train, ["--text", "telepathy"]),
     (train, ["--objective", "imm", "--micro-batch", "2"]), (train, ["--autoencoder", "kl:./absent"]), (train, ["--seed", "-1"]), (train, ["--lr", "nan"]),
     (train, ["--seed", "99999999999999999999999"]), (train, ["--save-every", "-1"]), (train, ["--workers", "0"]),
-    (train, ["--objective", "flow_matching", "--target", "tar"]), (train, ["--objective", "imm", "--aux-from", "0"]), (train, ["--out", ""]),
+    (train, ["--objective", "flow_matching", "--target", "tar"]), (train, ["--objective", "imm", "--aux-from", "0"]), (train, ["--objective", "flow_matching", "--null-branch", "ema"]), (train, ["--out", ""]),
     (train, ["--device", "meta"]), (sample, ["--prompt", "x", "--scale", "200000"]),
     (sample, ["--checkpoint", "absent", "--prompt", "x"]), (sample, []), (sample, ["--prompt", "x", "--steps", "0"]),
     (sample, ["--prompt", "x", "--guidance", "-1"]), (sample, ["--prompt", "x", "--guidance", "nan"]),
