@@ -255,10 +255,12 @@ def state_bytes(parameters: int, world: int, zero: bool) -> dict[str, float]:
 
 
 def price(size: dict, plan: Recipe, objective: str, factor: int, start: int = 0) -> list[str]:
-    """Operations and time left, in lines, by the number of H100 GPUs."""
+    """Operations and time left, in lines, by the number of H100 GPUs if it is more than a day of one."""
     flops = run_flops(size, plan, objective, factor, start)
     hours = flops / (H100_FLOPS * ASSUMED_MFU) / 3600
-    lines = [f"{flops:.2e} FLOP from iteration {start:,} on, {hours:,.1f} H100-hours at {ASSUMED_MFU:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s (an assumption; "
+    time = f"{hours:,.1f} H100-hours" if hours > 1 else f"{3600 * hours:,.0f} H100-seconds"
+    lines = [f"{flops:.2e} FLOP from iteration {start:,} on, {time} at {ASSUMED_MFU:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s (an assumption; "
              "benchmark.py measures it)"]  # fmt: skip
-    lines += [f"{n:6} GPU{'s:' if n > 1 else ': '} {hours / n / 24:8.1f} days" for n in (1, 8, 16, 32, 64, 128)]
+    if hours > 24:
+        lines += [f"{n:6} GPU{'s:' if n > 1 else ': '} {hours / n / 24:8.1f} days" for n in (1, 8, 16, 32, 64, 128)]
     return lines
