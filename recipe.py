@@ -258,7 +258,7 @@ def price(size: dict, plan: Recipe, objective: str, factor: int, start: int = 0)
     """Operations and time left, in lines, by the number of H100 GPUs if it is more than a day of one."""
     flops = run_flops(size, plan, objective, factor, start)
     hours = flops / (H100_FLOPS * ASSUMED_MFU) / 3600
-    time = f"{hours:,.1f} H100-hours" if hours > 1 else f"{3600 * hours:,.0f} H100-seconds"
+    time = f"{hours:,.1f} H100-hours" if hours > 1 else f"{3600 * hours:,.1f} H100-seconds"
     lines = [f"{flops:.2e} FLOP from iteration {start:,} on, {time} at {ASSUMED_MFU:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s (an assumption; "
              "benchmark.py measures it)"]  # fmt: skip
     if hours > 24:
