@@ -215,21 +215,23 @@ def draw_figure(results: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(results["splits"]), figsize=(5 * len(results["splits"]), 4), squeeze=False)
+    wide = 5 * len(results["splits"])
+    figure, panels = plt.subplots(1, len(results["splits"]), figsize=(wide + 1.6, 4), squeeze=False)
     for panel, (split, by_steps) in zip(panels[0], results["splits"].items()):
         x = list(range(len(by_steps)))
-        for tag in TABLE_ORDER:
+        for i, tag in enumerate(TABLE_ORDER):
             if all(tag in scores["tags"] for scores in by_steps.values()):
                 y = [scores["tags"][tag]["score"] for scores in by_steps.values()]
-                panel.plot(x, y, marker=".", linewidth=1, alpha=0.6, label=COLUMN_NAMES[tag])
+                panel.plot(x, y, marker=".", linewidth=1, color=f"C{i}", alpha=0.6, label=COLUMN_NAMES[tag])
         overall = [scores["overall"] for scores in by_steps.values()]
         spread = [[c["score"] - c["low"] for c in overall], [c["high"] - c["score"] for c in overall]]
         panel.errorbar(x, [c["score"] for c in overall], spread, color="black", marker="o", capsize=3, label="Overall")
         panel.set(xticks=x, xticklabels=list(by_steps), ylim=(-0.02, 1.02), xlabel="steps", title=f"{split} prompts",
                   ylabel="share of pictures that are right")  # fmt: skip
         panel.grid(alpha=0.3)
-    panels[0][0].legend(fontsize=8)
-    figure.tight_layout()
+    names = {label: line for panel in panels[0] for line, label in zip(*panel.get_legend_handles_labels())}
+    figure.legend(names.values(), names.keys(), fontsize=8, loc="center right")
+    figure.tight_layout(rect=(0, 0, wide / (wide + 1.6), 1))
     with checkpoint.in_one_piece(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
     plt.close(figure)
