@@ -255,8 +255,9 @@ def read_index(folder: str | Path, index_folder: str | Path | None = None, worke
 
 
 def fingerprint(index: Index, buckets: list[tuple[int, int, int]]) -> str:
-    """Changes with the tars' names, with what is in them, as far as the index knows (captions whole, pictures by their first bytes), and with the buckets (height, width,
-    pictures), so with all that the order of samples follows from; not with where the tars lie."""
+    """Changes with the tars' names, with what is in them, as far as the index knows (captions whole, pictures by their first
+    bytes), and with the buckets (height, width, pictures), so with all that the order of samples follows from; not with where
+    the tars lie."""
     state = hashlib.sha256(json.dumps(["order 2", [tar.name for tar in index.tars], buckets]).encode())
     for part in (index.shard, index.rows, index.keys):
         state.update(part.tobytes())
