@@ -1,0 +1,70 @@
+"""How much of Delta is the difference of two prompts, and how much that of two networks (S.2, "Implementation Details").
+
+    python results/two_networks.py runs/tables/self_e-0 --out results/two_networks.json
+
+Self-E evaluates a prediction with the moving average under the prompt and with the trained network without it. For every state
+that a run has kept, on new pictures of its data at tau = 1 and every sample with s < t, the root mean square per value of
+
+    Delta          G_null(trained) - G_c(average), the paper's
+    of_prompts     G_null(average) - G_c(average), what is left when one network does both
+    of_networks    G_null(trained) - G_null(average), no prompt in it
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import checkpoint  # noqa: E402
+import data  # noqa: E402
+import errors  # noqa: E402
+import losses  # noqa: E402
+import machine  # noqa: E402
+import sample  # noqa: E402
+from model import G  # noqa: E402
+
+FIRST = 10_000_000  # index of the first picture: no run of ours gets so far
+
+
+@torch.no_grad()
+def measure(state: Path, pictures: int) -> dict[str, float]:
+    """The three root mean squares of one state."""
+    loaded = sample.load(state, torch.device("cpu"))
+    ema, network = loaded.network, copy.deepcopy(loaded.network)
+    checkpoint.load_weights(state / "network.safetensors", network)
+    source = data.Shapes(loaded.config["side"], loaded.config["data"][0])
+    samples = [source.sample(FIRST + i) for i in range(pictures)]
+    x0 = loaded.autoencoder.encode(data.to_tensor([s.picture for s in samples]))
+    c = loaded.text([s.caption for s in samples])
+    null = tuple(a.expand(pictures, *a.shape[1:]) for a in loaded.text([""]))
+    draws = losses.draw(0, FIRST, list(range(pictures)), x0.shape[1:], p_equal=0.0)
+    t, s = losses.sample_times(draws.z, draws.u, draws.jump, loaded.config["mu"], tau=1.0)
+    x0_hat = G(network, losses.add_noise(x0, t, draws.eps), t, s, c)
+    x_s_hat = losses.add_noise(x0_hat, s, draws.eps_s)
+    trained, average, conditional = G(network, x_s_hat, s, s, null), G(ema, x_s_hat, s, s, null), G(ema, x_s_hat, s, s, c)
+    gaps = {"Delta": trained - conditional, "of_prompts": average - conditional, "of_networks": trained - average}
+    return {name: round(gap.square().mean().sqrt().item(), 4) for name, gap in gaps.items()}
+
+
+def main() -> None:
+    parser = errors.Parser("results/two_networks.py", "How much of Delta is the difference of two networks.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run on the built-in shapes, with milestones")
+    parser.add_argument("--pictures", metavar="N", type=int, default=256, help="new pictures (default: 256)")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+    states = checkpoint.complete_states(args.run)
+    if not states:
+        raise errors.UserError(f"{args.run} holds no states of a run")
+    report = machine.provenance(torch.device("cpu")) | {"pictures": args.pictures, "states": []}
+    for state in states:
+        report["states"].append({"step": checkpoint.step_of(state)} | measure(state, args.pictures))
+        print(*(f"{name} {value}" for name, value in report["states"][-1].items()))
+    if args.out:
+        checkpoint.write_json(args.out, report)
+
+
+if __name__ == "__main__":
+    errors.run(main)
