@@ -97,6 +97,7 @@ def test_two_processes_equal_one_that_accumulates(runs):
     assert alike(runs / "one", runs / "two")
 
 
+@pytest.mark.slow
 def test_shards_and_their_cache_train_alike(tmp_path):
     """The same batches in three shapes from tars and from the cache of them, on one process and on two, with a stop between."""
     (tmp_path / "pictures").mkdir()
@@ -118,6 +119,7 @@ def test_shards_and_their_cache_train_alike(tmp_path):
     assert alike(tmp_path / "one", tmp_path / "cached")
 
 
+@pytest.mark.slow
 def test_what_is_skipped_is_counted_once_on_any_number_of_processes(tmp_path):
     """Pictures that only decoding finds broken: every process that meets one leaves it out, the record tells it once."""
     (tmp_path / "pictures").mkdir()

@@ -136,6 +136,7 @@ def test_the_network_of_fake_prompts_is_not_that_of_real_ones():
     assert len(rows.unique(dim=0)) == 4
 
 
+@pytest.mark.slow
 def test_any_step_command_writes_its_figures(tmp_path, monkeypatch):
     three = ("flow matching", "Self-E", "auxiliary throughout")  # what the figure of trajectories shows
     monkeypatch.setattr(any_step, "OBJECTIVES", {label: any_step.OBJECTIVES[label] for label in three})

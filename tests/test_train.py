@@ -155,6 +155,7 @@ def test_a_run_goes_on_as_what_it_was(trained, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such locks")
+@pytest.mark.slow
 def test_two_processes_do_not_train_in_one_folder(trained, tmp_path, monkeypatch):
     shutil.copytree(trained[0], tmp_path / "run")
     with checkpoint.locked(tmp_path / "run"), pytest.raises(errors.UserError, match="another process"):
