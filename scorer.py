@@ -5,8 +5,8 @@
 
 GenEval asks a detector what a picture shows. Here the objects are flat shapes of eight colours on a grey ground, so the
 question has an exact answer: a picture is right when a rendering of known objects explains it and these are the objects
-asked for, each of them, and nothing else. Anti-aliasing, slight blur and slight grain are part of "explains"; a
-missing, merged, cut-off, faded or additional object is not.
+asked for, each of them, and nothing else. Anti-aliasing and slight grain are part of "explains"; a missing, merged, cut-off,
+faded or additional object is not, and neither is the mean of several pictures, whose outlines are soft.
 
 Lengths called "units" are 32nds of the picture's side, colours are distances in RGB of 0 .. 255.
 """
@@ -25,6 +25,7 @@ GROUND_SHARE = 0.4  # of the picture, at least; the fullest scenes leave 63%
 LINE = 45.0  # a pixel further than this from every line from the ground to a colour belongs to no object
 GRAIN = 0.12  # of coverage that is overlooked
 AGREEMENT = 0.885  # overlap of an object with its best-fitting shape, at least
+SOFT = 0.5  # an outline may be this many units wider than a rendering's
 DIAMETER = (7.0, 24.0)  # of an object, in units; training has 8 to 22
 AT_BORDER = 0.75  # a pixel at the picture's border that is covered more than this: the object goes on beyond it
 SHARED = 1.5  # square units that two objects may both claim; a hidden part of an object is a missing part
@@ -57,9 +58,10 @@ class Explanation(NamedTuple):
 
 
 class Outline(NamedTuple):
-    """A shape of radius 1: its area, the height of its centre of mass below its centre, and its box."""
+    """A shape of radius 1: its area, the length of its outline, the height of its centre of mass below its centre, and its box."""
 
     area: float
+    length: float
     drop: float
     box: tuple[float, float, float, float]  # left, right, top, bottom
 
@@ -68,10 +70,12 @@ class Outline(NamedTuple):
 def outline(shape: str) -> Outline:
     """Measured from data.signed_distance, so that a new shape there needs no new line here."""
     u = (np.arange(600) + 0.5) / 250 - 1.2
-    inside = data.signed_distance(shape, u[None, :], u[:, None], 1.0) < 0
+    distance = data.signed_distance(shape, u[None, :], u[:, None], 1.0)
+    inside = distance < 0
     rows, columns = u[inside.any(1)], u[inside.any(0)]
+    length = (np.abs(distance) < 0.02).sum() / 250**2 / 0.04  # the area of a strip along it, over the strip's width
     drop = (inside * u[:, None]).sum() / inside.sum()
-    return Outline(inside.sum() / 250**2, drop, (columns[0], columns[-1], rows[0], rows[-1]))
+    return Outline(inside.sum() / 250**2, length, drop, (columns[0], columns[-1], rows[0], rows[-1]))
 
 
 def ground_color(picture: np.ndarray) -> np.ndarray:
@@ -134,12 +138,14 @@ def blurred(a: np.ndarray) -> np.ndarray:
     return (2 * a + a[:, :, np.maximum(across - 1, 0)] + a[:, :, np.minimum(across + 1, across[-1])]) / 4
 
 
-def overlap(seen: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """Soft intersection over union of seen [h, w] with candidates [n, h, w]: [n] in [0, 1].
+def without_grain(a: np.ndarray) -> np.ndarray:
+    """Coverage with values near 0 and 1 taken for 0 and 1, so that grain on a flat area is no disagreement."""
+    return np.clip((a - GRAIN) / (1 - 2 * GRAIN), 0.0, 1.0)
 
-    Values near 0 and 1 count as 0 and 1, so that grain on a flat area is no disagreement.
-    """
-    seen, candidates = (np.clip((a - GRAIN) / (1 - 2 * GRAIN), 0.0, 1.0) for a in (seen, candidates))
+
+def overlap(seen: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """Soft intersection over union of seen [h, w] with candidates [n, h, w]: [n] in [0, 1]."""
+    seen, candidates = without_grain(seen), without_grain(candidates)
     both = np.minimum(seen, candidates).sum((1, 2))
     return both / (seen.sum() + candidates.sum((1, 2)) - both)
 
@@ -178,6 +184,19 @@ def fit(seen: np.ndarray, rows: np.ndarray, columns: np.ndarray, unit: float) ->
     return best
 
 
+def softness(seen: np.ndarray, shape: str, x: float, y: float, r: float) -> float:
+    """How much wider the outline of a shape is in seen [H, W], the coverage of a whole picture, than in a rendering: pixels.
+
+    Where coverage a falls from 1 to 0 over w pixels, the sum of a (1 - a) is w / 6 for each pixel of the outline's length.
+    The mean of pictures that differ in size or place falls over as many pixels as they differ, whatever its best fit.
+    """
+    pixel = np.arange(len(seen))
+    distance = data.signed_distance(shape, pixel[None] + 0.5 - x, pixel[:, None] + 0.5 - y, r)
+    seen, rendered = without_grain(seen), without_grain(np.clip(0.5 - distance, 0.0, 1.0))
+    excess = (seen * (1 - seen) - rendered * (1 - rendered))[np.abs(distance) < 2 * max(1.0, len(seen) / 32)]
+    return float(6 * excess.sum() / (outline(shape).length * r))
+
+
 def box_mean(x: np.ndarray, side: int) -> np.ndarray:
     """Mean over side x side windows (zeros beyond the border) of [H, W, C]; side is odd."""
     half = side // 2
@@ -188,7 +207,7 @@ def box_mean(x: np.ndarray, side: int) -> np.ndarray:
 def explain(picture: np.ndarray) -> Explanation:
     """The objects that a picture shows, and the first thing in it that they do not explain.
 
-    picture: uint8 [H, W, 3], square, 16 to 64 pixels a side; below 20, crowded scenes have objects of too few pixels to
+    picture: uint8 [H, W, 3], square, 16 to 64 pixels a side; below 24, crowded scenes have objects of too few pixels to
     be told apart and true ones are refused now and then. Raises ValueError for anything else.
     """
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.shape[0] != picture.shape[1]:
@@ -234,6 +253,8 @@ def explain(picture: np.ndarray) -> Explanation:
             continue
         if agreement < AGREEMENT:
             complaint = f"a {color} region at ({x:.0f}, {y:.0f}) has no known shape; {shape} agrees to {agreement:.2f}"
+        elif softness(np.where(nearest == k, a, 0.0), shape, x, y, r) > SOFT * unit:
+            complaint = f"{what} has a soft outline"
         elif not DIAMETER[0] * unit <= 2 * r <= DIAMETER[1] * unit:
             complaint = f"{what} is {2 * r:.1f} pixels wide"
         elif box.min() < -0.5 * unit or box.max() > size + 0.5 * unit or (share[rows, columns, k][at_border] > AT_BORDER).any():

@@ -133,8 +133,8 @@ def measure_row(row: str, seed: int, run: Path, out: Path, args, device: torch.d
     result = machine.provenance(device) | {
         "row": row, "seed": seed, "train": loaded.config["command"], "training": loaded.config, "images": args.images,
         "training_seconds": checkpoint.read_json(run / "done.json")["seconds"], "splits": {}}  # fmt: skip
-    for split in ("test", "pairs", "fixed"):
-        asked = evaluate.fixed_64() if split == "fixed" else evaluate.prompts(split, args.per_tag, evaluate.tags_of(loaded.config))
+    for split in ("test", "pairs"):
+        asked = evaluate.prompts(split, args.per_tag, evaluate.tags_of(loaded.config))
         result["splits"][split] = {}
         for n in args.sample_steps:
             settings = chosen[str(n)]["settings"]

@@ -52,10 +52,7 @@ def scenes(size, n, purpose="scenes", tags=data.TAGS):
         yield i, anywhere(random, scene, size) if i // len(tags) % 2 else scene
 
 
-def worn(picture, random, grain=6.0, blur=True):
-    """The picture under a box blur half a pixel wide to each side, and grain."""
-    if blur:
-        picture = np.asarray(Image.fromarray(picture).filter(ImageFilter.BoxBlur(0.5)))
+def grainy(picture, random, grain=6.0):
     return np.clip(picture + random.normal(0, grain, picture.shape), 0, 255).round().astype(np.uint8)
 
 
@@ -99,16 +96,15 @@ def test_single_shapes_of_sixteen_pixels_are_judged_too():
         assert not scorer.score(half, truth)
 
 
-@pytest.mark.parametrize("grain, blur", [(6.0, False), (0.0, True)])
-def test_grain_and_slight_blur_are_tolerated(grain, blur):
-    share, wrong = accepted(32, 120, lambda picture, random: worn(picture, random, grain, blur))
+def test_grain_is_tolerated():
+    share, wrong = accepted(32, 120, grainy)
     assert share >= 0.99, wrong
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [32, 40, 48, 64])
-def test_grain_and_slight_blur_are_tolerated_thousands_of_times(size):
-    share, wrong = accepted(size, 2000, worn)
+@pytest.mark.parametrize("size", [24, 32, 40, 48, 64])
+def test_grain_is_tolerated_thousands_of_times(size):
+    share, wrong = accepted(size, 2000, grainy)
     assert share >= 0.99, wrong
 
 
@@ -264,6 +260,15 @@ def smeared(scene, size, random):
     return np.asarray(Image.fromarray(data.render(scene, size)).filter(ImageFilter.GaussianBlur(3 * size / 32)))
 
 
+def softened(scene, size, random):
+    """The mean of eight pictures that differ in the sizes of their objects only: edges fade, centres stay."""
+    pictures = []
+    for factor in np.linspace(0.6, 1.4, 8):
+        objects = tuple(dataclasses.replace(o, diameter=factor * o.diameter) for o in scene.objects)
+        pictures.append(data.render(dataclasses.replace(scene, objects=objects), size))
+    return mean_of(*pictures)
+
+
 def off_palette(scene, size, random):
     """A colour half-way between two of the palette, and not near a third (red and blue do make a purple)."""
     o, palette = scene.objects[0], np.array(list(data.COLORS.values()))
@@ -275,7 +280,7 @@ def off_palette(scene, size, random):
 
 
 FAULTS = [wrong_color, wrong_shape, swapped_colors, swapped_relation, missing, additional, faded, ghost, merged,
-          overlapping, over_the_border, sliced, averaged, smeared, off_palette]  # fmt: skip
+          overlapping, over_the_border, sliced, averaged, smeared, softened, off_palette]  # fmt: skip
 
 
 def fooled(fault, size, n):
@@ -315,17 +320,30 @@ def means(size, tag, n, scenes_drawn):
             yield mean_of(*(data.render(scene, size) for scene in same[:n])), same[0].metadata
 
 
-@pytest.mark.parametrize("size, tag", [(16, "single_object"), (24, "single_object"), (24, "two_object"), (24, "counting"), (24, "position")])
-def test_the_mean_of_a_prompts_pictures_is_rejected_where_it_leaves_much_open(size, tag):
+@pytest.mark.parametrize("size, tag", [(16, "single_object"), (24, "single_object"), (24, "two_object"), (24, "counting"),
+                                       (24, "position"), (32, "colors"), (64, "colors")])  # fmt: skip
+def test_the_mean_of_a_prompts_pictures_is_rejected(size, tag):
     asked = list(means(size, tag, 8, 4000 if tag == "position" else 600))
     assert len(asked) >= 5
     assert not [metadata["prompt"] for picture, metadata in asked if scorer.score(picture, metadata)]
 
 
-def test_the_mean_of_one_colored_shape_is_a_soft_picture_of_it():
-    """A limit that the README tells: the tag "colors" cannot punish a blend, because the blend is what was asked for."""
-    asked = list(means(16, "colors", 8, 600))
-    assert sum(scorer.score(picture, metadata) for picture, metadata in asked) > 0.8 * len(asked) and len(asked) >= 20
+@pytest.mark.parametrize("wide", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("shape", data.SHAPES)
+def test_softness_is_how_much_wider_an_outline_is_than_a_pixel(shape, wide):
+    """Coverage that falls linearly over `wide` pixels; a rendering's falls over one. GRAIN cuts a share off both ends."""
+    pixel, measured = np.arange(64) + 0.5, []
+    for x, y in rng(7, "softness").uniform(31.5, 32.5, (100, 2)):
+        seen = np.clip(0.5 - data.signed_distance(shape, pixel[None] - x, pixel[:, None] - y, 21.0) / wide, 0.0, 1.0)
+        measured.append(scorer.softness(seen, shape, x, y, 21.0))
+    assert np.mean(measured) == pytest.approx((1 - 2 * scorer.GRAIN) * (wide - 1), abs=0.12)
+
+
+@pytest.mark.parametrize("size, share", [(16, 0.35), (24, 0.2)])
+def test_in_small_pictures_the_mean_of_one_colored_shape_passes_now_and_then(size, share):
+    """A limit that the README tells: these shapes differ in size by two or three pixels, and some of their means are as sharp as one."""
+    asked = list(means(size, "colors", 8, 600))
+    assert sum(scorer.score(picture, metadata) for picture, metadata in asked) <= share * len(asked) and len(asked) >= 20
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def test_the_quick_form_makes_every_file_and_goes_on_where_it_stopped(tmp_path):
     out = tmp_path / "results-quick"
     row = json.loads((out / "rows/self_e-0.json").read_text())
     assert {"command", "commit", "hardware", "seconds", "seed"} <= set(row) and row["training"]["steps"] == 4
-    assert set(row["splits"]) == {"test", "pairs", "fixed"} and set(row["splits"]["test"]) == {"1", "2"}
+    assert set(row["splits"]) == {"test", "pairs"} and set(row["splits"]["test"]) == {"1", "2"}
     flow = json.loads((out / "rows/flow_matching-0.json").read_text())
     assert {s["settings"]["s_rule"] for s in flow["splits"]["test"].values()} == {1.0}
     assert {"guidance", "eta", "s_rule"} == set(row["splits"]["test"]["2"]["settings"])
