@@ -132,7 +132,7 @@ def coverage(shape: str, x, y, r, rows: np.ndarray, columns: np.ndarray) -> np.n
 
 
 def blurred(a: np.ndarray) -> np.ndarray:
-    """[n, h, w] under the kernel (1, 2, 1) / 4 in both directions, repeating the border: the blur that is tolerated."""
+    """[n, h, w] under the kernel (1, 2, 1) / 4 in both directions, repeating the border, to recognise a shape under slight blur."""
     down, across = np.arange(a.shape[1]), np.arange(a.shape[2])
     a = (2 * a + a[:, np.maximum(down - 1, 0)] + a[:, np.minimum(down + 1, down[-1])]) / 4
     return (2 * a + a[:, :, np.maximum(across - 1, 0)] + a[:, :, np.minimum(across + 1, across[-1])]) / 4
