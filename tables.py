@@ -232,7 +232,7 @@ def draw_figures(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> N
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panel = plt.subplots(figsize=(7, 4.5))
+    figure, panel = plt.subplots(figsize=(9.5, 4.5))
     for row, seeds in rows.items():
         values = np.array([[score_of(r, n) for n in steps] for r in seeds.values()])
         color = f"C{list(ROWS).index(row)}"
@@ -241,7 +241,7 @@ def draw_figures(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> N
     panel.set(xticks=range(len(steps)), xticklabels=steps, xlabel="network evaluations", ylabel="overall score, test prompts")
     panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=7)
+    panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))  # outside: there are nine lines
     figure.tight_layout()
     with checkpoint.in_one_piece(out / "scores.png") as partial:
         figure.savefig(partial, format="png", dpi=110)
