@@ -261,7 +261,12 @@ def smeared(scene, size, random):
 
 
 def softened(scene, size, random):
-    """The mean of eight pictures that differ in the sizes of their objects only: edges fade, centres stay."""
+    """The mean of eight pictures that differ in the sizes of their objects only: edges fade, centres stay.
+
+    Not of objects under 8 pixels, whose sizes differ by too little: 2 of 600 such pictures passed at 24 pixels a side.
+    """
+    if min(o.diameter for o in scene.objects) < 8:
+        return None
     pictures = []
     for factor in np.linspace(0.6, 1.4, 8):
         objects = tuple(dataclasses.replace(o, diameter=factor * o.diameter) for o in scene.objects)
