@@ -56,6 +56,13 @@ class Source(Protocol):
 
     def bucket(self, g: int, seed: int = 0) -> tuple[int, int]: ...
 
+    # What WrongCaptions asks besides: its samples have the numbers 0 .. numbers - 1, in whatever order g meets them.
+    numbers: int
+
+    def number(self, g: int, seed: int = 0) -> int: ...
+
+    def caption(self, number: int, seed: int = 0) -> str: ...
+
 
 class DataError(errors.UserError):
     """The data cannot be used; the message says which file and what to do."""
@@ -275,6 +282,7 @@ class Shapes:
     def __init__(self, size: int = 32, name: str = "shapes"):
         self.size, self.tags, self.name = size, SETS[name], name
         self.buckets, self.skipped, self.fingerprint = [(size, size)], {}, f"{name} {size} {VERSION}"
+        self.numbers = 2**62  # no end
 
     def __len__(self) -> int:
         raise TypeError("the built-in shapes are endless")
@@ -286,6 +294,12 @@ class Shapes:
     def scene(self, g: int, seed: int = 0) -> Scene:
         random = rng(seed, "shapes", g)
         return draw_scene(random, self.size, self.tags[random.integers(len(self.tags))])
+
+    def number(self, g: int, seed: int = 0) -> int:
+        return g
+
+    def caption(self, number: int, seed: int = 0) -> str:
+        return self.scene(number, seed).metadata["prompt"]
 
     def sample(self, g: int, seed: int = 0) -> Sample:
         scene = self.scene(g, seed)
@@ -428,9 +442,60 @@ class ImageFolder:
         """The shuffled order of one epoch."""
         return rng(seed, "epoch", self.size, epoch).permutation(len(self))  # at another size in another order (recipe.Stage.sides)
 
+    def number(self, g: int, seed: int = 0) -> int:
+        """Which picture sample g is."""
+        return int(self.order(seed, g // len(self))[g % len(self)])
+
+    def caption(self, number: int, seed: int = 0) -> str:
+        return self.captions[number]
+
     def sample(self, g: int, seed: int = 0) -> Sample:
-        i = int(self.order(seed, g // len(self))[g % len(self)])
+        i = self.number(g, seed)
         return Sample(self.pictures[i], self.captions[i], self.keys[i])
+
+
+# =====================================================================================================================
+# (c) Wrong captions
+# =====================================================================================================================
+# The built-in captions are always right, those of the web are not, and that is what guidance is for: where captions are
+# wrong now and then, q(x0 | c) is what c means mixed with everything else, and the classifier score, grad log q(c | x),
+# points from the one to the other. So the share of wrong captions is a property of data that can be set.
+
+
+class WrongCaptions:
+    """A source whose samples carry, each with probability `share`, the caption of another sample.
+
+    Which ones do, and whose caption they carry, is a function of (seed, the sample's number): the same in every epoch.
+    (Another sample's caption may say the same.) Raises DataError when all captions of the source are alike.
+    """
+
+    def __init__(self, source: Source, share: float):
+        self.source, self.share, self.name = source, share, source.name
+        self.buckets, self.skipped, self.numbers = source.buckets, source.skipped, source.numbers
+        self.fingerprint = f"{source.fingerprint}, {share:g} of the captions wrong"
+        first = source.caption(0)
+        if all(source.caption(number) == first for number in range(1, source.numbers)):
+            raise DataError(f"{self.name}: all captions are alike, so --wrong-captions has nothing to swap: leave it out")
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
+        return self.source.bucket(g, seed)
+
+    def number(self, g: int, seed: int = 0) -> int:
+        return self.source.number(g, seed)
+
+    def caption(self, number: int, seed: int = 0) -> str:
+        random = rng(seed, "wrong captions", number)
+        if random.random() < self.share:
+            other = int(random.integers(self.numbers - 1))
+            number = other + (other >= number)  # any sample but this one
+        return self.source.caption(number, seed)
+
+    def sample(self, g: int, seed: int = 0) -> Sample:
+        sample = self.source.sample(g, seed)
+        return sample._replace(caption=self.caption(self.source.number(g, seed), seed))
 
 
 # =====================================================================================================================

@@ -32,12 +32,14 @@ from recipe import Recipe, Stage
 # ---------------------------------------------------------------------------------------------------------------------
 # Which source a name means
 # ---------------------------------------------------------------------------------------------------------------------
-def open_source(names: tuple[str, ...], sides: tuple[int, ...], batch_size: int, multiple: int, index: str | None = None):
+def open_source(names: tuple[str, ...], sides: tuple[int, ...], batch_size: int, multiple: int, index: str | None = None,
+                wrong_captions: float = 0.0):  # fmt: skip
     """The samples of a stage: a built-in set by its name, a folder of pictures, a folder of tar shards, or caches of encoded shards.
 
     Sources of several sides take turns, batch by batch. A cache has one side, so a stage of two sides needs two caches;
     all else serves every side. `multiple` is what the sides of a picture must be multiples of: the auto-encoder's factor
-    times the patch; `index` the folder of the tars' index, if not their own. Raises DataError with what is wrong and what to do.
+    times the patch; `index` the folder of the tars' index, if not their own; `wrong_captions` the share of samples with the caption
+    of another (data.WrongCaptions). Raises DataError with what is wrong and what to do.
     """
     caches = {checkpoint.read_json(Path(name) / "cache.json")["side"]: name for name in names if cache.is_cache(name)}
     if len(caches) < len(names) and len(names) > 1:
@@ -45,6 +47,8 @@ def open_source(names: tuple[str, ...], sides: tuple[int, ...], batch_size: int,
     for side in sides:
         if side % multiple:
             raise data.DataError(f"the side of the pictures must be a multiple of {multiple}, not {side}")
+    if caches and wrong_captions:
+        raise data.DataError(f"{names[0]} is a cache, whose captions are encoded already: --wrong-captions needs its tars")
     parts = []
     for side in sides:
         if names[0] in data.SETS:
@@ -62,6 +66,8 @@ def open_source(names: tuple[str, ...], sides: tuple[int, ...], batch_size: int,
             parts.append(shards.Shards(names[0], side, batch_size, multiple=multiple, index=index))
         else:
             parts.append(data.ImageFolder(names[0], side))
+    if wrong_captions:
+        parts = [data.WrongCaptions(part, wrong_captions) for part in parts]
     return parts[0] if len(parts) == 1 else shards.Mixed(parts, batch_size)
 
 
@@ -114,7 +120,7 @@ class Feed:
         self.text, self.autoencoder, self.channels, self.factor = text, autoencoder, channels, factor
         self.world, self.rank, self.workers, self.waited = world, rank, workers, 0.0
         self.sources = {
-            number: open_source(plan.data, stage.sides, stage.batch_size, factor * patch, index)
+            number: open_source(plan.data, stage.sides, stage.batch_size, factor * patch, index, plan.wrong_captions)
             for number, stage in enumerate(plan.stages) if number >= plan.stage_number(start)
         }  # fmt: skip
         self.null = None

@@ -49,6 +49,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.95)
     ema: float = 0.9999
     dropout: float = 0.1  # share of prompts replaced by ""
+    wrong_captions: float = 0.0  # share of samples that carry the caption of another (data.WrongCaptions)
     group: int = 2  # micro-batches are multiples of it: 2, every second sample has s < t (s.13); IMM's groups have 4
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -241,7 +242,8 @@ def describe(size: dict, plan: Recipe, objective: str, factor: int, world: int) 
         lines.append(f"iterations {begin:,} to {end:,}: {sides} pixels, {stage.batch_size} pictures each "
                      f"({world} process{'es' * (world > 1)} x {parts}), mu {mu}")  # fmt: skip
     lines.append(f"Adam {plan.betas}, learning rate {plan.lr:g} after {plan.warmup_steps():,} iterations, down to {plan.lr_end:g}; gradients clipped "
-                 f"at {plan.clip:g}; EMA {plan.ema:g}; {plan.dropout:.0%} of prompts dropped")  # fmt: skip
+                 f"at {plan.clip:g}; EMA {plan.ema:g}; {plan.dropout:.0%} of prompts dropped"
+                 + (f"; {plan.wrong_captions:.3g} of captions wrong" if plan.wrong_captions else ""))  # fmt: skip
     if objective == "self_e":
         aux = f"auxiliary term from iteration {math.ceil(plan.aux_from * plan.steps):,}" if plan.aux_from < 1 else "no auxiliary term"
         lines.append(f"tau from 0 to 1 over {round(plan.tau_until * plan.steps):,} iterations; {aux}")

@@ -398,6 +398,7 @@ class Shards:
         counts = [(height, width, len(m)) for (height, width), m in zip(self.buckets, self.members)]
         self.fingerprint = fingerprint(Index(self.tars, self.shard, self.rows, self.keys, self.skipped), counts)
         self.blocks = Blocks([len(m) for m in self.members], batch_size, side)
+        self.numbers = len(self.rows)
 
     def __len__(self) -> int:
         return int(self.blocks.counts.sum())
@@ -436,6 +437,21 @@ class Shards:
     def sample(self, g: int, seed: int = 0) -> data.Sample:
         """Sample g of the sequence that belongs to `seed`."""
         return self.picture(*self.blocks.locate(g, seed))
+
+    def number(self, g: int, seed: int = 0) -> int:
+        """Which picture sample g is, as an index of the data set's; where that one is found broken, of what stands for it."""
+        k, i = self.blocks.locate(g, seed)
+        for j in range(i, i + len(self.members[k])):
+            n = int(self.members[k][j % len(self.members[k])])
+            if self.key(n) not in self.skipped:
+                break
+        return n
+
+    def caption(self, number: int, seed: int = 0) -> str:
+        """The caption of a picture, whatever the state of its pixels."""
+        tar, row = self.tars[self.shard[number]], self.rows[number]
+        with open(tar, "rb") as file:
+            return parse_caption(read_at(file, row["text_offset"], row["text_size"]), bool(row["is_json"]))
 
     def picture(self, k: int, i: int) -> data.Sample:
         """Picture i of bucket k.

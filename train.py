@@ -137,6 +137,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a = parser.add_argument_group("the run").add_argument
     a("--size", default="laptop", choices=list(model.SIZES), help="model and recipe (default: laptop)")
     a("--data", metavar="DIR", nargs="+", help="one-shape, shapes, a folder of captioned pictures or of tar shards, or caches")
+    a("--wrong-captions", metavar="X", type=float, default=0.0, help="share of samples with the caption of another; 0 is off (default: 0)")
     a("--out", metavar="DIR", default="runs/laptop", help="folder of the run (default: runs/laptop)")
     a("--resume", action="store_true", help="go on from the last state in --out, with its flags")
     a("--dry-run", action="store_true", help="print the plan, memory and price of the run and end")
@@ -179,7 +180,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.set_defaults(**config["arguments"])
         args = parser.parse_args(argv)
         begun = parser.parse_args(["--resume"])  # the run's own flags
-        for name in ("size", "objective", "target", "delta_scale", "null_branch", "text", "txt_len", "autoencoder"):
+        for name in ("size", "objective", "target", "delta_scale", "null_branch", "text", "txt_len", "autoencoder", "wrong_captions"):
             now, then = (getattr(plan_of(a) if name in ("text", "txt_len", "autoencoder") else a, name) for a in (args, begun))
             if now != then:
                 parser.error(f"{args.out} was begun with --{name.replace('_', '-')} {then}; for another begin a new run")
@@ -196,6 +197,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.error("--seed must be less than 2^63")
     if args.lr is not None and not 0 < args.lr < 1:
         parser.error("--lr must lie between 0 and 1")
+    if not 0 <= args.wrong_captions <= 1:
+        parser.error("--wrong-captions is a share of the samples, between 0 and 1")
     if not 0 <= args.delta_scale < float("inf"):
         parser.error("--delta-scale must be a number from 0 up")
     if args.aux_from is not None and not 0 <= args.aux_from <= 1:
@@ -247,7 +250,7 @@ def dry_run(args, plan: recipe.Recipe, world: int, start: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 def plan_of(args) -> recipe.Recipe:
     """The recipe of --size with what the flags change."""
-    fields = ("steps", "batch_size", "lr", "side", "text", "txt_len", "autoencoder", "micro_batch")
+    fields = ("steps", "batch_size", "lr", "side", "text", "txt_len", "autoencoder", "micro_batch", "wrong_captions")
     changes = {name: getattr(args, name) for name in fields} | {"group": OBJECTIVES[args.objective].group}
     aux_from = args.aux_from if args.objective == "self_e" else 1.0  # the others have no auxiliary term
     return recipe.make(args.size, data=args.data and tuple(args.data), aux_from=aux_from, **changes)
@@ -378,7 +381,7 @@ def config_of(args, plan: recipe.Recipe, sizes: dict, precision: torch.dtype, de
     return {
         "format": 1, "size": args.size, "model": sizes, "objective": args.objective, "target": args.target,
         "delta_scale": args.delta_scale, "null_branch": args.null_branch, "aux_from": plan.aux_from, "text_encoder": encoders.canonical(plan.text),
-        "txt_len": plan.txt_len, "autoencoder": encoders.canonical(plan.autoencoder), "data": list(plan.data),
+        "txt_len": plan.txt_len, "autoencoder": encoders.canonical(plan.autoencoder), "data": list(plan.data), "wrong_captions": plan.wrong_captions,
         "s_rule": 1.0 if args.objective == "flow_matching" else 0.0, "eta": 1.0,  # S.3.1
         "guidance": plan.guidance, "guidance_space": "v",
         "steps": plan.steps, "batch_size": plan.stages[0].batch_size, "lr": plan.lr, "seed": args.seed,
