@@ -336,8 +336,9 @@ def keep_settings(args, budget: list[str], device: torch.device) -> str:
     """
     path = args.runs / "settings.json"
     precision = train.parse_arguments(budget).precision
-    if precision == "auto" and path.exists():
-        precision = checkpoint.read_json(path)["precision"]
+    for begun in (path, args.out / "settings.json"):  # on another machine there may be results and no runs
+        if precision == "auto" and begun.exists():
+            precision = checkpoint.read_json(begun)["precision"]
     if precision == "auto":
         precision = "bf16" if machine.pick_precision(device) == torch.bfloat16 else "fp32"
     training = {"shapes": data.VERSION, "budget": args.budget, "precision": precision}
