@@ -202,7 +202,8 @@ def load_state(folder: Path, network: nn.Module, ema: nn.Module, optimizer: torc
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / 'adam.pt'} is not Adam's state of this model ({type(error).__name__}: {error})") from error
     for p, own in getattr(optimizer, "optim", optimizer).state.items():  # ZeRO-1 leaves Adam's count on the CPU, where the
-        own["step"] = own["step"].to(p.device)  # fused update does not look for it (pytorch issue 124133)
+        if "step" in own:  # Muon keeps none
+            own["step"] = own["step"].to(p.device)  # fused update does not look for it (pytorch issue 124133)
     if hasattr(optimizer, "optim"):
         optimizer.state.clear()  # a second copy of the moments, which ZeRO-1 makes on loading and never reads
     state = read_json(folder / "state.json")

@@ -45,6 +45,7 @@ import losses
 import machine
 import model
 import monitor
+import optimizers
 import recipe
 import sample
 from feed import Feed
@@ -139,6 +140,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--data", metavar="DIR", nargs="+", help="one-shape, shapes, a folder of captioned pictures or of tar shards, or caches")
     a("--wrong-captions", metavar="X", type=float, default=0.0, help="share of samples with the caption of another; 0 is off (default: 0)")
     a("--out", metavar="DIR", default="runs/laptop", help="folder of the run (default: runs/laptop)")
+    a("--init", metavar="DIR", help="begin with the weights of another run or checkpoint (default: random ones)")
     a("--resume", action="store_true", help="go on from the last state in --out, with its flags")
     a("--dry-run", action="store_true", help="print the plan, memory and price of the run and end")
     a("--index", metavar="DIR", help="folder of the index of tar shards (default: beside the tars)")
@@ -147,6 +149,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--steps", metavar="N", type=int, help="iterations")
     a("--batch-size", metavar="N", type=int, help="pictures an iteration, over all processes and in all stages")
     a("--lr", metavar="X", type=float, help="peak learning rate")
+    a("--optimizer", default="adam", choices=optimizers.OPTIMIZERS, help="adam (default, S.2), or muon for the blocks' matrices")
     a("--side", metavar="N", type=int, help="side of the pictures in pixels, in all stages")
     a("--text", metavar="SPEC", help="frozen text encoder, see encoders.py")
     a("--txt-len", metavar="N", type=int, help="tokens that a caption is cut or padded to")
@@ -180,7 +183,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.set_defaults(**config["arguments"])
         args = parser.parse_args(argv)
         begun = parser.parse_args(["--resume"])  # the run's own flags
-        for name in ("size", "objective", "target", "delta_scale", "null_branch", "text", "txt_len", "autoencoder", "wrong_captions"):
+        for name in ("size", "objective", "target", "delta_scale", "null_branch", "text", "txt_len", "autoencoder", "wrong_captions", "optimizer"):
             now, then = (getattr(plan_of(a) if name in ("text", "txt_len", "autoencoder") else a, name) for a in (args, begun))
             if now != then:
                 parser.error(f"{args.out} was begun with --{name.replace('_', '-')} {then}; for another begin a new run")
@@ -197,6 +200,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.error("--seed must be less than 2^63")
     if args.lr is not None and not 0 < args.lr < 1:
         parser.error("--lr must lie between 0 and 1")
+    if args.zero and args.optimizer == "muon":
+        parser.error("--zero spreads the moments of Adam; it does not go with --optimizer muon")
     if not 0 <= args.wrong_captions <= 1:
         parser.error("--wrong-captions is a share of the samples, between 0 and 1")
     if not 0 <= args.delta_scale < float("inf"):
@@ -309,6 +314,16 @@ def pick_precision(args, run: Path, device: torch.device, world: int) -> torch.d
     return chosen[0]
 
 
+def begin_from(folder: Path, network: model.Denoiser, plan: recipe.Recipe) -> None:
+    """Load the EMA weights of another run into a new network. Raises UserError when they belong to another model or encoder."""
+    config = checkpoint.read_json(folder / "config.json")
+    for name in ("text_encoder", "autoencoder"):
+        own = encoders.canonical(plan.text if name == "text_encoder" else plan.autoencoder)
+        if not isinstance(config, dict) or config.get(name) != own:
+            raise errors.UserError(f"--init {folder}: it was trained with another {name} than {own}; begin without --init, or choose that one")
+    checkpoint.load_weights(folder / "model.safetensors", network)
+
+
 def check_resume(run: Path, state: dict, args, plan: recipe.Recipe, feed: Feed) -> None:
     """Raise UserError when what the sequence of samples follows from is not what it was."""
     if state["seed"] != args.seed:
@@ -321,16 +336,6 @@ def check_resume(run: Path, state: dict, args, plan: recipe.Recipe, feed: Feed) 
         if "data" in state and state["data"].get(number) != now:
             raise errors.UserError(f"{run} was begun with other data, another --side or another --batch-size: the samples would not be the next ones. "
                                    "Restore them, or begin a new run")  # fmt: skip
-
-
-def optimizer_of(network: torch.nn.Module, plan: recipe.Recipe, zero: bool) -> torch.optim.Optimizer:
-    """Adam, or the same with its moments spread over the processes (ZeRO-1)."""
-    choices = dict(lr=plan.lr, betas=plan.betas, fused=True)
-    if zero:
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # its import costs a second
-
-        return ZeroRedundancyOptimizer(network.parameters(), torch.optim.Adam, **choices)
-    return torch.optim.Adam(network.parameters(), **choices)
 
 
 def compile_blocks(args, networks: list[model.Denoiser], buckets: int, device: torch.device) -> str:
@@ -384,7 +389,7 @@ def config_of(args, plan: recipe.Recipe, sizes: dict, precision: torch.dtype, de
         "txt_len": plan.txt_len, "autoencoder": encoders.canonical(plan.autoencoder), "data": list(plan.data), "wrong_captions": plan.wrong_captions,
         "s_rule": 1.0 if args.objective == "flow_matching" else 0.0, "eta": 1.0,  # S.3.1
         "guidance": plan.guidance, "guidance_space": "v",
-        "steps": plan.steps, "batch_size": plan.stages[0].batch_size, "lr": plan.lr, "seed": args.seed,
+        "steps": plan.steps, "batch_size": plan.stages[0].batch_size, "lr": plan.lr, "seed": args.seed, "optimizer": args.optimizer,
         "precision": str(precision).removeprefix("torch."), "machine": machine.describe(device),
         "command": " ".join(["python train.py", *sys.argv[1:]]),
         "arguments": {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "dry_run")},
@@ -488,9 +493,11 @@ def train(args, plan: recipe.Recipe, run: Path, device: torch.device, world: int
     torch.manual_seed(args.seed)
     network = model.Denoiser(**sizes, precision=precision).to(device)
     network.recompute = args.recompute
+    if args.init and not args.resume:
+        begin_from(Path(args.init), network, plan)
     ema = copy.deepcopy(network).requires_grad_(False)
     objective = OBJECTIVES[args.objective].build(network, ema, args)
-    adam = optimizer_of(network, plan, args.zero and world > 1)
+    adam = optimizers.build(args.optimizer, network, plan.lr, plan.betas, args.zero and world > 1)
 
     # The run's folder, and where a stopped run was.
     config = config_of(args, plan, sizes, precision, device)
