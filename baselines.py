@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from losses import add_noise, like
-from randomness import normal, rng
+from engine.randomness import normal, rng
 
 M = 4  # samples in a group
 T_MAX = 0.994  # the largest time: training draws t below it, sampling starts there

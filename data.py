@@ -28,8 +28,8 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-import errors
-from randomness import rng
+from engine import errors
+from engine.randomness import rng
 
 
 class Sample(NamedTuple):

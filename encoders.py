@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import errors
+from engine import errors
 
 # FLUX.1-schnell's repository holds all three frozen parts of S.2 as safetensors and under Apache-2.0: the VAE (the same
 # as FLUX.1-dev's), the encoder half of T5 v1.1 XXL in bf16, and CLIP's text tower. It asks for a log-in on the hub.

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from model import G
-from randomness import rng
+from engine.randomness import rng
 
 
 def like(t: Tensor, x: Tensor) -> Tensor:

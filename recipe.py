@@ -13,9 +13,9 @@ meets every part of its recipe. The auxiliary stage is in that of `2b`; `--aux-f
 import math
 from dataclasses import dataclass, replace
 
-import errors
 import losses
 import model
+from engine import errors
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def price(size: dict, plan: Recipe, objective: str, factor: int, start: int = 0)
     hours = flops / (H100_FLOPS * ASSUMED_MFU) / 3600
     time = f"{hours:,.1f} H100-hours" if hours > 1 else f"{3600 * hours:,.1f} H100-seconds"
     lines = [f"{flops:.2e} FLOP from iteration {start:,} on, {time} at {ASSUMED_MFU:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s (an assumption; "
-             "benchmark.py measures it)"]  # fmt: skip
+             "engine/benchmark.py measures it)"]  # fmt: skip
     if hours > 24:
         lines += [f"{n:6} GPU{'s:' if n > 1 else ': '} {hours / n / 24:8.1f} days" for n in (1, 8, 16, 32, 64, 128)]
     return lines

@@ -18,14 +18,12 @@ import torch
 from PIL import Image
 
 import baselines
-import checkpoint
 import data
 import encoders
-import errors
-import machine
 import model
 import sampler
-from randomness import normal
+from engine import checkpoint, errors, machine
+from engine.randomness import normal
 
 
 

@@ -36,19 +36,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import baselines
-import cache
-import checkpoint
 import data
 import encoders
-import errors
 import losses
-import machine
 import model
-import monitor
-import optimizers
 import recipe
 import sample
-from feed import Feed
+from engine import cache, checkpoint, errors, machine, monitor, optimizers
+from engine.feed import Feed
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The objectives of Table 2
@@ -234,7 +229,7 @@ def dry_run(args, plan: recipe.Recipe, world: int, start: int) -> None:
     parameters = model.count_parameters(sizes)
     state = recipe.state_bytes(parameters, world, args.zero)
     print(f"memory of each process: {sum(state.values()) / 2**30:.2f} GiB of state ("
-          + ", ".join(f"{name} {b / 2**30:.2f}" for name, b in state.items()) + "), and activations (benchmark.py measures them)"
+          + ", ".join(f"{name} {b / 2**30:.2f}" for name, b in state.items()) + "), and activations (engine/benchmark.py measures them)"
           + ("; T5-XXL, CLIP and the VAE take 9.3 GiB more, with a cache on the first process only" if plan.text == "flux" else ""))  # fmt: skip
     print(f"each saved state: {4 * 4 * parameters / 2**30:.2f} GiB on disk; {args.keep} are kept"
           + (f", and one every {args.milestone_every:,} iterations" if args.milestone_every else ""))  # fmt: skip
@@ -243,7 +238,7 @@ def dry_run(args, plan: recipe.Recipe, world: int, start: int) -> None:
             raise data.DataError(f"no such folder: {name}")
         tars, cached = sorted(Path(name).glob("*.tar")), list(Path(name).glob("*x*_*.safetensors"))
         if tars:
-            print(f"{name}: {len(tars)} shards, {sum(tar.stat().st_size for tar in tars) / 2**30:.2f} GiB; python shards.py report {name} says more")
+            print(f"{name}: {len(tars)} shards, {sum(tar.stat().st_size for tar in tars) / 2**30:.2f} GiB; python engine/shards.py report {name} says more")
         elif cached:
             print(f"{name}: {len(cached)} cached shards, {sum(file.stat().st_size for file in cached) / 2**30:.2f} GiB")
     for line in recipe.price(sizes, plan, args.objective, factor, start):

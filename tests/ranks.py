@@ -35,7 +35,7 @@ def child(program: str, script: str, argv: list[str], environment: dict, out: st
 
     import torch
 
-    import errors
+    from engine import errors
 
     torch.set_num_threads(1)
     if script:

@@ -10,7 +10,7 @@ import baselines
 import model
 import sampler
 from losses import add_noise
-from randomness import rng
+from engine.randomness import rng
 
 
 class Field(torch.nn.Module):

@@ -14,14 +14,12 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-import checkpoint
 import data
-import errors
-import evaluate
 import model
-import scorer
+from engine import checkpoint, errors
+from experiments import evaluate, scorer
 from data import Object, Scene
-from randomness import rng
+from engine.randomness import rng
 
 SIZES = (24, 28, 32, 40, 48, 64)
 
@@ -550,12 +548,12 @@ def test_measure_counts_the_right_pictures_of_each_prompt(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command, as a user meets it
 # ---------------------------------------------------------------------------------------------------------------------
-ROOT = Path(evaluate.__file__).parent
+ROOT = Path(__file__).parent.parent
 
 
 def run(*arguments, cwd):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, ROOT / "evaluate.py", *map(str, arguments)], cwd=cwd, env=environment,
+    return subprocess.run([sys.executable, ROOT / "experiments/evaluate.py", *map(str, arguments)], cwd=cwd, env=environment,
                           capture_output=True, text=True)  # fmt: skip
 
 
@@ -611,7 +609,7 @@ def test_the_command_prints_the_table_and_writes_json_and_figure(tiny, tmp_path)
 ])  # fmt: skip
 def test_what_the_user_can_mend_is_one_line(arguments, complaint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["experiments/evaluate.py", *arguments])
     with pytest.raises(SystemExit) as end:
         errors.run(evaluate.main)
     said = capsys.readouterr().err
@@ -660,7 +658,7 @@ def test_an_export_is_what_geneval_reads_and_goes_on_where_it_stopped(tiny, prom
     files[3].unlink()  # a run that was stopped here
     files[4].unlink()
     kept = {f: f.stat().st_mtime_ns for f in files if f.exists()}
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments), "--export", str(tmp_path / "out"),
+    monkeypatch.setattr(sys, "argv", ["experiments/evaluate.py", *map(str, arguments), "--export", str(tmp_path / "out"),
                                       "--batch-size", "1"])  # fmt: skip
     errors.run(evaluate.main)
     assert "2 new pictures, 6 in all" in capsys.readouterr().out

@@ -9,14 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-import cache
 import data
 import encoders
-import feed
 import losses
 import recipe
-import shards
-from randomness import rng
+from engine import cache, feed, shards
+from engine.randomness import rng
 
 DEVICE = torch.device("cpu")
 TEXT, PIXELS = encoders.text_encoder("words", 12, "cpu"), encoders.autoencoder("pixels", "cpu")

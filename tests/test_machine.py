@@ -11,9 +11,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import errors
-import machine
 import model
+from engine import errors, machine
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,7 +51,7 @@ def test_kept_memory_changes_no_result():
 
 def test_the_benchmark_counts_forward_passes(tmp_path):
     """A Self-E step makes two evaluations of half a batch, the auxiliary stage one more; the report says so."""
-    result = subprocess.run([sys.executable, "benchmark.py", "--batch", "4", "--repeats", "1", "--blocks", "1", "0",
+    result = subprocess.run([sys.executable, "engine/benchmark.py", "--batch", "4", "--repeats", "1", "--blocks", "1", "0",
                              "--device", "cpu", "--precision", "fp32", "--out", str(tmp_path / "b.json")],
                             cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)  # fmt: skip
     assert result.returncode == 0, result.stderr

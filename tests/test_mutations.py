@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 LOSSES = [  # (what is wrong, the text, its replacement)
     ("Eq. 1: sign of alpha", "return (1 - like(t, x0)) * x0 +", "return (1 + like(t, x0)) * x0 +"),

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-import errors
 import model
 import recipe
+from engine import errors
 
 
 def test_the_2b_run_is_the_papers():

@@ -18,21 +18,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import encoders
+import losses
+import model
+import train
+from engine import cache, checkpoint, errors, machine, monitor, shards
+from ranks import SMALL, finish, start
+from ranks import train as run_train
 
-import cache  # noqa: E402
-import checkpoint  # noqa: E402
-import encoders  # noqa: E402
-import errors  # noqa: E402
-import losses  # noqa: E402
-import machine  # noqa: E402
-import model  # noqa: E402
-import monitor  # noqa: E402
-import shards  # noqa: E402
-import train  # noqa: E402
-from ranks import SMALL, finish, start  # noqa: E402
-from ranks import train as run_train  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 
 def tensors(state: Path) -> dict[str, torch.Tensor]:
@@ -182,7 +176,7 @@ def test_the_compiler_recomputation_bf16_and_zero_under_ddp(tmp_path):
     """Two compiled processes with every device of point 5 switched on make the run of one plain process, to bf16's rounding."""
     flags = ["--steps", 3, *[f for f in SMALL if f not in ("--no-compile", "--precision", "fp32")], "--precision", "bf16"]
     run_train(1, "--out", tmp_path / "plain", *flags, "--no-compile")
-    script = "import errors, train\ntrain.EAGER_STEPS = 0\nerrors.run(train.main)\n"
+    script = "import train\nfrom engine import errors\ntrain.EAGER_STEPS = 0\nerrors.run(train.main)\n"
     run_train(2, "--out", tmp_path / "all", *flags, "--compile", "--recompute", 3, "--zero", script=script)
     assert losses_of(tmp_path / "plain") == pytest.approx(losses_of(tmp_path / "all"), rel=0.02)
 
@@ -312,7 +306,8 @@ def test_a_ctrl_c_and_torchruns_sigterm_do_not_cut_the_saving_short():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a limit on the size of files")
 def test_a_full_disk_leaves_the_last_state_whole(tmp_path, monkeypatch):
     """Files may grow to 20 MB only, then to 1 MB: the second save fails as on a full disk."""
-    script = ("import resource, sys, checkpoint, errors, train\n"
+    script = ("import resource, sys, train\n"
+              "from engine import checkpoint, errors\n"
               "save = checkpoint.save_state\n"
               "def limited(run, step, *a, **k):\n"
               "    resource.setrlimit(resource.RLIMIT_FSIZE, ((10**9 if step < 4 else 10**6), 10**9))\n"
@@ -332,7 +327,8 @@ def test_a_full_disk_leaves_the_last_state_whole(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers that are not finite
 # ---------------------------------------------------------------------------------------------------------------------
-POISON = ("import os, sys, torch, errors, losses, train\n"
+POISON = ("import os, sys, torch, losses, train\n"
+          "from engine import errors\n"
           "forward = losses.SelfE.forward\n"
           "calls = [0]\n"
           "def poisoned(self, x0, *a, **k):\n"
@@ -432,7 +428,7 @@ def test_recomputing_keeps_fewer_activations():
 
 
 def test_the_rehearsal_meets_every_stage_and_leaves_nothing_behind(monkeypatch):
-    import feed
+    from engine import feed
     import recipe
 
     plan = recipe.replace(recipe.make("laptop", steps=10, aux_from=0.8, micro_batch=4), txt_len=5,

@@ -18,11 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
-import cache
 import data
 import encoders
-import errors
-import shards
+from engine import cache, errors, shards
 
 ROOT = Path(__file__).parent.parent
 
@@ -647,7 +645,7 @@ def test_pack_and_cache_as_a_user_would(tmp_path, monkeypatch, capsys):
     lines += [json.dumps({"file_name": name, "text": "x"}) for name in ("8.bmp", "absent.jpg")]
     (pictures / "metadata.jsonl").write_text("\n".join(lines))
 
-    done = subprocess.run([sys.executable, "shards.py", "pack", pictures, tmp_path / "tars", "--per-shard", "3"],
+    done = subprocess.run([sys.executable, "engine/shards.py", "pack", pictures, tmp_path / "tars", "--per-shard", "3"],
                           cwd=ROOT, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0 and "packed 7 pictures" in done.stdout, done.stderr
     assert "8.bmp: not a .jpg" in done.stderr and "absent.jpg: no such file" in done.stderr

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from engine import errors
+from toy import any_step, identities, measures, studies
+from toy.mixture import LAYOUTS, Mixture
+from toy.training import STEPS, Member, Net, assemble, train
 
-import errors  # noqa: E402
-from toy import any_step, identities, measures, studies  # noqa: E402
-from toy.mixture import LAYOUTS, Mixture  # noqa: E402
-from toy.training import STEPS, Member, Net, assemble, train  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def python(*args, cwd=ROOT) -> subprocess.CompletedProcess:
@@ -174,7 +173,7 @@ def test_bad_arguments_are_one_line_and_exit_2(bad, tmp_path, monkeypatch, capsy
 
 def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "ROOT", tmp_path)  # runs/toy of this test
-    for name in ("losses.py", "model.py", "randomness.py", "toy/training.py", "toy/mixture.py"):
+    for name in ("losses.py", "model.py", "engine/randomness.py", "toy/training.py", "toy/mixture.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text())
     monkeypatch.setattr(measures, "SAMPLES", 50)

@@ -17,10 +17,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import errors
 import sample
 import train
+from engine import checkpoint, errors
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--batch-size", "4", "--device", "cpu", "--precision", "fp32", "--no-compile", "--grid-every", "0"]
@@ -252,7 +251,7 @@ def test_the_flags_of_the_objective_reach_it():
 
 def test_what_delta_is_made_of(trained, tmp_path):
     """The three differences of two networks under two prompts form a triangle."""
-    result = command("results/two_networks.py", trained[0], "--pictures", "4", "--out", tmp_path / "out.json")
+    result = command("experiments/two_networks.py", trained[0], "--pictures", "4", "--out", tmp_path / "out.json")
     assert result.returncode == 0, result.stderr
     for state in checkpoint.read_json(tmp_path / "out.json")["states"]:
         sides = sorted((state["Delta"], state["of_prompts"], state["of_networks"]))

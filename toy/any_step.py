@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # so that it runs from any folder
 
-import checkpoint
-import errors
-import machine
+if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from engine import checkpoint, errors, machine
 from toy import figures, studies
 from toy.measures import BUDGETS, evaluate
 from toy.mixture import LAYOUTS

@@ -15,7 +15,7 @@ from PIL import Image
 
 import losses
 import sampler
-from randomness import rng
+from engine.randomness import rng
 from toy.measures import BUDGETS, generate
 from toy.mixture import LAYOUTS, Mixture
 

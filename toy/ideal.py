@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # so that it runs from any folder
 
-import checkpoint
-import errors
+if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import losses
-import machine
-from randomness import rng
+from engine import checkpoint, errors, machine
+from engine.randomness import rng
 from toy import figures
 from toy.measures import energy_distance
 from toy.mixture import LAYOUTS, Mixture

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import hessian
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
+if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import checkpoint
 import losses
-import machine
 import model
 import sampler
+from engine import checkpoint, machine
 from toy.mixture import LAYOUTS, Mixture
 
 CHECKS = []  # (equation, claim, bound, whether the number must lie above it, the function)

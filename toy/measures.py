@@ -4,17 +4,13 @@ evaluate(net, members)              # for each member {"1": measures, "2": ..., 
 evaluate(None, members)             # the floor: fresh data, measured as if it had been generated
 """
 
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
-
 import sampler
-from randomness import rng
+from engine.randomness import rng
 from toy.training import Member, Net, assemble
 
 BUDGETS = (1, 2, 4, 8, 50)  # network evaluations, Tab. 1 and one step

@@ -18,9 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import checkpoint
-import errors
-import machine
+from engine import checkpoint, errors, machine
 from toy.measures import BUDGETS, evaluate
 from toy.mixture import LAYOUTS
 from toy.training import PAPER, STEPS, Member, assemble, train
@@ -159,7 +157,7 @@ STUDIES = {
 # =====================================================================================================================
 def weights_file(member: Member, steps: int, changes: dict) -> Path:
     """Where a trained member is kept: named by all that made it, the text of the code that trains included."""
-    code = [(ROOT / name).read_text(encoding="utf-8") for name in ("losses.py", "model.py", "randomness.py", "toy/training.py", "toy/mixture.py")]
+    code = [(ROOT / name).read_text(encoding="utf-8") for name in ("losses.py", "model.py", "engine/randomness.py", "toy/training.py", "toy/mixture.py")]
     recipe = json.dumps([member, steps, PAPER | changes, code], sort_keys=True)
     return ROOT / "runs" / "toy" / f"{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.pt"
 

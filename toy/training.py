@@ -6,8 +6,6 @@
 PAPER below lists every choice of the objective with the paper's value; train takes departures from it.
 """
 
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,10 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
-
 import losses
-from randomness import rng
+from engine.randomness import rng
 from toy.mixture import LAYOUTS, Mixture
 
 STEPS, BATCH = 2000, 256

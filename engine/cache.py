@@ -1,6 +1,6 @@
 """Latents and encoded captions of tar shards, made once: the frozen encoders then cost training nothing (S.2 a and c).
 
-    python cache.py tars/ cache256/ --side 256 --fake               # encode; begun again, it goes on with what is missing
+    python engine/cache.py tars/ cache256/ --side 256 --fake               # encode; begun again, it goes on with what is missing
 
     source = cache.CachedShards("cache256/", batch_size=1024)       # a source like shards.Shards, of encoded samples
     x0, c, fake = cache.collate(samples, dropped, source.null, source.null_fake, with_fake=True)
@@ -17,6 +17,7 @@ import contextlib
 import functools
 import json
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,13 +30,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
+if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import data
 import encoders
-import errors
-import machine
-import shards
-from checkpoint import in_one_piece
+from engine import checkpoint, errors, machine, shards
+from engine.checkpoint import in_one_piece
 from data import DataError
 
 
@@ -146,12 +147,12 @@ class CachedShards:
         self.folder, self.name, self.batch_size = Path(folder), str(folder), batch_size
         self.spec = spec_of(folder)
         if self.spec is None:
-            raise DataError(f"{folder} holds no cache.json: python cache.py makes a cache")
+            raise DataError(f"{folder} holds no cache.json: python engine/cache.py makes a cache")
         plan = list(shard_plan(self.folder, self.spec))
         missing = [path for path, _, _ in plan if not path.exists()]
         if missing:
             raise DataError(f"{folder} lacks {len(missing)} of {len(plan)} shards, first {missing[0].name}: "
-                            "run its python cache.py command again, it goes on where it stopped")  # fmt: skip
+                            "run its python engine/cache.py command again, it goes on where it stopped")  # fmt: skip
         height, width, smallest = min(self.spec["buckets"], key=lambda bucket: bucket[2])
         if smallest < batch_size:
             raise DataError(f"bucket {height}x{width} of {folder} has {smallest} pictures, fewer than a batch of "
@@ -256,7 +257,7 @@ def share(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = errors.Parser("cache.py FOLDER OUT", "Encode tar shards once: pictures and captions.")
+    parser = errors.Parser("engine/cache.py FOLDER OUT", "Encode tar shards once: pictures and captions.")
     a = parser.add_argument
     a("folder", metavar="FOLDER", help="a folder of .tar")
     a("out", metavar="OUT", help="the folder of the cache; one that was begun with the same settings is gone on with")

@@ -6,7 +6,7 @@
         config.json  model.safetensors (EMA)  network.safetensors  adam.pt  state.json
     RUN/metrics.jsonl  RUN/grids/       what happened on the way
 
-    python checkpoint.py runs/laptop checkpoints/laptop --dtype fp16      # the part of a run that is worth giving away
+    python engine/checkpoint.py runs/laptop checkpoints/laptop --dtype fp16      # the part of a run that is worth giving away
 
 Every file or folder is written beside its final name, brought to the disk and then renamed, so what has the final name is
 complete: a run may be killed at any moment, a disk may fill up, and the last complete state is still there.
@@ -27,7 +27,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import errors
+if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from engine import errors
 
 
 class CheckpointError(errors.UserError):
@@ -254,7 +257,7 @@ def export(source: Path, out: Path, dtype: torch.dtype, lines: int = 200) -> Non
 
 
 def main() -> None:
-    parser = errors.Parser("checkpoint.py RUN OUT", "Copy a model out of a run: weights, config and metrics.")
+    parser = errors.Parser("engine/checkpoint.py RUN OUT", "Copy a model out of a run: weights, config and metrics.")
     parser.add_argument("run", metavar="RUN", type=Path, help="a run, or one of its states")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the weights (default: fp32)")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-import errors
+from engine import errors
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -116,7 +116,7 @@ def describe(device: torch.device) -> str:
 
 def commit() -> str:
     """The commit this code is at, with "+" when a program differs from it; "unknown" outside a git clone."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
@@ -129,7 +129,7 @@ def commit() -> str:
 
 def provenance(device: torch.device) -> dict[str, str]:
     """What every result file says of where it comes from."""
-    program, here = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent
+    program, here = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parents[1]
     name = program.relative_to(here) if program.is_relative_to(here) else program.name
     return {"command": " ".join(["python", str(name), *sys.argv[1:]]), "commit": commit(), "hardware": describe(device),
             "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}  # fmt: skip

@@ -1,8 +1,8 @@
 """How fast a training step is here, and what it spends its time on (S.2; every figure measured in one run).
 
-    python benchmark.py                                       # the laptop model on this machine
-    python benchmark.py --size 0.5b --blocks 1 1 --batch 4    # one double and one single block of the 0.5B model
-    python benchmark.py --size 2b --batch 16                  # on a GPU
+    python engine/benchmark.py                                       # the laptop model on this machine
+    python engine/benchmark.py --size 0.5b --blocks 1 1 --batch 4    # one double and one single block of the 0.5B model
+    python engine/benchmark.py --size 2b --batch 16                  # on a GPU
 
 Prints and, with --out, writes as JSON: the steps of flow matching, Self-E (tau = 1) and Self-E with the auxiliary term,
 taken in turns so that the machine's moods hit all alike; forward + backward beside diffusers' FluxTransformer2DModel of the
@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import functools
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -23,14 +24,15 @@ import torch
 from torch._dynamo.utils import counters
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-import checkpoint
-import errors
+if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import losses
-import machine
 import model
 import recipe
 import train
-from feed import Feed
+from engine import checkpoint, errors, machine
+from engine.feed import Feed
 
 # The steps compared, and their forward-pass equivalents per picture.
 FORWARDS = {"flow matching": recipe.FORWARDS["flow_matching"], "Self-E": recipe.FORWARDS["self_e"], "Self-E + aux": recipe.FORWARDS["aux"]}
@@ -253,7 +255,7 @@ def against_diffusers(setting: Setting, network: model.Denoiser, repeats: int) -
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 def parse_arguments():
-    parser = errors.Parser("benchmark.py", "Measure a training step on this machine.")
+    parser = errors.Parser("engine/benchmark.py", "Measure a training step on this machine.")
     a = parser.add_argument
     a("--size", default="laptop", choices=list(model.SIZES), help="which model (default: laptop)")
     a("--blocks", metavar="N", type=int, nargs=2, help="double and single blocks instead of the size's own")

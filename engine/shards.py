@@ -1,8 +1,8 @@
 """A data set in tar shards, read map-style: any sample by its number, in an order that follows from (seed, number).
 
-    python shards.py pack pictures/ tars/                      # a folder of captioned pictures -> tar shards, to try it
-    python shards.py report tars/ --workers 16                 # index them; counts, sizes, buckets, what is skipped
-    python cache.py tars/ cache256/ --side 256 --fake          # encode them once, with the frozen encoders (cache.py)
+    python engine/shards.py pack pictures/ tars/                      # a folder of captioned pictures -> tar shards, to try it
+    python engine/shards.py report tars/ --workers 16                 # index them; counts, sizes, buckets, what is skipped
+    python engine/cache.py tars/ cache256/ --side 256 --fake          # encode them once, with the frozen encoders (cache.py)
 
     source = shards.Shards("tars/", side=256, batch_size=1024)          # pictures, decoded as they are asked for
     source = shards.Mixed([shards.Shards("tars/", 256, 768), shards.Shards("tars/", 512, 768)])     # S.2, second stage
@@ -49,11 +49,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import data
-import errors
-from checkpoint import in_one_piece
+from engine import errors
+from engine.checkpoint import in_one_piece
 from data import DataError
-from randomness import rng
+from engine.randomness import rng
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp")
 FORMATS = ("JPEG", "PNG", "WEBP")  # the only decoders of Pillow's that data from the web may reach
@@ -238,7 +241,7 @@ def read_index(folder: str | Path, index_folder: str | Path | None = None, worke
         raise DataError(f"no such folder: {folder}")
     tars = sorted(folder.glob("*.tar"))
     if not tars:
-        raise DataError(f"{folder} holds no .tar: python shards.py pack makes some of a folder of pictures")
+        raise DataError(f"{folder} holds no .tar: python engine/shards.py pack makes some of a folder of pictures")
     index_folder = folder if index_folder is None else Path(index_folder)
     index_folder.mkdir(parents=True, exist_ok=True)
     one = functools.partial(index_of, index_folder=index_folder)
@@ -270,7 +273,7 @@ def log_skipped(name: str, skipped: dict[str, str], total: int, first: int = 10)
         return
     for key, reason in list(skipped.items())[:first]:
         print(f"skipped {key}: {reason}", file=sys.stderr)
-    more = f"; python shards.py report {name} --skipped names all" if len(skipped) > first else ""
+    more = f"; python engine/shards.py report {name} --skipped names all" if len(skipped) > first else ""
     print(f"{name}: skipped {len(skipped)} of {total} ({summary(skipped)}){more}", file=sys.stderr)
 
 
@@ -610,7 +613,7 @@ def positive(text: str) -> int:
 
 
 def pack_command(argv: list[str]) -> None:
-    parser = errors.Parser("shards.py pack FOLDER OUT", "Put a folder of captioned pictures in tar shards.")
+    parser = errors.Parser("engine/shards.py pack FOLDER OUT", "Put a folder of captioned pictures in tar shards.")
     a = parser.add_argument
     a("folder", metavar="FOLDER", help="pictures with metadata.jsonl, or a .txt beside each")
     a("out", metavar="OUT", help="a new folder for the tars")
@@ -620,11 +623,11 @@ def pack_command(argv: list[str]) -> None:
         parser.error("--per-shard must be at most 10000: a key has four digits for the place in its tar")
     count, skipped = pack(args.folder, args.out, args.per_shard)
     log_skipped(args.folder, skipped, count + len(skipped), first=len(skipped))
-    print(f"packed {count} pictures; to look at them:\n  python shards.py report {args.out}")
+    print(f"packed {count} pictures; to look at them:\n  python engine/shards.py report {args.out}")
 
 
 def report_command(argv: list[str]) -> None:
-    parser = errors.Parser("shards.py report FOLDER", "Index tar shards and say what they hold.")
+    parser = errors.Parser("engine/shards.py report FOLDER", "Index tar shards and say what they hold.")
     a = parser.add_argument
     a("folder", metavar="FOLDER", help="a folder of .tar")
     a("--sides", metavar="N", type=positive, nargs="+", default=[256, 512], help="stages to show (default: 256 512)")
@@ -655,7 +658,7 @@ def main() -> None:
     elif name in COMMANDS:
         COMMANDS[name](sys.argv[2:])
     else:
-        raise errors.UserError(f"say what to do: python shards.py {', '.join(COMMANDS)} (--help after each says more)")
+        raise errors.UserError(f"say what to do: python engine/shards.py {', '.join(COMMANDS)} (--help after each says more)")
 
 
 if __name__ == "__main__":

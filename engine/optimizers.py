@@ -12,7 +12,7 @@ arXiv 2502.16982), so both share one schedule.
 import torch
 from torch import nn
 
-import errors
+from engine import errors
 
 OPTIMIZERS = ("adam", "muon")
 

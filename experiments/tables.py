@@ -1,9 +1,9 @@
 """The paper's ablations in miniature: one command trains every row of Table 2, scores it and writes results/.
 
-    python tables.py                          # all rows, three seeds; stopped and started again, it goes on where it was
-    python tables.py --rows self_e control    # some of them, perhaps while another process trains the others into the same folders
-    python tables.py --quick                  # the whole path in minutes, with budgets too small to mean anything
-    python tables.py --report                 # the tables and figures again, from what has been measured
+    python experiments/tables.py                          # all rows, three seeds; stopped and started again, it goes on where it was
+    python experiments/tables.py --rows self_e control    # some of them, perhaps while another process trains the others into the same folders
+    python experiments/tables.py --quick                  # the whole path in minutes, with budgets too small to mean anything
+    python experiments/tables.py --report                 # the tables and figures again, from what has been measured
 
 Per row and seed: a run of train.py under one budget (runs/tables/ROW-SEED), then scores of evaluate.py on test prompts at
 1, 2, 4, 8 and 50 steps. Guidance, eta and the rule for s_k are searched for each row and step count (guidance alone at 50
@@ -23,15 +23,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
+if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import data
-import errors
-import evaluate
-import machine
 import recipe
 import sample
-import scorer
 import train
+from engine import checkpoint, errors, machine
+from experiments import evaluate, scorer
 
 # The rows: what train.py is told, and the paper's GenEval scores at 2, 4, 8 and 50 steps (Table 2; none where it has none).
 ROWS = {
@@ -82,7 +82,7 @@ def train_row(row: str, seed: int, run: Path, budget: list[str], device: str, mi
     """
     if (run / "done.json").exists():
         return
-    command = [sys.executable, str(Path(__file__).with_name("train.py")), "--out", str(run), "--device", device]
+    command = [sys.executable, str(Path(__file__).parents[1] / "train.py"), "--out", str(run), "--device", device]
     if checkpoint.complete_states(run):
         command += ["--resume"]
     else:
@@ -201,7 +201,7 @@ def write_table(rows: dict, out: Path, steps: tuple[int, ...]) -> None:
     """results/table2.md: our scores beside the paper's, cost, settings, and the paired differences that decide the claims."""
     lines = ["# Table 2 in miniature", "", "Overall score on test prompts, mean over seeds +- half-width of the 95% interval; "
              f"in brackets the paper's ({PAPER_NOTE}). Prompts of one shape are too few to spare: those tags ask training's own, with "
-             "other noise than the search; `pairs` in `rows/` are held-out ones. Made by `python tables.py`; settings and per-tag scores in `rows/`.", "",
+             "other noise than the search; `pairs` in `rows/` are held-out ones. Made by `python experiments/tables.py`; settings and per-tag scores in `rows/`.", "",
              "| row | seeds | " + " | ".join(f"{n} step{'s' * (n > 1)}" for n in steps) + " | training time | x flow matching |",
              "|---" * (len(steps) + 4) + "|"]  # fmt: skip
     base = np.mean([r["training_seconds"] for r in rows["flow_matching"].values()]) if "flow_matching" in rows else None
@@ -290,7 +290,7 @@ def draw_figures(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> N
 
 
 def parse_arguments():
-    parser = errors.Parser("tables.py", "Train and score every row of Table 2 in miniature.")
+    parser = errors.Parser("experiments/tables.py", "Train and score every row of Table 2 in miniature.")
     a = parser.add_argument
     a("--out", metavar="DIR", type=Path, default=Path("results"), help="where results go (default: results)")
     a("--runs", metavar="DIR", type=Path, default=Path("runs/tables"), help="where runs go (default: runs/tables)")

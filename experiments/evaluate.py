@@ -1,11 +1,11 @@
 """GenEval in miniature: exact scores for the built-in shapes, per step count (Sec. 4, Tables 1 and 2).
 
-    python evaluate.py --checkpoint runs/laptop --steps 1 2 4 8 50            # Table 1's columns, with 95% intervals
-    python evaluate.py --checkpoint runs/laptop --split validation --steps 2 --guidance 1.5 --eta 1
+    python experiments/evaluate.py --checkpoint runs/laptop --steps 1 2 4 8 50            # Table 1's columns, with 95% intervals
+    python experiments/evaluate.py --checkpoint runs/laptop --split validation --steps 2 --guidance 1.5 --eta 1
 
     # pictures for GenEval's public scorer: of a checkpoint, and of any other system that diffusers can run
-    python evaluate.py --checkpoint runs/mine --steps 2 --prompts evaluation_metadata.jsonl --export out/
-    python evaluate.py --pipeline NAME --steps 4 --prompts evaluation_metadata.jsonl --export out/
+    python experiments/evaluate.py --checkpoint runs/mine --steps 2 --prompts evaluation_metadata.jsonl --export out/
+    python experiments/evaluate.py --pipeline NAME --steps 4 --prompts evaluation_metadata.jsonl --export out/
 
 scorer.py judges the pictures, for the six kinds of prompt that GenEval has. Other models are scored by GenEval's own scorer,
 on pictures exported in the layout that it reads.
@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -26,12 +27,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import checkpoint
+if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import data
-import errors
-import machine
 import sample
-from scorer import SIDES, score
+from engine import checkpoint, errors, machine
+from experiments.scorer import SIDES, score
 
 # =====================================================================================================================
 # The prompts
@@ -334,7 +336,7 @@ def draw_with_pipeline(pipeline, asked: list[dict], seed: int, steps: int, guida
 # The command
 # =====================================================================================================================
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = errors.Parser("evaluate.py", "Score a model per step count, or write its pictures for GenEval's scorer.")
+    parser = errors.Parser("experiments/evaluate.py", "Score a model per step count, or write its pictures for GenEval's scorer.")
     a = parser.add_argument_group("what").add_argument
     a("--checkpoint", metavar="DIR", type=Path, default=Path("checkpoints/laptop"),
       help="folder of a run (default: checkpoints/laptop)")  # fmt: skip

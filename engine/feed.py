@@ -20,12 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import cache
-import checkpoint
 import data
 import encoders
-import shards
-from randomness import rng
+from engine import cache, checkpoint, shards
+from engine.randomness import rng
 from recipe import Recipe, Stage
 
 

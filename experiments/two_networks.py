@@ -1,6 +1,6 @@
 """How much of Delta is the difference of two prompts, and how much that of two networks (S.2, "Implementation Details").
 
-    python results/two_networks.py runs/tables/self_e-0 --out results/two_networks.json
+    python experiments/two_networks.py runs/tables/self_e-0 --out results/two_networks.json
 
 Self-E evaluates a prediction with the moving average under the prompt and with the trained network without it. For every state
 that a run has kept, on new pictures of its data at tau = 1 and every sample with s < t, the root mean square per value of
@@ -16,15 +16,14 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import checkpoint  # noqa: E402
-import data  # noqa: E402
-import errors  # noqa: E402
-import losses  # noqa: E402
-import machine  # noqa: E402
-import sample  # noqa: E402
-from model import G  # noqa: E402
+import data
+import losses
+import sample
+from engine import checkpoint, errors, machine
+from model import G
 
 FIRST = 10_000_000  # index of the first picture: no run of ours gets so far
 
@@ -50,7 +49,7 @@ def measure(state: Path, pictures: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = errors.Parser("results/two_networks.py", "How much of Delta is the difference of two networks.")
+    parser = errors.Parser("experiments/two_networks.py", "How much of Delta is the difference of two networks.")
     parser.add_argument("run", metavar="RUN", type=Path, help="a run on the built-in shapes, with milestones")
     parser.add_argument("--pictures", metavar="N", type=int, default=256, help="new pictures (default: 256)")
     parser.add_argument("--out", metavar="FILE", type=Path, help="write the figures as JSON")
