@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import losses
 import model
+import objectives
 from engine import errors
 
 
@@ -201,9 +202,6 @@ def make(size: str, **changes) -> Recipe:
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run will be and cost
 # ---------------------------------------------------------------------------------------------------------------------
-# Forward-pass equivalents of a step per picture. 1 forward + 2 of the backward pass; Self-E adds two evaluations of half
-# the batch; the auxiliary term a forward and backward of half the batch, which serves as its evaluation too.
-FORWARDS = {"flow_matching": 3.0, "imm": 4.0, "self_e": 4.0, "aux": 5.5}
 H100_FLOPS = 989e12  # dense bf16, NVIDIA's data sheet
 ASSUMED_MFU = 0.40
 
@@ -213,9 +211,15 @@ def image_tokens(size: dict, side: int, factor: int) -> int:
     return (side // (factor * size["patch"])) ** 2
 
 
+def latent_tokens(size: dict, shape: tuple[int, ...]) -> int:
+    """Tokens of a sample in a batch of latents of this shape, [B, C, h, w]."""
+    return shape[2] * shape[3] // size["patch"] ** 2
+
+
 def picture_flops(size: dict, plan: Recipe, objective: str, side: int, factor: int, aux: bool) -> float:
     """Operations of one training step per picture of side x side pixels."""
-    return FORWARDS["aux" if aux else objective] * model.forward_flops(size, image_tokens(size, side, factor), plan.txt_len)
+    forwards = objectives.AUX_FORWARDS if aux else objectives.OBJECTIVES[objective].forwards
+    return forwards * model.forward_flops(size, image_tokens(size, side, factor), plan.txt_len)
 
 
 def run_flops(size: dict, plan: Recipe, objective: str, factor: int, start: int = 0) -> float:

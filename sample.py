@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-import baselines
 import data
 import encoders
 import model
+import objectives
 import sampler
 from engine import checkpoint, errors, machine
 from engine.randomness import normal
@@ -36,17 +36,18 @@ def whole(value) -> bool:
     return isinstance(value, int) and number(1, 2**31)(value)
 
 
-# What sampling reads of config.json, and what it must be; train.config_of writes it.
+# What sampling reads of config.json, and what it must be; engine/arguments.py writes it.
 NEEDED = {
     "model": ("an object", lambda value: isinstance(value, dict)),
     "precision": ("float32 or bfloat16", lambda value: value in ("float32", "bfloat16")),
-    "objective": ("self_e, flow_matching or imm", lambda value: value in ("self_e", "flow_matching", "imm")),
+    "objective": (" or ".join(objectives.OBJECTIVES), lambda value: value in objectives.OBJECTIVES),
     "side": ("a whole number", whole), "mu": ("a number", number(-10, 10)),
     "text_encoder": ("a name", lambda value: isinstance(value, str)), "txt_len": ("a whole number", whole),
     "autoencoder": ("a name", lambda value: isinstance(value, str)),
     "guidance": ("from 0 to 100", number(0, 100)), "eta": ('from 0 to 1, or "renoise"', lambda value: value == "renoise" or number(0, 1)(value)),
     "s_rule": ("from 0 to 1", number(0, 1)), "guidance_space": ("v or x0", lambda value: value in ("v", "x0")),
 }  # fmt: skip
+STEP_COUNTS = (1, 2, 4, 8, 50)  # of picture grids and tables
 S_RULES = {"next": 0.0, "same": 1.0}  # names for s_k = t_{k+1} and s_k = t_k (S.3.1)
 
 
@@ -96,19 +97,23 @@ class Stopped(Exception):
 def choose(config: dict, *, guidance=None, eta=None, s_rule=None, space=None) -> dict:
     """How a model is sampled: what is asked for, else (None) what its config.json says; arguments of its own sampler.
 
-    Raises UserError for what the model has not learned: flow matching anything but s_k = t_k, IMM any choice but guidance.
+    Raises UserError for what the model has not learned: flow matching anything but s_k = t_k; an objective with a sampler
+    of its own any choice but guidance.
     """
+    objective = objectives.OBJECTIVES[config["objective"]]
     asked = {"guidance": guidance, "eta": eta, "s_rule": s_rule, "space": space}
     own = {"guidance": "guidance", "eta": "eta", "s_rule": "s_rule", "space": "guidance_space"}
     chosen = {name: config[own[name]] if value is None else value for name, value in asked.items()}
-    if config["objective"] == "flow_matching":
-        if s_rule not in (None, 1):
-            raise errors.UserError("a flow-matching model has never seen s < t; it is sampled with --s-rule same")
-        chosen["s_rule"] = 1.0
-    if config["objective"] == "imm":
+    if objective.trajectory:
         if (eta, s_rule, space) != (None, None, None):
-            raise errors.UserError("IMM has a sampler of its own: --eta, --s-rule and --space do not apply to it")
+            raise errors.UserError(f"{config['objective']} has a sampler of its own: --eta, --s-rule and --space do not "
+                                   "apply to it")  # fmt: skip
         return {"guidance": chosen["guidance"]}
+    if objective.s_rules == (1.0,):
+        if s_rule not in (None, 1):
+            raise errors.UserError(f"a {config['objective'].replace('_', '-')} model has never seen s < t; "
+                                   "it is sampled with --s-rule same")  # fmt: skip
+        chosen["s_rule"] = 1.0
     return chosen | {"mu": config["mu"]}
 
 
@@ -133,10 +138,11 @@ def generate(loaded: Loaded, prompts: list[str], keys: list[tuple[int, ...]], *,
         def draw_noise(k, part=part):
             return normal(seed, "sampling", [(k + 1, *key) for key in part], shape).to(device)
 
-        if config["objective"] == "imm":
-            path = baselines.trajectory(loaded.network, draw_noise(-1), cond, null, steps=steps, **choices)
+        if own := objectives.OBJECTIVES[config["objective"]].trajectory:
+            path = own(loaded.network, draw_noise(-1), cond, null, steps=steps, **choices)
         else:
-            path = sampler.trajectory(loaded.network, draw_noise(-1), cond, null, steps=steps, draw_noise=draw_noise, **choices)
+            path = sampler.trajectory(loaded.network, draw_noise(-1), cond, null, steps=steps, draw_noise=draw_noise,
+                                      **choices)  # fmt: skip
         for _, x, *_ in path:
             if stop():
                 raise Stopped

@@ -30,12 +30,13 @@ if __name__ == "__main__":  # started as a file: modules are found from the proj
 import losses
 import model
 import recipe
-import train
-from engine import checkpoint, errors, machine
-from engine.feed import Feed
+from engine import checkpoint, errors, machine, preparation
+from engine.feed import Feed, Reading
+from objectives import AUX_FORWARDS, OBJECTIVES
 
 # The steps compared, and their forward-pass equivalents per picture.
-FORWARDS = {"flow matching": recipe.FORWARDS["flow_matching"], "Self-E": recipe.FORWARDS["self_e"], "Self-E + aux": recipe.FORWARDS["aux"]}
+FORWARDS = {"flow matching": OBJECTIVES["flow_matching"].forwards, "Self-E": OBJECTIVES["self_e"].forwards,
+            "Self-E + aux": AUX_FORWARDS}  # fmt: skip
 
 
 def wait(device: torch.device) -> None:
@@ -183,11 +184,10 @@ def on_real_data(args, setting: Setting, step: Step) -> dict:
                        micro_batch=args.batch, aux_from=1.0)  # fmt: skip
     plan = dataclasses.replace(plan, steps=4 * args.repeats, stages=plan.stages[:1])
     size, device = setting.size, setting.device
-    text, autoencoder, sizes, factor = train.open_encoders(None, plan, device, chief=False)  # no arguments: it draws no grids
-    if any(size[name] != value for name, value in sizes.items()):
+    codec, sizes = preparation.open_encoders(plan, size, device, draws=False)
+    if sizes != size:
         raise errors.UserError(f"{' '.join(plan.data)} gives {sizes}: not the sizes of --size {args.size}")
-    feed = Feed(plan, functools.partial(losses.draw, p_equal=0.5), 0, text, autoencoder, device, patch=size["patch"],
-                channels=size["channels"], factor=factor, workers=1)  # fmt: skip
+    feed = Feed(plan, OBJECTIVES["self_e"].draw, 0, codec, reading=Reading(workers=1))
     stats, met, half = counters["stats"], set(), plan.steps // 2
     graphs = [stats["unique_graphs"]]
     for number, batch in enumerate(feed.stream(0)):
@@ -195,7 +195,7 @@ def on_real_data(args, setting: Setting, step: Step) -> dict:
             graphs.append(stats["unique_graphs"])
             feed.waited, start = 0.0, time.perf_counter()
         met.add(tuple(batch.x0.shape[2:]))
-        step.objective.mu = losses.mu_of_length(batch.x0.shape[2] * batch.x0.shape[3] // size["patch"] ** 2)
+        step.objective.mu = losses.mu_of_length(recipe.latent_tokens(size, batch.x0.shape))
         step(batch.x0, batch.c, batch.null, None, batch.is_null, batch.draws, 1.0, False)
         wait(device)  # as train.py does once an iteration
     return {"data": list(plan.data), "steps": half, "picture_sizes": len(met), "seconds": time.perf_counter() - start, "waited": feed.waited,

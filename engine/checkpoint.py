@@ -157,9 +157,11 @@ def locked(run: Path):
         yield
 
 
-def save_state(run: Path, step: int, network: nn.Module, ema: nn.Module, adam: dict, config: dict, state: dict, keep: int = 2,
-               milestone_every: int = 0) -> Path:  # fmt: skip
+def save_state(run: Path, step: int, models: tuple[nn.Module, nn.Module], adam: dict, told: dict[str, dict],
+               keep: int = 2, milestone_every: int = 0) -> Path:  # fmt: skip
     """Write RUN/state/step_N and RUN/model.safetensors, then remove older states. Returns the state's folder.
+
+    models are the network and its moving average; told maps "config" and "state" to what goes into these JSON files.
 
     The newest `keep` states stay, and for good those whose iteration is a multiple of milestone_every (0: none). Raises
     CheckpointError when it cannot be written; what was complete before is untouched then.
@@ -171,12 +173,13 @@ def save_state(run: Path, step: int, network: nn.Module, ema: nn.Module, adam: d
             shutil.rmtree(left, ignore_errors=True)
         if not folder.exists():  # a state of this iteration that is complete already is the same state
             partial.mkdir(parents=True)
+            network, ema = models
             save_weights(partial / "model.safetensors", ema)
             save_weights(partial / "network.safetensors", network)
             torch.save(adam, partial / "adam.pt")
             to_disk(partial / "adam.pt")
-            write_json(partial / "config.json", config)
-            write_json(partial / "state.json", state)
+            for name in ("config", "state"):
+                write_json(partial / f"{name}.json", told[name])
             to_disk(partial)
             os.replace(partial, folder)
             to_disk(folder.parent)

@@ -1,6 +1,7 @@
 """The way of the data: from global sample indices to the tensors that the loss takes, read ahead on threads (S.2).
 
-    feed = feed.Feed(plan, draw, seed, text, autoencoder, device, world=8, rank=0)
+    codec = feed.Codec(text, autoencoder, device, patch=4)
+    feed = feed.Feed(plan, draw, seed, codec, Ranks(world=8, rank=0))
     for batch in feed.stream(start=1200):      # this process's micro-batches, from iteration 1200 on, in order
         loss(batch.x0, batch.c, batch.null, batch.fake, batch.is_null, batch.draws, tau, aux)
 
@@ -23,6 +24,7 @@ from torch import Tensor
 import data
 import encoders
 from engine import cache, checkpoint, shards
+from engine.processes import Ranks
 from engine.randomness import rng
 from recipe import Recipe, Stage
 
@@ -30,7 +32,7 @@ from recipe import Recipe, Stage
 # ---------------------------------------------------------------------------------------------------------------------
 # Which source a name means
 # ---------------------------------------------------------------------------------------------------------------------
-def open_source(names: tuple[str, ...], sides: tuple[int, ...], batch_size: int, multiple: int, index: str | None = None,
+def open_source(names: tuple[str, ...], stage: Stage, multiple: int, index: str | None = None,
                 wrong_captions: float = 0.0):  # fmt: skip
     """The samples of a stage: a built-in set by its name, a folder of pictures, a folder of tar shards, or caches of encoded shards.
 
@@ -39,6 +41,7 @@ def open_source(names: tuple[str, ...], sides: tuple[int, ...], batch_size: int,
     times the patch; `index` the folder of the tars' index, if not their own; `wrong_captions` the share of samples with the caption
     of another (data.WrongCaptions). Raises DataError with what is wrong and what to do.
     """
+    sides, batch_size = stage.sides, stage.batch_size
     caches = {checkpoint.read_json(Path(name) / "cache.json")["side"]: name for name in names if cache.is_cache(name)}
     if len(caches) < len(names) and len(names) > 1:
         raise data.DataError(f"--data takes one folder, or several caches; of {', '.join(names)} only {len(caches)} are caches")
@@ -99,26 +102,41 @@ class Fetched(NamedTuple):
     draws: tuple
 
 
+class Codec(NamedTuple):
+    """How samples become the tensors of a batch, and where these live."""
+
+    text: object  # the frozen encoders; both may be None when all sources are caches
+    autoencoder: object
+    device: torch.device
+    patch: int = 1  # of the network
+    channels: int = 3  # of a latent, or of a picture where there is no auto-encoder
+    factor: int = 1  # what the auto-encoder shrinks sides by
+
+
+class Reading(NamedTuple):
+    """How sources are read."""
+
+    workers: int = 2  # threads that read ahead
+    index: str | None = None  # folder of the tars' index, if not their own
+
+
 class Feed:
     """The micro-batches of one process.
 
-    plan                recipe.Recipe
-    draw                losses.draw or baselines.draw: the random numbers of a micro-batch
-    text, autoencoder   the frozen encoders; both may be None when all sources are caches
-    patch               of the network, for `multiple` of open_source
-    waited              seconds that `stream` has kept its caller waiting for the threads
+    plan    recipe.Recipe
+    draw    losses.draw or another objective's: the random numbers of a micro-batch
+    start   the first iteration that is asked for; stages before it are not opened
+    waited  seconds that `stream` has kept its caller waiting for the threads
 
     Raises DataError when a stage's source cannot be opened: at the start, for all stages to come.
     """
 
-    def __init__(self, plan: Recipe, draw: Callable, seed: int, text, autoencoder, device: torch.device, *, patch: int = 1,
-                 channels: int = 3, factor: int = 1, world: int = 1, rank: int = 0, start: int = 0, workers: int = 2,
-                 index: str | None = None):  # fmt: skip
-        self.plan, self.draw, self.seed, self.device = plan, draw, seed, device
-        self.text, self.autoencoder, self.channels, self.factor = text, autoencoder, channels, factor
-        self.world, self.rank, self.workers, self.waited = world, rank, workers, 0.0
+    def __init__(self, plan: Recipe, draw: Callable, seed: int, codec: Codec, ranks: Ranks = Ranks(), start: int = 0,
+                 reading: Reading = Reading()):  # fmt: skip
+        self.plan, self.draw, self.seed, self.codec, self.ranks, self.reading = plan, draw, seed, codec, ranks, reading
+        self.waited, multiple = 0.0, codec.factor * codec.patch
         self.sources = {
-            number: open_source(plan.data, stage.sides, stage.batch_size, factor * patch, index, plan.wrong_captions)
+            number: open_source(plan.data, stage, multiple, reading.index, plan.wrong_captions)
             for number, stage in enumerate(plan.stages) if number >= plan.stage_number(start)
         }  # fmt: skip
         self.null = None
@@ -150,9 +168,9 @@ class Feed:
     def indices(self, step: int) -> list[list[int]]:
         """The global indices of this process's micro-batches of an iteration: a run of consecutive integers each."""
         stage: Stage = self.plan.stage(step)
-        own = stage.batch_size // self.world
-        micro = self.plan.micro_batch_of(stage, self.plan.side(step), self.world)
-        first = self.plan.first(step) + self.rank * own
+        own = stage.batch_size // self.ranks.world
+        micro = self.plan.micro_batch_of(stage, self.plan.side(step), self.ranks.world)
+        first = self.plan.first(step) + self.ranks.rank * own
         return [list(range(first + m, first + m + micro)) for m in range(0, own, micro)]
 
     def fetch(self, step: int, index: list[int]) -> Fetched:
@@ -161,11 +179,11 @@ class Feed:
         samples = [source.sample(g, self.seed) for g in index]
         dropped = [bool(rng(self.seed, "dropout", g).random() < self.plan.dropout) for g in index]
         height, width = source.bucket(index[0], self.seed)
-        shape = (self.channels, height // self.factor, width // self.factor)
+        shape = (self.codec.channels, height // self.codec.factor, width // self.codec.factor)
         pictures = None
         if not isinstance(samples[0], cache.CachedSample):
             pictures = data.to_tensor([s.picture for s in samples])
-            if self.device.type == "cuda":
+            if self.codec.device.type == "cuda":
                 pictures = pictures.pin_memory()
         return Fetched(self.plan.aux(step), samples, pictures, dropped, self.draw(self.seed, step, index, shape))
 
@@ -173,10 +191,10 @@ class Feed:
         """Put a fetched micro-batch on the device and through the frozen encoders."""
 
         # Not on MPS, where a copy may still read its source after that is gone (pytorch issue 139550).
-        non_blocking = self.device.type == "cuda"
+        non_blocking = self.codec.device.type == "cuda"
 
         def put(x):
-            return tuple(map(put, x)) if isinstance(x, tuple) else x.to(self.device, non_blocking=non_blocking)
+            return tuple(map(put, x)) if isinstance(x, tuple) else x.to(self.codec.device, non_blocking=non_blocking)
 
         fake = None
         if f.pictures is None:
@@ -186,22 +204,22 @@ class Feed:
             x0, c, fake = cache.collate(f.samples, f.dropped, cached.null, cached.null_fake, f.aux)
             x0, c, fake = put(x0), put(c), put(fake) if fake else None
         else:
-            x0 = self.autoencoder.encode(put(f.pictures))
+            x0 = self.codec.autoencoder.encode(put(f.pictures))
             prompts = ["" if drop else s.caption for s, drop in zip(f.samples, f.dropped)]
-            c = self.text(prompts)
+            c = self.codec.text(prompts)
             if f.aux:
-                fake = self.text([encoders.fake_prompt(p) for p in prompts])
+                fake = self.codec.text([encoders.fake_prompt(p) for p in prompts])
             if self.null is None:
-                self.null = self.text([""])
+                self.null = self.codec.text([""])
         null = tuple(a.expand(len(x0), *a.shape[1:]) for a in self.null)
-        is_null = torch.tensor([drop or s.caption == "" for s, drop in zip(f.samples, f.dropped)], device=self.device)
+        is_null = torch.tensor([drop or s.caption == "" for s, drop in zip(f.samples, f.dropped)], device=self.codec.device)
         return Batch(x0, c, null, fake, is_null, type(f.draws)(*put(tuple(f.draws))), [s.key for s in f.samples])
 
     def stream(self, start: int) -> Iterator[Batch]:
         """Every micro-batch from iteration `start` to the end of the run, read ahead by `workers` threads."""
         jobs = ((step, index) for step in range(start, self.plan.steps) for index in self.indices(step))
-        with ThreadPoolExecutor(self.workers) as pool:
-            ahead = deque((step, pool.submit(self.fetch, step, index)) for step, index in itertools.islice(jobs, 2 * self.workers))
+        with ThreadPoolExecutor(self.reading.workers) as pool:
+            ahead = deque((step, pool.submit(self.fetch, step, index)) for step, index in itertools.islice(jobs, 2 * self.reading.workers))
             try:
                 while ahead:
                     step, future = ahead.popleft()

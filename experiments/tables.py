@@ -27,10 +27,10 @@ if __name__ == "__main__":  # started as a file: modules are found from the proj
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import data
+import objectives
 import recipe
 import sample
-import train
-from engine import checkpoint, errors, machine
+from engine import arguments, checkpoint, errors, machine
 from experiments import evaluate, scorer
 
 # The rows: what train.py is told, and the paper's GenEval scores at 2, 4, 8 and 50 steps (Table 2; none where it has none).
@@ -55,15 +55,14 @@ PAPER_NOTE = ("paper: GenEval of 0.5B models after 300k iterations; w/o target n
 # The longest of these prompts has six words.
 BUDGET = "--data one-shape --wrong-captions 0.4 --txt-len 8 --steps 9000 --grid-every 0"
 SEEDS = (2, 3, 4)
-GRID = {"guidance": (1.0, 1.5, 2.0, 3.0, 5.0), "eta": (0.0, 1.0), "s_rule": (0.0, 0.5, 1.0)}
+GRID = {"guidance": (1.0, 1.5, 2.0, 3.0, 5.0), "eta": (0.0, 1.0)}
 
 
 def settings_of(row: str) -> list[dict]:
     """The settings that the search tries for a row: the grid, less what the row's model has not learned."""
-    grid = dict(GRID)
-    if row == "flow_matching":
-        grid["s_rule"] = (1.0,)
-    if row == "imm":
+    objective = objectives.OBJECTIVES[arguments.parse(ROWS[row][1]).objective]
+    grid = GRID | {"s_rule": sorted(objective.s_rules)}
+    if objective.trajectory:
         grid = {"guidance": GRID["guidance"]}
     return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
@@ -300,7 +299,7 @@ def parse_arguments():
     a("--images", metavar="N", type=int, default=8, help="pictures per test prompt (default: 8)")
     a("--search-images", metavar="N", type=int, default=2, help="pictures per validation prompt (default: 2)")
     a("--per-tag", metavar="N", type=int, default=36, help="prompts per tag (default: 36)")
-    a("--sample-steps", metavar="N", type=int, nargs="+", default=list(train.STEP_COUNTS), help="step counts (default: 1 2 4 8 50)")
+    a("--sample-steps", metavar="N", type=int, nargs="+", default=list(sample.STEP_COUNTS), help="step counts (default: 1 2 4 8 50)")
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     a("--milestones", metavar="N", type=int, default=6, help="points along the training for Fig. 5 (default: 6)")
     a("--quick", action="store_true", help="tiny budgets, in OUT-quick and RUNS-quick: checks the path, measures nothing")
@@ -320,8 +319,8 @@ def parse_arguments():
 def check_budget(args, budget: list[str]) -> recipe.Recipe:
     """The recipe of a budget; UserError for one that train.py would refuse in some row, or whose pictures have no exact scores."""
     for row in args.rows:
-        flags = train.parse_arguments([*budget, *ROWS[row][1]])
-        plan = train.plan_of(flags)
+        flags = arguments.parse([*budget, *ROWS[row][1]])
+        plan = arguments.plan_of(flags)
         plan.check_division(1, flags.micro_batch)
     if plan.data[0] not in data.SETS or not scorer.SIDES[0] <= plan.stages[-1].sides[-1] <= scorer.SIDES[1]:
         raise errors.UserError(f"only the built-in shapes have exact scores, at {scorer.SIDES[0]} to {scorer.SIDES[1]} pixels: "
@@ -335,7 +334,7 @@ def keep_settings(args, budget: list[str], device: torch.device) -> str:
     Raises UserError when runs or results were begun with other settings.
     """
     path = args.runs / "settings.json"
-    precision = train.parse_arguments(budget).precision
+    precision = arguments.parse(budget).precision
     for begun in (path, args.out / "settings.json"):  # on another machine there may be results and no runs
         if precision == "auto" and begun.exists():
             precision = checkpoint.read_json(begun)["precision"]

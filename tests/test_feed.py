@@ -14,6 +14,7 @@ import encoders
 import losses
 import recipe
 from engine import cache, feed, shards
+from engine.processes import Ranks
 from engine.randomness import rng
 
 DEVICE = torch.device("cpu")
@@ -27,7 +28,9 @@ def plan_of(*stages, steps=6, **changes):
 
 
 def feed_of(plan, **arguments):
-    return feed.Feed(plan, DRAW, 3, TEXT, PIXELS, DEVICE, **({"patch": 4} | arguments))
+    ranks = Ranks(arguments.pop("world", 1), arguments.pop("rank", 0))
+    reading = feed.Reading(**{name: arguments.pop(name) for name in ("workers", "index") if name in arguments})
+    return feed.Feed(plan, DRAW, 3, feed.Codec(TEXT, PIXELS, DEVICE, patch=4), ranks, reading=reading, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +104,7 @@ def test_caches_feed_what_their_tars_feed(tars):
     for kind, names in kinds.items():
         plan = plan_of((0, (16, 32), 4), data=names, steps=8, aux_from=0.5, dropout=0.3, micro_batch=4)
         text, pixels = (TEXT, PIXELS) if kind == "tars" else (None, None)
-        batches[kind] = list(feed.Feed(plan, DRAW, 3, text, pixels, DEVICE, patch=4).stream(0))
+        batches[kind] = list(feed.Feed(plan, DRAW, 3, feed.Codec(text, pixels, DEVICE, patch=4)).stream(0))
     for a, b in zip(batches["tars"], batches["caches"], strict=True):
         assert a.keys == b.keys and torch.equal(a.is_null, b.is_null)
         assert torch.equal(a.x0, b.x0) and all(torch.equal(x, y) for x, y in zip(a.draws, b.draws))
@@ -115,28 +118,28 @@ def test_caches_feed_what_their_tars_feed(tars):
 ])  # fmt: skip
 def test_what_cannot_be_opened(tars, names, sides, said):
     with pytest.raises(data.DataError, match=said):
-        feed.open_source(tuple(name.format(tars) for name in names), sides, 4, 4)
+        feed.open_source(tuple(name.format(tars) for name in names), recipe.Stage(0, sides, 4), 4)
 
 
 @pytest.mark.parametrize("changes, said", [(dict(txt_len=11), "txt_len"), (dict(text="flux"), "text 'words'"), (dict(autoencoder="flux"), "autoencoder")])
 def test_a_cache_of_other_encoders_is_refused_at_the_start(tars, changes, said):
     plan = recipe.replace(plan_of((0, (16,), 4), data=(str(tars / "cache16"),)), **changes)
     with pytest.raises(data.DataError, match=said):
-        feed.Feed(plan, DRAW, 3, None, None, DEVICE, patch=4)
+        feed.Feed(plan, DRAW, 3, feed.Codec(None, None, DEVICE, patch=4))
 
 
 def test_only_the_caches_of_a_stages_sides_are_opened(tars):
     """A cache for the larger pictures of a later stage may be made for that stage's smaller batch."""
     plan = plan_of((0, (16,), 12), data=(str(tars / "cache16whole"), str(tars / "cache32")))
     cache.make(tars / "tars", tars / "cache16whole", 16, TEXT, PIXELS, batch_size=12, tokens="fp32", multiple=4)
-    assert len(next(feed.Feed(plan, DRAW, 3, None, None, DEVICE, patch=4).stream(0)).keys) == 12
+    assert len(next(feed.Feed(plan, DRAW, 3, feed.Codec(None, None, DEVICE, patch=4)).stream(0)).keys) == 12
     with pytest.raises(data.DataError, match="fewer than a batch of 12"):
-        feed.open_source(plan.data, (32,), 12, 4)
+        feed.open_source(plan.data, recipe.Stage(0, (32,), 12), 4)
 
 
 def test_what_the_order_follows_from_is_in_the_fingerprint(tars):
     """Another side, batch or multiple is another sequence; the cache made with the same three is the same one."""
-    same = {feed.open_source((str(tars / name),), (16,), 4, 4).fingerprint for name in ("tars", "cache16")}
+    same = {feed.open_source((str(tars / name),), recipe.Stage(0, (16,), 4), 4).fingerprint for name in ("tars", "cache16")}
     others = {shards.Shards(tars / "tars", side, batch, multiple=multiple).fingerprint for side, batch, multiple in ((32, 4, 4), (16, 12, 4), (16, 4, 8))}
     assert len(same) == 1 and len(others | same) == 4 and data.Shapes(16).fingerprint != data.Shapes(24).fingerprint
 
@@ -163,7 +166,7 @@ def test_other_content_under_the_same_names_is_noticed(tars, tmp_path):
 def test_a_cache_whose_sides_do_not_fit_the_patch_is_refused(tars):
     cache.make(tars / "tars", tars / "odd", 16, TEXT, PIXELS, batch_size=4, tokens="fp32", multiple=1)
     with pytest.raises(data.DataError, match="--multiple 8"):
-        feed.open_source((str(tars / "odd"),), (16,), 4, 8)
+        feed.open_source((str(tars / "odd"),), recipe.Stage(0, (16,), 4), 8)
 
 
 def test_an_index_elsewhere_is_found(tars, tmp_path):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,10 @@ from safetensors.torch import load_file
 import encoders
 import losses
 import model
+import recipe
+import sample
 import train
-from engine import cache, checkpoint, errors, machine, monitor, shards
+from engine import cache, checkpoint, errors, feed, machine, monitor, optimizers, preparation, processes, shards
 from ranks import SMALL, finish, start
 from ranks import train as run_train
 
@@ -165,7 +168,7 @@ def test_a_resumed_run_refuses_another_sequence_of_samples(runs, tmp_path, flags
 
 
 def test_processes_that_do_not_agree_refuse_to_start(tmp_path):
-    script = "import os, sys, errors, train\nif os.environ['RANK'] == '1': sys.argv += ['--lr', '0.001']\nerrors.run(train.main)\n"
+    script = "import os, sys, train\nfrom engine import errors\nif os.environ['RANK'] == '1': sys.argv += ['--lr', '0.001']\nerrors.run(train.main)\n"
     results = finish(start(2, "--steps", 2, "--out", tmp_path / "r", *SMALL, script=script))
     assert [code for code, _, _ in results] == [2, 2] and all("process 1 has recipe" in error for _, _, error in results)
     assert not checkpoint.complete_states(tmp_path / "r")
@@ -263,7 +266,7 @@ def test_sigterm_saves_within_one_iteration(tmp_path, world):
 
 def test_sigterm_while_pictures_are_drawn(tmp_path, monkeypatch, capsys):
     """The signal comes between two evaluations of the network: no further one is made, and the state is saved."""
-    real, calls = train.sample.generate, []
+    real, calls = sample.generate, []
 
     def interrupted(loaded, *a, **k):
         inner = loaded.network.forward
@@ -280,7 +283,7 @@ def test_sigterm_while_pictures_are_drawn(tmp_path, monkeypatch, capsys):
         finally:
             del loaded.network.forward
 
-    monkeypatch.setattr(train.sample, "generate", interrupted)
+    monkeypatch.setattr(sample, "generate", interrupted)
     monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "50", "--out", str(tmp_path / "r"), *SMALL[:-4], "--grid-every", "2"])
     train.main()
     assert len(calls) == 3 and "--resume" in capsys.readouterr().out
@@ -290,7 +293,7 @@ def test_sigterm_while_pictures_are_drawn(tmp_path, monkeypatch, capsys):
 def test_a_ctrl_c_and_torchruns_sigterm_do_not_cut_the_saving_short():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        stop = train.StopSignal()
+        stop = processes.StopSignal()
         assert not stop
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
@@ -428,18 +431,18 @@ def test_recomputing_keeps_fewer_activations():
 
 
 def test_the_rehearsal_meets_every_stage_and_leaves_nothing_behind(monkeypatch):
-    from engine import feed
-    import recipe
-
     plan = recipe.replace(recipe.make("laptop", steps=10, aux_from=0.8, micro_batch=4), txt_len=5,
                           stages=(recipe.Stage(0, (16,), 8), recipe.Stage(0.5, (16, 32), 8)))  # fmt: skip
     network = model.Denoiser(**SIZE)
     objective, seen = losses.SelfE(network, copy.deepcopy(network).requires_grad_(False)), []
-    data_feed = feed.Feed(plan, losses.draw, 0, None, None, torch.device("cpu"), patch=4)
+    data_feed = feed.Feed(plan, losses.draw, 0, feed.Codec(None, None, torch.device("cpu"), patch=4))
+    adam = optimizers.build("adam", network, plan.lr, plan.betas)
+    run = types.SimpleNamespace(plan=plan, feed=data_feed, network=network, objective=objective, adam=adam, sizes=SIZE,
+                                ranks=processes.Ranks(), args=types.SimpleNamespace(zero=False))  # fmt: skip
     forward = objective.forward
     monkeypatch.setattr(objective, "forward", lambda x0, *a: seen.append((tuple(x0.shape), a[-1])) or forward(x0, *a))
     before = copy.deepcopy(network.state_dict())
-    train.rehearse(objective, network, train.optimizer_of(network, plan, False), plan, data_feed, SIZE, False)
+    preparation.rehearse(run)
     assert seen == [((4, 3, 16, 16), False), ((4, 3, 16, 16), True), ((2, 3, 32, 32), True)]
     assert all(p.grad is None for p in network.parameters())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
@@ -449,7 +452,7 @@ def test_the_rehearsal_meets_every_stage_and_leaves_nothing_behind(monkeypatch):
 
     monkeypatch.setattr(objective, "forward", full)
     with pytest.raises(errors.UserError, match="--micro-batch"):
-        train.rehearse(objective, network, train.optimizer_of(network, plan, False), plan, data_feed, SIZE, False)
+        preparation.rehearse(run)
 
 
 @pytest.mark.slow

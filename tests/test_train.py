@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import objectives
 import sample
 import train
-from engine import checkpoint, errors
+from engine import arguments, checkpoint, errors
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--batch-size", "4", "--device", "cpu", "--precision", "fp32", "--no-compile", "--grid-every", "0"]
@@ -245,7 +246,7 @@ def test_imm_trains_and_samples_in_its_own_way(tmp_path, monkeypatch):
 def test_the_flags_of_the_objective_reach_it():
     network, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     for flags, expected in (([], ("renorm", 1, network)), (["--target", "tar", "--delta-scale", "0", "--null-branch", "ema"], ("tar", 0, ema))):
-        built = train.OBJECTIVES["self_e"].build(network, ema, train.parse_arguments(flags))
+        built = objectives.OBJECTIVES["self_e"].build(network, ema, arguments.parse(flags))
         assert (built.target, built.delta_scale) == expected[:2] and built.unconditional is expected[2] and built.ema is ema
 
 

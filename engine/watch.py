@@ -1,0 +1,153 @@
+"""What a run tells of itself while it goes on: progress, records, picture grids, updates that are left out.
+
+    watch = watch.Watch(run, closing)
+    watch.seen(batch, stats, aux)              # a micro-batch
+    watch.updated(norm)                        # or, after a gradient that is not finite, watch.left_out(...)
+    watch.log(step); watch.draw(step)          # where they are due
+
+Grids: the data's first prompts in rows, each from one noise, and sample.STEP_COUNTS in columns.
+"""
+
+import contextlib
+import math
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import model
+import objectives
+import recipe
+import sample
+from engine import errors, machine, monitor
+from engine.feed import Batch
+from engine.preparation import Run
+
+PATIENCE = 5  # iterations in a row without a finite gradient before the run stops
+
+
+def grid_prompts(source, n: int = 8) -> list[str]:
+    """The prompts of the picture grids: the first captions of the data, no two alike. With buckets they follow from the batch
+    size too, so a run resumed in another stage draws others."""
+    captions = [source.sample(g, 0).caption for g in range(n)]
+    if len(set(captions)) < n:
+        captions += [source.sample(g, 0).caption for g in range(n, 8 * n)]
+    return list(dict.fromkeys(captions))[:n]
+
+
+def draw_grid(loaded: sample.Loaded, prompts: list[str], stop: Callable[[], bool]) -> Image.Image:
+    """The sheet of pictures: prompts in rows, step counts in columns, one noise per row. Raises sample.Stopped."""
+    keys = [(i,) for i in range(len(prompts))]
+    columns = [sample.generate(loaded, prompts, keys, steps=n, stop=stop) for n in sample.STEP_COUNTS]
+    rows = [list(row) for row in zip(*columns)]
+    return sample.sheet(rows, sample.STEP_COUNTS, prompts)
+
+
+class Watch:
+    """The eyes on one run. Only rank 0 prints, writes and draws; the sums are taken over all ranks."""
+
+    def __init__(self, run: Run, closing: contextlib.ExitStack):
+        self.run, first = run, run.ranks.is_first
+        self.prompts = grid_prompts(run.feed.source(run.start)) if first else []
+        self.meter = monitor.Meter(run.device)
+        self.peak = machine.peak_flops(run.device, run.network.precision)
+        self.log_file = monitor.Log(run.folder, run.start) if first else None
+        self.bar = tqdm(total=run.plan.steps, initial=run.start, disable=not first, unit="it", dynamic_ncols=True,
+                        smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30)  # a log of days stays readable
+        for close in (self.bar.close, *([self.log_file.close] if first else [])):
+            closing.callback(close)
+        self.skipped, self.in_a_row, self.failure = run.feed.skipped(), 0, ""
+
+    def say(self, text: str) -> None:
+        self.bar.write(text, file=sys.stderr)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Every iteration
+    # -----------------------------------------------------------------------------------------------------------------
+    def seen(self, batch: Batch, stats: dict, aux: bool) -> None:
+        """Count a micro-batch: what its loss reports, and what it cost."""
+        sizes, plan = self.run.sizes, self.run.plan
+        forwards = objectives.AUX_FORWARDS if aux else objectives.OBJECTIVES[self.run.args.objective].forwards
+        each = forwards * model.forward_flops(sizes, recipe.latent_tokens(sizes, batch.x0.shape), plan.txt_len)
+        self.meter.add(stats, each * len(batch.keys))
+
+    def updated(self, norm: torch.Tensor) -> None:
+        self.in_a_row = 0
+        self.meter.keep(norm)
+
+    def left_out(self, step: int, loss: float, norm: float, keys: list[str]) -> bool:
+        """Say which samples led to a loss or gradient that is not finite; true where that came too often in a row.
+
+        The samples of the processes whose own loss is not finite, or of all where only the gradient is not.
+        """
+        run = self.run
+        run.nonfinite, self.in_a_row = run.nonfinite + 1, self.in_a_row + 1
+        self.meter.drop()
+        everyone = run.ranks.gather((math.isfinite(loss), keys))
+        suspects = [key for finite, own in everyone if not finite for key in own]
+        suspects = suspects or [key for _, own in everyone for key in own]
+        if self.log_file:
+            self.log_file.write({"step": step, "update_left_out": True, "grad_norm": str(norm), "keys": suspects})
+            print(f"iteration {step}: no finite gradient (loss {loss}, norm {norm}); its update is left out", file=sys.stderr)
+        if self.in_a_row == PATIENCE:
+            more = " ..." if len(suspects) > 8 else ""
+            self.failure = (
+                f"no finite gradient in {self.in_a_row} iterations in a row, last with {', '.join(suspects[:8])}{more} "
+                f"(all are in {run.folder / 'metrics.jsonl'}); the weights from before them are saved. --resume goes on "
+                "behind them, with a lower --lr if need be; without these samples it would be a new run")  # fmt: skip
+        return bool(self.failure)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Now and then
+    # -----------------------------------------------------------------------------------------------------------------
+    def log(self, step: int) -> None:
+        """After iteration `step`, where it is due: a line of metrics.jsonl. All ranks call it together."""
+        self.bar.update()
+        run, last = self.run, step - 1  # the iteration that has just ended, counted from 0
+        if step % run.args.log_every and step != run.plan.steps:
+            return
+        record = self.meter.record(run.ranks.world, self.peak, run.feed.waited)
+        self.skipped = self.skipped.union(*run.ranks.gather(run.feed.skipped() - self.skipped))
+        if self.log_file and record:
+            record["skipped"] = len(self.skipped)
+            record["images_per_s"] = record["iterations_per_s"] * run.plan.stage(last).batch_size
+            plan = {"lr": run.plan.learning_rate(last), "tau": run.plan.tau(last), "aux": run.plan.aux(last)}
+            self.log_file.write({"step": step, **record, **plan, "nonfinite": run.nonfinite, "elapsed": run.elapsed()})
+            self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['images_per_s']:.0f} images/s")
+
+    def draw(self, step: int) -> None:
+        """Draw and keep a picture grid of the moving average; a signal to stop ends it without one."""
+        if not self.run.ranks.is_first:
+            return
+        run, pause = self.run, time.perf_counter()
+        loaded = sample.Loaded(run.ema, run.config, run.codec.text, run.codec.autoencoder)
+        try:
+            with torch.compiler.set_stance("force_eager"):  # sampling's batch shapes are not worth compiling for
+                sheet = draw_grid(loaded, self.prompts, lambda: bool(run.stop))
+            sheet.save(run.folder / "grids" / f"step_{step:06d}.png")
+            self.log_file.grid(sheet, step)
+        except sample.Stopped:
+            pass  # the run is about to end; its grid can be drawn again
+        self.meter.began += time.perf_counter() - pause
+
+    def conclude(self, step: int) -> None:
+        """Say how to go on, or how to make pictures. Raises UserError where gradients that are not finite ended the run."""
+        self.bar.close()
+        run = self.run
+        if self.failure:
+            raise errors.UserError(self.failure)
+        if not run.ranks.is_first:
+            return
+        if step < run.plan.steps:
+            print(f"stopped by {run.stop.name or 'a signal to another process'} after iteration {step}; the state is "
+                  f"saved. To go on:\n  {run.command('train.py --resume --out')}")  # fmt: skip
+        else:
+            plain = re.fullmatch(r"[\w ,.'-]*", self.prompts[0])
+            shown = f'"{self.prompts[0]}"' if plain else shlex.quote(self.prompts[0])  # what the shell would read
+            print(f"done: {run.folder}. To make pictures:\n  {run.command('sample.py --checkpoint')} "
+                  f"--steps 1 2 4 8 50 --prompt {shown}")  # fmt: skip

@@ -1,0 +1,49 @@
+"""The objectives that the one loop trains, side by side (Sec. 4.2): what the loop, the sampler and the price must know of each.
+
+    objective = objectives.OBJECTIVES["self_e"]
+    module = objective.build(network, ema, flags)        # one nn.Module, called like losses.SelfE
+
+To add one, write its module, give it an entry here, and a row in experiments/tables.ROWS. The module is called as
+
+    loss, stats = module(x0, c, null, fake, is_null, draws, tau, aux)
+
+stats holds what engine/monitor.py watches: t, s and loss, one value per sample, all detached. A module with an attribute
+`mu` has it set to the shift of each batch's picture size (s.12).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import baselines
+import losses
+
+
+class Objective(NamedTuple):
+    """What everyone but the objective's own module must know of it."""
+
+    build: Callable  # (network, ema, the flags of train.py) -> the module
+    draw: Callable  # the random numbers of a micro-batch, like losses.draw
+    forwards: float  # a training step's price, in forward passes of the batch: 1 forward + 2 backward + evaluations
+    group: int = 2  # batch and micro-batch are multiples of it
+    flags: tuple[str, ...] = ()  # of train.py's flags below "the objective", those that are its own
+    s_rules: tuple[float, ...] = (0.0, 0.5, 1.0)  # the rules for s_k that make sense (sampler.py), its default first
+    trajectory: Callable | None = None  # its own sampler, like baselines.trajectory; None: sampler.trajectory
+
+
+def self_e(network, ema, flags) -> losses.SelfE:
+    """Self-E with the choices of Table 2. Flow matching is the same module with draws that never have s < t."""
+    null_branch = {"online": network, "ema": ema}[flags.null_branch]
+    return losses.SelfE(network, ema, target=flags.target, delta_scale=flags.delta_scale, unconditional=null_branch)
+
+
+OBJECTIVES = {
+    "self_e": Objective(
+        self_e, functools.partial(losses.draw, p_equal=0.5), forwards=4.0,  # two evaluations of half of the batch
+        flags=("target", "delta_scale", "null_branch", "aux_from")),
+    "flow_matching": Objective(self_e, functools.partial(losses.draw, p_equal=1.0), forwards=3.0, s_rules=(1.0,)),
+    "imm": Objective(
+        lambda network, ema, flags: baselines.IMM(network), baselines.draw, forwards=4.0, group=baselines.M,
+        trajectory=baselines.trajectory),
+}  # fmt: skip
+AUX_FORWARDS = 5.5  # Self-E with the auxiliary term: a forward and a backward pass of half of the batch more
