@@ -17,8 +17,9 @@ Symbols, as in the paper                                                        
     x_self      [B, ...]  x0_hat - Delta, the pseudo-target                                         3.2
     lam         [B]       lambda_{s,t}, the weight of self-evaluation                               3.3
     x_tar, x_renorm       the implicit target, and the same at the energy of x0                     3.3
-    w                     three things, as in the paper: the guidance scale in Eq. 12-13 and s.7, the weight of the
-                          loss w_{s,t} in Eq. 21, and here also lam / (1 + lam), the share of x_self in x_tar
+    w                     two things, as in the paper: the guidance scale in Eq. 12-13 and s.7, and the weight of the loss
+                          w_{s,t} in Eq. 21
+    mix         [B]       ours: lam / (1 + lam), the share of x_self in x_tar                       3.3
     tau         scalar    annealed from 0 to 1: how far below t the second time may lie             S.2
     k           scalar    the share of the classifier term in Delta, 0.9                            S.1.2
 """
@@ -165,7 +166,11 @@ def self_evaluation(G_null: Tensor, G_c: Tensor, G_fake: Tensor | None = None, k
 # Eq. 14     x_self = sg[ x0_hat - Delta ]
 # ---------------------------------------------------------------------------------------------------------------------
 def pseudo_target(x0_hat: Tensor, Delta: Tensor) -> Tensor:
-    """The model's prediction, corrected by its own evaluation. No gradient flows through it."""
+    """The model's prediction, corrected by its own evaluation. No gradient flows through it.
+
+    Delta is without gradient already. If x0_hat here were not, x0_hat - x_self in Eq. 15 would be Delta itself, a constant:
+    the loss would have no gradient at all. As it is, the gradient is 2 Delta, and steps against it lead to x_self.
+    """
     return (x0_hat - Delta).detach()
 
 
@@ -206,7 +211,7 @@ def lam(t: Tensor, s: Tensor) -> Tensor:
 
 
 def mix_weight(t: Tensor, s: Tensor, scale: float = 1.0) -> Tensor:
-    """w = lam / (1 + lam) in [0, 1], [B], the share of x_self in Eq. 18; finite everywhere, also at t = 1.
+    """mix = lam / (1 + lam) in [0, 1], [B], the share of x_self in Eq. 18; finite everywhere, also at t = 1.
 
     The paper leaves open what happens as t -> 1, where lam diverges. Eq. 19 does not depend on the scale of its argument,
     so x0 + lam x_self may be divided by 1 + lam, and the target is a convex mix whose weight has the limit 1. Where s = t
@@ -226,11 +231,11 @@ def hybrid_loss(x0_hat: Tensor, x0: Tensor, x_self: Tensor, lam: Tensor) -> Tens
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Eq. 18     x_tar = (x0 + lam x_self) / (1 + lam) = (1 - w) x0 + w x_self,   w = lam / (1 + lam)
+# Eq. 18     x_tar = (x0 + lam x_self) / (1 + lam) = (1 - mix) x0 + mix x_self,   mix = lam / (1 + lam)
 # ---------------------------------------------------------------------------------------------------------------------
-def implicit_target(x0: Tensor, x_self: Tensor, w: Tensor) -> Tensor:
-    """The point at which the gradient of Eq. 16 vanishes. w [B] is `mix_weight`."""
-    return (1 - like(w, x0)) * x0 + like(w, x0) * x_self
+def implicit_target(x0: Tensor, x_self: Tensor, mix: Tensor) -> Tensor:
+    """The point at which the gradient of Eq. 16 vanishes. mix [B] is `mix_weight`."""
+    return (1 - like(mix, x0)) * x0 + like(mix, x0) * x_self
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,7 +269,7 @@ def time_weight(t: Tensor) -> Tensor:
 
 
 # =====================================================================================================================
-# S.2: the law of (t, s)
+# S.2: the distribution of (t, s)
 # =====================================================================================================================
 
 
@@ -338,7 +343,7 @@ class SelfE(nn.Module):
 
     network        V(x_t, t, s, *c), trained. It also gives the unconditional and the fake branch ("online").
     ema            its moving average, gives the conditional branch (S.2). Only evaluated, never trained here.
-    mu             shift of the time law (s.12)
+    mu             shift of the distribution of t (s.12)
     target         "renorm" Eq. 20 | "tar" Eq. 18 as target, no normalisation | "sum" Eq. 16 to the letter
     k              weight of the classifier term once the auxiliary term is on (S.1.2)
     delta_scale    multiplies Delta; 1 is the paper, 0 the control that keeps Eq. 19 and has nothing to say about x0_hat
@@ -349,7 +354,11 @@ class SelfE(nn.Module):
                    "renorm" Eq. 19 with its own Delta, which is 0 without the auxiliary term
     unconditional  the network of the null branch; None is the paper: `network`
 
-    Flow matching is the same module with draws that have no s < t (p_equal = 1).
+    `forward` is the paper's step and reads from top to bottom. What the ablations change stands in the three methods below
+    it: who evaluates (`evaluate`), how much that counts (`mix`), and what is regressed on (`regress`).
+
+    At s = 0 there is nothing to evaluate: G(x, 0, 0, .) is x itself for every prompt (Eq. 6), so Delta is exactly 0. The
+    one-step prediction, which is asked for at s = 0, therefore lives on what the network learns at the s nearby.
     """
 
     def __init__(self, network, ema, *, mu=0.0, target="renorm", k=0.9, delta_scale=1.0, lam_scale=1.0, lam_s=None,
@@ -368,52 +377,62 @@ class SelfE(nn.Module):
 
         x0 [B, ...] fp32; c, null, fake tuples of tensors with leading dimension B (fake is read only with aux);
         is_null [B] bool, where the prompt was dropped or is empty; tau in [0, 1] (s.13); aux switches the auxiliary term on.
-        Returns the scalar loss and a dict of detached tensors: t, s, loss [B]; where some s < t delta_norm and w [n], with
-        aux fake_loss [n].
+        Returns the scalar loss and a dict of detached tensors: t, s, loss [B]; where some s < t delta_norm and mix [n], with
+        aux fake_loss [n]. Names with _j are of the n samples with s < t, all others of all B.
         """
-        t, s = sample_times(draws.z, draws.u, draws.jump, self.mu, tau)  # s.11-s.13
-        x_t = add_noise(x0, t, draws.eps)  # Eq. 1
-        x0_hat = G(self.network, x_t, t, s, c)  # Eq. 6: the only pass with gradient, but for s.8
-        if len(draws.jump) == 0:  # flow matching: s = t everywhere
-            loss = time_weight(t) * data_loss(x0_hat, x0)  # Eq. 7, 21
-            return loss.mean() / x0[0].numel(), {"t": t, "s": s, "loss": loss.detach() / x0[0].numel()}
-
-        # The half with s < t meets its own evaluation; j picks it.
-        def j(x):
-            return tuple(a[draws.jump] for a in x) if isinstance(x, tuple) else x[draws.jump]
-
-        t_j, s_j, x0_j, x0_hat_j, eps_s = j(t), j(s), j(x0), j(x0_hat), j(draws.eps_s)
-        x_s_hat = add_noise(x0_hat_j, s_j, eps_s).detach()  # Eq. 8; the evaluation sees the sample, not its gradient
-        with torch.no_grad():
-            G_c = G(self.ema, x_s_hat, s_j, s_j, j(c))
-            G_null = G(self.unconditional, x_s_hat, s_j, s_j, j(null))
-            # A null prompt has no classifier score: EMA minus online would be the difference of two networks, noise.
-            G_c = torch.where(like(j(is_null), G_c), G_null, G_c)
-        G_fake, loss_fake = None, None
-        if aux:  # one pass with gradient serves both the evaluation (s.6) and the loss of the fake branch (s.8)
-            V_fake = self.network(x_s_hat, s_j, s_j, *j(fake))
-            G_fake = one_step_estimate(x_s_hat, s_j, V_fake).detach()
-            loss_fake = fake_loss(V_fake, x0_hat_j, eps_s)
-
-        Delta = self.delta_scale * self_evaluation(G_null, G_c, G_fake, self.k)  # s.6
-        x_self = pseudo_target(x0_hat_j, Delta)  # Eq. 14
-        w = mix_weight(t_j, self.lam_s(t_j, s_j), self.lam_scale)  # Eq. 17 as lam / (1 + lam)
-        if self.null_target == "data" and not aux:
-            w = torch.where(j(is_null), 0.0, w)  # a plain data target for the null prompt, at every (t, s)
-
-        if self.target == "sum":
-            loss_j = hybrid_loss(x0_hat_j, x0_j, x_self, w / (1 - w))  # Eq. 16, lam = w / (1 - w)
-        else:
-            x_tar = implicit_target(x0_j, x_self, w)  # Eq. 18
-            x_renorm = renormalise(x_tar, x0_j) if self.target == "renorm" else x_tar  # Eq. 19
-            loss_j = target_loss(x0_hat_j, x_renorm)  # Eq. 20
-        loss = time_weight(t) * data_loss(x0_hat, x0).index_put((draws.jump,), loss_j)  # Eq. 7 where s = t; Eq. 21
-        total = loss.mean()
-        if aux:
-            total = total + loss_fake.sum() / len(x0)  # coefficient 1, over the full batch like the rest
-
+        t, s = sample_times(draws.z, draws.u, draws.jump, self.mu, tau)  # [B] s.11-s.13
+        x_t = add_noise(x0, t, draws.eps)  # [B, ...] Eq. 1
+        x0_hat = G(self.network, x_t, t, s, c)  # [B, ...] Eq. 6: the only pass with gradient, but for s.8
+        loss = data_loss(x0_hat, x0)  # [B] Eq. 7
         D = x0[0].numel()  # the paper sums over values; the mean differs by a constant and reads the same at every size
-        stats = {"t": t, "s": s, "loss": loss.detach() / D, "w": w, "delta_norm": (squared_norm(Delta) / D).sqrt()}
-        if aux:
+        stats, loss_fake = {"t": t, "s": s}, None
+
+        if len(draws.jump):  # flow matching has no s < t and ends here
+
+            def j(x):  # the half with s < t
+                return tuple(a[draws.jump] for a in x) if isinstance(x, tuple) else x[draws.jump]
+
+            t_j, s_j, x0_j, x0_hat_j, eps_s = j(t), j(s), j(x0), j(x0_hat), j(draws.eps_s)
+            x_s_hat = add_noise(x0_hat_j, s_j, eps_s).detach()  # [n, ...] Eq. 8; evaluation sees the sample, not its gradient
+            G_c, G_null = self.evaluate(x_s_hat, s_j, j(c), j(null), j(is_null))  # [n, ...]
+            G_fake = None
+            if aux:  # one pass with gradient serves both the evaluation (s.6) and the loss of the fake branch (s.8)
+                V_fake = self.network(x_s_hat, s_j, s_j, *j(fake))
+                G_fake = one_step_estimate(x_s_hat, s_j, V_fake).detach()
+                loss_fake = fake_loss(V_fake, x0_hat_j, eps_s)  # [n] s.8
+            Delta = self.delta_scale * self_evaluation(G_null, G_c, G_fake, self.k)  # [n, ...] s.6
+            x_self = pseudo_target(x0_hat_j, Delta)  # [n, ...] Eq. 14
+            mix = self.mix(t_j, s_j, j(is_null), aux)  # [n] Eq. 17
+            loss = loss.index_put((draws.jump,), self.regress(x0_hat_j, x0_j, x_self, mix))  # [n] of [B] Eq. 18-20
+            stats |= {"mix": mix, "delta_norm": (squared_norm(Delta) / D).sqrt()}
+
+        loss = time_weight(t) * loss  # [B] Eq. 21
+        stats["loss"] = loss.detach() / D
+        total = loss.mean()
+        if aux and loss_fake is not None:
+            total = total + loss_fake.sum() / len(x0)  # coefficient 1, over the full batch like the rest
             stats["fake_loss"] = loss_fake.detach() / D
         return total / D, stats
+
+    @torch.no_grad()
+    def evaluate(self, x_s_hat: Tensor, s: Tensor, c: tuple, null: tuple, is_null: Tensor) -> tuple[Tensor, Tensor]:
+        """The two branches of the classifier score at (x_s_hat, s, s): G_c by the moving average, G_null (S.2), [n, ...] each."""
+        G_c = G(self.ema, x_s_hat, s, s, c)
+        G_null = G(self.unconditional, x_s_hat, s, s, null)
+        # A null prompt has no classifier score: EMA minus online would be the difference of two networks, noise.
+        return torch.where(like(is_null, G_c), G_null, G_c), G_null
+
+    def mix(self, t: Tensor, s: Tensor, is_null: Tensor, aux: bool) -> Tensor:
+        """The share of x_self in the target, lam / (1 + lam), [n]."""
+        mix = mix_weight(t, self.lam_s(t, s), self.lam_scale)
+        if self.null_target == "data" and not aux:
+            mix = torch.where(is_null, 0.0, mix)  # a plain data target for the null prompt, at every (t, s)
+        return mix
+
+    def regress(self, x0_hat: Tensor, x0: Tensor, x_self: Tensor, mix: Tensor) -> Tensor:
+        """The loss of the samples with s < t, [n]: Eq. 20, or one of Table 2's ablations of it."""
+        if self.target == "sum":
+            return hybrid_loss(x0_hat, x0, x_self, mix / (1 - mix))  # Eq. 16, lam = mix / (1 - mix)
+        x_tar = implicit_target(x0, x_self, mix)  # Eq. 18
+        x_renorm = renormalise(x_tar, x0) if self.target == "renorm" else x_tar  # Eq. 19
+        return target_loss(x0_hat, x_renorm)  # Eq. 20

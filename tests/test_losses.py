@@ -659,7 +659,7 @@ def test_the_statistics_are_those_of_the_step():
     p = paper_step(b, online, ema, aux=True)
     close(stats["t"], p["t"])
     close(stats["s"], p["s"])
-    close(stats["w"], (p["lam"] / (1 + p["lam"]))[JUMPS])
+    close(stats["mix"], (p["lam"] / (1 + p["lam"]))[JUMPS])
     close(stats["delta_norm"], (p["x0_hat"] - p["x_self"])[JUMPS].pow(2).mean(dim=(1, 2)).sqrt(), 1e-9)
     close(loss, stats["loss"].mean() + stats["fake_loss"].sum() / B)
     assert not any(value.requires_grad for value in stats.values())

@@ -484,7 +484,7 @@ def test_the_meter_says_what_the_samples_say():
     torch.manual_seed(1)
     t, u = torch.rand(64), torch.rand(64)
     s = torch.where(torch.arange(64) % 2 == 0, t, t * u)
-    rows = [{"t": t[i : i + 16], "s": s[i : i + 16], "loss": t[i : i + 16] ** 2 + 1, "w": torch.full((8,), 0.25), "delta_norm": torch.full((8,), 3.0)}
+    rows = [{"t": t[i : i + 16], "s": s[i : i + 16], "loss": t[i : i + 16] ** 2 + 1, "mix": torch.full((8,), 0.25), "delta_norm": torch.full((8,), 3.0)}
             for i in range(0, 64, 16)]  # fmt: skip
     meter = monitor.Meter(torch.device("cpu"))
     for row in rows:
