@@ -426,7 +426,7 @@ class ImageFolder:
         if self.skipped:
             print(f"{self.folder}: skipped {len(self.skipped)} of {len(captions)} pictures", file=sys.stderr)
         state.update(json.dumps([self.keys, self.captions, size, "order 2"]).encode())
-        self.fingerprint = state.hexdigest()
+        self.fingerprint, self.numbers = state.hexdigest(), len(self.pictures)
         if not self.pictures:
             raise DataError(f"{self.folder}: none of its {len(captions)} pictures can be read")
 
