@@ -1,9 +1,9 @@
-"""The objectives that the one loop trains, side by side (Sec. 4.2): what the loop, the sampler and the price must know of each.
+"""The objectives that the one loop trains (Sec. 4.2): what the loop, the sampler and the price must know of each.
 
     objective = objectives.OBJECTIVES["self_e"]
     module = objective.build(network, ema, flags)        # one nn.Module, called like losses.SelfE
 
-To add one, write its module, give it an entry here, and a row in experiments/tables.ROWS. The module is called as
+To add one, write its module, give it an entry here, and a row in experiments/rows.ROWS. The module is called as
 
     loss, stats = module(x0, c, null, fake, is_null, draws, tau, aux)
 

@@ -1,0 +1,173 @@
+"""Results as tables and figures: what experiments/tables.py has measured, read from its files and nowhere else.
+
+    rows = report.read_rows(Path("results"))                  # row -> seed -> what measure_row wrote
+    report.write_table(rows, Path("results"), steps)          # table2.md
+    report.draw_scores(rows, Path("results"), steps)          # scores.png; draw_progress and draw_samples likewise
+"""
+
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+import sample
+from engine import checkpoint, errors
+from experiments import evaluate
+from experiments.rows import DIFFERENCES, PAPER_NOTE, PROGRESS, ROWS
+
+matplotlib.use("Agg")  # no window: figures go to files
+import matplotlib.pyplot as plt  # noqa: E402
+
+PAPER_STEPS = (2, 4, 8, 50)  # those that the paper scores
+
+
+def read_rows(out: Path) -> dict[str, dict[int, dict]]:
+    """row -> seed -> what measure_row wrote, in the order of ROWS."""
+    found = {}
+    for row in ROWS:
+        files = sorted((out / "rows").glob(f"{row}-[0-9]*.json"))
+        if files:
+            found[row] = {r["seed"]: r for r in map(checkpoint.read_json, files)}
+    return found
+
+
+def t_interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half-width of the 95% interval over seeds (Student's t; infinite for one seed)."""
+    quantile = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+    n, mean = len(values), float(np.mean(values))
+    if n == 1:
+        return mean, float("inf")
+    return mean, quantile.get(n, 1.96 + 2.6 / n) * float(np.std(values, ddof=1)) / n**0.5
+
+
+def score_of(result: dict, n: int, split: str = "test") -> float:
+    return result["splits"][split][str(n)]["overall"]["score"]
+
+
+def difference(rows: dict, a: str, b: str, n: int) -> tuple[float, float]:
+    """Mean and half-width of row a minus row b at n steps, paired over the seeds that both have."""
+    common = sorted(set(rows[a]) & set(rows[b]))
+    return t_interval([score_of(rows[a][s], n) - score_of(rows[b][s], n) for s in common])
+
+
+def columns(steps: tuple[int, ...]) -> str:
+    return " | ".join(f"{n} step{'s' * (n > 1)}" for n in steps)
+
+
+def save(figure, path: Path) -> None:
+    with checkpoint.in_one_piece(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------------------------------
+def write_table(rows: dict, out: Path, steps: tuple[int, ...]) -> None:
+    """OUT/table2.md: our scores beside the paper's, the training's cost, the paired differences that decide the claims."""
+    lines = ["# Table 2 in miniature", "",
+             "Overall score on test prompts, mean over seeds +- half-width of the 95% interval; in brackets the paper's "
+             f"({PAPER_NOTE}). Prompts of one shape are too few to spare: those tags ask training's own, with other noise "
+             "than the search; `pairs` in `rows/` are held-out ones. Made by `python experiments/tables.py`; settings and "
+             "per-tag scores in `rows/`.", "",
+             f"| row | seeds | {columns(steps)} | training time | x flow matching |",
+             "|---" * (len(steps) + 4) + "|"]  # fmt: skip
+    base = None
+    if "flow_matching" in rows:
+        base = np.mean([r["training_seconds"] for r in rows["flow_matching"].values()])
+    for row, seeds in rows.items():
+        title, _, paper = ROWS[row]
+        cells = []
+        for n in steps:
+            mean, half = t_interval([score_of(r, n) for r in seeds.values()])
+            told = f" ({paper[PAPER_STEPS.index(n)]:.3f})" if paper and n in PAPER_STEPS else ""
+            cells.append(f"{mean:.3f}" + (f" +- {half:.3f}" if np.isfinite(half) else "") + told)
+        seconds = np.mean([r["training_seconds"] for r in seeds.values()])
+        ratio = f"{seconds / base:.2f}" if base else ""
+        lines.append(f"| {title} | {len(seeds)} | {' | '.join(cells)} | {seconds / 60:.0f} min | {ratio} |")
+    lines += ["", "Paired differences over seeds (mean, 95% interval):", "",
+              f"| difference | {columns(steps)} |", "|---" * (len(steps) + 1) + "|"]  # fmt: skip
+    for a, b in DIFFERENCES:
+        if a in rows and b in rows and set(rows[a]) & set(rows[b]):
+            cells = []
+            for n in steps:
+                mean, half = difference(rows, a, b, n)
+                interval = f" [{mean - half:+.3f}, {mean + half:+.3f}]" if np.isfinite(half) else ""
+                cells.append(f"{mean:+.3f}{interval}")
+            lines.append(f"| {ROWS[a][0]} minus {ROWS[b][0]} | {' | '.join(cells)} |")
+    with checkpoint.in_one_piece(out / "table2.md") as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The figures
+# ---------------------------------------------------------------------------------------------------------------------
+def draw_scores(rows: dict, out: Path, steps: tuple[int, ...]) -> None:
+    """OUT/scores.png: score against steps, a line per row; the band goes from the lowest to the highest seed."""
+    figure, panel = plt.subplots(figsize=(9.5, 4.5))
+    for row, seeds in rows.items():
+        values = np.array([[score_of(r, n) for n in steps] for r in seeds.values()])
+        color = f"C{list(ROWS).index(row)}"
+        panel.plot(range(len(steps)), values.mean(0), marker="o", color=color, label=ROWS[row][0])
+        panel.fill_between(range(len(steps)), values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
+    panel.set(xticks=range(len(steps)), xticklabels=steps, xlabel="network evaluations",
+              ylabel="overall score, test prompts")  # fmt: skip
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))  # outside: there are many lines
+    figure.tight_layout()
+    save(figure, out / "scores.png")
+
+
+def draw_progress(out: Path, steps: tuple[int, ...]) -> None:
+    """OUT/progress.png, the counterpart of Fig. 5: scores along the training, where both of its rows are measured."""
+    files = {row: sorted((out / "rows").glob(f"{row}-progress-*.json")) for row in PROGRESS}
+    if not all(files.values()):
+        return
+    figure, panels = plt.subplots(1, len(steps), figsize=(2.4 * len(steps), 2.8), sharey=True, squeeze=False)
+    for panel, n in zip(panels[0], steps):
+        for row in PROGRESS:
+            for i, points in enumerate(checkpoint.read_json(file)["points"] for file in files[row]):
+                panel.plot([p["step"] for p in points], [p["overall"][str(n)] for p in points], marker=".", alpha=0.8,
+                           color=f"C{list(ROWS).index(row)}", label=None if i else ROWS[row][0])  # fmt: skip
+        panel.set(title=f"{n} step{'s' * (n > 1)}", xlabel="iteration")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylim(bottom=0)  # of all panels: they share it
+    panels[0][0].set_ylabel("overall score, test prompts")
+    panels[0][0].legend(fontsize=6)
+    figure.tight_layout()
+    save(figure, out / "progress.png")
+
+
+def draw_samples(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> None:
+    """OUT/samples_TAG.png (Fig. 3, 4, 6), one per kind of prompt: rows of objectives, columns of steps. Needs the runs."""
+    first = {row: runs / f"{row}-{min(seeds)}" for row, seeds in rows.items()}
+    missing = [str(run) for run in first.values() if not (run / "model.safetensors").exists()]
+    if missing:
+        print(f"no sheets of samples: {', '.join(missing)} not here", file=sys.stderr)
+        return
+    config = next(r["training"] for seeds in rows.values() for r in seeds.values())
+    for metadata in evaluate.prompts("test", 1, evaluate.tags_of(config)):
+        sheet_rows = []
+        for row, seeds in rows.items():
+            loaded, chosen = sample.load(first[row], torch.device("cpu")), seeds[min(seeds)]["splits"]["test"]
+            sheet_rows.append([sample.generate(loaded, [metadata["prompt"]], [(0,)], steps=n,
+                                               **chosen[str(n)]["settings"])[0] for n in steps])  # fmt: skip
+        sheet = sample.sheet(sheet_rows, steps, [ROWS[row][0] for row in rows])
+        with checkpoint.in_one_piece(out / f"samples_{metadata['tag']}.png") as partial:
+            sheet.save(partial, format="png")
+
+
+def report(out: Path, runs: Path) -> None:
+    """Write and draw all of it, and print the table. Raises UserError where nothing has been measured."""
+    rows = read_rows(out)
+    if not rows:
+        raise errors.UserError(f"nothing has been measured in {out}")
+    steps = tuple(int(n) for n in next(r["splits"]["test"] for seeds in rows.values() for r in seeds.values()))
+    write_table(rows, out, steps)
+    print((out / "table2.md").read_text(encoding="utf-8"))
+    draw_scores(rows, out, steps)
+    draw_progress(out, steps)
+    draw_samples(rows, out, runs, steps)
