@@ -7,8 +7,8 @@ To add one, write its module, give it an entry here, and a row in experiments/ro
 
     loss, stats = module(x0, c, null, fake, is_null, draws, tau, aux)
 
-stats holds what engine/monitor.py watches: t, s and loss, one value per sample, all detached. A module with an attribute
-`mu` has it set to the shift of each batch's picture size (s.12).
+stats holds what engine/monitor.py watches: t, s and loss, one value per sample, all detached. A module with an
+attribute `mu` has it set to the shift of each batch's picture size (s.12).
 """
 
 import functools

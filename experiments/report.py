@@ -66,12 +66,12 @@ def save(figure, path: Path) -> None:
 # The table
 # ---------------------------------------------------------------------------------------------------------------------
 def write_table(rows: dict, out: Path, steps: tuple[int, ...]) -> None:
-    """OUT/table2.md: our scores beside the paper's, the training's cost, the paired differences that decide the claims."""
+    """OUT/table2.md: our scores beside the paper's, the training's cost, and the differences that decide claims."""
     lines = ["# Table 2 in miniature", "",
-             "Overall score on test prompts, mean over seeds +- half-width of the 95% interval; in brackets the paper's "
-             f"({PAPER_NOTE}). Prompts of one shape are too few to spare: those tags ask training's own, with other noise "
-             "than the search; `pairs` in `rows/` are held-out ones. Made by `python experiments/tables.py`; settings and "
-             "per-tag scores in `rows/`.", "",
+             "Overall score on test prompts, mean over seeds +- half-width of the 95% interval; in brackets the "
+             f"paper's ({PAPER_NOTE}). Prompts of one shape are too few to spare: those tags ask training's own, with "
+             "other noise than the search; `pairs` in `rows/` are held-out ones. Made by `python experiments/tables.py`; "
+             "settings and per-tag scores in `rows/`.", "",
              f"| row | seeds | {columns(steps)} | training time | x flow matching |",
              "|---" * (len(steps) + 4) + "|"]  # fmt: skip
     base = None
@@ -142,7 +142,7 @@ def draw_progress(out: Path, steps: tuple[int, ...]) -> None:
 
 
 def draw_samples(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> None:
-    """OUT/samples_TAG.png (Fig. 3, 4, 6), one per kind of prompt: rows of objectives, columns of steps. Needs the runs."""
+    """OUT/samples_TAG.png (Fig. 3, 4, 6), one per kind of prompt: objectives in rows, steps in columns, from the runs."""
     first = {row: runs / f"{row}-{min(seeds)}" for row, seeds in rows.items()}
     missing = [str(run) for run in first.values() if not (run / "model.safetensors").exists()]
     if missing:

@@ -1,13 +1,13 @@
 """The paper's ablations in miniature: one command trains every row of Table 2, scores it and writes results/.
 
     python experiments/tables.py                         # all rows, three seeds; started again, it goes on where it was
-    python experiments/tables.py --rows self_e control   # some rows; other processes may train others into the same folders
-    python experiments/tables.py --quick                 # the whole path in minutes, with budgets too small to mean much
+    python experiments/tables.py --rows self_e control   # some rows; another process may train others beside it
+    python experiments/tables.py --quick                 # the whole path in minutes; budgets too small to mean much
     python experiments/tables.py --report                # tables and figures again, from what has been measured
 
 Per row and seed: a run of train.py under one budget (runs/tables/ROW-SEED), then scores on test prompts at 1, 2, 4, 8
-and 50 steps. Guidance, eta and the rule for s_k are searched for each row and step count (at 50 steps guidance alone) on
-validation prompts, on the run of the first seed, in one grid for all rows. Flow matching stays at s_k = t_k, and an
+and 50 steps. Guidance, eta and the rule for s_k are searched for each row and step count (at 50 steps guidance alone)
+on validation prompts, on the run of the first seed, in one grid for all rows. Flow matching stays at s_k = t_k, and an
 objective with a sampler of its own has guidance alone to choose. Everything measured is one JSON file per row and seed,
 beside one of the search per row and one for Fig. 5, written in one piece. What has been measured stays, whatever code
 made it: after a change that matters, choose another --out and --runs.
