@@ -17,8 +17,8 @@ Symbols, as in the paper                                                        
     x_self      [B, ...]  x0_hat - Delta, the pseudo-target                                         3.2
     lam         [B]       lambda_{s,t}, the weight of self-evaluation                               3.3
     x_tar, x_renorm       the implicit target, and the same at the energy of x0                     3.3
-    w                     two things, as in the paper: the guidance scale in Eq. 12-13 and s.7, and the weight of the loss
-                          w_{s,t} in Eq. 21
+    w                     two things, as in the paper: the guidance scale in Eq. 12-13 and s.7, and in Eq. 21 the weight
+                          of the loss, w_{s,t}
     mix         [B]       ours: lam / (1 + lam), the share of x_self in x_tar                       3.3
     tau         scalar    annealed from 0 to 1: how far below t the second time may lie             S.2
     k           scalar    the share of the classifier term in Delta, 0.9                            S.1.2
@@ -91,12 +91,12 @@ def one_step_estimate(x_t: Tensor, t: Tensor, V: Tensor) -> Tensor:
 # Eq. 7      L_data = || G(x_t, t, s, c) - x0 ||^2
 # ---------------------------------------------------------------------------------------------------------------------
 def data_loss(x0_hat: Tensor, x0: Tensor) -> Tensor:
-    """The data loss of each sample, [B]. Weighted with 1/t^2 (Eq. 21) it is exactly Eq. 3, since x0_hat - x0 = t (v - V)."""
+    """The data loss of each sample, [B]. Weighted with 1/t^2 (Eq. 21) it is Eq. 3, since x0_hat - x0 = t (v - V)."""
     return squared_norm(x0_hat - x0)
 
 
 # =====================================================================================================================
-# Sec. 3.2 and S.1: learning by self-evaluation. Scores first, then what the network has in their place: posterior means.
+# Sec. 3.2 and S.1: learning by self-evaluation. Scores first, then what the network has for them: posterior means.
 # =====================================================================================================================
 
 
@@ -168,16 +168,17 @@ def self_evaluation(G_null: Tensor, G_c: Tensor, G_fake: Tensor | None = None, k
 def pseudo_target(x0_hat: Tensor, Delta: Tensor) -> Tensor:
     """The model's prediction, corrected by its own evaluation. No gradient flows through it.
 
-    Delta is without gradient already. If x0_hat here were not, x0_hat - x_self in Eq. 15 would be Delta itself, a constant:
-    the loss would have no gradient at all. As it is, the gradient is 2 Delta, and steps against it lead to x_self.
+    Delta is without gradient already. If x0_hat here were not, x0_hat - x_self in Eq. 15 would be Delta itself, a
+    constant, and the loss would have no gradient at all. As it is, the gradient is 2 Delta; steps against it lead to
+    x_self.
     """
     return (x0_hat - Delta).detach()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Eq. 15     L_self-evaluate = || x0_hat - x_self ||^2                                            (s.4 is the same line)
-# Eq. s.5, s.7   its gradient with respect to x_s_hat is 2 Delta / alpha_s: for s.7 (k = (w - 1) / w) 2 sigma_s^2 / alpha_s^2 * Eq. 13 / w,
-#                for s.5 (k = 1) the same with the classifier score alone
+# Eq. s.5, s.7   its gradient with respect to x_s_hat is 2 Delta / alpha_s: for s.7 (k = (w - 1) / w)
+#                2 sigma_s^2 / alpha_s^2 * Eq. 13 / w, for s.5 (k = 1) the same with the classifier score alone
 # ---------------------------------------------------------------------------------------------------------------------
 def self_evaluation_loss(x0_hat: Tensor, x_self: Tensor) -> Tensor:
     """The self-evaluation loss of each sample, [B]. Its value is ||Delta||^2; what counts is its gradient, 2 Delta."""
@@ -213,9 +214,9 @@ def lam(t: Tensor, s: Tensor) -> Tensor:
 def mix_weight(t: Tensor, s: Tensor, scale: float = 1.0) -> Tensor:
     """mix = lam / (1 + lam) in [0, 1], [B], the share of x_self in Eq. 18; finite everywhere, also at t = 1.
 
-    The paper leaves open what happens as t -> 1, where lam diverges. Eq. 19 does not depend on the scale of its argument,
-    so x0 + lam x_self may be divided by 1 + lam, and the target is a convex mix whose weight has the limit 1. Where s = t
-    the weight is 0, at s = t = 1 too. `scale` multiplies lam (1 is the paper).
+    The paper leaves open what happens as t -> 1, where lam diverges. Eq. 19 does not depend on the scale of its
+    argument, so x0 + lam x_self may be divided by 1 + lam. Then the target is a convex mix whose weight has the limit 1.
+    Where s = t the weight is 0, at s = t = 1 too. `scale` multiplies lam (1 is the paper).
     """
     gap = scale * (t - s)
     return torch.where(gap > 0, gap / (gap + (1 - t) * (1 - s)).clamp_min(torch.finfo(t.dtype).tiny), 0.0)
@@ -301,8 +302,8 @@ def sample_times(z: Tensor, u: Tensor, jump: Tensor, mu: float, tau: float) -> t
 def jump_positions(index: list[int], p_equal: float = 0.5) -> Tensor:
     """Which positions of the micro-batch `index` (global sample indices) have s < t: int64 [n].
 
-    The paper draws s = t with probability 0.5 per sample; here it is exactly every second sample by global index, so the
-    two extra passes run on a half of fixed size. `index` must be a run of consecutive integers (a rank that took every
+    The paper draws s = t with probability 0.5 per sample. Here it is exactly every second sample by global index, so
+    the two extra passes run on a half of fixed size. `index` must be a run of consecutive integers (a rank that took every
     second one would get all of the jumps or none). p_equal in [0, 1] is the share with s = t; 1 is flow matching.
     """
     share = 1 - p_equal + 1e-12  # 1 - 0.9 is a little less than 0.1
@@ -349,16 +350,16 @@ class SelfE(nn.Module):
     delta_scale    multiplies Delta; 1 is the paper, 0 the control that keeps Eq. 19 and has nothing to say about x0_hat
     lam_scale      multiplies lambda; 1 is the paper
     lam_s          the second time that lambda sees, as a function of (t, s); None is the paper: s itself (cf. S.3.1)
-    null_target    what a null prompt learns at s < t (the paper does not say; guidance needs a null branch that follows the data):
-                   "data" x0, and once the auxiliary term is on as "renorm"
+    null_target    what a null prompt learns at s < t (the paper does not say; guidance needs a null branch that follows
+                   the data): "data" x0, and once the auxiliary term is on as "renorm"
                    "renorm" Eq. 19 with its own Delta, which is 0 without the auxiliary term
     unconditional  the network of the null branch; None is the paper: `network`
 
-    `forward` is the paper's step and reads from top to bottom. What the ablations change stands in the three methods below
-    it: who evaluates (`evaluate`), how much that counts (`mix`), and what is regressed on (`regress`).
+    `forward` is the paper's step and reads from top to bottom. What the ablations change stands in the three methods
+    below it: who evaluates (`evaluate`), how much that counts (`mix`), and what is regressed on (`regress`).
 
-    At s = 0 there is nothing to evaluate: G(x, 0, 0, .) is x itself for every prompt (Eq. 6), so Delta is exactly 0. The
-    one-step prediction, which is asked for at s = 0, therefore lives on what the network learns at the s nearby.
+    At s = 0 there is nothing to evaluate: G(x, 0, 0, .) is x itself for every prompt (Eq. 6), so Delta is exactly 0.
+    The one-step prediction, which is asked for at s = 0, therefore lives on what the network learns at the s nearby.
     """
 
     def __init__(self, network, ema, *, mu=0.0, target="renorm", k=0.9, delta_scale=1.0, lam_scale=1.0, lam_s=None,
@@ -376,9 +377,9 @@ class SelfE(nn.Module):
         """The loss of one micro-batch, per value of x0, and what one wants to watch.
 
         x0 [B, ...] fp32; c, null, fake tuples of tensors with leading dimension B (fake is read only with aux);
-        is_null [B] bool, where the prompt was dropped or is empty; tau in [0, 1] (s.13); aux switches the auxiliary term on.
-        Returns the scalar loss and a dict of detached tensors: t, s, loss [B]; where some s < t delta_norm and mix [n], with
-        aux fake_loss [n]. Names with _j are of the n samples with s < t, all others of all B.
+        is_null [B] bool, where the prompt was dropped or is empty; tau in [0, 1] (s.13); aux switches the auxiliary term
+        on. Returns the scalar loss and a dict of detached tensors: t, s, loss [B]; where some s < t delta_norm and mix [n],
+        with aux fake_loss [n]. Names with _j are of the n samples with s < t, all others of all B.
         """
         t, s = sample_times(draws.z, draws.u, draws.jump, self.mu, tau)  # [B] s.11-s.13
         x_t = add_noise(x0, t, draws.eps)  # [B, ...] Eq. 1
@@ -393,7 +394,7 @@ class SelfE(nn.Module):
                 return tuple(a[draws.jump] for a in x) if isinstance(x, tuple) else x[draws.jump]
 
             t_j, s_j, x0_j, x0_hat_j, eps_s = j(t), j(s), j(x0), j(x0_hat), j(draws.eps_s)
-            x_s_hat = add_noise(x0_hat_j, s_j, eps_s).detach()  # [n, ...] Eq. 8; evaluation sees the sample, not its gradient
+            x_s_hat = add_noise(x0_hat_j, s_j, eps_s).detach()  # [n, ...] Eq. 8; judged without gradient
             G_c, G_null = self.evaluate(x_s_hat, s_j, j(c), j(null), j(is_null))  # [n, ...]
             G_fake = None
             if aux:  # one pass with gradient serves both the evaluation (s.6) and the loss of the fake branch (s.8)
@@ -416,7 +417,7 @@ class SelfE(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, x_s_hat: Tensor, s: Tensor, c: tuple, null: tuple, is_null: Tensor) -> tuple[Tensor, Tensor]:
-        """The two branches of the classifier score at (x_s_hat, s, s): G_c by the moving average, G_null (S.2), [n, ...] each."""
+        """The branches of the classifier score at (x_s_hat, s, s), [n, ...] each: G_c by the EMA, G_null online (S.2)."""
         G_c = G(self.ema, x_s_hat, s, s, c)
         G_null = G(self.unconditional, x_s_hat, s, s, null)
         # A null prompt has no classifier score: EMA minus online would be the difference of two networks, noise.
