@@ -15,8 +15,13 @@ that share (s, r, t), by the maximum mean discrepancy with a Laplace kernel k:
 
 The first kernel pushes the samples of a group apart, the last pulls them to the other set; r = s is data itself, and
 truth spreads from there to larger t by induction. What the paper leaves to its experiments is fixed here to the values
-of its largest ones: M = 4, a = 2, b = 4, uniform times. sigma_d, the scale of the data, is 1, because our noise has
-unit variance and V carries no preconditioning. A group holds samples of different prompts, unsorted, as it came.
+of its largest ones: M = 4, a = 2, b = 4, k = 12, uniform times. sigma_d, the scale of the data, is 1, because our noise
+has unit variance and V carries no preconditioning. A group holds samples of different prompts, unsorted, as it came.
+
+What k means for a short run. Data enters only where r = s. From there truth spreads to larger t, one step of 160 / 2^k in
+eta = t / (1 - t) at a time. With k = 12 these are 26 steps to t = 0.5 and 4,096 to the largest t, and of the groups with
+t > 0.5 one in 200 meets data itself. So a run of some thousand iterations learns small t alone: colours, no shapes. A
+smaller k makes fewer and coarser steps: with k = 6 every second group beyond t = 0.5 meets data.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,19 +35,19 @@ from engine.randomness import normal, rng
 
 M = 4  # samples in a group
 T_MAX = 0.994  # the largest time: training draws t below it, sampling starts there
-ETA_STEP = 160 / 2**12  # from t to r in eta = t / (1 - t): its range, which ends near 160, in 2^12 steps
+ETA_MAX, K = 160, 12  # from t to r in eta = t / (1 - t): its range, which ends near 160, in 2^K steps
 A, B = 2, 4  # of the weight w(t)
 NEAREST = 1e-8  # distances below it count as it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Times     t ~ U(0, 0.994),   s ~ U(0, t),   r = max(s, eta^-1(eta(t) - 160 / 2^12)),   eta(t) = t / (1 - t)
+# Times     t ~ U(0, 0.994),   s ~ U(0, t),   r = max(s, eta^-1(eta(t) - 160 / 2^k)),   eta(t) = t / (1 - t)
 # ---------------------------------------------------------------------------------------------------------------------
-def times(u_t: Tensor, u_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def times(u_t: Tensor, u_s: Tensor, k: int = K) -> tuple[Tensor, Tensor, Tensor]:
     """Uniform numbers in [0, 1) -> t, s, r of the same shape, 0 <= s <= r <= t < 0.994."""
     t = T_MAX * u_t
     s = u_s * t
-    eta_r = (t / (1 - t) - ETA_STEP).clamp_min(0)
+    eta_r = (t / (1 - t) - ETA_MAX / 2**k).clamp_min(0)
     return t, s, torch.maximum(s, eta_r / (1 + eta_r))
 
 
@@ -114,7 +119,8 @@ def draw(seed: int, step: int, index: list[int], shape: tuple, device="cpu") -> 
 
 
 class IMM(nn.Module):
-    """One training step of IMM as one forward pass, called like losses.SelfE. `network` is V(x_t, t, s, *c), trained.
+    """One training step of IMM as one forward pass, called like losses.SelfE. `network` is V(x_t, t, s, *c), trained;
+    2^k steps divide the range of eta.
 
     y_r comes from the same weights without gradient, not from their moving average.
 
@@ -123,9 +129,9 @@ class IMM(nn.Module):
     error 1 / sqrt(D), and without the factor a picture's gradients fall to 1e-7 a weight.
     """
 
-    def __init__(self, network):
+    def __init__(self, network, k: int = K):
         super().__init__()
-        self.network = network
+        self.network, self.k = network, k
 
     def forward(self, x0: Tensor, c: tuple, null: tuple, fake: tuple | None, is_null: Tensor, draws: Draws, tau: float,
                 aux: bool = False) -> tuple[Tensor, dict]:  # fmt: skip
@@ -134,7 +140,7 @@ class IMM(nn.Module):
         x0 [B, ...] fp32, B a multiple of 4; c a tuple of tensors with leading dimension B; a dropped prompt is one more
         prompt. null, fake, is_null, tau and aux belong to self-evaluation and are not read.
         """
-        t, s, r = times(draws.u_t, draws.u_s)  # [G]
+        t, s, r = times(draws.u_t, draws.u_s, self.k)  # [G]
         t_i, s_i, r_i = (a.repeat_interleave(M) for a in (t, s, r))  # [B]
         x_t, x_r = add_noise(x0, t_i, draws.eps), add_noise(x0, r_i, draws.eps)  # x_r: the DDIM step from x_t to x0
         y_t = jump(self.network, x_t, t_i, s_i, c)

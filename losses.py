@@ -215,8 +215,8 @@ def mix_weight(t: Tensor, s: Tensor, scale: float = 1.0) -> Tensor:
     """mix = lam / (1 + lam) in [0, 1], [B], the share of x_self in Eq. 18; finite everywhere, also at t = 1.
 
     The paper leaves open what happens as t -> 1, where lam diverges. Eq. 19 does not depend on the scale of its
-    argument, so x0 + lam x_self may be divided by 1 + lam. Then the target is a convex mix whose weight has the limit 1.
-    Where s = t the weight is 0, at s = t = 1 too. `scale` multiplies lam (1 is the paper).
+    argument, so x0 + lam x_self may be divided by 1 + lam. Then the target is a convex mix, whose weight has the limit
+    1. Where s = t the weight is 0, at s = t = 1 too. `scale` multiplies lam (1 is the paper).
     """
     gap = scale * (t - s)
     return torch.where(gap > 0, gap / (gap + (1 - t) * (1 - s)).clamp_min(torch.finfo(t.dtype).tiny), 0.0)
@@ -303,8 +303,8 @@ def jump_positions(index: list[int], p_equal: float = 0.5) -> Tensor:
     """Which positions of the micro-batch `index` (global sample indices) have s < t: int64 [n].
 
     The paper draws s = t with probability 0.5 per sample. Here it is exactly every second sample by global index, so
-    the two extra passes run on a half of fixed size. `index` must be a run of consecutive integers (a rank that took every
-    second one would get all of the jumps or none). p_equal in [0, 1] is the share with s = t; 1 is flow matching.
+    the two extra passes run on a half of fixed size. `index` must be a run of consecutive integers (a rank that took
+    every second one would get all of the jumps or none). p_equal in [0, 1] is the share with s = t; 1 is flow matching.
     """
     share = 1 - p_equal + 1e-12  # 1 - 0.9 is a little less than 0.1
     jumps = [i for i, g in enumerate(index) if int((g + 1) * share) > int(g * share)]
@@ -377,9 +377,9 @@ class SelfE(nn.Module):
         """The loss of one micro-batch, per value of x0, and what one wants to watch.
 
         x0 [B, ...] fp32; c, null, fake tuples of tensors with leading dimension B (fake is read only with aux);
-        is_null [B] bool, where the prompt was dropped or is empty; tau in [0, 1] (s.13); aux switches the auxiliary term
-        on. Returns the scalar loss and a dict of detached tensors: t, s, loss [B]; where some s < t delta_norm and mix [n],
-        with aux fake_loss [n]. Names with _j are of the n samples with s < t, all others of all B.
+        is_null [B] bool, where the prompt was dropped or is empty; tau in [0, 1] (s.13); aux switches the auxiliary
+        term on. Returns the scalar loss and a dict of detached tensors: t, s, loss [B]; where some s < t delta_norm and
+        mix [n], with aux fake_loss [n]. Names with _j are of the n samples with s < t, all others of all B.
         """
         t, s = sample_times(draws.z, draws.u, draws.jump, self.mu, tau)  # [B] s.11-s.13
         x_t = add_noise(x0, t, draws.eps)  # [B, ...] Eq. 1
@@ -417,7 +417,7 @@ class SelfE(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, x_s_hat: Tensor, s: Tensor, c: tuple, null: tuple, is_null: Tensor) -> tuple[Tensor, Tensor]:
-        """The branches of the classifier score at (x_s_hat, s, s), [n, ...] each: G_c by the EMA, G_null online (S.2)."""
+        """The branches of the classifier score at (x_s_hat, s, s), [n, ...] each: G_c by the EMA, G_null online."""
         G_c = G(self.ema, x_s_hat, s, s, c)
         G_null = G(self.unconditional, x_s_hat, s, s, null)
         # A null prompt has no classifier score: EMA minus online would be the difference of two networks, noise.

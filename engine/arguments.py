@@ -10,14 +10,17 @@ from pathlib import Path
 
 import torch
 
+import baselines
 import encoders
 import recipe
 from engine import checkpoint, errors, machine, optimizers
 from model import SIZES
 from objectives import OBJECTIVES
 
-OWN = {"target": "renorm", "delta_scale": 1.0, "null_branch": "online", "aux_from": None}  # of an objective -> its "off"
-FIXED = ("size", "objective", *OWN, "text", "txt_len", "autoencoder", "wrong_captions", "optimizer")  # for a run's whole life
+# Flags that belong to some objectives only (objectives.Objective.flags), and their "off".
+OWN = {"target": "renorm", "delta_scale": 1.0, "null_branch": "online", "aux_from": None, "imm_k": baselines.K}
+# What a run keeps for its whole life, and what changes the recipe.
+FIXED = ("size", "objective", *OWN, "text", "txt_len", "autoencoder", "wrong_captions", "optimizer")
 RECIPE = ("steps", "batch_size", "lr", "side", "text", "txt_len", "autoencoder", "micro_batch", "wrong_captions")
 
 
@@ -55,6 +58,8 @@ def what_is_trained(parser: argparse.ArgumentParser) -> None:
     a("--null-branch", default="online", choices=("online", "ema"),
       help="which network sees the null prompt: the trained one (default, S.2) or ema")
     a("--aux-from", metavar="X", type=float, help="share of the run after which the auxiliary term joins; 1 is never")
+    a("--imm-k", metavar="N", type=int, default=baselines.K,
+      help="IMM's steps of the range of times, as a power of two (default: 12)")
 
 
 def how_it_runs(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +86,7 @@ def how_it_runs(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(argv=None) -> argparse.Namespace:
-    """The flags; with --resume, those not given are taken from the run that goes on. Raises UserError for what is wrong."""
+    """The flags; with --resume, those not given are taken from the run that goes on. Raises UserError."""
     parser = errors.Parser("train.py", "Train Self-E. What has no default here has it in recipe.py, by --size.")
     what_is_trained(parser)
     how_it_runs(parser)
@@ -97,7 +102,8 @@ def parse(argv=None) -> argparse.Namespace:
         for name in FIXED:
             now, then = (getattr(plan_of(a) if name in RECIPE else a, name) for a in (args, begun))
             if now != then:
-                parser.error(f"{args.out} was begun with --{name.replace('_', '-')} {then}; for another begin a new run")
+                flag = name.replace("_", "-")
+                parser.error(f"{args.out} was begun with --{flag} {then}; for another begin a new run")
     check_counts(parser, args)
     check_choices(parser, args)
     return args
@@ -128,6 +134,8 @@ def check_choices(parser: errors.Parser, args: argparse.Namespace) -> None:
         parser.error("--wrong-captions is a share of the samples, between 0 and 1")
     if not 0 <= args.delta_scale < float("inf"):
         parser.error("--delta-scale must be a number from 0 up")
+    if not 1 <= args.imm_k <= 20:
+        parser.error("--imm-k must lie between 1 and 20")
     if args.aux_from is not None and not 0 <= args.aux_from <= 1:
         parser.error("--aux-from is a share of the run, between 0 and 1")
     foreign = [name for name, off in OWN.items() if name not in OBJECTIVES[args.objective].flags
@@ -157,6 +165,7 @@ def config_of(args: argparse.Namespace, plan: recipe.Recipe, sizes: dict, precis
     return {
         "format": 1, "size": args.size, "model": sizes, "objective": args.objective, "target": args.target,
         "delta_scale": args.delta_scale, "null_branch": args.null_branch, "aux_from": plan.aux_from,
+        "imm_k": args.imm_k,
         "text_encoder": encoders.canonical(plan.text), "txt_len": plan.txt_len,
         "autoencoder": encoders.canonical(plan.autoencoder), "data": list(plan.data),
         "wrong_captions": plan.wrong_captions, "s_rule": OBJECTIVES[args.objective].s_rules[0], "eta": 1.0,  # S.3.1

@@ -70,7 +70,7 @@ def write_table(rows: dict, out: Path, steps: tuple[int, ...]) -> None:
     lines = ["# Table 2 in miniature", "",
              "Overall score on test prompts, mean over seeds +- half-width of the 95% interval; in brackets the "
              f"paper's ({PAPER_NOTE}). Prompts of one shape are too few to spare: those tags ask training's own, with "
-             "other noise than the search; `pairs` in `rows/` are held-out ones. Settings and per-tag scores are in `rows/`. "
+             "other noise than the search; `pairs` in `rows/` are held out. Settings and scores by tag are in `rows/`. "
              "Made by `python experiments/tables.py`.", "",
              f"| row | seeds | {columns(steps)} | training time | x flow matching |",
              "|---" * (len(steps) + 4) + "|"]  # fmt: skip
@@ -142,7 +142,7 @@ def draw_progress(out: Path, steps: tuple[int, ...]) -> None:
 
 
 def draw_samples(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> None:
-    """OUT/samples_TAG.png (Fig. 3, 4, 6), a kind of prompt each: objectives in rows, steps in columns. Needs the runs."""
+    """OUT/samples_TAG.png (Fig. 3, 4, 6), a kind of prompt each: rows of objectives, columns of steps. Needs runs."""
     first = {row: runs / f"{row}-{min(seeds)}" for row, seeds in rows.items()}
     missing = [str(run) for run in first.values() if not (run / "model.safetensors").exists()]
     if missing:

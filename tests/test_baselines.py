@@ -275,3 +275,19 @@ def test_its_jump_is_the_deterministic_step_of_the_sampler():
     with torch.no_grad():
         x0_hat = x - 0.8 * network(x, t, s, c)
         assert torch.allclose(baselines.jump(network, x, t, s, (c,)), sampler.update(x, x0_hat, 0.8, 0.3, 0.0, None))
+
+
+@pytest.mark.parametrize("k", [12, 8, 6])
+def test_k_sets_how_far_truth_spreads_in_one_step(k):
+    """Walking from t to r again and again takes eta to 0 in ceil(eta / (160 / 2^k)) steps; r is never below s."""
+    t, steps = torch.tensor([0.5], dtype=torch.float64), 0
+    while t > 0:
+        t, _, r = baselines.times(t / baselines.T_MAX, torch.zeros(1, dtype=torch.float64), k)
+        assert r < t
+        t, steps = r, steps + 1
+    assert steps == math.ceil(round(1 / (160 / 2**k), 9))
+    u = torch.rand(2, 4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t, s, r = baselines.times(*u, k)
+    assert (r >= s).all() and (r <= t).all()
+    share = (r == s)[t > 0.5].double().mean()
+    assert {12: 0.0, 8: 0.08, 6: 0.5}[k] <= share <= {12: 0.015, 8: 0.15, 6: 0.6}[k]  # what the module's text says
