@@ -48,6 +48,7 @@ class Recipe:
     warmup: int = 1000  # iterations, at most 5% of the run
     clip: float = 1.0  # largest gradient norm
     betas: tuple[float, float] = (0.9, 0.95)
+    optimizer: str = "adam"  # or "muon" for the blocks' matrices (engine/optimizers.py)
     ema: float = 0.9999
     dropout: float = 0.1  # share of prompts replaced by ""
     wrong_captions: float = 0.0  # share of samples that carry the caption of another (data.WrongCaptions)
@@ -245,7 +246,8 @@ def describe(size: dict, plan: Recipe, objective: str, factor: int, world: int) 
         mu = ", ".join(f"{losses.mu_of_length(image_tokens(size, side, factor)):.2f}" for side in stage.sides)
         lines.append(f"iterations {begin:,} to {end:,}: {sides} pixels, {stage.batch_size} pictures each "
                      f"({world} process{'es' * (world > 1)} x {parts}), mu {mu}")  # fmt: skip
-    lines.append(f"Adam {plan.betas}, learning rate {plan.lr:g} after {plan.warmup_steps():,} iterations, down to {plan.lr_end:g}; gradients clipped "
+    name = {"adam": "Adam", "muon": "Muon and Adam"}[plan.optimizer]
+    lines.append(f"{name} {plan.betas}, learning rate {plan.lr:g} after {plan.warmup_steps():,} iterations, down to {plan.lr_end:g}; gradients clipped "
                  f"at {plan.clip:g}; EMA {plan.ema:g}; {plan.dropout:.0%} of prompts dropped"
                  + (f"; {plan.wrong_captions:.3g} of captions wrong" if plan.wrong_captions else ""))  # fmt: skip
     if objective == "self_e":

@@ -21,7 +21,8 @@ from objectives import OBJECTIVES
 OWN = {"target": "renorm", "delta_scale": 1.0, "null_branch": "online", "aux_from": None, "imm_k": baselines.K}
 # What a run keeps for its whole life, and what changes the recipe.
 FIXED = ("size", "objective", *OWN, "text", "txt_len", "autoencoder", "wrong_captions", "optimizer")
-RECIPE = ("steps", "batch_size", "lr", "side", "text", "txt_len", "autoencoder", "micro_batch", "wrong_captions")
+RECIPE = ("steps", "batch_size", "lr", "side", "text", "txt_len", "autoencoder", "micro_batch", "wrong_captions",
+          "optimizer")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ def config_of(args: argparse.Namespace, plan: recipe.Recipe, sizes: dict, precis
         "wrong_captions": plan.wrong_captions, "s_rule": OBJECTIVES[args.objective].s_rules[0], "eta": 1.0,  # S.3.1
         "guidance": plan.guidance, "guidance_space": "v",
         "steps": plan.steps, "batch_size": plan.stages[0].batch_size, "lr": plan.lr, "seed": args.seed,
-        "optimizer": args.optimizer, "precision": str(precision).removeprefix("torch."),
+        "optimizer": plan.optimizer, "precision": str(precision).removeprefix("torch."),
         "machine": machine.describe(device), "command": " ".join(["python train.py", *sys.argv[1:]]),
         "arguments": {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "dry_run")},
     }  # fmt: skip

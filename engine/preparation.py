@@ -144,7 +144,7 @@ def prepare(args: argparse.Namespace, plan: recipe.Recipe, folder: Path, device:
     ema = copy.deepcopy(network).requires_grad_(False)
     run = Run(args, plan, folder, ranks, codec, sizes, feed, network, ema,
               OBJECTIVES[args.objective].build(network, ema, args),
-              optimizers.build(args.optimizer, network, plan.lr, plan.betas, args.zero and ranks.world > 1),
+              optimizers.build(plan.optimizer, network, plan.lr, plan.betas, args.zero and ranks.world > 1),
               arguments.config_of(args, plan, sizes, precision, device), start)  # fmt: skip
     take_place(run, states, closing)
     if device.type == "cuda":
