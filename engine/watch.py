@@ -64,7 +64,8 @@ class Watch:
         self.skipped, self.in_a_row, self.failure = run.feed.skipped(), 0, ""
 
     def say(self, text: str) -> None:
-        self.bar.write(text, file=sys.stderr)
+        if self.run.ranks.is_first:
+            self.bar.write(text, file=sys.stderr)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Every iteration
