@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "LONG_RUN.md", "toy/README.md", "results/README.md"]
+PAGES = ["README.md", "LONG_RUN.md", "toy/README.md", "results/README.md", "results/clean/README.md"]
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES if (ROOT / page).exists()}
 
 
