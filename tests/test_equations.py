@@ -1,4 +1,4 @@
-"""The README's table of equations cannot rot: every number, name and banner is there, and every proof can fail."""
+"""The table of EQUATIONS.md cannot rot: every number, name and banner is there, and every proof can fail."""
 
 import importlib
 import inspect
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROWS = re.findall(r"^\| ([s\d.]+) \| (.+?) \| `(\w+)\.([\w.]+)` \| (.+?) \|$", (ROOT / "README.md").read_text(), re.M)
+ROWS = re.findall(r"^\| ([s\d.]+) \| (.+?) \| `(\w+)\.([\w.]+)` \| (.+?) \|$", (ROOT / "EQUATIONS.md").read_text(), re.M)
 EQUATIONS = [str(n) for n in range(1, 23)] + [f"s.{n}" for n in range(1, 14)]
 
 

@@ -1,4 +1,4 @@
-"""What README.md and LONG_RUN.md tell people to type exists: programs, flags, files, names."""
+"""What the pages tell people to type exists: programs, flags, files, names."""
 
 import re
 import runpy
@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "LONG_RUN.md", "toy/README.md", "results/README.md", "results/clean/README.md"]
-TEXTS = {page: (ROOT / page).read_text() for page in PAGES if (ROOT / page).exists()}
+PAGES = ["README.md", "EQUATIONS.md", "SILENCES.md", "LONG_RUN.md"]
+PAGES += [f"{folder}/README.md" for folder in ("engine", "experiments", "results", "results/clean", "toy")]
+TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 
 
 def commands() -> list[tuple[str, str]]:
@@ -27,9 +28,9 @@ def commands() -> list[tuple[str, str]]:
 def test_the_program_and_its_flags_exist(page, command):
     command = re.sub(r"-m pytest( -\w)* ", "", command.split("#")[0].split("&&")[-1])
     program = re.search(r"(?:\S*python|torchrun\b.*?) ([\w/]+\.py)", command)[1]
-    path = next((p for p in (ROOT / program, ROOT / "toy" / program) if p.exists()), None)
-    assert path, f"{page}: no {program}"
-    source = path.read_text() + (ROOT / "engine/arguments.py").read_text() * (program == "train.py")  # its flags
+    assert (ROOT / program).exists(), f"{page}: no {program}"  # one way everywhere: from the repository's folder
+    sources = [ROOT / program, ROOT / "engine" / "arguments.py"] if program == "train.py" else [ROOT / program]
+    source = "".join(path.read_text() for path in sources if path.exists())
     command = re.sub(r'"--budget=([^"]*)"', "--budget", command)  # flags of train.py, for tables.py
     for flag in re.findall(r"(?<=\s)(--[a-z][\w-]*)", command.split(program)[1]):
         assert f'"{flag}"' in source, f"{page}: {program} has no {flag}"
@@ -51,13 +52,42 @@ def test_named_code_exists(page):
             assert re.search(rf"^\s*(def|class) {name.split('.')[-1]}\b|^\s*{name.split('.')[-1]}\b", file.read_text(), re.M), f"{page}: {module}.{name}"
 
 
+@pytest.mark.parametrize("page", list(TEXTS))
+def test_named_files_exist(page):
+    """`folder/file.py` in the text is a file, seen from the repository's folder or from the page's own."""
+    for name in set(re.findall(r"`([\w/]+\.(?:py|md|sbatch))`", TEXTS[page])):
+        assert (ROOT / name).exists() or (ROOT / page).parent.joinpath(name).exists(), f"{page}: {name}"
+
+
+@pytest.mark.parametrize("folder", ["engine", "experiments", "toy"])
+def test_each_program_of_a_folder_has_its_line(folder):
+    listed = re.findall(r"^\| `(\w+\.py)` \|", TEXTS[f"{folder}/README.md"], re.M)
+    assert sorted(listed) == sorted(path.name for path in (ROOT / folder).glob("*.py"))
+
+
+def test_the_readme_is_short_and_its_test_line_is_one_line():
+    text = TEXTS["README.md"]
+    assert len(text) <= 12_000, len(text)
+    line = next(line for line in text.splitlines() if "python -m pytest" in line)  # what .ci/run takes
+    assert "venv" in line and "pip install" in line and "requirements.txt" in line
+
+
+def test_the_readme_leads_to_every_page():
+    links = re.findall(r"\]\(([^)#]+)\)", TEXTS["README.md"])
+    assert set(PAGES) - {"README.md"} <= set(links)
+
+
 def test_the_tests_named_in_the_long_run_exist():
     sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     for name in re.findall(r"\b(test_\w+[a-z])\b(?!\.py)", TEXTS["LONG_RUN.md"]):
         assert f"def {name}" in sources, name
 
 
-@pytest.mark.parametrize("program", ["train.py", "sample.py", "experiments/evaluate.py", "engine/benchmark.py", "experiments/tables.py", "data.py", "engine/cache.py", "toy/any_step.py"])
+PROGRAMS = ["train.py", "sample.py", "data.py", "experiments/evaluate.py", "experiments/tables.py"]
+PROGRAMS += ["engine/benchmark.py", "engine/cache.py", "toy/any_step.py", "toy/explain.py"]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_help_fits_a_screen(program, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [program, "--help"])
     monkeypatch.setattr(sys, "path", ["", *sys.path])  # a program puts the project's folder in the first place

@@ -216,28 +216,63 @@ def fields(layouts: list, seed: int, path: Path, times=(0.05, 0.2, 0.5, 0.8)) ->
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A study: mean and spread over seeds against the number of steps
+# A study: mean and spread over seeds
 # ---------------------------------------------------------------------------------------------------------------------
+def cells_of(kept: dict, label: str, layout: str, measure: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean, at least 1e-4 for logarithms, and standard deviation over the seeds of one setting: [budgets] each."""
+    rows = [r["results"] for r in kept["records"] if (r["label"], r["layout"]) == (label, layout)]
+    cells = np.array([[row[str(n)][measure] for n in BUDGETS] for row in rows])
+    return cells.mean(0).clip(1e-4), cells.std(0, ddof=1) if len(cells) > 1 else 0 * cells[0]
+
+
 def study(kept: dict, path: Path, measure: str = "energy") -> None:
-    """One panel per layout, one line per setting; the bars are one standard deviation over the seeds."""
+    """One panel per layout, one line per setting against N; the bars are one standard deviation over the seeds.
+
+    A study that crosses trainings with choices of the sampler (labels "training, choice") has panels for each training.
+    """
+    if kept["study"] == "s_rule":
+        return along_s_rule(kept, path, measure)
     layouts = list(dict.fromkeys(r["layout"] for r in kept["records"]))
     labels = list(dict.fromkeys(r["label"] for r in kept["records"] if r["label"] != "floor"))
-    figure, axes = plt.subplots(
-        1, len(layouts), figsize=(4.2 * len(layouts), 3.6), sharey=True, layout="constrained", squeeze=False
-    )
-    styles = ["-", "--", ":"]
-    for axis, layout in zip(axes[0], layouts):
-        for i, label in enumerate(labels):
-            rows = [r["results"] for r in kept["records"] if (r["label"], r["layout"]) == (label, layout)]
-            cells = np.array([[row[str(n)][measure] for n in BUDGETS] for row in rows])
-            shift = np.array(BUDGETS) * (1 + 0.02 * (i - len(labels) / 2))  # so that bars do not hide one another
-            spread = cells.std(0, ddof=1) if len(cells) > 1 else 0 * cells[0]
-            axis.errorbar(shift, cells.mean(0).clip(1e-4), yerr=spread, marker="o", markersize=3, linewidth=1.2,
-                          linestyle=styles[i // len(COLOURS) % 3], label=label)  # fmt: skip
-        distance_axis(axis, layout)
-    axes[0][0].set_ylabel(f"{measure} distance to the data" if measure == "energy" else measure)
+    crossed = len(labels) > len(COLOURS)
+    trainings = list(dict.fromkeys(label.split(", ")[0] for label in labels)) if crossed else [""]
+    panels = [(training, layout) for training in trainings for layout in layouts]
+    columns = len(layouts) if len(layouts) > 1 else len(panels)
+    rows = len(panels) // columns
+    size = (4.2 * columns, 3.2 * rows + 0.4)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, layout="constrained", squeeze=False)
+    for i, (axis, (training, layout)) in enumerate(zip(axes.flat, panels)):
+        shown = [label for label in labels if not crossed or label.split(", ")[0] == training]
+        for j, label in enumerate(shown):
+            mean, spread = cells_of(kept, label, layout, measure)
+            shift = np.array(BUDGETS) * (1 + 0.02 * (j - len(shown) / 2))  # so that bars do not hide one another
+            name = label.split(", ", 1)[1] if crossed else label
+            axis.errorbar(shift, mean, yerr=spread, marker="o", markersize=3, linewidth=1.2, label=name)
+        distance_axis(axis, f"{layout}: {training}" if crossed else layout)
+        axis.label_outer()
+        if i % columns == 0:
+            axis.set_ylabel(f"{measure} distance to the data" if measure == "energy" else measure)
     handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncol=3, frameon=False, fontsize=8)
+    figure.legend(handles, names, loc="outside lower center", ncol=5 if crossed else 3, frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def along_s_rule(kept: dict, path: Path, measure: str) -> None:
+    """The study s_rule of Self-E: one panel per layout, one line per number of steps, against where s_k lies."""
+    layouts = list(dict.fromkeys(r["layout"] for r in kept["records"]))
+    rules = (0.0, 0.25, 0.5, 0.75, 1.0)
+    figure, axes = plt.subplots(
+        1, len(layouts), figsize=(4.6 * len(layouts), 3.9), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, layout in zip(axes[0], layouts):
+        cells = [cells_of(kept, f"Self-E, s_rule {rule:g}", layout, measure) for rule in rules]
+        mean, spread = (np.stack(part) for part in zip(*cells))  # [rules, budgets]
+        for n, values, bars in zip(BUDGETS, mean.T, spread.T):
+            low = np.minimum(bars, 0.7 * values)  # a bar that reaches zero would have no end on this axis
+            axis.errorbar(rules, values, yerr=[low, bars], marker="o", markersize=4, linewidth=1.4, label=f"N = {n}")
+        axis.set(yscale="log", xticks=rules, title=layout, xlabel="s_k, from t_(k+1) (0, the paper's default) to t_k (1)")
+    axes[0][0].set_ylabel(f"{measure} distance to the data" if measure == "energy" else measure)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncol=5, frameon=False)
     save(figure, path)
 
 

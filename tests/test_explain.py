@@ -1,0 +1,79 @@
+"""The figures that explain the method are drawn, and the passes in the diagram are those that a training step makes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import losses
+from engine import errors
+from toy import explain, figures
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_figures_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["explain.py", "--out", str(tmp_path / "o")])
+    explain.main()
+    assert {path.name for path in (tmp_path / "o").iterdir()} == {f"{name}.png" for name in explain.FIGURES}
+    for path in (tmp_path / "o").iterdir():
+        assert min(Image.open(path).size) > 200 and len(Image.open(path).convert("RGBA").getcolors(1 << 20)) > 8, path.name
+        assert (ROOT / "toy" / "results" / path.name).exists(), path.name
+
+
+def test_a_file_for_a_folder_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a_file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["explain.py", "--out", str(tmp_path / "a_file")])
+    with pytest.raises(SystemExit) as end:
+        errors.run(explain.main)
+    assert end.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+class Recorder(torch.nn.Module):
+    """A network that keeps what it was asked, and whether it would learn from it."""
+
+    def __init__(self, name: str, calls: list):
+        super().__init__()
+        self.name, self.calls = name, calls
+        self.weight = torch.nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, x, t, s, c):
+        V = self.weight * x
+        self.calls.append((self.name, x.detach(), t, s, c, V.requires_grad))
+        return V
+
+
+def test_the_diagram_shows_the_passes_of_a_training_step():
+    calls, index = [], list(range(8))
+    network, ema = Recorder("network", calls), Recorder("ema", calls).requires_grad_(False)
+    x0, c, null = torch.randn(8, 2), torch.arange(8), torch.full((8,), 9)
+    draws = losses.draw(0, 0, index, (2,))
+    j = draws.jump
+    losses.SelfE(network, ema)(x0, (c,), (null,), None, torch.zeros(8, dtype=torch.bool), draws, tau=1.0)
+    t, s = losses.sample_times(draws.z, draws.u, j, 0.0, 1.0)
+    x_t = losses.add_noise(x0, t, draws.eps)
+    x_s_hat = losses.add_noise((x_t - t[:, None] * 0.1 * x_t)[j], s[j], draws.eps_s[j])
+    meant = {"x_t": x_t, "t": t, "s": s, "c": c}, {"x_s_hat": x_s_hat, "s": s[j], "c": c[j], "null": null[j]}
+    assert len(calls) == len(explain.PASSES)
+    for (name, *given, learns), (drawn, arguments, gradient) in zip(calls, explain.PASSES):
+        values = meant[0] if arguments[0] == "x_t" else meant[1]
+        assert (name, learns) == (drawn, gradient)
+        assert all(torch.allclose(a, values[b]) for a, b in zip(given, arguments, strict=True)), arguments
+
+
+def test_the_grids_end_where_the_next_step_begins():
+    """With the default rule s_k is the next time; with s_rule 1 it is t_k (S.3.1)."""
+    for steps in (1, 2, 4):
+        told = explain.told(steps)
+        assert len(told) == steps and told[0][0] == 1 and told[-1][1] == 0
+        assert all(s == t for (_, s), (t, _) in zip(told, told[1:]))
+        assert all(t == s for t, s in explain.told(steps, s_rule=1.0))
+
+
+@pytest.mark.parametrize("name", ["s_rule", "guidance", "tau"])
+def test_a_kept_study_can_be_drawn_again(name, tmp_path):
+    figures.study(json.loads((ROOT / "toy" / "results" / f"{name}.json").read_text()), tmp_path / "o.png")
+    assert min(Image.open(tmp_path / "o.png").size) > 200
