@@ -292,23 +292,23 @@ def warp(t_raw: Tensor, mu: float) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # Eq. s.13   s = t for half of the samples,   s ~ U((1 - tau) t, t) for the others
 # ---------------------------------------------------------------------------------------------------------------------
-def sample_times(z: Tensor, u: Tensor, jump: Tensor, mu: float, tau: float) -> tuple[Tensor, Tensor]:
-    """z normal [B], u uniform in [0, 1) [B], jump [n]: the positions with s < t -> t, s [B] each (s.11 to s.13)."""
+def sample_times(z: Tensor, u: Tensor, below: Tensor, mu: float, tau: float) -> tuple[Tensor, Tensor]:
+    """z normal [B], u uniform in [0, 1) [B], below [n]: the positions with s < t -> t, s [B] each (s.11 to s.13)."""
     t = warp(torch.sigmoid(z), mu)
-    s = t.index_put((jump,), ((1 - tau * u) * t)[jump])
+    s = t.index_put((below,), ((1 - tau * u) * t)[below])
     return t, s
 
 
-def jump_positions(index: list[int], p_equal: float = 0.5) -> Tensor:
+def below_positions(index: list[int], p_equal: float = 0.5) -> Tensor:
     """Which positions of the micro-batch `index` (global sample indices) have s < t: int64 [n].
 
     The paper draws s = t with probability 0.5 per sample. Here it is exactly every second sample by global index, so
     the two extra passes run on a half of fixed size. `index` must be a run of consecutive integers (a rank that took
-    every second one would get all of the jumps or none). p_equal in [0, 1] is the share with s = t; 1 is flow matching.
+    every second one would get all of them or none). p_equal in [0, 1] is the share with s = t; 1 is flow matching.
     """
     share = 1 - p_equal + 1e-12  # 1 - 0.9 is a little less than 0.1
-    jumps = [i for i, g in enumerate(index) if int((g + 1) * share) > int(g * share)]
-    return torch.tensor(jumps, dtype=torch.int64)
+    below = [i for i, g in enumerate(index) if int((g + 1) * share) > int(g * share)]
+    return torch.tensor(below, dtype=torch.int64)
 
 
 class Draws(NamedTuple):
@@ -318,7 +318,7 @@ class Draws(NamedTuple):
     u: Tensor  # [B] uniform in [0, 1), for s
     eps: Tensor  # [B, ...] normal, makes x_t
     eps_s: Tensor  # [B, ...] normal, makes x_s_hat
-    jump: Tensor  # [n] int64, the positions with s < t
+    below: Tensor  # [n] int64, the positions with s < t
 
 
 def draw(seed: int, step: int, index: list[int], shape: tuple, p_equal: float = 0.5, device="cpu") -> Draws:
@@ -331,7 +331,7 @@ def draw(seed: int, step: int, index: list[int], shape: tuple, p_equal: float = 
         eps.append(random.standard_normal(shape, dtype=np.float32))
         eps_s.append(random.standard_normal(shape, dtype=np.float32))
     numbers = [torch.from_numpy(np.stack(x).astype(np.float32)) for x in (z, u, eps, eps_s)]
-    return Draws(*(x.to(device) for x in (*numbers, jump_positions(index, p_equal))))
+    return Draws(*(x.to(device) for x in (*numbers, below_positions(index, p_equal))))
 
 
 # =====================================================================================================================
@@ -381,17 +381,17 @@ class SelfE(nn.Module):
         term on. Returns the scalar loss and a dict of detached tensors: t, s, loss [B]; where some s < t delta_norm and
         mix [n], with aux fake_loss [n]. Names with _j are of the n samples with s < t, all others of all B.
         """
-        t, s = sample_times(draws.z, draws.u, draws.jump, self.mu, tau)  # [B] s.11-s.13
+        t, s = sample_times(draws.z, draws.u, draws.below, self.mu, tau)  # [B] s.11-s.13
         x_t = add_noise(x0, t, draws.eps)  # [B, ...] Eq. 1
         x0_hat = G(self.network, x_t, t, s, c)  # [B, ...] Eq. 6: the only pass with gradient, but for s.8
         loss = data_loss(x0_hat, x0)  # [B] Eq. 7
         D = x0[0].numel()  # the paper sums over values; the mean differs by a constant and reads the same at every size
         stats, loss_fake = {"t": t, "s": s}, None
 
-        if len(draws.jump):  # flow matching has no s < t and ends here
+        if len(draws.below):  # flow matching has no s < t and ends here
 
             def j(x):  # the half with s < t
-                return tuple(a[draws.jump] for a in x) if isinstance(x, tuple) else x[draws.jump]
+                return tuple(a[draws.below] for a in x) if isinstance(x, tuple) else x[draws.below]
 
             t_j, s_j, x0_j, x0_hat_j, eps_s = j(t), j(s), j(x0), j(x0_hat), j(draws.eps_s)
             x_s_hat = add_noise(x0_hat_j, s_j, eps_s).detach()  # [n, ...] Eq. 8; judged without gradient
@@ -404,7 +404,7 @@ class SelfE(nn.Module):
             Delta = self.delta_scale * self_evaluation(G_null, G_c, G_fake, self.k)  # [n, ...] s.6
             x_self = pseudo_target(x0_hat_j, Delta)  # [n, ...] Eq. 14
             mix = self.mix(t_j, s_j, j(is_null), aux)  # [n] Eq. 17
-            loss = loss.index_put((draws.jump,), self.regress(x0_hat_j, x0_j, x_self, mix))  # [n] of [B] Eq. 18-20
+            loss = loss.index_put((draws.below,), self.regress(x0_hat_j, x0_j, x_self, mix))  # [n] of [B] Eq. 18-20
             stats |= {"mix": mix, "delta_norm": (squared_norm(Delta) / D).sqrt()}
 
         loss = time_weight(t) * loss  # [B] Eq. 21

@@ -15,7 +15,7 @@ One update serves every sampler of the paper, from (x_t, x0_hat) at time t to ti
 
 and s_k, the second time that the network is told (S.3.1), is a fraction f of the way back from t_{k+1} to t_k:
 
-    s_rule = 0         s_k = t_{k+1}    the paper's default: predict for the jump that will be made
+    s_rule = 0         s_k = t_{k+1}    the paper's default: tie s to where this step leads
     s_rule = 1         s_k = t_k        the flow-matching head; the only one a flow-matching model has learned
     s_rule = 0.5       half-way, good for one step without guidance (Fig. S.4)
 

@@ -40,7 +40,7 @@ def measure(state: Path, pictures: int) -> dict[str, float]:
     c = loaded.text([s.caption for s in samples])
     null = tuple(a.expand(pictures, *a.shape[1:]) for a in loaded.text([""]))
     draws = losses.draw(0, FIRST, list(range(pictures)), x0.shape[1:], p_equal=0.0)
-    t, s = losses.sample_times(draws.z, draws.u, draws.jump, loaded.config["mu"], tau=1.0)
+    t, s = losses.sample_times(draws.z, draws.u, draws.below, loaded.config["mu"], tau=1.0)
     x0_hat = G(network, losses.add_noise(x0, t, draws.eps), t, s, c)
     x_s_hat = losses.add_noise(x0_hat, s, draws.eps_s)
     trained, average, conditional = G(network, x_s_hat, s, s, null), G(ema, x_s_hat, s, s, null), G(ema, x_s_hat, s, s, c)

@@ -290,7 +290,7 @@ class Batch(NamedTuple):
         t_raw = 1 / (1 + torch.exp(-self.draws.z))
         t = math.exp(MU) / (math.exp(MU) + (1 / t_raw - 1))
         s = t.clone()
-        for i in self.draws.jump.tolist():
+        for i in self.draws.below.tolist():
             s[i] = t[i] - self.draws.u[i] * tau * t[i]
         return t, s
 
@@ -323,7 +323,7 @@ def paper_step(b: Batch, online: Net, ema: Net, *, tau=1.0, aux=False, target="r
 
     for i in range(len(t)):
         x0_hat = out["x0_hat"][i] = G(online, out["x_t"][i], t[i], s[i], b.c[i])
-        if i not in b.draws.jump:
+        if i not in b.draws.below:
             continue
         x_s = out["x_s_hat"][i] = (1 - s[i]) * x0_hat + s[i] * b.draws.eps_s[i]
         G_null = G(online, x_s, s[i], s[i], b.null[i])
@@ -354,7 +354,7 @@ def paper_loss(b: Batch, online: Net, constants: dict, theta: Tensor, aux: bool,
         else:
             loss = (x0_hat - constants["target"][i]).pow(2).sum()
         total = total + loss / t[i] ** 2
-        if aux and i in b.draws.jump:
+        if aux and i in b.draws.below:
             x_s = constants["x_s_hat"][i]
             G_fake = x_s - s[i] * online.velocity(x_s[None], s[i, None], s[i, None], b.fake[i][None], theta)[0]
             total = total + (G_fake - constants["x0_hat"][i]).pow(2).sum() / s[i] ** 2
@@ -370,7 +370,7 @@ def regression_target(call: Call, x_t: Tensor, t: Tensor) -> Tensor:
 
 # --- flow matching ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", SHAPES)
-def test_without_jumps_the_step_is_flow_matching(shape):
+def test_without_s_below_t_the_step_is_flow_matching(shape):
     """p_equal = 1: the value and the gradient of Eq. 3, one pass, no evaluation."""
     b, (online, ema) = batch(shape, p_equal=1.0), networks()
     loss, stats = b.step(losses.SelfE(online, ema, mu=MU))
@@ -754,9 +754,9 @@ def test_the_law_of_t_and_s_against_quadrature(mu, tau):
 def test_the_law_of_t_and_s_as_drawn(drawn, tau):
     """KS tests at the 0.1% level on the numbers that training uses; t and s / t are independent on a 6 x 6 table."""
     mu = 0.5
-    t, s = losses.sample_times(drawn.z, drawn.u, drawn.jump, mu, tau)
+    t, s = losses.sample_times(drawn.z, drawn.u, drawn.below, mu, tau)
     jumped = torch.zeros(len(t), dtype=torch.bool)
-    jumped[drawn.jump] = True
+    jumped[drawn.below] = True
     assert jumped.sum() == len(t) / 2 and torch.equal(s[~jumped], t[~jumped])
     critical = 1.95
     assert ks(t, lambda x: t_cdf(x, mu)) < critical / len(t) ** 0.5
@@ -798,15 +798,15 @@ def test_draws_depend_on_seed_and_step():
 
 @pytest.mark.parametrize("size", [2, 4, 6, 10, 64])
 @pytest.mark.parametrize("start", [0, 1, 2, 7, 1000003])
-def test_exactly_half_of_any_even_micro_batch_jumps(start, size):
-    jumps = losses.jump_positions(list(range(start, start + size)))
+def test_exactly_half_of_any_even_micro_batch_has_s_below_t(start, size):
+    jumps = losses.below_positions(list(range(start, start + size)))
     assert len(jumps) == size // 2 and jumps.dtype == torch.int64
     assert len(set(jumps.tolist())) == size // 2 and set(jumps.tolist()) < set(range(size))
 
 
 @pytest.mark.parametrize("p_equal, share", [(0.0, 1.0), (0.25, 0.75), (0.5, 0.5), (0.9, 0.1), (1.0, 0.0)])
-def test_the_share_of_jumps_is_one_minus_p_equal(p_equal, share):
-    assert len(losses.jump_positions(list(range(2000)), p_equal)) == pytest.approx(2000 * share, abs=1)
+def test_the_share_of_s_below_t_is_one_minus_p_equal(p_equal, share):
+    assert len(losses.below_positions(list(range(2000)), p_equal)) == pytest.approx(2000 * share, abs=1)
 
 
 @pytest.mark.parametrize("cuts", [[12], [2, 10], [4, 4, 4], [6, 2, 4], [1] * 12], ids=str)
@@ -816,11 +816,11 @@ def test_draws_do_not_depend_on_how_the_batch_is_cut(cuts):
     pieces, start, jumps = [], 8, []
     for n in cuts:
         pieces.append(losses.draw(9, 4, list(range(start, start + n)), (2, 3)))
-        jumps += (pieces[-1].jump + start - 8).tolist()
+        jumps += (pieces[-1].below + start - 8).tolist()
         start += n
     for i in range(4):
         assert torch.equal(torch.cat([p[i] for p in pieces]), whole[i])
-    assert jumps == whole.jump.tolist()
+    assert jumps == whole.below.tolist()
 
 
 @pytest.mark.parametrize("aux", [False, True])

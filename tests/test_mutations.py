@@ -50,7 +50,7 @@ LOSSES = [  # (what is wrong, the text, its replacement)
     ("Eq. s.12: mu's sign", "odds = t_raw * torch.exp(", "odds = t_raw / torch.exp("),
     ("Eq. s.13: tau ignored", "((1 - tau * u) * t)", "((1 - 1 * u) * t)"),
     ("Eq. s.13: s around 1 instead of t", "((1 - tau * u) * t)", "((1 - tau * u) * 1)"),
-    ("p(s = t): every sample jumps", "if int((g + 1) * share) > int(g", "if int((g + 1) * share) >= int(g"),
+    ("p(s = t): every sample has s < t", "if int((g + 1) * share) > int(g", "if int((g + 1) * share) >= int(g"),
     ("Eq. 8 reuses the noise of Eq. 1", "eps_s.append(random.standard_normal(shape, dtype=np.float32))", "eps_s.append(eps[-1])"),
     ("G told t twice", "G(self.network, x_t, t, s, c)", "G(self.network, x_t, t, t, c)"),
     ("prediction detached", "x0_hat = G(self.network, x_t, t, s, c)", "x0_hat = G(self.network, x_t, t, s, c).detach()"),

@@ -189,7 +189,7 @@ def training_step(path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 def time_pairs(path: Path, taus=(0.0, 0.5, 1.0), n: int = 3000) -> None:
     """Draws of losses.sample_times: half of the samples on the diagonal, the others below it, deeper as tau rises."""
-    random, jump = rng(0, "toy explain"), losses.jump_positions(list(range(n)))
+    random, jump = rng(0, "toy explain"), losses.below_positions(list(range(n)))
     z, u = (torch.from_numpy(numbers.astype(np.float32)) for numbers in (random.standard_normal(n), random.random(n)))
     below = torch.zeros(n, dtype=torch.bool).index_fill(0, jump, True)
     meanings = {0.0: ": the first iteration", 1.0: ": after its rise"}

@@ -532,9 +532,9 @@ def secondary_time():
 
 @check("S.2", "p = 0.5 splits every batch in half, p = 1 leaves no jump; micro-batches agree", below=1e-14)
 def the_split():
-    whole = losses.jump_positions(list(range(64))).tolist()
-    parts = [8 * i + j for i in range(8) for j in losses.jump_positions(list(range(8 * i, 8 * i + 8))).tolist()]
-    shares = [len(losses.jump_positions(list(range(100)), p)) - 100 * (1 - p) for p in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    whole = losses.below_positions(list(range(64))).tolist()
+    parts = [8 * i + j for i in range(8) for j in losses.below_positions(list(range(8 * i, 8 * i + 8))).tolist()]
+    shares = [len(losses.below_positions(list(range(100)), p)) - 100 * (1 - p) for p in (0.0, 0.25, 0.5, 0.75, 1.0)]
     return worst(torch.tensor([*shares, float(whole != parts)], dtype=torch.float64))
 
 
@@ -576,7 +576,7 @@ def paper_step(
     for i in range(B):
         odds = np.exp(mu + float(d.z[i]))
         t = odds / (1 + odds)
-        jumps = i in d.jump.tolist()
+        jumps = i in d.below.tolist()
         s = t - tau * float(d.u[i]) * t if jumps else t
 
         def G(network, x, t, s, prompt):
@@ -668,7 +668,7 @@ def flow_matching_is_the_same_module():
     net, n = SmallNet(1), 16
     x0, eps, z = points(n)[0], points(n, 1)[0], torch.linspace(-2, 2, n, dtype=torch.float64)
     c = torch.arange(n) % 3
-    draws = losses.Draws(z, z.abs() / 3, eps, eps, losses.jump_positions(list(range(n)), 1.0))
+    draws = losses.Draws(z, z.abs() / 3, eps, eps, losses.below_positions(list(range(n)), 1.0))
     value, _ = losses.SelfE(net, SmallNet(2))(x0, (c,), (c,), None, torch.zeros(n, dtype=torch.bool), draws, 1.0)
     t = torch.sigmoid(z)
     letter = ((net((1 - t)[:, None] * x0 + t[:, None] * eps, t, t, c) - (eps - x0)) ** 2).mean()

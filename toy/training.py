@@ -145,8 +145,8 @@ def train(members: list[Member], steps: int = STEPS, **changes) -> Net:
     )  # fmt: skip
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.9, 0.95))
     schedule = lambda i: min((i + 1) / 100, 1) * (1 - i / steps)  # noqa: E731  warm-up, then linearly to zero
-    half = losses.jump_positions(list(range(BATCH)), o["p_equal"])
-    jump = torch.cat([half + BATCH * e for e in range(len(members))])
+    half = losses.below_positions(list(range(BATCH)), o["p_equal"])
+    below = torch.cat([half + BATCH * e for e in range(len(members))])
 
     for i, rows in enumerate(zip(*(batches(m, steps, o["labels"]) for m in members))):
         if i == steps:  # batches come by the hundred
@@ -155,7 +155,7 @@ def train(members: list[Member], steps: int = STEPS, **changes) -> Net:
         tau = min(i / (o["tau_over"] * steps), 1.0) if o["tau_over"] > 0 else 1.0
         aux = o["aux_from"] is not None and i >= o["aux_from"] * steps
         null, fake = torch.full_like(c, C), c + C + 1
-        loss, _ = step_loss(x0, (c,), (null,), (fake,), is_null, losses.Draws(z, u, eps, eps_s, jump), tau, aux)
+        loss, _ = step_loss(x0, (c,), (null,), (fake,), is_null, losses.Draws(z, u, eps, eps_s, below), tau, aux)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {float(loss)} at step {i}: {o}")
         optimizer.zero_grad()
