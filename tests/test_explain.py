@@ -51,7 +51,7 @@ def test_the_diagram_shows_the_passes_of_a_training_step():
     network, ema = Recorder("network", calls), Recorder("ema", calls).requires_grad_(False)
     x0, c, null = torch.randn(8, 2), torch.arange(8), torch.full((8,), 9)
     draws = losses.draw(0, 0, index, (2,))
-    j = draws.jump
+    j = draws.below
     losses.SelfE(network, ema)(x0, (c,), (null,), None, torch.zeros(8, dtype=torch.bool), draws, tau=1.0)
     t, s = losses.sample_times(draws.z, draws.u, j, 0.0, 1.0)
     x_t = losses.add_noise(x0, t, draws.eps)

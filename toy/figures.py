@@ -240,7 +240,8 @@ def study(kept: dict, path: Path, measure: str = "energy") -> None:
     columns = len(layouts) if len(layouts) > 1 else len(panels)
     rows = len(panels) // columns
     size = (4.2 * columns, 3.2 * rows + 0.4)
-    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, layout="constrained", squeeze=False)
+    how = {"sharex": True, "sharey": True, "layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(rows, columns, figsize=size, **how)
     for i, (axis, (training, layout)) in enumerate(zip(axes.flat, panels)):
         shown = [label for label in labels if not crossed or label.split(", ")[0] == training]
         for j, label in enumerate(shown):
@@ -270,7 +271,8 @@ def along_s_rule(kept: dict, path: Path, measure: str) -> None:
         for n, values, bars in zip(BUDGETS, mean.T, spread.T):
             low = np.minimum(bars, 0.7 * values)  # a bar that reaches zero would have no end on this axis
             axis.errorbar(rules, values, yerr=[low, bars], marker="o", markersize=4, linewidth=1.4, label=f"N = {n}")
-        axis.set(yscale="log", xticks=rules, title=layout, xlabel="s_k, from t_(k+1) (0, the paper's default) to t_k (1)")
+        axis.set(yscale="log", xticks=rules, title=layout)
+        axis.set_xlabel("s_k, from t_(k+1) (0, the paper's default) to t_k (1)")
     axes[0][0].set_ylabel(f"{measure} distance to the data" if measure == "energy" else measure)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncol=5, frameon=False)
     save(figure, path)
