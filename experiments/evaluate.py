@@ -133,7 +133,7 @@ def mean_interval(shares: list[tuple[int, int]]) -> tuple[float, float, float]:
     mean = sum(rates) / len(rates)
     below = sum((p - low) ** 2 for p, (low, _) in zip(rates, limits)) ** 0.5 / len(rates)
     above = sum((high - p) ** 2 for p, (_, high) in zip(rates, limits)) ** 0.5 / len(rates)
-    return mean, mean - below, mean + above
+    return mean, max(0.0, mean - below), min(1.0, mean + above)  # rounding may pass the ends
 
 
 # =====================================================================================================================
