@@ -18,10 +18,10 @@ truth spreads from there to larger t by induction. What the paper leaves to its 
 of its largest ones: M = 4, a = 2, b = 4, k = 12, uniform times. sigma_d, the scale of the data, is 1, because our noise
 has unit variance and V carries no preconditioning. A group holds samples of different prompts, unsorted, as it came.
 
-What k means for a short run. Data enters only where r = s. From there truth spreads to larger t, one step of 160 / 2^k in
-eta = t / (1 - t) at a time. With k = 12 these are 26 steps to t = 0.5 and 4,096 to the largest t, and of the groups with
-t > 0.5 one in 200 meets data itself. So a run of some thousand iterations learns small t alone: colours, no shapes. A
-smaller k makes fewer and coarser steps: with k = 6 every second group beyond t = 0.5 meets data.
+What k means for a short run. Data enters only where r = s. From there truth spreads to larger t, one step of 160 / 2^k
+in eta = t / (1 - t) at a time. With k = 12 these are 26 steps to t = 0.5 and 4,096 to the largest t, and of the groups
+with t > 0.5 one in 200 meets data itself. So a run of some thousand iterations learns small t alone: colours, no
+shapes. A smaller k makes fewer and coarser steps: with k = 6 every second group beyond t = 0.5 meets data.
 """
 
 from collections.abc import Callable, Iterator

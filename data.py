@@ -41,8 +41,8 @@ class Sample(NamedTuple):
 
 
 class Source(Protocol):
-    """What the loop asks of a data set; Shapes and ImageFolder below, and the sources of shards.py, are such; those of cache.py
-    give samples that are encoded already.
+    """What the loop asks of a data set; Shapes and ImageFolder below, and the sources of shards.py, are such; those of
+    cache.py give samples that are encoded already.
 
     `sample` must be safe to call from several threads. All samples of one iteration must have one size.
     """
@@ -113,7 +113,8 @@ COLORS = {
 }
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 VERSION = 2  # of what the shapes' pictures look like; goes up when the same sample becomes another picture
-SETS = {"one-shape": ("single_object", "colors"), "shapes": TAGS}  # what --data calls them; the first can be learned in minutes
+# What --data calls them; the first can be learned in minutes
+SETS = {"one-shape": ("single_object", "colors"), "shapes": TAGS}
 COUNTS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
 
@@ -121,8 +122,9 @@ RELATIONS = ("left of", "right of", "above", "below")
 HELD_OUT_PAIRS = {("red", "triangle"), ("blue", "ring"), ("yellow", "square"), ("green", "cross")}
 
 GREYS = (80, 170)  # the range of the ground's shade; black and white shapes stay visible on all of it
-# By the number of shapes, in 32nds of the picture's side: where they stand, one of several layouts (x, y); how far each may
-# be moved from there; and their diameters. As in photographs, what stands alone is in the middle and fills more of the picture.
+# By the number of shapes, in 32nds of the picture's side: where they stand, one of several layouts (x, y); how far each
+# may be moved from there; and their diameters. As in photographs, what stands alone is in the middle and fills more of
+# the picture.
 QUARTERS = ((8, 8), (24, 8), (8, 24), (24, 24))
 LAYOUTS = {
     1: (((16, 16),),),
@@ -312,10 +314,12 @@ class Shapes:
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 # What Pillow raises for a broken picture.
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError, ArithmeticError, MemoryError,
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError, ArithmeticError,
+          MemoryError,
           struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)  # fmt: skip
 MAX_PIXELS = 2**26  # 8192 x 8192: a larger picture is refused from its header, before memory is taken for it
-TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+         8: "ROTATE_90"}
 
 
 def orientation(image: Image.Image) -> int:
@@ -325,7 +329,8 @@ def orientation(image: Image.Image) -> int:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """As the camera was held. (ImageOps.exif_transpose writes all of the EXIF data again, and fails where it is odd.)"""
+    """As the camera was held. (ImageOps.exif_transpose writes all of the EXIF
+    data again, and fails where it is odd.)"""
     turn = TURNS.get(orientation(image))
     return image.transpose(Image.Transpose[turn]) if turn else image
 
@@ -346,7 +351,8 @@ def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
 def square_crop(image: Image.Image, size: int) -> np.ndarray:
     """A PIL image -> uint8 [size, size, 3], by `cover`.
 
-    Raises ValueError for 16-bit and floating-point grey, which Pillow would clip to white, and for more than MAX_PIXELS.
+    Raises ValueError for 16-bit and floating-point grey, which Pillow would clip to white, and for more than
+    MAX_PIXELS.
     """
     if image.width * image.height > MAX_PIXELS:
         raise ValueError("more than 67 million pixels")
@@ -372,12 +378,14 @@ def read_captions(folder: Path) -> dict[str, str]:
                             '{"file_name": ..., "text": ...} per picture, or a .txt beside each picture; '
                             "for tar shards, name the folder that holds the .tar files themselves")  # fmt: skip
         if len(captions) < len(pictures):
-            print(f"{folder}: {len(pictures) - len(captions)} of {len(pictures)} pictures have no .txt and are left out",
+            print(f"{folder}: {len(pictures) - len(captions)} of {len(pictures)} pictures have no .txt and are left "
+                  "out",
                   file=sys.stderr)  # fmt: skip
         return captions
     captions = {}
     several = 0
-    for number, line in enumerate(read_text(metadata).split("\n"), 1):  # JSON may hold the other characters that end lines
+    # JSON may hold the other characters that end lines
+    for number, line in enumerate(read_text(metadata).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -392,7 +400,8 @@ def read_captions(folder: Path) -> dict[str, str]:
     if not captions:
         raise DataError(f"{metadata} is empty: it needs one line per picture")
     if several:
-        print(f"{metadata}: {several} lines name a picture once more; the last line of each picture counts", file=sys.stderr)
+        print(f"{metadata}: {several} lines name a picture once more; the last line of each picture counts",
+              file=sys.stderr)
     return captions
 
 
@@ -440,7 +449,8 @@ class ImageFolder:
     @functools.lru_cache(maxsize=4)
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The shuffled order of one epoch."""
-        return rng(seed, "epoch", self.size, epoch).permutation(len(self))  # at another size in another order (recipe.Stage.sides)
+        # At another size in another order (recipe.Stage.sides)
+        return rng(seed, "epoch", self.size, epoch).permutation(len(self))
 
     def number(self, g: int, seed: int = 0) -> int:
         """Which picture sample g is."""
@@ -475,7 +485,8 @@ class WrongCaptions:
         self.fingerprint = f"{source.fingerprint}, {share:g} of the captions wrong"
         first = source.caption(0)
         if all(source.caption(number) == first for number in range(1, source.numbers)):
-            raise DataError(f"{self.name}: all captions are alike, so --wrong-captions has nothing to swap: leave it out")
+            raise DataError(f"{self.name}: all captions are alike, so --wrong-captions has nothing to swap: leave it "
+                            "out")
 
     def __len__(self) -> int:
         return len(self.source)
@@ -523,7 +534,8 @@ def label_grid(rows: list[list[np.ndarray]], columns: list[str], captions: list[
 
 def main() -> None:
     parser = errors.Parser("data.py", "Draw a sheet of training pictures with their captions.")
-    parser.add_argument("--data", metavar="DIR", default="one-shape", help=f"{', '.join(SETS)} or a folder of captioned pictures (default: one-shape)")
+    parser.add_argument("--data", metavar="DIR", default="one-shape",
+                        help=f"{', '.join(SETS)} or a folder of captioned pictures (default: one-shape)")
     parser.add_argument("--side", metavar="N", type=int, default=16, help="of the pictures, in pixels (default: 16)")
     parser.add_argument("--seed", type=int, default=0, help="which pictures (default: 0)")
     parser.add_argument("--out", default="data.png", help="where to write the sheet (default: data.png)")

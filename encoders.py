@@ -46,9 +46,9 @@ FLUX_TEXT = "hf:black-forest-labs/FLUX.1-schnell/text_encoder_2,black-forest-lab
 FLUX_VAE = "kl:black-forest-labs/FLUX.1-schnell/vae"
 
 # x0 = (picture - shift) * scale for "pixels". Flow matching mixes data with noise of variance 1 and expects data of
-# about that size. In [-1, 1] the built-in shapes have a standard deviation of 0.35 and emoji on white one of 0.57, around
-# a mean that depends on the background; so pictures are doubled and not shifted. Fixed constants, not the statistics of
-# a data set: then a checkpoint means the same thing whatever folder it was trained on.
+# about that size. In [-1, 1] the built-in shapes have a standard deviation of 0.35 and emoji on white one of 0.57,
+# around a mean that depends on the background; so pictures are doubled and not shifted. Fixed constants, not the
+# statistics of a data set: then a checkpoint means the same thing whatever folder it was trained on.
 PIXEL_SHIFT = 0.0
 PIXEL_SCALE = 2.0
 

@@ -28,11 +28,15 @@ from torch.utils.checkpoint import checkpoint
 # Every number of the two big sizes is from S.2 (a)-(d); `laptop` is ours. `double` and `single` count the blocks;
 # `axes` are the RoPE dimensions over (t, y, x) and sum to the head size d / heads. `patch` is the side of a patch,
 # so a token holds channels * patch^2 values: 16 * 2^2 = 64 for FLUX latents. V has to carry the noise through the
-# width, hence width must exceed that number; 8 x 8 RGB patches (192 values) through width 128 leave every picture grainy.
+# width, hence width must exceed that number; 8 x 8 RGB patches (192 values) through width 128 leave every picture
+# grainy.
 SIZES = {
-    "laptop": dict(width=128, heads=4, double=2, single=4, axes=(8, 12, 12), channels=3, patch=4, txt_dim=256, vec_dim=256),
-    "0.5b": dict(width=1024, heads=16, double=8, single=16, axes=(8, 28, 28), channels=16, patch=2, txt_dim=4096, vec_dim=768),
-    "2b": dict(width=2048, heads=16, double=8, single=16, axes=(16, 56, 56), channels=16, patch=2, txt_dim=4096, vec_dim=768),
+    "laptop": dict(width=128, heads=4, double=2, single=4, axes=(8, 12, 12), channels=3, patch=4, txt_dim=256,
+                   vec_dim=256),
+    "0.5b": dict(width=1024, heads=16, double=8, single=16, axes=(8, 28, 28), channels=16, patch=2, txt_dim=4096,
+                 vec_dim=768),
+    "2b": dict(width=2048, heads=16, double=8, single=16, axes=(16, 56, 56), channels=16, patch=2, txt_dim=4096,
+               vec_dim=768),
 }
 
 
@@ -234,9 +238,9 @@ class FinalLayer(nn.Module):
 class Denoiser(nn.Module):
     """V_theta(x_t, t, s, c), S.2 (d). The keyword arguments are the columns of `SIZES`.
 
-    `precision` is the dtype of the network's inside (torch.bfloat16 runs it under autocast). Time features and embedders
-    are computed in fp32 whatever it is; input and output are passed in fp32 and rounded inside, by the first and the last
-    linear layer. Call the network outside any autocast of your own.
+    `precision` is the dtype of the network's inside (torch.bfloat16 runs it under autocast). Time features and
+    embedders are computed in fp32 whatever it is; input and output are passed in fp32 and rounded inside, by the first
+    and the last linear layer. Call the network outside any autocast of your own.
     """
 
     def __init__(self, width, heads, double, single, axes, channels, patch, txt_dim, vec_dim, precision=torch.float32):
@@ -256,9 +260,9 @@ class Denoiser(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """As DiT, since FLUX publishes none: Xavier linears, zero biases, every gate and the output zero. (DiT draws embedders
-        from N(0, 0.02): about Xavier's 0.02 to 0.03 at width 2048, a quarter of it at 128, where time and prompt are hardly
-        heard at first.)"""
+        """As DiT, since FLUX publishes none: Xavier linears, zero biases, every gate and the output zero. (DiT draws
+        embedders from N(0, 0.02): about Xavier's 0.02 to 0.03 at width 2048, a quarter of it at 128, where time and
+        prompt are hardly heard at first.)"""
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 nn.init.constant_(p, 1.0 if name.endswith("norm.scale") else 0.0)
@@ -288,11 +292,12 @@ class Denoiser(nn.Module):
             vec = self.time_in(sinusoid(t)) + self.gap_in(sinusoid(t - s)) + self.vector_in(vec.float())  # [B, d]
         rope = rope_table(txt.shape[1], rows, cols, self.axes, x_t.device)
 
-        # Autocast begins and ends inside this call. Its cache of cast weights therefore never outlives one forward pass,
-        # so a pass without gradient can not leave casts without gradient behind for the pass that needs them
+        # Autocast begins and ends inside this call. Its cache of cast weights therefore never outlives one forward
+        # pass, so a pass without gradient can not leave casts without gradient behind for the pass that needs them
         # (pytorch issue 112583).
         with torch.autocast(x_t.device.type, self.precision, enabled=self.precision != torch.float32):
-            img = self.img_in(rearrange(x_t, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=p, pw=p))  # [B, rows * cols, d]
+            # [B, rows * cols, d]
+            img = self.img_in(rearrange(x_t, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=p, pw=p))
             txt = self.txt_in(txt)  # [B, L, d]
             for i, block in enumerate(self.double_blocks):
                 img, txt = self.run(i, block, img, txt, vec, rope)
@@ -307,7 +312,8 @@ class Denoiser(nn.Module):
 # What a forward pass costs
 # ---------------------------------------------------------------------------------------------------------------------
 def forward_flops(size: dict, image_tokens: int, text_tokens: int) -> float:
-    """Floating-point operations of one forward pass for one sample (a multiply-add is two), from the entries of `SIZES`.
+    """Floating-point operations of one forward pass for one sample (a multiply-add is two), from the entries of
+    `SIZES`.
 
     Counted layer by layer, because "6 N per token" is wrong here: the weights of a modulation act once per sample, and
     those of a double block once per token of their own stream.
@@ -329,7 +335,8 @@ def count_parameters(size: dict) -> int:
 
 
 def main() -> None:
-    print(f"{'size':8}{'width':>7}{'heads':>7}{'blocks':>9}{'parameters':>14}{'image tokens':>14}{'GFLOP a forward':>17}")
+    print(f"{'size':8}{'width':>7}{'heads':>7}{'blocks':>9}{'parameters':>14}{'image tokens':>14}"
+          f"{'GFLOP a forward':>17}")
     for name, size in SIZES.items():
         parameters = count_parameters(size)
         for tokens, text in ((16, 14), (36, 14)) if name == "laptop" else ((256, 256), (1024, 256)):

@@ -43,7 +43,8 @@ OBJECTIVES = {
         flags=("target", "delta_scale", "null_branch", "aux_from")),
     "flow_matching": Objective(self_e, functools.partial(losses.draw, p_equal=1.0), forwards=3.0, s_rules=(1.0,)),
     "imm": Objective(
-        lambda network, ema, flags: baselines.IMM(network, flags.imm_k), baselines.draw, forwards=4.0, group=baselines.M,
+        lambda network, ema, flags: baselines.IMM(network, flags.imm_k), baselines.draw, forwards=4.0,
+        group=baselines.M,
         flags=("imm_k",), trajectory=baselines.trajectory),
 }  # fmt: skip
 AUX_FORWARDS = 5.5  # Self-E with the auxiliary term: a forward and a backward pass of half of the batch more

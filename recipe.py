@@ -30,8 +30,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run. For the big sizes the numbers are the paper's where it gives one; `laptop` is chosen for the result
-    per minute."""
+    """One training run. For the big sizes the numbers are the paper's where it gives one; `laptop` is chosen for the
+    result per minute."""
 
     steps: int  # iterations
     stages: tuple[Stage, ...]
@@ -39,7 +39,8 @@ class Recipe:
     lr_end: float  # and where its linear decay ends
     tau_until: float  # share of the run over which tau rises from 0 to 1 (s.13)
     aux_from: float  # share of the run after which the auxiliary term joins (S.1.2); 1 is never
-    micro_batch: int | None  # pictures a process computes at once, at most, at the first stage's first side; None: all of its own
+    # Pictures a process computes at once, at most, at the first stage's first side; None: all of its own
+    micro_batch: int | None
     guidance: float  # of the picture grids and the checkpoint's default
     data: tuple[str, ...] = ()  # what --data takes; the big sizes have no data of their own
     text: str = "flux"  # encoders.py
@@ -115,8 +116,8 @@ class Recipe:
     def micro_batch_of(self, stage: Stage, side: int, world: int) -> int:
         """Pictures that each of `world` processes computes at once at a stage and side.
 
-        The largest divisor of a process's part of the batch that takes no more memory than micro_batch pictures of the first stage, and
-        at least `group`.
+        The largest divisor of a process's part of the batch that takes no more memory than micro_batch pictures of the
+        first stage, and at least `group`.
         """
         own = stage.batch_size // world
         if self.micro_batch is None:
@@ -154,7 +155,8 @@ class Recipe:
             ways.append(f"--batch-size {' or '.join(map(str, near))}{so}")
         else:
             ways.append(f"--batch-size {unit * max(1, round(batches[-1] / unit))} in all stages{so}")
-        raise errors.UserError(f"a batch of {said} does not divide into {world} process{'es' * (world > 1)} x micro-batches of {micro} "
+        raise errors.UserError(f"a batch of {said} does not divide into {world} process{'es' * (world > 1)} x "
+                               f"micro-batches of {micro} "
                                f"(multiples of {group}); the nearest that do: {'; '.join(ways)}")  # fmt: skip
 
 
@@ -170,15 +172,17 @@ LARGER_FROM = 500 / 710
 AUX_FROM = 550 / 710
 
 RECIPES = {
-    # Classifier score only, the "Ours" of Table 2: in twenty minutes the auxiliary stage costs more than it can give. In so
-    # short a run Adam's longer memory (0.99) is worth a quarter of the iterations.
+    # Classifier score only, the "Ours" of Table 2: in twenty minutes the auxiliary stage costs more than it can give.
+    # In so short a run Adam's longer memory (0.99) is worth a quarter of the iterations.
     "laptop": Recipe(
-        steps=5200, stages=(Stage(0, (16,), 32),), lr=5e-3, lr_end=1e-5, tau_until=TAU_UNTIL, aux_from=1.0, micro_batch=None, guidance=1.5,
+        steps=5200, stages=(Stage(0, (16,), 32),), lr=5e-3, lr_end=1e-5, tau_until=TAU_UNTIL, aux_from=1.0,
+        micro_batch=None, guidance=1.5,
         data=("one-shape",), text="words", txt_len=14, autoencoder="pixels", betas=(0.9, 0.99)),
     # Sec. 4.2: 300k iterations, other settings as in Sec. 4.1: tau rises over all of them, and they end before the
     # iteration at which the auxiliary term would join.
     "0.5b": Recipe(
-        steps=300_000, stages=(Stage(0, (256,), 1024),), lr=3e-4, lr_end=1e-5, tau_until=1.0, aux_from=1.0, micro_batch=64, guidance=5.0),
+        steps=300_000, stages=(Stage(0, (256,), 1024),), lr=3e-4, lr_end=1e-5, tau_until=1.0, aux_from=1.0,
+        micro_batch=64, guidance=5.0),
     "2b": Recipe(
         steps=710_000, stages=(Stage(0, (256,), 1024), Stage(LARGER_FROM, (256, 512), 768)), lr=3e-4, lr_end=1e-5,
         tau_until=TAU_UNTIL, aux_from=AUX_FROM, micro_batch=16, guidance=5.0),
@@ -242,16 +246,20 @@ def describe(size: dict, plan: Recipe, objective: str, factor: int, world: int) 
     for stage, begin, end in zip(plan.stages, begins, begins[1:]):
         sides = " and ".join(f"{side} x {side}" for side in stage.sides) + (" in turns" if len(stage.sides) > 1 else "")
         micro = {side: plan.micro_batch_of(stage, side, world) for side in stage.sides}
-        parts = ", ".join(f"{stage.batch_size // world // m} x {m}" + (f" at {side}" if len(micro) > 1 else "") for side, m in micro.items())
+        parts = ", ".join(f"{stage.batch_size // world // m} x {m}" + (f" at {side}" if len(micro) > 1 else "")
+                          for side, m in micro.items())
         mu = ", ".join(f"{losses.mu_of_length(image_tokens(size, side, factor)):.2f}" for side in stage.sides)
         lines.append(f"iterations {begin:,} to {end:,}: {sides} pixels, {stage.batch_size} pictures each "
                      f"({world} process{'es' * (world > 1)} x {parts}), mu {mu}")  # fmt: skip
     name = {"adam": "Adam", "muon": "Muon and Adam"}[plan.optimizer]
-    lines.append(f"{name} {plan.betas}, learning rate {plan.lr:g} after {plan.warmup_steps():,} iterations, down to {plan.lr_end:g}; gradients clipped "
+    lines.append(f"{name} {plan.betas}, learning rate {plan.lr:g} after {plan.warmup_steps():,} iterations, down to "
+                 f"{plan.lr_end:g}; gradients clipped "
                  f"at {plan.clip:g}; EMA {plan.ema:g}; {plan.dropout:.0%} of prompts dropped"
                  + (f"; {plan.wrong_captions:.3g} of captions wrong" if plan.wrong_captions else ""))  # fmt: skip
     if objective == "self_e":
-        aux = f"auxiliary term from iteration {math.ceil(plan.aux_from * plan.steps):,}" if plan.aux_from < 1 else "no auxiliary term"
+        aux = "no auxiliary term"
+        if plan.aux_from < 1:
+            aux = f"auxiliary term from iteration {math.ceil(plan.aux_from * plan.steps):,}"
         lines.append(f"tau from 0 to 1 over {round(plan.tau_until * plan.steps):,} iterations; {aux}")
     return lines
 
@@ -267,7 +275,8 @@ def price(size: dict, plan: Recipe, objective: str, factor: int, start: int = 0)
     flops = run_flops(size, plan, objective, factor, start)
     hours = flops / (H100_FLOPS * ASSUMED_MFU) / 3600
     time = f"{hours:,.1f} H100-hours" if hours > 1 else f"{3600 * hours:,.1f} H100-seconds"
-    lines = [f"{flops:.2e} FLOP from iteration {start:,} on, {time} at {ASSUMED_MFU:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s (an assumption; "
+    lines = [f"{flops:.2e} FLOP from iteration {start:,} on, {time} at {ASSUMED_MFU:.0%} of {H100_FLOPS / 1e12:.0f} "
+             "TFLOP/s (an assumption; "
              "engine/benchmark.py measures it)"]  # fmt: skip
     if hours > 24:
         lines += [f"{n:6} GPU{'s:' if n > 1 else ': '} {hours / n / 24:8.1f} days" for n in (1, 8, 16, 32, 64, 128)]

@@ -1,11 +1,11 @@
 """Prompts to pictures, with as many steps as you like (Sec. 3.4).
 
     python sample.py --checkpoint runs/laptop --prompt "a photo of a red circle" --steps 2
-    python sample.py --checkpoint runs/laptop --prompt "a photo of a pink ring" --prompt "a photo of a cross" --steps 1 2 4 8 50
+    python sample.py --checkpoint runs/laptop --prompt "a photo of a ring" --prompt "a photo of a cross" --steps 1 2 4 8
 
 One prompt at one step count gives that picture; more give a labelled sheet, prompts in rows and steps in columns. The
-same seed gives the same picture, whatever stands beside it, but for rounding: matrix products of another batch size may differ
-in the last digit, which now and then moves a value by one of its 256 steps.
+same seed gives the same picture, whatever stands beside it, but for rounding: matrix products of another batch size may
+differ in the last digit, which now and then moves a value by one of its 256 steps.
 """
 
 import argparse
@@ -44,7 +44,8 @@ NEEDED = {
     "side": ("a whole number", whole), "mu": ("a number", number(-10, 10)),
     "text_encoder": ("a name", lambda value: isinstance(value, str)), "txt_len": ("a whole number", whole),
     "autoencoder": ("a name", lambda value: isinstance(value, str)),
-    "guidance": ("from 0 to 100", number(0, 100)), "eta": ('from 0 to 1, or "renoise"', lambda value: value == "renoise" or number(0, 1)(value)),
+    "guidance": ("from 0 to 100", number(0, 100)),
+    "eta": ('from 0 to 1, or "renoise"', lambda value: value == "renoise" or number(0, 1)(value)),
     "s_rule": ("from 0 to 1", number(0, 1)), "guidance_space": ("v or x0", lambda value: value in ("v", "x0")),
 }  # fmt: skip
 STEP_COUNTS = (1, 2, 4, 8, 50)  # of picture grids and tables
@@ -71,7 +72,8 @@ def load(folder: Path, device: torch.device, precision: torch.dtype | None = Non
     config = checkpoint.read_json(folder / "config.json")
     missing = [name for name in NEEDED if name not in config] if isinstance(config, dict) else NEEDED
     if missing:
-        raise checkpoint.CheckpointError(f"{folder / 'config.json'} lacks {', '.join(missing)}: it is not that of a model to sample from")
+        raise checkpoint.CheckpointError(f"{folder / 'config.json'} lacks {', '.join(missing)}: it is not that of a "
+                                         "model to sample from")
     for name, (what, right) in NEEDED.items():
         if not right(config[name]):
             raise checkpoint.CheckpointError(f"{folder / 'config.json'}: {name} must be {what}, not {config[name]!r}")
@@ -86,7 +88,8 @@ def load(folder: Path, device: torch.device, precision: torch.dtype | None = Non
     autoencoder = encoders.autoencoder(config["autoencoder"], device)
     multiple = autoencoder.factor * network.patch
     if config["side"] % multiple:
-        raise checkpoint.CheckpointError(f"{folder / 'config.json'}: side must be a multiple of {multiple}, not {config['side']}")
+        raise checkpoint.CheckpointError(f"{folder / 'config.json'}: side must be a multiple of {multiple}, not "
+                                         f"{config['side']}")
     return Loaded(network.to(device).eval().requires_grad_(False), config, text, autoencoder)
 
 
@@ -97,8 +100,8 @@ class Stopped(Exception):
 def choose(config: dict, *, guidance=None, eta=None, s_rule=None, space=None) -> dict:
     """How a model is sampled: what is asked for, else (None) what its config.json says; arguments of its own sampler.
 
-    Raises UserError for what the model has not learned: flow matching anything but s_k = t_k; an objective with a sampler
-    of its own any choice but guidance.
+    Raises UserError for what the model has not learned: flow matching anything but s_k = t_k; an objective with a
+    sampler of its own any choice but guidance.
     """
     objective = objectives.OBJECTIVES[config["objective"]]
     asked = {"guidance": guidance, "eta": eta, "s_rule": s_rule, "space": space}
@@ -106,7 +109,8 @@ def choose(config: dict, *, guidance=None, eta=None, s_rule=None, space=None) ->
     chosen = {name: config[own[name]] if value is None else value for name, value in asked.items()}
     if objective.trajectory:
         if (eta, s_rule, space) != (None, None, None):
-            raise errors.UserError(f"{config['objective']} has a sampler of its own: --eta, --s-rule and --space do not "
+            raise errors.UserError(f"{config['objective']} has a sampler of its own: --eta, --s-rule and --space do "
+                                   "not "
                                    "apply to it")  # fmt: skip
         return {"guidance": chosen["guidance"]}
     if objective.s_rules == (1.0,):
@@ -118,8 +122,10 @@ def choose(config: dict, *, guidance=None, eta=None, s_rule=None, space=None) ->
 
 
 def generate(loaded: Loaded, prompts: list[str], keys: list[tuple[int, ...]], *, seed: int = 0, steps: int = 2,
-             batch_size: int = 64, stop: Callable[[], bool] = lambda: False, **choices) -> list[np.ndarray]:  # fmt: skip
-    """One uint8 picture [H, W, 3] per prompt. The noise of picture i depends on (seed, keys[i]) alone, never on the batch.
+             batch_size: int = 64, stop: Callable[[], bool] = lambda: False,
+             **choices) -> list[np.ndarray]:  # fmt: skip
+    """One uint8 picture [H, W, 3] per prompt. The noise of picture i depends on (seed, keys[i]) alone, never on the
+    batch.
 
     `choices` are those of `choose`. `stop` is asked after every evaluation; when it answers true, Stopped is raised.
     """
@@ -151,7 +157,8 @@ def generate(loaded: Loaded, prompts: list[str], keys: list[tuple[int, ...]], *,
 
 
 def sheet(rows: list[list[np.ndarray]], counts: Sequence[int], captions: list[str], scale: int = 0) -> Image.Image:
-    """Captions in rows, step counts in columns; pixels enlarged `scale` times, or (0) until a picture is 96 wide or so."""
+    """Captions in rows, step counts in columns; pixels enlarged `scale` times,
+    or (0) until a picture is 96 wide or so."""
     labels = [f"{n} step{'s' if n > 1 else ''}" for n in counts]
     return data.label_grid(rows, labels, captions, scale or max(1, 96 // rows[0][0].shape[1]))
 
@@ -189,7 +196,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--steps", type=int, nargs="+", default=[2], help="evaluations of the network; several give a sheet (default: 2)")
     a("--guidance", type=float, help="scale of energy-preserving guidance; 1 is off")
     a("--eta", type=fraction_or_name({"renoise": "renoise"}), help='0 deterministic .. 1 ancestral, or "renoise"')
-    a("--s-rule", type=fraction_or_name(S_RULES), help='second time: "next" (t_k+1), "same" (t_k) or a fraction between')
+    a("--s-rule", type=fraction_or_name(S_RULES),
+      help='second time: "next" (t_k+1), "same" (t_k) or a fraction between')
     a("--space", choices=("v", "x0"), help="where guidance keeps the energy")
     a("--scale", type=int, default=0, help="enlarge pixels so many times; 0 picks it (default: 0)")
     a("--device", default="auto", help="cuda, mps, cpu (default: the best there is)")

@@ -4,14 +4,17 @@
 
 One update serves every sampler of the paper, from (x_t, x0_hat) at time t to time s:
 
-    x_s = alpha_s x0_hat + sqrt(sigma_s^2 - std^2) eps_hat + std * fresh noise,   eps_hat = (x_t - alpha_t x0_hat) / sigma_t
+    x_s = alpha_s x0_hat + sqrt(sigma_s^2 - std^2) eps_hat + std * fresh noise
+    eps_hat = (x_t - alpha_t x0_hat) / sigma_t
 
-    choice             std                                                    what it is
-    eta = 0            0                                                      Eq. 22, the deterministic (DDIM) step
-    eta = 1            sigma_s sqrt(1 - (alpha_t sigma_s / alpha_s sigma_t)^2)  the exact q(x_s | x_t, x0_hat), the paper's choice
-    0 < eta < 1        eta times that                                         in between
-    eta = "renoise"    sigma_s                                                Eq. 8: forget x_t, noise x0_hat anew
-    at s = 0           0                                                      every choice returns x0_hat itself
+    choice            std                                                      what it is
+    eta = 0           0                                                        Eq. 22, the deterministic (DDIM) step
+    eta = 1           sigma_s sqrt(1 - (alpha_t sigma_s / alpha_s sigma_t)^2)  the exact q(x_s | x_t, x0_hat): the paper
+    0 < eta < 1       eta times that                                           in between
+    eta = "renoise"   sigma_s                                                  Eq. 8: forget x_t, noise x0_hat anew
+    at s = 0          0                                                        every choice returns x0_hat itself
+
+From t = 1 (alpha_t = 0) eta = 1 has std = sigma_s: nothing of the old noise is kept, and x_s is x0_hat noised anew.
 
 and s_k, the second time that the network is told (S.3.1), is a fraction f of the way back from t_{k+1} to t_k:
 
@@ -52,8 +55,9 @@ def predict(V: Callable, x_t: Tensor, t: Tensor, s: Tensor, cond: tuple, null: t
             space: str = "v") -> Tensor:  # fmt: skip
     """x0_hat [B, ...] at x_t (Eq. 6), guided. Both branches are evaluated at the same (t, s), in one batch of 2B.
 
-    guidance 1 evaluates the conditional branch only (null may then be None). `space` is where the energy is kept:
-    "v", the velocity, or "x0", the prediction.
+    guidance 1 evaluates the conditional branch only (null may then be None). `space` is where the norm is kept: "v",
+    the velocity, or "x0", the prediction. Guidance extrapolates, so a guided velocity grows longer with its scale; a
+    longer velocity oversteps and over-saturates colours. Keeping the norm of V_c leaves guidance the direction alone.
     """
     if guidance == 1:
         return one_step_estimate(x_t, t, V(x_t, t, s, *cond))
@@ -68,7 +72,7 @@ def predict(V: Callable, x_t: Tensor, t: Tensor, s: Tensor, cond: tuple, null: t
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Eq. 22     x_{t_{k+1}} = x_{t_k} - (t_k - t_{k+1}) V(x_{t_k}, t_k, s_k, c)             (eta = 0; the table above for others)
+# Eq. 22     x_{t_{k+1}} = x_{t_k} - (t_k - t_{k+1}) V(x_{t_k}, t_k, s_k, c)       (eta = 0; others in the table above)
 # ---------------------------------------------------------------------------------------------------------------------
 def update(x_t: Tensor, x0_hat: Tensor, t: float, s: float, eta: float | str, noise: Tensor | None) -> Tensor:
     """One step from time t in (0, 1] to s in [0, t). noise [B, ...] is read unless eta = 0 or s = 0."""
@@ -82,7 +86,8 @@ def update(x_t: Tensor, x0_hat: Tensor, t: float, s: float, eta: float | str, no
 @torch.no_grad()
 def trajectory(V: Callable, x: Tensor, cond: tuple, null: tuple | None = None, *, steps: int, mu: float = 0.0,
                s_rule: float = 0.0, eta: float | str = 1.0, guidance: float = 1.0, space: str = "v",
-               draw_noise: Callable[[int], Tensor] | None = None) -> Iterator[tuple[float, Tensor, Tensor]]:  # fmt: skip
+               draw_noise: Callable[[int], Tensor]
+               | None = None) -> Iterator[tuple[float, Tensor, Tensor]]:  # fmt: skip
     """Yield (t_{k+1}, x at that time, x0_hat) for k = 1 .. steps, from x at time 1; the last x is the sample.
 
     V(x_t, t, s, *cond) is the network; x [B, ...] standard normal; cond and null tuples of tensors with leading

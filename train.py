@@ -1,11 +1,11 @@
 """Train Self-E: the one loop, from a laptop's CPU to many GPUs (Sec. 3.3, S.2).
 
-    python train.py                                            # the laptop model on the built-in shapes, on this machine
-    python train.py --data pictures/ --out runs/mine           # your own folder of captioned pictures
-    python train.py --objective flow_matching --out runs/fm    # the baseline of Table 2
-    python train.py --resume --out runs/mine                   # go on where a run stopped
-    python train.py --size 2b --data tars/ --dry-run           # the plan, its memory and its price; nothing is trained
-    torchrun --nproc-per-node 8 train.py --size 2b --data tars/ --out runs/2b      # the paper's model
+    python train.py                                           # the laptop model on the built-in shapes, on this machine
+    python train.py --data pictures/ --out runs/mine          # your own folder of captioned pictures
+    python train.py --objective flow_matching --out runs/fm   # the baseline of Table 2
+    python train.py --resume --out runs/mine                  # go on where a run stopped
+    python train.py --size 2b --data tars/ --dry-run          # the plan, its memory and its price; nothing is trained
+    torchrun --nproc-per-node 8 train.py --size 2b --data tars/ --out runs/2b   # the paper's model
 
 What it prints: the plan, then one line with loss, images/s and time left, and at the end the command that samples.
 What it writes: engine/checkpoint.py and engine/monitor.py say; besides, grids/step_*.png, pictures of the data's first
@@ -53,7 +53,8 @@ def gradient(run: Run, watch: Watch, step: int) -> tuple[torch.Tensor, list[str]
         batch = next(run.stream)
         if hasattr(run.objective, "mu"):  # s.12: by the size of these pictures
             run.objective.mu = losses.mu_of_length(recipe.latent_tokens(run.sizes, batch.x0.shape))
-        # What DDP's no_sync() sets: gradients are reduced once an iteration. (Under static_graph no_sync would lose them.)
+        # What DDP's no_sync() sets: gradients are reduced once an iteration. (Under static_graph no_sync would lose
+        # them.)
         run.step_module.require_backward_grad_sync = m == count - 1
         loss, stats = run.step_module(batch.x0, batch.c, batch.null, batch.fake, batch.is_null, batch.draws, tau, aux)
         (loss / count).backward()
@@ -86,7 +87,8 @@ def train(run: Run, watch: Watch) -> None:
     while step < plan.steps and not stopping:
         run.begin_stage(step)
         with run.stop.held():
-            # The first iterations run as they are: they end in a first picture grid before the compiler takes its minute.
+            # The first iterations run as they are: they end in a first picture grid before the compiler takes its
+            # minute.
             if step == max(run.start, EAGER_STEPS):
                 watch.say(f"  from iteration {step} on {run.compile()}")
             loss, keys = gradient(run, watch, step)
@@ -124,7 +126,8 @@ def main() -> None:
     if args.resume and not states:
         raise checkpoint.CheckpointError(f"nothing to resume: {folder / 'state'} holds no complete state")
     if not plan.data and not args.dry_run:
-        raise errors.UserError(f"--size {args.size} needs --data: a folder of tar shards, or caches of them (LONG_RUN.md)")
+        raise errors.UserError(f"--size {args.size} needs --data: a folder of tar shards, or caches of them "
+                               "(LONG_RUN.md)")
     if args.dry_run:
         if ranks.is_first:
             dry_run(args, plan, ranks.world, checkpoint.step_of(states[-1]) if args.resume else 0)

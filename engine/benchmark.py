@@ -5,10 +5,11 @@
     python engine/benchmark.py --size 2b --batch 16                  # on a GPU
 
 Prints and, with --out, writes as JSON: the steps of flow matching, Self-E (tau = 1) and Self-E with the auxiliary term,
-taken in turns so that the machine's moods hit all alike; forward + backward beside diffusers' FluxTransformer2DModel of the
-same size; the optimizer's and the average's share; how long the loop waits for data, and what torch.compile still compiles
-after its warm-up over all picture sizes of the data; and the share of the machine's own matrix-product peak (MFU), with the
-operations counted by `model.forward_flops`, a backward pass as two forward passes and no credit for recomputation.
+taken in turns so that the machine's moods hit all alike; forward + backward beside diffusers' FluxTransformer2DModel of
+the same size; the optimizer's and the average's share; how long the loop waits for data, and what torch.compile still
+compiles after its warm-up over all picture sizes of the data; and the share of the machine's own matrix-product peak
+(MFU), with the operations counted by `model.forward_flops`, a backward pass as two forward passes and no credit for
+recomputation.
 """
 
 import copy
@@ -124,7 +125,8 @@ def made_up_inputs(setting: Setting) -> dict[str, tuple]:
 def count_forwards(step: Step, inputs: dict[str, tuple], batch: int) -> dict[str, float]:
     """Forward passes of each kind of step, in units of the whole batch."""
     calls, forwards = [], {}
-    hooks = [net.register_forward_pre_hook(lambda _, x: calls.append(len(x[0]) / batch)) for net in (step.network, step.ema)]
+    hooks = [net.register_forward_pre_hook(lambda _, x: calls.append(len(x[0]) / batch))
+             for net in (step.network, step.ema)]
     for name, arguments in inputs.items():
         calls.clear()
         step(*arguments)
@@ -148,7 +150,8 @@ def measure_steps(setting: Setting, step: Step, repeats: int) -> dict:
     step.adam.zero_grad(set_to_none=False)
     memory = {}
     if device.type == "cuda":
-        memory = {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}  # before the large matrices of the peak
+        # Before the large matrices of the peak
+        memory = {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
 
     peak = {"float32": 0.0, "bfloat16": 0.0}
 
@@ -163,12 +166,14 @@ def measure_steps(setting: Setting, step: Step, repeats: int) -> dict:
     for name in works:
         t = medians[name]
         rate = FORWARDS[name] * flops / t
-        rows[name] = {"seconds": t, "images_per_s": setting.batch / t, "ratio": t / medians["flow matching"], "forwards": forwards[name],
+        rows[name] = {"seconds": t, "images_per_s": setting.batch / t, "ratio": t / medians["flow matching"],
+                      "forwards": forwards[name],
                       "tflops": rate / 1e12, "mfu": rate / peak[used]}  # fmt: skip
     return {
         "peak_tflops": {name: round(value / 1e12, 3) for name, value in peak.items()}, "steps": rows,
         "adam_and_ema_share": medians["Adam + EMA"] / medians["Self-E"],
-        "self_e_split_seconds": {"forward": medians["forward"], "backward": medians["forward + backward"] - medians["forward"],
+        "self_e_split_seconds": {"forward": medians["forward"],
+                                 "backward": medians["forward + backward"] - medians["forward"],
                                  "Adam + EMA": medians["Adam + EMA"]},
     } | memory  # fmt: skip
 
@@ -180,7 +185,8 @@ def on_real_data(args, setting: Setting, step: Step) -> dict:
     returned is of the second half, on pictures not read before, with one thread reading ahead as in train.py. Raises
     DataError or UserError when the data cannot be used with this model.
     """
-    plan = recipe.make(args.size, data=args.data and tuple(args.data), batch_size=args.batch, side=args.side, txt_len=args.txt_len,
+    plan = recipe.make(args.size, data=args.data and tuple(args.data), batch_size=args.batch, side=args.side,
+                       txt_len=args.txt_len,
                        micro_batch=args.batch, aux_from=1.0)  # fmt: skip
     plan = dataclasses.replace(plan, steps=4 * args.repeats, stages=plan.stages[:1])
     size, device = setting.size, setting.device
@@ -198,12 +204,15 @@ def on_real_data(args, setting: Setting, step: Step) -> dict:
         step.objective.mu = losses.mu_of_length(recipe.latent_tokens(size, batch.x0.shape))
         step(batch.x0, batch.c, batch.null, None, batch.is_null, batch.draws, 1.0, False)
         wait(device)  # as train.py does once an iteration
-    return {"data": list(plan.data), "steps": half, "picture_sizes": len(met), "seconds": time.perf_counter() - start, "waited": feed.waited,
-            "compiled_in_warm_up": graphs[1] - graphs[0], "compiled_after": stats["unique_graphs"] - graphs[1]}  # fmt: skip
+    return {"data": list(plan.data), "steps": half, "picture_sizes": len(met), "seconds": time.perf_counter() - start,
+            "waited": feed.waited,
+            "compiled_in_warm_up": graphs[1] - graphs[0],
+            "compiled_after": stats["unique_graphs"] - graphs[1]}  # fmt: skip
 
 
 def diffusers_flux(size: dict, device: torch.device):
-    """diffusers' FluxTransformer2DModel of the same size, and how to call it with our inputs; None without diffusers."""
+    """diffusers' FluxTransformer2DModel of the same size, and how to call it
+    with our inputs; None without diffusers."""
     try:
         from diffusers import FluxTransformer2DModel
     except ImportError:
@@ -221,14 +230,16 @@ def diffusers_flux(size: dict, device: torch.device):
         ids[:, 1], ids[:, 2] = (axis.flatten().to(device) for axis in
                                 torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))  # fmt: skip
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            return flux(hidden_states=tokens, encoder_hidden_states=txt, pooled_projections=vec, timestep=t, img_ids=ids,
+            return flux(hidden_states=tokens, encoder_hidden_states=txt, pooled_projections=vec, timestep=t,
+                        img_ids=ids,
                         txt_ids=torch.zeros(txt.shape[1], 3, device=device), return_dict=False)[0]  # fmt: skip
 
     return flux, call
 
 
 def against_diffusers(setting: Setting, network: model.Denoiser, repeats: int) -> dict | None:
-    """Seconds of forward + backward of our network and of diffusers' of the same size, in turns; None without diffusers."""
+    """Seconds of forward + backward of our network and of diffusers' of the
+    same size, in turns; None without diffusers."""
     other = diffusers_flux(setting.size, setting.device)
     if other is None:
         return None
@@ -238,7 +249,8 @@ def against_diffusers(setting: Setting, network: model.Denoiser, repeats: int) -
             block.compile(dynamic=False)
     x, c, *_ = made_up_inputs(setting)["flow matching"]
     t = torch.rand(setting.batch, device=setting.device)
-    tokens = torch.randn(setting.batch, setting.image_tokens, setting.size["channels"] * setting.size["patch"] ** 2, device=setting.device)
+    tokens = torch.randn(setting.batch, setting.image_tokens, setting.size["channels"] * setting.size["patch"] ** 2,
+                         device=setting.device)
 
     def ours():
         network(x, t, t, *c).square().mean().backward()
@@ -261,7 +273,8 @@ def parse_arguments():
     a("--blocks", metavar="N", type=int, nargs=2, help="double and single blocks instead of the size's own")
     a("--batch", metavar="N", type=int, default=64, help="pictures a step, even (default: 64)")
     a("--side", metavar="N", type=int, help="side of the pictures in pixels (default: the recipe's)")
-    a("--data", metavar="DIR", nargs="+", help="what training would read (default: one-shape for laptop, else not measured)")
+    a("--data", metavar="DIR", nargs="+",
+      help="what training would read (default: one-shape for laptop, else not measured)")
     a("--txt-len", metavar="N", type=int, help="text tokens (default: the recipe's)")
     a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="inside the network (default: the faster)")
     a("--compile", action="store_true", help="torch.compile each block")
@@ -292,18 +305,24 @@ def setting_of(args) -> Setting:
     pixels = args.side or plan.stages[0].sides[0]
     side = pixels // plan.factor()
     return Setting(device, precision, size, args.batch, (size["channels"], side, side),
-                   recipe.image_tokens(size, pixels, plan.factor()), args.txt_len or plan.txt_len, args.compile, args.recompute)  # fmt: skip
+                   recipe.image_tokens(size, pixels, plan.factor()), args.txt_len or plan.txt_len, args.compile,
+                   args.recompute)  # fmt: skip
 
 
 def print_steps(setting: Setting, args, report: dict) -> None:
-    print(f"{args.size} ({setting.size['double']} + {setting.size['single']} blocks), batch {setting.batch}, {setting.image_tokens} + "
-          f"{setting.text_tokens} tokens, {report['precision']}{', compiled' if setting.compile else ''}, on {report['hardware']}")  # fmt: skip
+    print(f"{args.size} ({setting.size['double']} + {setting.size['single']} blocks), batch {setting.batch}, "
+          f"{setting.image_tokens} + "
+          f"{setting.text_tokens} tokens, {report['precision']}{', compiled' if setting.compile else ''}, on "
+          f"{report['hardware']}")  # fmt: skip
     print("matrix-product peak: " + ", ".join(f"{v:.2f} TFLOP/s in {k}" for k, v in report["peak_tflops"].items()))
-    print(f"{'step':16}{'ms':>9}{'images/s':>10}{'x flow matching':>17}{'forward passes':>16}{'TFLOP/s':>9}{'of peak':>9}")
+    print(f"{'step':16}{'ms':>9}{'images/s':>10}{'x flow matching':>17}{'forward passes':>16}"
+          f"{'TFLOP/s':>9}{'of peak':>9}")
     for name, row in report["steps"].items():
-        print(f"{name:16}{row['seconds'] * 1e3:9.1f}{row['images_per_s']:10.1f}{row['ratio']:17.3f}{row['forwards']:16.1f}"
+        print(f"{name:16}{row['seconds'] * 1e3:9.1f}{row['images_per_s']:10.1f}{row['ratio']:17.3f}"
+              f"{row['forwards']:16.1f}"
               f"{row['tflops']:9.3f}{row['mfu']:9.1%}")  # fmt: skip
-    print("a Self-E step: " + ", ".join(f"{name} {t * 1e3:.1f} ms" for name, t in report["self_e_split_seconds"].items())
+    print("a Self-E step: "
+          + ", ".join(f"{name} {t * 1e3:.1f} ms" for name, t in report["self_e_split_seconds"].items())
           + f" ({report['adam_and_ema_share']:.1%} of it)")  # fmt: skip
     if "peak_memory_gib" in report:
         print(f"peak memory: {report['peak_memory_gib']:.1f} GiB")
@@ -318,15 +337,19 @@ def main() -> None:
     report = machine.provenance(setting.device) | {
         "size": args.size, "blocks": [setting.size["double"], setting.size["single"]], "batch": setting.batch,
         "image_tokens": setting.image_tokens, "text_tokens": setting.text_tokens,
-        "precision": str(setting.precision).removeprefix("torch."), "compiled": setting.compile, "recompute": setting.recompute,
+        "precision": str(setting.precision).removeprefix("torch."), "compiled": setting.compile,
+        "recompute": setting.recompute,
     } | measure_steps(setting, step, args.repeats)  # fmt: skip
     print_steps(setting, args, report)
 
     if args.data or recipe.RECIPES[args.size].text == "words":
         report["real_data"] = real = on_real_data(args, setting, step)
-        print(f"on {' '.join(real['data'])}, {real['steps']} steps of {real['picture_sizes']} picture size{'s' * (real['picture_sizes'] > 1)}: "
-              f"{setting.batch * real['steps'] / real['seconds']:.1f} images/s, {real['waited'] / real['seconds']:.1%} of the time waiting for data; "
-              f"{real['compiled_in_warm_up']} pieces of code compiled in the warm-up, {real['compiled_after']} after it")  # fmt: skip
+        print(f"on {' '.join(real['data'])}, {real['steps']} steps of {real['picture_sizes']} picture "
+              f"size{'s' * (real['picture_sizes'] > 1)}: "
+              f"{setting.batch * real['steps'] / real['seconds']:.1f} images/s, {real['waited'] / real['seconds']:.1%} "
+              "of the time waiting for data; "
+              f"{real['compiled_in_warm_up']} pieces of code compiled in the warm-up, {real['compiled_after']} after "
+              "it")  # fmt: skip
     else:
         print("data wait: not measured without --data")
 
@@ -337,7 +360,8 @@ def main() -> None:
         print("diffusers is not installed: no comparison with its FluxTransformer2DModel")
     else:
         report["forward_backward"] = pair
-        print(f"forward + backward: {pair['ours'] * 1e3:.1f} ms, diffusers' FluxTransformer2DModel {pair['diffusers'] * 1e3:.1f} ms "
+        print(f"forward + backward: {pair['ours'] * 1e3:.1f} ms, diffusers' FluxTransformer2DModel "
+              f"{pair['diffusers'] * 1e3:.1f} ms "
               f"({pair['ours'] / pair['diffusers']:.2f} of it)")  # fmt: skip
     if args.out:
         checkpoint.write_json(args.out, report)

@@ -1,13 +1,13 @@
 """Latents and encoded captions of tar shards, made once: the frozen encoders then cost training nothing (S.2 a and c).
 
-    python engine/cache.py tars/ cache256/ --side 256 --fake               # encode; begun again, it goes on with what is missing
+    python engine/cache.py tars/ cache256/ --side 256 --fake     # encode; begun again, it goes on with the rest
 
     source = cache.CachedShards("cache256/", batch_size=1024)       # a source like shards.Shards, of encoded samples
     x0, c, fake = cache.collate(samples, dropped, source.null, source.null_fake, with_fake=True)
 
-    OUT/cache.json                    what it was made from and with: encoders, side, the source's fingerprint, the counts
+    OUT/cache.json                    what it was made from and with: encoders, side, the source's fingerprint, counts
     OUT/null.safetensors              the encoded prompts "" and "fake image ": what a dropped prompt is replaced by
-    OUT/192x336_00002.safetensors     shard 2 of bucket (192, 336): latent [n, C, h, w] and pooled [n, d] in fp32, tokens
+    OUT/192x336_00002.safetensors     shard 2 of bucket (192, 336): latent [n, C, h, w], pooled [n, d] in fp32, tokens
                                       [n, L, d] in bf16 or fp32, the same of the fake prompts, captions and keys
 
 A cache yields the sequence of samples that its tars yield with the same side, `multiple` and batch size.
@@ -173,7 +173,8 @@ class CachedShards:
 
     def check(self, text: str, txt_len: int, autoencoder: str) -> None:
         """Raise DataError unless the encoders of these names are those that the cache was made with."""
-        asked = (("text", encoders.canonical(text)), ("txt_len", txt_len), ("autoencoder", encoders.canonical(autoencoder)))
+        asked = (("text", encoders.canonical(text)), ("txt_len", txt_len),
+                 ("autoencoder", encoders.canonical(autoencoder)))
         for name, value in asked:
             if self.spec[name] != value:
                 raise DataError(f"{self.name} was encoded with {name} {self.spec[name]!r}, not {value!r}: "
@@ -210,7 +211,8 @@ def is_cache(folder: str | Path) -> bool:
 
 
 def cached_sizes(folder: Path) -> tuple[dict, int]:
-    """What a cache says of the encoders without loading them: ({channels, txt_dim, vec_dim} for model.SIZES, factor)."""
+    """What a cache says of the encoders without loading them: ({channels,
+    txt_dim, vec_dim} for model.SIZES, factor)."""
     spec = checkpoint.read_json(folder / "cache.json")
     path, k, _ = next(shard_plan(folder, spec))
     with opened(path) as file:
@@ -269,7 +271,8 @@ def main() -> None:
     a("--tokens", default="bf16", choices=("bf16", "fp32"), help="precision of the stored tokens (default: bf16)")
     a("--batch-size", metavar="N", type=shards.positive, default=1024,
       help="the largest to train with: smaller buckets are merged (default: 1024)")  # fmt: skip
-    a("--multiple", metavar="N", type=shards.positive, default=16, help="of which all sides are multiples (default: 16)")
+    a("--multiple", metavar="N", type=shards.positive, default=16,
+      help="of which all sides are multiples (default: 16)")
     a("--per-shard", metavar="N", type=shards.positive, default=256, help="samples a cached shard (default: 256)")
     a("--encode-batch", metavar="N", type=shards.positive, default=16, help="pictures encoded at once (default: 16)")
     a("--part", metavar="I/N", type=share, default=(0, 1), help="every N-th shard from the I-th on (default: 0/1, all)")

@@ -6,10 +6,10 @@
         config.json  model.safetensors (EMA)  network.safetensors  adam.pt  state.json
     RUN/metrics.jsonl  RUN/grids/       what happened on the way
 
-    python engine/checkpoint.py runs/laptop checkpoints/laptop --dtype fp16      # the part of a run that is worth giving away
+    python engine/checkpoint.py runs/laptop checkpoints/laptop --dtype fp16   # the part of a run worth giving away
 
-Every file or folder is written beside its final name, brought to the disk and then renamed, so what has the final name is
-complete: a run may be killed at any moment, a disk may fill up, and the last complete state is still there.
+Every file or folder is written beside its final name, brought to the disk and then renamed, so what has the final name
+is complete: a run may be killed at any moment, a disk may fill up, and the last complete state is still there.
 """
 
 import contextlib
@@ -54,8 +54,8 @@ def to_disk(path: Path) -> None:
 def in_one_piece(path: Path, shared: bool = False):
     """A path beside `path` to write a file to, renamed to it when the block ends well and removed when it does not.
 
-    `shared` is for a file that several processes may write at the same time: each has a partial file of its own, and the
-    last rename wins. Otherwise the name is fixed, and what a killed process left there is written over.
+    `shared` is for a file that several processes may write at the same time: each has a partial file of its own, and
+    the last rename wins. Otherwise the name is fixed, and what a killed process left there is written over.
     """
     own = f".{uuid.uuid4().hex}" if shared else ""
     partial = path.with_name(f"{path.name}{own}.partial")
@@ -151,7 +151,8 @@ def locked(run: Path):
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise CheckpointError(f"another process is training in {run}: wait for it, or choose another --out") from error
+            raise CheckpointError(f"another process is training in {run}: wait for it, or choose another "
+                                  "--out") from error
         except (ImportError, OSError) as error:
             print(f"{run} cannot be locked ({error}): see to it that nothing else trains there", file=sys.stderr)
         yield
@@ -184,37 +185,46 @@ def save_state(run: Path, step: int, models: tuple[nn.Module, nn.Module], adam: 
             os.replace(partial, folder)
             to_disk(folder.parent)
         publish(run, folder)
-    except (OSError, CheckpointError, RuntimeError) as error:  # torch wraps a full disk in its own, in_one_piece in ours
+    # Torch wraps a full disk in its own, in_one_piece in ours
+    except (OSError, CheckpointError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         last = [p.name for p in complete_states(run)][-1:]
         raise CheckpointError(f"cannot save iteration {step} in {run} ({str(error).splitlines()[0]}); "
-                              + (f"the last complete state is {last[0]}: --resume goes on from it; make room if the disk is full" if last else "make room and start again")) from error  # fmt: skip
+                              + (f"the last complete state is {last[0]}: --resume goes on from it; make room if the "
+                                 "disk is full" if last else "make room and start again")) from error  # fmt: skip
     for old in complete_states(run)[:-keep]:
         if not milestone_every or step_of(old) % milestone_every:
             gone = old.with_name(old.name + ".partial")  # a half-deleted state must not pass for a complete one
-            with contextlib.suppress(OSError):  # what can not be deleted now, as on NFS while it is read, is swept by a later save
+            # What can not be deleted now, as on NFS while it is read, is swept by a later save
+            with contextlib.suppress(OSError):
                 os.replace(old, gone)
                 shutil.rmtree(gone)
     return folder
 
 
 def load_state(folder: Path, network: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Load one training state into network, ema and optimizer; returns what was in state.json. Raises CheckpointError."""
+    """Load one training state into network, ema and optimizer; returns what was
+    in state.json. Raises CheckpointError."""
     load_weights(folder / "network.safetensors", network)
     load_weights(folder / "model.safetensors", ema)
     try:  # on a CPU the moments would stay the mapping of a file that is going to be deleted
-        adam = torch.load(folder / "adam.pt", map_location="cpu", weights_only=True, mmap=next(network.parameters()).is_cuda)
+        adam = torch.load(folder / "adam.pt", map_location="cpu", weights_only=True,
+                          mmap=next(network.parameters()).is_cuda)
         optimizer.load_state_dict(adam)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder / 'adam.pt'} is not Adam's state of this model ({type(error).__name__}: {error})") from error
-    for p, own in getattr(optimizer, "optim", optimizer).state.items():  # ZeRO-1 leaves Adam's count on the CPU, where the
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError,
+            AttributeError) as error:
+        raise CheckpointError(f"{folder / 'adam.pt'} is not Adam's state of this model ({type(error).__name__}: "
+                              f"{error})") from error
+    # ZeRO-1 leaves Adam's count on the CPU, where the
+    for p, own in getattr(optimizer, "optim", optimizer).state.items():
         if "step" in own:  # Muon keeps none
             own["step"] = own["step"].to(p.device)  # fused update does not look for it (pytorch issue 124133)
     if hasattr(optimizer, "optim"):
         optimizer.state.clear()  # a second copy of the moments, which ZeRO-1 makes on loading and never reads
     state = read_json(folder / "state.json")
     if not isinstance(state, dict) or not {"step", "seed", "elapsed"} <= set(state):
-        raise CheckpointError(f"{folder / 'state.json'} is not that of a training state; delete {folder} to go on from an older one")
+        raise CheckpointError(f"{folder / 'state.json'} is not that of a training state; delete {folder} to go on from "
+                              "an older one")
     return state
 
 

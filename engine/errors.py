@@ -31,7 +31,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None], stopped: str = "") -> None:
-    """Run a program's main function; a UserError, a failing file operation or a full device becomes one line and exit code 2.
+    """Run a program's main function; a UserError, a failing file operation or a full device becomes one line and exit
+    code 2.
 
     With `stopped`, which says what a Ctrl-C leaves, that ends in this line and exit code 130.
     """

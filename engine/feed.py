@@ -5,9 +5,9 @@
     for batch in feed.stream(start=1200):      # this process's micro-batches, from iteration 1200 on, in order
         loss(batch.x0, batch.c, batch.null, batch.fake, batch.is_null, batch.draws, tau, aux)
 
-What a batch holds is a function of (seed, iteration, global index): which thread reads it, when, and on which of how many
-processes changes nothing. Threads do what needs no device (files, pictures, random numbers); the frozen encoders run where
-the network runs, when the batch is due.
+What a batch holds is a function of (seed, iteration, global index): which thread reads it, when, and on which of how
+many processes changes nothing. Threads do what needs no device (files, pictures, random numbers); the frozen encoders
+run where the network runs, when the batch is due.
 """
 
 import itertools
@@ -34,22 +34,25 @@ from recipe import Recipe, Stage
 # ---------------------------------------------------------------------------------------------------------------------
 def open_source(names: tuple[str, ...], stage: Stage, multiple: int, index: str | None = None,
                 wrong_captions: float = 0.0):  # fmt: skip
-    """The samples of a stage: a built-in set by its name, a folder of pictures, a folder of tar shards, or caches of encoded shards.
+    """The samples of a stage: a built-in set by its name, a folder of pictures, a folder of tar shards, or caches of
+    encoded shards.
 
     Sources of several sides take turns, batch by batch. A cache has one side, so a stage of two sides needs two caches;
-    all else serves every side. `multiple` is what the sides of a picture must be multiples of: the auto-encoder's factor
-    times the patch; `index` the folder of the tars' index, if not their own; `wrong_captions` the share of samples with the caption
-    of another (data.WrongCaptions). Raises DataError with what is wrong and what to do.
+    all else serves every side. `multiple` is what the sides of a picture must be multiples of: the auto-encoder's
+    factor times the patch; `index` the folder of the tars' index, if not their own; `wrong_captions` the share of
+    samples with the caption of another (data.WrongCaptions). Raises DataError with what is wrong and what to do.
     """
     sides, batch_size = stage.sides, stage.batch_size
     caches = {checkpoint.read_json(Path(name) / "cache.json")["side"]: name for name in names if cache.is_cache(name)}
     if len(caches) < len(names) and len(names) > 1:
-        raise data.DataError(f"--data takes one folder, or several caches; of {', '.join(names)} only {len(caches)} are caches")
+        raise data.DataError(f"--data takes one folder, or several caches; of {', '.join(names)} only {len(caches)} "
+                             "are caches")
     for side in sides:
         if side % multiple:
             raise data.DataError(f"the side of the pictures must be a multiple of {multiple}, not {side}")
     if caches and wrong_captions:
-        raise data.DataError(f"{names[0]} is a cache, whose captions are encoded already: --wrong-captions needs its tars")
+        raise data.DataError(f"{names[0]} is a cache, whose captions are encoded already: --wrong-captions needs its "
+                             "tars")
     parts = []
     for side in sides:
         if names[0] in data.SETS:
@@ -60,7 +63,8 @@ def open_source(names: tuple[str, ...], stage: Stage, multiple: int, index: str 
             source = cache.CachedShards(caches[side], batch_size)  # only this one: others may be for other batches
             wrong = [f"{h}x{w}" for h, w in source.buckets if h % multiple or w % multiple]
             if wrong:
-                raise data.DataError(f"{source.name} holds pictures of {', '.join(wrong)}, and sides must be multiples of {multiple}: cache again "
+                raise data.DataError(f"{source.name} holds pictures of {', '.join(wrong)}, and sides must be multiples "
+                                     f"of {multiple}: cache again "
                                      f"with --multiple {multiple}")  # fmt: skip
             parts.append(source)
         elif any(Path(names[0]).glob("*.tar")):
@@ -143,7 +147,8 @@ class Feed:
         self.check_caches()
 
     def fingerprints(self) -> dict[str, str]:
-        """What the samples of each stage to come follow from, besides the seed: a resumed run must find it unchanged."""
+        """What the samples of each stage to come follow from, besides the seed:
+        a resumed run must find it unchanged."""
         return {str(number): f"{source.fingerprint} in batches of {self.plan.stages[number].batch_size}"
                 for number, source in self.sources.items()}  # fmt: skip
 
@@ -152,17 +157,20 @@ class Feed:
         return self.sources[self.plan.stage_number(step)]
 
     def check_caches(self) -> None:
-        """Raise DataError now, not at the iteration that needs it, for a cache of other encoders or without fake prompts."""
+        """Raise DataError now, not at the iteration that needs it, for a cache
+        of other encoders or without fake prompts."""
         for source in self.sources.values():
             for part in parts_of(source):
                 if isinstance(part, cache.CachedShards):
                     part.check(self.plan.text, self.plan.txt_len, self.plan.autoencoder)
                     if self.plan.aux_from < 1 and not part.fake:
-                        raise data.DataError(f"{part.name} was cached without --fake, which the auxiliary term needs: cache again, "
+                        raise data.DataError(f"{part.name} was cached without --fake, which the auxiliary term needs: "
+                                             "cache again, "
                                              "or train with --aux-from 1")  # fmt: skip
 
     def skipped(self) -> set[str]:
-        """The keys of the samples that could not be read so far: those that an index knows, and those found by this process."""
+        """The keys of the samples that could not be read so far: those that an
+        index knows, and those found by this process."""
         return {key for source in self.sources.values() for key in dict(source.skipped)}
 
     def indices(self, step: int) -> list[list[int]]:
@@ -212,14 +220,16 @@ class Feed:
             if self.null is None:
                 self.null = self.codec.text([""])
         null = tuple(a.expand(len(x0), *a.shape[1:]) for a in self.null)
-        is_null = torch.tensor([drop or s.caption == "" for s, drop in zip(f.samples, f.dropped)], device=self.codec.device)
+        is_null = torch.tensor([drop or s.caption == "" for s, drop in zip(f.samples, f.dropped)],
+                               device=self.codec.device)
         return Batch(x0, c, null, fake, is_null, type(f.draws)(*put(tuple(f.draws))), [s.key for s in f.samples])
 
     def stream(self, start: int) -> Iterator[Batch]:
         """Every micro-batch from iteration `start` to the end of the run, read ahead by `workers` threads."""
         jobs = ((step, index) for step in range(start, self.plan.steps) for index in self.indices(step))
         with ThreadPoolExecutor(self.reading.workers) as pool:
-            ahead = deque((step, pool.submit(self.fetch, step, index)) for step, index in itertools.islice(jobs, 2 * self.reading.workers))
+            ahead = deque((step, pool.submit(self.fetch, step, index))
+                          for step, index in itertools.islice(jobs, 2 * self.reading.workers))
             try:
                 while ahead:
                     step, future = ahead.popleft()

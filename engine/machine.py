@@ -51,13 +51,15 @@ def matmul_seconds(device: torch.device, dtype: torch.dtype, side: int = 768, re
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The best rate of a large matrix product here, in FLOP/s: what a training step's own rate is measured against (MFU)."""
+    """The best rate of a large matrix product here, in FLOP/s: what a training
+    step's own rate is measured against (MFU)."""
     side = 8192 if device.type == "cuda" else 1024
     return 2 * side**3 / matmul_seconds(device, dtype, side)
 
 
 def allow_shapes(n: int) -> None:
-    """Let torch.compile keep n versions of a function, one for each picture size it meets, instead of giving up after 8."""
+    """Let torch.compile keep n versions of a function, one for each picture
+    size it meets, instead of giving up after 8."""
     config = torch._dynamo.config
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name before torch 2.6
     setattr(config, name, max(n, getattr(config, name)))
@@ -66,7 +68,8 @@ def allow_shapes(n: int) -> None:
 
 
 def pick_precision(device: torch.device) -> torch.dtype:
-    """bf16 on CUDA chips that have it, and on CPUs whose bf16 matrix product is clearly faster (AMX, AVX512-BF16); else fp32."""
+    """bf16 on CUDA chips that have it, and on CPUs whose bf16 matrix product is
+    clearly faster (AMX, AVX512-BF16); else fp32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu" and 1.5 * matmul_seconds(device, torch.bfloat16) < matmul_seconds(device, torch.float32):
@@ -84,7 +87,7 @@ def compile_works(device: torch.device) -> tuple[bool, str]:
     try:
         x = torch.ones(8, device=device, requires_grad=True)
         torch.compile(lambda a: (a.sin() * a).sum())(x).backward()
-    except Exception as error:  # whatever the compiler stack raises, the answer is "no", and it is printed by the caller
+    except Exception as error:  # whatever the compiler stack raises, the answer is "no", and the caller prints it
         torch._dynamo.reset()
         return False, str(error).strip().splitlines()[0][:120]
     return True, ""
@@ -93,8 +96,9 @@ def compile_works(device: torch.device) -> tuple[bool, str]:
 def keep_freed_memory() -> None:
     """Linux: let malloc keep freed blocks instead of handing them back to the kernel after every tensor.
 
-    glibc maps each large tensor afresh and unmaps it when it is freed, so every step pays for zeroed pages again. Keeping
-    them made a training step of the laptop model about three times faster in eager mode. Does nothing elsewhere.
+    glibc maps each large tensor afresh and unmaps it when it is freed, so every step pays for zeroed pages again.
+    Keeping them made a training step of the laptop model about three times faster in eager mode. Does nothing
+    elsewhere.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -122,7 +126,8 @@ def commit() -> str:
         return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno", "--", "*.py") else "")
+        return git("rev-parse", "--short=10",
+                   "HEAD") + ("+" if git("status", "--porcelain", "-uno", "--", "*.py") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

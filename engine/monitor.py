@@ -1,23 +1,23 @@
 """Seeing a run: what is watched, summed over iterations and processes, and where it is written.
 
-    RUN/metrics.jsonl    one line per --log-every iterations, and one for each update that was left out, with its samples' keys
+    RUN/metrics.jsonl    a line per --log-every iterations, and one for each update left out, with its samples' keys
     RUN/tensorboard/     the same curves and the picture grids, if the package tensorboard is installed
 
-    name               what it is                                                           what it should look like
-    loss               mean over the batch, per value of x0                                 falls; never NaN
-    loss_t0 .. loss_t3 the same by quarters of t, from data to noise                        all fall; the two ends are largest
-    share_jump         share of samples with s < t                                          0 at tau = 0, then 0.5
-    lambda             geometric mean of Eq. 17 over them                                   grows with tau
-    w                  mean of `mix`, lambda / (1 + lambda), the share of x_self                  grows with tau, stays below 1
-    delta_norm         root mean square of Delta per value, the self-evaluation signal      a few % of the data's own size
-    fake_loss          s.8, in the auxiliary stage                                          near the loss at small t
-    grad_norm          before clipping, mean                                                steady; peaks are clipped
-    iterations_per_s   and images_per_s, over all processes                                 steady
-    mfu                share of the machine's own matrix-product peak                       steady
-    data_wait          share of the time spent waiting for data, mean over processes        near 0
-    skipped            samples that could not be read, over all processes, since it began or
-                       was resumed                                                          constant or slowly rising
-    nonfinite          iterations whose update was left out so far                          0
+    name               what it is                                                        what it should look like
+    loss               mean over the batch, per value of x0                              falls; never NaN
+    loss_t0 .. loss_t3 the same by quarters of t, from data to noise                     all fall; both ends are largest
+    share_jump         share of samples with s < t                                       0 at tau = 0, then 0.5
+    lambda             geometric mean of Eq. 17 over them                                grows with tau
+    w                  mean of `mix`, lambda / (1 + lambda), the share of x_self         grows with tau, stays below 1
+    delta_norm         root mean square of Delta per value, the self-evaluation signal   some % of the data's size
+    fake_loss          s.8, in the auxiliary stage                                       near the loss at small t
+    grad_norm          before clipping, mean                                             steady; peaks are clipped
+    iterations_per_s   and images_per_s, over all processes                              steady
+    mfu                share of the machine's own matrix-product peak                    steady
+    data_wait          share of the time spent waiting for data, mean over processes     near 0
+    skipped            samples that could not be read, over all processes, since the
+                       run began or was resumed                                          constant or slowly rising
+    nonfinite          iterations whose update was left out so far                       0
 """
 
 import json
@@ -43,7 +43,8 @@ class Meter:
     """
 
     NAMES = ("n", "loss", "jumps", "log_lambda", "evaluated", "w", "delta_norm", "fakes", "fake_loss",
-             *(f"{kind}_t{b}" for b in range(BINS) for kind in ("n", "loss")), "flops", "iterations", "grad_norm")  # fmt: skip
+             *(f"{kind}_t{b}" for b in range(BINS) for kind in ("n", "loss")), "flops", "iterations",
+             "grad_norm")  # fmt: skip
 
     def __init__(self, device: torch.device):
         dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -53,8 +54,8 @@ class Meter:
     def add(self, stats: dict[str, Tensor], flops: float) -> None:
         """Take one micro-batch's stats and its operations.
 
-        Every objective gives t, s and loss, detached, one value per sample or group. Those that evaluate themselves give
-        mix and delta_norm besides, one value per sample with s < t, and with the auxiliary term fake_loss.
+        Every objective gives t, s and loss, detached, one value per sample or group. Those that evaluate themselves
+        give mix and delta_norm besides, one value per sample with s < t, and with the auxiliary term fake_loss.
         """
         t, s, loss = stats["t"], stats["s"], stats["loss"]
         zero, jump = torch.zeros((), device=t.device), s < t
@@ -65,7 +66,8 @@ class Meter:
         for b in range(BINS):
             inside = (t >= b / BINS) & ((t < (b + 1) / BINS) | (b == BINS - 1))
             row += [inside.sum(), torch.where(inside, loss, 0.0).sum()]
-        row += [torch.full((), flops, dtype=self.sums.dtype, device=t.device), zero, zero]  # `keep` fills in the other two
+        # `keep` fills in the other two
+        row += [torch.full((), flops, dtype=self.sums.dtype, device=t.device), zero, zero]
         self.pending += torch.stack([value.to(self.sums.dtype) for value in row])
 
     def keep(self, grad_norm: Tensor) -> None:

@@ -1,12 +1,12 @@
 """What moves the weights: Adam, as in the paper (S.2), Adam with its moments spread over processes, or Muon and Adam.
 
     adam = optimizers.build("adam", network, plan)                  # the paper's, and that of every table
-    both = optimizers.build("muon", network, plan)                  # fewer iterations to the same loss, each a little longer
+    both = optimizers.build("muon", network, plan)                  # fewer iterations, each a little longer
 
-Muon (Keller Jordan, 2024; in torch from 2.9 on) moves a weight matrix along its momentum with all singular values made equal.
-It serves the matrices inside the blocks; what reads or writes data (patches, tokens, times, output) and all vectors stay with
-Adam. Its step is scaled so that the root mean square of an update is Adam's usual 0.2 times the learning rate (Liu et al.,
-arXiv 2502.16982), so both share one schedule.
+Muon (Keller Jordan, 2024; in torch from 2.9 on) moves a weight matrix along its momentum with all singular values made
+equal. It serves the matrices inside the blocks; what reads or writes data (patches, tokens, times, output) and all
+vectors stay with Adam. Its step is scaled so that the root mean square of an update is Adam's usual 0.2 times the
+learning rate (Liu et al., arXiv 2502.16982), so both share one schedule.
 """
 
 import torch
@@ -22,7 +22,8 @@ class MuonAndAdam:
 
     def __init__(self, network: nn.Module, lr: float, betas: tuple[float, float]):
         if not hasattr(torch.optim, "Muon"):
-            raise errors.UserError(f"--optimizer muon needs torch 2.9 or newer, and this is {torch.__version__}: update it, or take adam")
+            raise errors.UserError(f"--optimizer muon needs torch 2.9 or newer, and this is {torch.__version__}: "
+                                   "update it, or take adam")
         matrices = [p for name, p in network.named_parameters() if p.dim() == 2 and "blocks." in name]
         inside = set(matrices)
         others = [p for p in network.parameters() if p not in inside]

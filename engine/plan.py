@@ -17,7 +17,8 @@ def tell(args: argparse.Namespace, plan: recipe.Recipe, sizes: dict, factor: int
 
 
 def dry_run(args: argparse.Namespace, plan: recipe.Recipe, world: int, start: int) -> None:
-    """Print what a run will be, hold and cost; no encoder is loaded and nothing is written. Raises DataError for no data."""
+    """Print what a run will be, hold and cost; no encoder is loaded and nothing
+    is written. Raises DataError for no data."""
     sizes, factor = model.SIZES[args.size], plan.factor()
     tell(args, plan, sizes, factor, world, start)
     parameters = model.count_parameters(sizes)

@@ -100,15 +100,16 @@ class Run:
         return "compiled, which takes a minute or two the first time"
 
     def save(self, step: int) -> None:
-        """Rank 0 writes the state; nobody leaves before it is on the disk, because a launcher may end the others with the
-        first that ends."""
+        """Rank 0 writes the state; nobody leaves before it is on the disk, because a launcher may end the others with
+        the first that ends."""
         if self.args.zero and self.ranks.world > 1:
             self.adam.consolidate_state_dict(to=0)
         if self.ranks.is_first:
             state = {"step": step, "elapsed": self.elapsed(), "seed": self.args.seed, "steps": self.plan.steps,
                      "data": self.feed.fingerprints(), "nonfinite": self.nonfinite}  # fmt: skip
             checkpoint.save_state(self.folder, step, (self.network, self.ema), self.adam.state_dict(),
-                                  {"config": self.config, "state": state}, self.args.keep, self.args.milestone_every)  # fmt: skip
+                                  {"config": self.config, "state": state}, self.args.keep,
+                                  self.args.milestone_every)  # fmt: skip
         self.ranks.barrier()
         self.saved_at = time.perf_counter()
 
@@ -233,15 +234,17 @@ def check_resume(run: Run, state: dict) -> None:
 
 
 def rehearse(run: Run) -> None:
-    """The forward and backward pass of every stage to come, at its largest pictures, with the auxiliary term if it has it.
+    """The forward and backward pass of every stage to come, at its largest pictures, with the auxiliary term if it has
+    it.
 
-    Before the first iteration of a run on a GPU: what does not fit into its memory fails now, not after days. Nothing is
-    learned from it. Raises UserError with what to do.
+    Before the first iteration of a run on a GPU: what does not fit into its memory fails now, not after days. Nothing
+    is learned from it. Raises UserError with what to do.
     """
     plan, feed, network = run.plan, run.feed, run.network
     zero = run.args.zero and run.ranks.world > 1
     begins, moments = plan.begins(), None
-    if not getattr(run.adam, "optim", run.adam).state:  # those of a new run come with its first update; hold their place
+    # Those of a new run come with its first update; hold their place
+    if not getattr(run.adam, "optim", run.adam).state:
         parameters = sum(p.numel() for p in network.parameters())
         moments = torch.empty(2 * parameters // (run.ranks.world if zero else 1), device=feed.codec.device)
     for number in feed.sources:

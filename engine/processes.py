@@ -63,7 +63,8 @@ class Ranks(NamedTuple):
                     )
 
     def any(self, *flags: torch.Tensor) -> list[bool]:
-        """Whether each flag (a 0-d tensor on the run's device) is set on any process: all must skip, stop and save alike."""
+        """Whether each flag (a 0-d tensor on the run's device) is set on any
+        process: all must skip, stop and save alike."""
         told = torch.stack([flag.float() for flag in flags])
         if self.world > 1:
             dist.all_reduce(told, op=dist.ReduceOp.MAX)
@@ -93,8 +94,8 @@ class Ranks(NamedTuple):
 class StopSignal:
     """Becomes true at the first SIGINT or SIGTERM. A second Ctrl-C ends the process as usual.
 
-    A further SIGTERM does not, because launchers and schedulers may send one after the other, and it would cut the saving
-    short; they have SIGKILL for what takes too long.
+    A further SIGTERM does not, because launchers and schedulers may send one after the other, and it would cut the
+    saving short; they have SIGKILL for what takes too long.
     """
 
     def __init__(self):
@@ -109,9 +110,10 @@ class StopSignal:
 
     @contextlib.contextmanager
     def held(self):
-        """Block SIGINT in this thread, so that programs started meanwhile inherit the block: a terminal sends Ctrl-C to the
-        C++ compiler as well, which would end in its traceback. Any iteration may compile: one with pictures of a new size,
-        the first with the auxiliary term. This process still notices the signal and stops after the iteration."""
+        """Block SIGINT in this thread, so that programs started meanwhile inherit the block: a terminal sends Ctrl-C to
+        the C++ compiler as well, which would end in its traceback. Any iteration may compile: one with pictures of a
+        new size, the first with the auxiliary term. This process still notices the signal and stops after the
+        iteration."""
         can = hasattr(signal, "pthread_sigmask")  # not on Windows
         if can:
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

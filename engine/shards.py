@@ -1,8 +1,8 @@
 """A data set in tar shards, read map-style: any sample by its number, in an order that follows from (seed, number).
 
-    python engine/shards.py pack pictures/ tars/                      # a folder of captioned pictures -> tar shards, to try it
-    python engine/shards.py report tars/ --workers 16                 # index them; counts, sizes, buckets, what is skipped
-    python engine/cache.py tars/ cache256/ --side 256 --fake          # encode them once, with the frozen encoders (cache.py)
+    python engine/shards.py pack pictures/ tars/                # a folder of pictures -> tar shards, to try it
+    python engine/shards.py report tars/ --workers 16           # index them; counts, sizes, buckets, what is skipped
+    python engine/cache.py tars/ cache256/ --side 256 --fake    # encode them once, with the frozen encoders
 
     source = shards.Shards("tars/", side=256, batch_size=1024)          # pictures, decoded as they are asked for
     source = shards.Mixed([shards.Shards("tars/", 256, 768), shards.Shards("tars/", 512, 768)])     # S.2, second stage
@@ -16,8 +16,8 @@ at known offsets. So a run's place in its data is one integer, and any number of
 
 A batch is one tensor, so its pictures have one size: each aligned block of batch_size consecutive g has one bucket.
 
-    buckets     (height, width), multiples of 16 (`multiple`; 4 for laptop), areas near side^2, 1:2 to 2:1 (S.2: "varying
-                aspect-ratio")
+    buckets     (height, width), multiples of 16 (`multiple`; 4 for laptop), areas near side^2, 1:2 to 2:1 (S.2: varying
+                aspect-ratio)
     a picture   goes to the bucket of nearest log aspect ratio, is resized to cover it (Lanczos) and cropped centrally
     an epoch    takes from a bucket of n pictures as many blocks as n fills, and shuffles the blocks of all buckets
     the rest    of a bucket is neither dropped nor doubled: it opens that bucket's first block of the next epoch
@@ -66,8 +66,8 @@ HEAD = 2**16  # bytes of a picture that nearly always hold its header
 # =====================================================================================================================
 # The index of a tar
 # =====================================================================================================================
-# One row per usable sample: where the picture and its caption lie in the tar, what bucketing needs to know, and a checksum of
-# the caption and the picture's first bytes, by which other content of the same length is noticed.
+# One row per usable sample: where the picture and its caption lie in the tar, what bucketing needs to know, and a
+# checksum of the caption and the picture's first bytes, by which other content of the same length is noticed.
 ROW = np.dtype([("offset", "<i8"), ("size", "<i8"), ("width", "<i4"), ("height", "<i4"), ("text_offset", "<i8"),
                 ("text_size", "<i4"), ("is_json", "?"), ("letters", "<i4"), ("check", "<u4")])  # fmt: skip
 
@@ -89,7 +89,8 @@ def parse_caption(content: bytes, is_json: bool) -> str:
             entry = json.loads(text)
             if not isinstance(entry, dict):
                 raise Unusable("its .json is not an object")
-            text = next((entry[name] for name in ("caption", "text") if isinstance(entry.get(name), str) and entry[name].strip()), "")
+            text = next((entry[name] for name in ("caption", "text") if isinstance(entry.get(name), str)
+                         and entry[name].strip()), "")
     except UnicodeDecodeError as error:
         raise Unusable("its caption is not UTF-8") from error
     except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
@@ -140,7 +141,8 @@ def read_member(file, members: dict[str, tuple[int, int]]) -> tuple:
         raise Unusable("more than 67 million pixels") from error
     except data.BROKEN as error:
         raise Unusable("broken picture") from error
-    return offset, size, width, height, *members[text], text == "json", len(caption), zlib.crc32(caption.encode(), zlib.crc32(head))
+    return offset, size, width, height, *members[text], text == "json", len(caption), zlib.crc32(caption.encode(),
+                                                                                                 zlib.crc32(head))
 
 
 def scan(tar: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
@@ -216,7 +218,8 @@ def index_of(tar: Path, index_folder: Path) -> tuple[np.ndarray, np.ndarray, dic
             np.savez(file, stamp=np.array(stamp), rows=rows, keys=packed,
                      skipped=np.frombuffer(json.dumps(skipped).encode(), np.uint8))  # fmt: skip
     except OSError as error:  # no permission, or a file system that can only be read
-        raise DataError(f"cannot write {path} ({error.strerror}): name a folder for the index that can be written (--index)") from error
+        raise DataError(f"cannot write {path} ({error.strerror}): name a folder for the index that can be written "
+                        "(--index)") from error
     return rows, packed, skipped
 
 
@@ -258,9 +261,9 @@ def read_index(folder: str | Path, index_folder: str | Path | None = None, worke
 
 
 def fingerprint(index: Index, buckets: list[tuple[int, int, int]]) -> str:
-    """Changes with the tars' names, with what is in them, as far as the index knows (captions whole, pictures by their first
-    bytes), and with the buckets (height, width, pictures), so with all that the order of samples follows from; not with where
-    the tars lie."""
+    """Changes with the tars' names, with what is in them, as far as the index knows (captions whole, pictures by their
+    first bytes), and with the buckets (height, width, pictures), so with all that the order of samples follows from;
+    not with where the tars lie."""
     state = hashlib.sha256(json.dumps(["order 2", [tar.name for tar in index.tars], buckets]).encode())
     for part in (index.shard, index.rows, index.keys):
         state.update(part.tobytes())
@@ -442,7 +445,8 @@ class Shards:
         return self.picture(*self.blocks.locate(g, seed))
 
     def number(self, g: int, seed: int = 0) -> int:
-        """Which picture sample g is, as an index of the data set's; where that one is found broken, of what stands for it."""
+        """Which picture sample g is, as an index of the data set's; where that
+        one is found broken, of what stands for it."""
         k, i = self.blocks.locate(g, seed)
         for j in range(i, i + len(self.members[k])):
             n = int(self.members[k][j % len(self.members[k])])
@@ -471,14 +475,15 @@ class Shards:
 class Mixed:
     """Several sources in equal parts, by whole batches (S.2: 256^2 and 512^2, 1:1).
 
-    Of n sources, block b is block b div n of source b mod n; a block is batch_size samples. Raises DataError when a source
-    is arranged in blocks of another size.
+    Of n sources, block b is block b div n of source b mod n; a block is batch_size samples. Raises DataError when a
+    source is arranged in blocks of another size.
     """
 
     def __init__(self, sources: list, batch_size: int):
         for source in sources:
             if getattr(source, "batch_size", batch_size) != batch_size:
-                raise DataError(f"{source.name} comes in batches of {source.batch_size}; it cannot be mixed in batches of {batch_size}")
+                raise DataError(f"{source.name} comes in batches of {source.batch_size}; it cannot be mixed in batches "
+                                f"of {batch_size}")
         self.sources, self.batch_size = sources, batch_size
         self.name = " + ".join(source.name for source in sources)
         self.fingerprint = " ".join(source.fingerprint for source in sources)
@@ -658,7 +663,8 @@ def main() -> None:
     elif name in COMMANDS:
         COMMANDS[name](sys.argv[2:])
     else:
-        raise errors.UserError(f"say what to do: python engine/shards.py {', '.join(COMMANDS)} (--help after each says more)")
+        raise errors.UserError(f"say what to do: python engine/shards.py {', '.join(COMMANDS)} (--help after each says "
+                               "more)")
 
 
 if __name__ == "__main__":

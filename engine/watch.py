@@ -32,8 +32,8 @@ PATIENCE = 5  # iterations in a row without a finite gradient before the run sto
 
 
 def grid_prompts(source, n: int = 8) -> list[str]:
-    """The prompts of the picture grids: the first captions of the data, no two alike. With buckets they follow from the batch
-    size too, so a run resumed in another stage draws others."""
+    """The prompts of the picture grids: the first captions of the data, no two alike. With buckets they follow from the
+    batch size too, so a run resumed in another stage draws others."""
     captions = [source.sample(g, 0).caption for g in range(n)]
     if len(set(captions)) < n:
         captions += [source.sample(g, 0).caption for g in range(n, 8 * n)]
@@ -94,12 +94,14 @@ class Watch:
         suspects = suspects or [key for _, own in everyone for key in own]
         if self.log_file:
             self.log_file.write({"step": step, "update_left_out": True, "grad_norm": str(norm), "keys": suspects})
-            print(f"iteration {step}: no finite gradient (loss {loss}, norm {norm}); its update is left out", file=sys.stderr)
+            print(f"iteration {step}: no finite gradient (loss {loss}, norm {norm}); its update is left out",
+                  file=sys.stderr)
         if self.in_a_row == PATIENCE:
             more = " ..." if len(suspects) > 8 else ""
             self.failure = (
                 f"no finite gradient in {self.in_a_row} iterations in a row, last with {', '.join(suspects[:8])}{more} "
-                f"(all are in {run.folder / 'metrics.jsonl'}); the weights from before them are saved. --resume goes on "
+                f"(all are in {run.folder / 'metrics.jsonl'}); the weights from before them are saved. --resume goes "
+                "on "
                 "behind them, with a lower --lr if need be; without these samples it would be a new run")  # fmt: skip
         return bool(self.failure)
 
@@ -137,7 +139,8 @@ class Watch:
         self.meter.began += time.perf_counter() - pause
 
     def conclude(self, step: int) -> None:
-        """Say how to go on, or how to make pictures. Raises UserError where gradients that are not finite ended the run."""
+        """Say how to go on, or how to make pictures. Raises UserError where
+        gradients that are not finite ended the run."""
         self.bar.close()
         run = self.run
         if self.failure:

@@ -1,14 +1,14 @@
 """GenEval in miniature: exact scores for the built-in shapes, per step count (Sec. 4, Tables 1 and 2).
 
-    python experiments/evaluate.py --checkpoint runs/laptop --steps 1 2 4 8 50            # Table 1's columns, with 95% intervals
+    python experiments/evaluate.py --checkpoint runs/laptop --steps 1 2 4 8 50  # Table 1's columns, with 95% intervals
     python experiments/evaluate.py --checkpoint runs/laptop --split validation --steps 2 --guidance 1.5 --eta 1
 
     # pictures for GenEval's public scorer: of a checkpoint, and of any other system that diffusers can run
     python experiments/evaluate.py --checkpoint runs/mine --steps 2 --prompts evaluation_metadata.jsonl --export out/
     python experiments/evaluate.py --pipeline NAME --steps 4 --prompts evaluation_metadata.jsonl --export out/
 
-scorer.py judges the pictures, for the six kinds of prompt that GenEval has. Other models are scored by GenEval's own scorer,
-on pictures exported in the layout that it reads.
+scorer.py judges the pictures, for the six kinds of prompt that GenEval has. Other models are scored by GenEval's own
+scorer, on pictures exported in the layout that it reads.
 """
 
 import argparse
@@ -246,7 +246,8 @@ def read_prompt_file(path: Path) -> list[dict]:
     """The lines of a prompt file of GenEval's format: JSON objects with at least a "prompt". Raises UserError."""
     if not path.is_file():
         raise errors.UserError(f"no such prompt file: {path}")
-    lines = [line for line in data.read_text(path).split("\n") if line.strip()]  # JSON may hold the other characters that end lines
+    # JSON may hold the other characters that end lines
+    lines = [line for line in data.read_text(path).split("\n") if line.strip()]
     found = []
     for number, line in enumerate(lines, 1):
         try:
@@ -336,7 +337,8 @@ def draw_with_pipeline(pipeline, asked: list[dict], seed: int, steps: int, guida
 # The command
 # =====================================================================================================================
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = errors.Parser("experiments/evaluate.py", "Score a model per step count, or write its pictures for GenEval's scorer.")
+    parser = errors.Parser("experiments/evaluate.py",
+                           "Score a model per step count, or write its pictures for GenEval's scorer.")
     a = parser.add_argument_group("what").add_argument
     a("--checkpoint", metavar="DIR", type=Path, default=Path("checkpoints/laptop"),
       help="folder of a run (default: checkpoints/laptop)")  # fmt: skip
@@ -395,12 +397,14 @@ def run_export(args: argparse.Namespace, device: torch.device) -> None:
     if args.pipeline:
         pipeline = open_pipeline(args.pipeline, device)
         draw = draw_with_pipeline(pipeline, asked, args.seed, steps, args.guidance, args.side)
-        settings |= {"pipeline": args.pipeline, "guidance": args.guidance, "side": args.side, "precision": str(pipeline.dtype)}
+        settings |= {"pipeline": args.pipeline, "guidance": args.guidance, "side": args.side,
+                     "precision": str(pipeline.dtype)}
     else:
         loaded = sample.load(args.checkpoint, device)
         choices = choices_of(args)
         weights = hashlib.sha256((args.checkpoint / "model.safetensors").read_bytes()).hexdigest()
-        settings |= sample.choose(loaded.config, **choices) | {"weights": weights, "precision": str(loaded.network.precision)}
+        settings |= sample.choose(loaded.config, **choices) | {"weights": weights,
+                                                               "precision": str(loaded.network.precision)}
 
         def draw(jobs):
             pictures = sample.generate(loaded, [asked[i]["prompt"] for i, _ in jobs], jobs, seed=args.seed, steps=steps,
@@ -417,16 +421,20 @@ def run_scores(args: argparse.Namespace, device: torch.device) -> None:
         raise errors.UserError(f"--out must name a .json file in a folder that exists, not {out}")
     for path in (out, out.with_suffix(".png")):  # now, not after an hour of sampling
         if path.is_dir() or (path.parent.is_dir() and not os.access(path.parent, os.W_OK)):
-            raise errors.UserError(f"cannot write {path}: it is a folder, or in one that cannot be written; choose another --out")
+            raise errors.UserError(f"cannot write {path}: it is a folder, or in one that cannot be written; choose "
+                                   "another --out")
     loaded = sample.load(args.checkpoint, device)
     if loaded.config.get("data") not in [[name] for name in data.SETS]:
-        raise errors.UserError(f"{args.checkpoint} was trained on {loaded.config.get('data')}; only the built-in shapes "
+        raise errors.UserError(f"{args.checkpoint} was trained on {loaded.config.get('data')}; only the built-in "
+                               "shapes "
                                "have exact scores. For other models: --export, and GenEval's own scorer")  # fmt: skip
     least, most = SIDES
     if not least <= loaded.config["side"] <= most:
-        raise errors.UserError(f"{args.checkpoint} makes pictures of {loaded.config['side']} pixels a side; {least} to {most} can be judged")
+        raise errors.UserError(f"{args.checkpoint} makes pictures of {loaded.config['side']} pixels a side; {least} to "
+                               f"{most} can be judged")
     choices = choices_of(args)
-    results = machine.provenance(device) | {"checkpoint": str(args.checkpoint), "seed": args.seed, "images": args.images,
+    results = machine.provenance(device) | {"checkpoint": str(args.checkpoint), "seed": args.seed,
+                                            "images": args.images,
                                             "per_tag": args.per_tag, "splits": {},
                                             "choices": sample.choose(loaded.config, **choices)}  # fmt: skip
     began = time.perf_counter()

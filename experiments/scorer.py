@@ -5,8 +5,8 @@
 
 GenEval asks a detector what a picture shows. Here the objects are flat shapes of eight colours on a grey ground, so the
 question has an exact answer: a picture is right when a rendering of known objects explains it and these are the objects
-asked for, each of them, and nothing else. Anti-aliasing and slight grain are part of "explains"; a missing, merged, cut-off,
-faded or additional object is not, and neither is the mean of several pictures, whose outlines are soft.
+asked for, each of them, and nothing else. Anti-aliasing and slight grain are part of "explains"; a missing, merged,
+cut-off, faded or additional object is not, and neither is the mean of several pictures, whose outlines are soft.
 
 Lengths called "units" are 32nds of the picture's side, colours are distances in RGB of 0 .. 255.
 """
@@ -58,7 +58,8 @@ class Explanation(NamedTuple):
 
 
 class Outline(NamedTuple):
-    """A shape of radius 1: its area, the length of its outline, the height of its centre of mass below its centre, and its box."""
+    """A shape of radius 1: its area, the length of its outline, the height of
+    its centre of mass below its centre, and its box."""
 
     area: float
     length: float
@@ -132,7 +133,8 @@ def coverage(shape: str, x, y, r, rows: np.ndarray, columns: np.ndarray) -> np.n
 
 
 def blurred(a: np.ndarray) -> np.ndarray:
-    """[n, h, w] under the kernel (1, 2, 1) / 4 in both directions, repeating the border, to recognise a shape under slight blur."""
+    """[n, h, w] under the kernel (1, 2, 1) / 4 in both directions, repeating
+    the border, to recognise a shape under slight blur."""
     down, across = np.arange(a.shape[1]), np.arange(a.shape[2])
     a = (2 * a + a[:, np.maximum(down - 1, 0)] + a[:, np.minimum(down + 1, down[-1])]) / 4
     return (2 * a + a[:, :, np.maximum(across - 1, 0)] + a[:, :, np.minimum(across + 1, across[-1])]) / 4
@@ -185,10 +187,12 @@ def fit(seen: np.ndarray, rows: np.ndarray, columns: np.ndarray, unit: float) ->
 
 
 def softness(seen: np.ndarray, shape: str, x: float, y: float, r: float) -> float:
-    """How much wider the outline of a shape is in seen [H, W], the coverage of a whole picture, than in a rendering: pixels.
+    """How much wider the outline of a shape is in seen [H, W], the coverage of a whole picture, than in a rendering:
+    pixels.
 
-    Where coverage a falls from 1 to 0 over w pixels, the sum of a (1 - a) is w / 6 for each pixel of the outline's length.
-    The mean of pictures that differ in size or place falls over as many pixels as they differ, whatever its best fit.
+    Where coverage a falls from 1 to 0 over w pixels, the sum of a (1 - a) is w / 6 for each pixel of the outline's
+    length. The mean of pictures that differ in size or place falls over as many pixels as they differ, whatever its
+    best fit.
     """
     pixel = np.arange(len(seen))
     distance = data.signed_distance(shape, pixel[None] + 0.5 - x, pixel[:, None] + 0.5 - y, r)
@@ -257,7 +261,8 @@ def explain(picture: np.ndarray) -> Explanation:
             complaint = f"{what} has a soft outline"
         elif not DIAMETER[0] * unit <= 2 * r <= DIAMETER[1] * unit:
             complaint = f"{what} is {2 * r:.1f} pixels wide"
-        elif box.min() < -0.5 * unit or box.max() > size + 0.5 * unit or (share[rows, columns, k][at_border] > AT_BORDER).any():
+        elif box.min() < -0.5 * unit or box.max() > size + 0.5 * unit or (share[rows, columns,
+                                                                                k][at_border] > AT_BORDER).any():
             complaint = f"{what} is cut off by the border"
     return Explanation(ground, objects, complaint or left_over(p, ground, objects))
 
@@ -304,8 +309,8 @@ def stands(relation: str, a: Found, b: Found) -> bool:
     """Whether a is clearly "left of" (or ...) b.
 
     GenEval subtracts a tenth of the sizes from the offset of the centres and then wants an angle below 60 degrees to
-    the axis. Here the extents must not overlap along the axis, at any angle, with a tenth of the sizes as slack; the scenes
-    of data.py keep to it without any.
+    the axis. Here the extents must not overlap along the axis, at any angle, with a tenth of the sizes as slack; the
+    scenes of data.py keep to it without any.
     """
     axis, sign = {"left of": ("x", 1), "right of": ("x", -1), "above": ("y", 1), "below": ("y", -1)}[relation]
     return sign * (getattr(b, axis) - getattr(a, axis)) > CLEARLY * (a.diameter + b.diameter)

@@ -37,7 +37,8 @@ def test_held_out_pairs_and_prompts_never_occur(scenes):
 
 def test_the_set_of_single_shapes_has_nothing_else():
     scenes = [data.Shapes(16, "one-shape").scene(g) for g in range(200)]
-    assert {s.metadata["tag"] for s in scenes} == {"single_object", "colors"} and all(len(s.objects) == 1 for s in scenes)
+    assert {s.metadata["tag"] for s in scenes} == {"single_object",
+                                                   "colors"} and all(len(s.objects) == 1 for s in scenes)
 
 
 def test_every_tag_that_can_spare_prompts_has_some_held_out():
@@ -46,7 +47,8 @@ def test_every_tag_that_can_spare_prompts_has_some_held_out():
         held["counting"] += [data.prompt_metadata("counting", [a], [None], n) for n in data.COUNTS]
         for b in set(data.SHAPES) - {a}:
             held["two_object"].append(data.prompt_metadata("two_object", [a, b], [None, None]))
-            held["position"] += [data.prompt_metadata("position", [a, b], [None] * 2, relation=r) for r in data.RELATIONS]
+            held["position"] += [data.prompt_metadata("position", [a, b], [None] * 2, relation=r)
+                                 for r in data.RELATIONS]
     for tag, prompts in held.items():
         lots = [data.split_of(m["prompt"]) for m in prompts]
         assert lots.count("validation") >= 2 and lots.count("test") >= 3 and lots.count("train") > len(lots) / 2, tag
@@ -77,7 +79,8 @@ def test_metadata_has_genevals_fields():
     metadata = data.prompt_metadata("position", ["ring", "cross"], ["red", None], relation="above")
     assert metadata == {"tag": "position", "prompt": "a photo of a red ring above a cross",
                         "include": [{"class": "cross", "count": 1},
-                                    {"class": "ring", "count": 1, "color": "red", "position": ["above", 0]}]}  # fmt: skip
+                                    {"class": "ring", "count": 1, "color": "red",
+                                     "position": ["above", 0]}]}  # fmt: skip
     assert data.prompt_metadata("counting", ["cross"], [None], count=3)["prompt"] == "a photo of three crosses"
 
 
@@ -94,7 +97,8 @@ def test_objects_keep_apart_and_inside(scenes):
 
 
 def test_scenes_leave_much_open(scenes):
-    """Shapes of one number stand in every layout, in many orders, each moved by all that it may be: no prompt tells it all."""
+    """Shapes of one number stand in every layout, in many orders, each moved by
+    all that it may be: no prompt tells it all."""
     for n, layouts in data.LAYOUTS.items():
         drawn = [s.objects for s in scenes if len(s.objects) == n and s.metadata["tag"] != "position"]
         places = sorted({place for layout in layouts for place in layout})
@@ -202,7 +206,8 @@ def test_broken_pictures_are_skipped_counted_and_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("lines, complaint", [
-    (["{not json"], "line 1"), ([{"file_name": "good.png"}], "KeyError"), ([{"file_name": "good.png", "text": 3}], "line 1"), ([{"file_name": 3, "text": "x"}], "line 1"),
+    (["{not json"], "line 1"), ([{"file_name": "good.png"}], "KeyError"),
+    ([{"file_name": "good.png", "text": 3}], "line 1"), ([{"file_name": 3, "text": "x"}], "line 1"),
     (["[1, 2]"], "line 1"), ([""], "empty"), ([{"file_name": "absent.png", "text": "x"}], "none of its 1 pictures"),
 ])  # fmt: skip
 def test_unusable_metadata_is_one_clear_error(tmp_path, lines, complaint):

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROWS = re.findall(r"^\| ([s\d.]+) \| (.+?) \| `(\w+)\.([\w.]+)` \| (.+?) \|$", (ROOT / "EQUATIONS.md").read_text(), re.M)
+ROWS = re.findall(r"^\| ([s\d.]+) \| (.+?) \| `(\w+)\.([\w.]+)` \| (.+?) \|$", (ROOT / "EQUATIONS.md").read_text(),
+                  re.M)
 EQUATIONS = [str(n) for n in range(1, 23)] + [f"s.{n}" for n in range(1, 14)]
 
 
@@ -86,11 +87,13 @@ sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', '-m', '', sys.argv[2
 
 def outcome(function: str, test: str, *more: str) -> int:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", WRONG, function, test, *more], cwd=ROOT, env=environment, capture_output=True).returncode
+    return subprocess.run([sys.executable, "-c", WRONG, function, test, *more], cwd=ROOT, env=environment,
+                          capture_output=True).returncode
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, function, proof", [(r[0], f"{r[2]}.{r[3]}", node(r[4])) for r in ROWS], ids=[r[0] for r in ROWS])
+@pytest.mark.parametrize("number, function, proof", [(r[0], f"{r[2]}.{r[3]}", node(r[4])) for r in ROWS],
+                         ids=[r[0] for r in ROWS])
 def test_a_wrong_function_fails_its_proof(number, function, proof):
     assert outcome(function, proof, "--right") == 0, f"{proof} is not there, or fails by itself"
     assert outcome(function, proof) == 1, f"{proof} does not notice a wrong {function}"

@@ -28,7 +28,8 @@ LARGEST = {1: (14.0, 22.0), 2: (10.0, 14.0), 3: (8.5, 11.0), 4: (8.0, 10.5)}
 
 
 def anywhere(random, scene, size):
-    """The scene with its objects anywhere in the picture, larger ones among them: a model need not keep to data.LAYOUTS."""
+    """The scene with its objects anywhere in the picture, larger ones among
+    them: a model need not keep to data.LAYOUTS."""
     unit, (low, high) = size / 32, LARGEST[len(scene.objects)]
     relation = next((item["position"][0] for item in scene.metadata["include"] if "position" in item), "")
     while True:
@@ -38,7 +39,8 @@ def anywhere(random, scene, size):
             x, y = random.uniform(d / 2 + 1.5 * unit, size - d / 2 - 1.5 * unit, size=2)
             if all(max(abs(x - p.x), abs(y - p.y)) > (d + p.diameter) / 2 + 1.5 * unit for p in placed):
                 placed.append(dataclasses.replace(o, x=x, y=y, diameter=d))
-        if len(placed) == len(scene.objects) and (not relation or data.holds(relation, *((o.x, o.y, o.diameter) for o in placed))):
+        if len(placed) == len(scene.objects) and (not relation
+                                                  or data.holds(relation, *((o.x, o.y, o.diameter) for o in placed))):
             return dataclasses.replace(scene, objects=tuple(placed))
 
 
@@ -323,7 +325,8 @@ def means(size, tag, n, scenes_drawn):
             yield mean_of(*(data.render(scene, size) for scene in same[:n])), same[0].metadata
 
 
-@pytest.mark.parametrize("size, tag", [(16, "single_object"), (24, "single_object"), (24, "two_object"), (24, "counting"),
+@pytest.mark.parametrize("size, tag",
+                         [(16, "single_object"), (24, "single_object"), (24, "two_object"), (24, "counting"),
                                        (24, "position"), (32, "colors"), (64, "colors")])  # fmt: skip
 def test_the_mean_of_a_prompts_pictures_is_rejected(size, tag):
     asked = list(means(size, tag, 8, 4000 if tag == "position" else 600))
@@ -334,7 +337,8 @@ def test_the_mean_of_a_prompts_pictures_is_rejected(size, tag):
 @pytest.mark.parametrize("wide", [1.0, 2.0, 4.0])
 @pytest.mark.parametrize("shape", data.SHAPES)
 def test_softness_is_how_much_wider_an_outline_is_than_a_pixel(shape, wide):
-    """Coverage that falls linearly over `wide` pixels; a rendering's falls over one. GRAIN cuts a share off both ends."""
+    """Coverage that falls linearly over `wide` pixels; a rendering's falls over
+    one. GRAIN cuts a share off both ends."""
     pixel, measured = np.arange(64) + 0.5, []
     for x, y in rng(7, "softness").uniform(31.5, 32.5, (100, 2)):
         seen = np.clip(0.5 - data.signed_distance(shape, pixel[None] - x, pixel[:, None] - y, 21.0) / wide, 0.0, 1.0)
@@ -344,9 +348,11 @@ def test_softness_is_how_much_wider_an_outline_is_than_a_pixel(shape, wide):
 
 @pytest.mark.parametrize("size, share", [(16, 0.6), (24, 0.2)])
 def test_in_small_pictures_the_mean_of_one_colored_shape_passes_now_and_then(size, share):
-    """A limit that the README tells: these shapes differ in size by two or three pixels, and some of their means are hardly soft."""
+    """A limit that the README tells: these shapes differ in size by two or
+    three pixels, and some of their means are hardly soft."""
     asked = list(means(size, "colors", 8, 600))
-    assert sum(scorer.score(picture, metadata) for picture, metadata in asked) <= share * len(asked) and len(asked) >= 20
+    assert sum(scorer.score(picture, metadata)
+               for picture, metadata in asked) <= share * len(asked) and len(asked) >= 20
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -553,7 +559,8 @@ ROOT = Path(__file__).parent.parent
 
 def run(*arguments, cwd):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, ROOT / "experiments/evaluate.py", *map(str, arguments)], cwd=cwd, env=environment,
+    return subprocess.run([sys.executable, ROOT / "experiments/evaluate.py", *map(str, arguments)], cwd=cwd,
+                          env=environment,
                           capture_output=True, text=True)  # fmt: skip
 
 
@@ -574,11 +581,14 @@ def tiny(tmp_path_factory):
 
 def test_a_model_of_single_shapes_is_asked_for_those_only(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "one")
-    checkpoint.write_json(tmp_path / "one" / "config.json", checkpoint.read_json(tiny / "config.json") | {"data": ["one-shape"], "side": 16})
-    done = run("--checkpoint", tmp_path / "one", "--steps", 1, "--per-tag", 3, "--images", 1, "--out", tmp_path / "a.json", cwd=tmp_path)
+    checkpoint.write_json(tmp_path / "one" / "config.json",
+                          checkpoint.read_json(tiny / "config.json") | {"data": ["one-shape"], "side": 16})
+    done = run("--checkpoint", tmp_path / "one", "--steps", 1, "--per-tag", 3, "--images", 1, "--out",
+               tmp_path / "a.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     splits = json.loads((tmp_path / "a.json").read_text())["splits"]
-    assert set(splits["test"]["1"]["tags"]) == {"single_object", "colors"} and set(splits["pairs"]["1"]["tags"]) == {"colors"}
+    assert set(splits["test"]["1"]["tags"]) == {"single_object",
+                                                "colors"} and set(splits["pairs"]["1"]["tags"]) == {"colors"}
 
 
 def test_the_command_prints_the_table_and_writes_json_and_figure(tiny, tmp_path):
@@ -658,7 +668,8 @@ def test_an_export_is_what_geneval_reads_and_goes_on_where_it_stopped(tiny, prom
     files[3].unlink()  # a run that was stopped here
     files[4].unlink()
     kept = {f: f.stat().st_mtime_ns for f in files if f.exists()}
-    monkeypatch.setattr(sys, "argv", ["experiments/evaluate.py", *map(str, arguments), "--export", str(tmp_path / "out"),
+    monkeypatch.setattr(sys, "argv",
+                        ["experiments/evaluate.py", *map(str, arguments), "--export", str(tmp_path / "out"),
                                       "--batch-size", "1"])  # fmt: skip
     errors.run(evaluate.main)
     assert "2 new pictures, 6 in all" in capsys.readouterr().out

@@ -20,7 +20,8 @@ def test_the_figures_are_drawn(tmp_path, monkeypatch):
     explain.main()
     assert {path.name for path in (tmp_path / "o").iterdir()} == {f"{name}.png" for name in explain.FIGURES}
     for path in (tmp_path / "o").iterdir():
-        assert min(Image.open(path).size) > 200 and len(Image.open(path).convert("RGBA").getcolors(1 << 20)) > 8, path.name
+        picture = Image.open(path)
+        assert min(picture.size) > 200 and len(picture.convert("RGBA").getcolors(1 << 20)) > 8, path.name
         assert (ROOT / "toy" / "results" / path.name).exists(), path.name
 
 

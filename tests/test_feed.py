@@ -1,4 +1,5 @@
-"""What the loop is fed with: one sequence whatever the number of processes, threads or stops, from every kind of source."""
+"""What the loop is fed with: one sequence whatever the number of processes,
+threads or stops, from every kind of source."""
 
 import functools
 import itertools
@@ -41,7 +42,8 @@ def tars(tmp_path_factory):
     random = np.random.default_rng(0)
     for i in range(16):
         height, width = (32, 64) if i < 10 else (40, 40)
-        Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / "pictures" / f"{i}.png")
+        Image.fromarray(random.integers(0, 255, (height, width, 3),
+                                        dtype=np.uint8)).save(folder / "pictures" / f"{i}.png")
         (folder / "pictures" / f"{i}.txt").write_text(f"picture number {i}")
     shards.pack(folder / "pictures", folder / "tars", per_shard=5)
     for side in (16, 32):
@@ -109,11 +111,13 @@ def test_caches_feed_what_their_tars_feed(tars):
         assert a.keys == b.keys and torch.equal(a.is_null, b.is_null)
         assert torch.equal(a.x0, b.x0) and all(torch.equal(x, y) for x, y in zip(a.draws, b.draws))
         for x, y in zip((a.c, a.null, a.fake), (b.c, b.null, b.fake)):
-            assert (x is None) == (y is None) and all(p.dtype == q.dtype and torch.equal(p, q) for p, q in zip(x or (), y or ()))
+            assert (x is None) == (y is None) and all(p.dtype == q.dtype and torch.equal(p, q)
+                                                      for p, q in zip(x or (), y or ()))
 
 
 @pytest.mark.parametrize("names, sides, said", [
-    (("shapes",), (26,), "multiple of 4"), (("absent",), (24,), "no such folder"), (("{}/cache16",), (32,), "--side 32"),
+    (("shapes",), (26,), "multiple of 4"), (("absent",), (24,), "no such folder"),
+    (("{}/cache16",), (32,), "--side 32"),
     (("{}/cache16", "{}/tars"), (16,), "several caches"), (("{}/tars",), (18,), "multiple of 4"),
 ])  # fmt: skip
 def test_what_cannot_be_opened(tars, names, sides, said):
@@ -121,7 +125,9 @@ def test_what_cannot_be_opened(tars, names, sides, said):
         feed.open_source(tuple(name.format(tars) for name in names), recipe.Stage(0, sides, 4), 4)
 
 
-@pytest.mark.parametrize("changes, said", [(dict(txt_len=11), "txt_len"), (dict(text="flux"), "text 'words'"), (dict(autoencoder="flux"), "autoencoder")])
+@pytest.mark.parametrize("changes, said",
+                         [(dict(txt_len=11), "txt_len"), (dict(text="flux"), "text 'words'"),
+                          (dict(autoencoder="flux"), "autoencoder")])
 def test_a_cache_of_other_encoders_is_refused_at_the_start(tars, changes, said):
     plan = recipe.replace(plan_of((0, (16,), 4), data=(str(tars / "cache16"),)), **changes)
     with pytest.raises(data.DataError, match=said):
@@ -139,8 +145,10 @@ def test_only_the_caches_of_a_stages_sides_are_opened(tars):
 
 def test_what_the_order_follows_from_is_in_the_fingerprint(tars):
     """Another side, batch or multiple is another sequence; the cache made with the same three is the same one."""
-    same = {feed.open_source((str(tars / name),), recipe.Stage(0, (16,), 4), 4).fingerprint for name in ("tars", "cache16")}
-    others = {shards.Shards(tars / "tars", side, batch, multiple=multiple).fingerprint for side, batch, multiple in ((32, 4, 4), (16, 12, 4), (16, 4, 8))}
+    same = {feed.open_source((str(tars / name),), recipe.Stage(0, (16,), 4), 4).fingerprint
+            for name in ("tars", "cache16")}
+    others = {shards.Shards(tars / "tars", side, batch, multiple=multiple).fingerprint
+              for side, batch, multiple in ((32, 4, 4), (16, 12, 4), (16, 4, 8))}
     assert len(same) == 1 and len(others | same) == 4 and data.Shapes(16).fingerprint != data.Shapes(24).fingerprint
 
 

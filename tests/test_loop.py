@@ -1,4 +1,5 @@
-"""The loop of train.py against the paper's, written out in thirty plain lines; then every line of train.py's is broken once."""
+"""The loop of train.py against the paper's, written out in thirty plain lines;
+then every line of train.py's is broken once."""
 
 import copy
 import sys
@@ -73,12 +74,15 @@ def expected():
 def train_py(source: str, out: Path, monkeypatch) -> Path:
     """Run a text of train.py as a program; returns its last state."""
     stage = recipe.Stage(0, SIDES, B)
-    plan = recipe.replace(recipe.RECIPES["laptop"], stages=(stage,), lr=LR, lr_end=LR_END, tau_until=TAU_UNTIL, clip=CLIP,
+    plan = recipe.replace(recipe.RECIPES["laptop"], stages=(stage,), lr=LR, lr_end=LR_END, tau_until=TAU_UNTIL,
+                          clip=CLIP,
                           dropout=DROPOUT, txt_len=10)  # fmt: skip
     monkeypatch.setitem(recipe.RECIPES, "laptop", plan)
     monkeypatch.setitem(model.SIZES, "laptop", TINY)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", str(STEPS), "--seed", str(SEED), "--out", str(out), "--aux-from",
-                                      str(AUX_FROM), "--device", "cpu", "--precision", "fp32", "--no-compile", "--grid-every",
+    monkeypatch.setattr(sys, "argv",
+                        ["train.py", "--steps", str(STEPS), "--seed", str(SEED), "--out", str(out), "--aux-from",
+                                      str(AUX_FROM), "--device", "cpu", "--precision", "fp32", "--no-compile",
+                                      "--grid-every",
                                       "0", "--save-every", "0"])  # fmt: skip
     module = types.ModuleType("train")
     exec(compile(source, "train.py", "exec"), module.__dict__)
@@ -115,7 +119,8 @@ MUTANTS = [  # (what is wrong, the text, its replacement)
     ("dropped prompts unknown", "batch.is_null,", "batch.is_null & False,"),
     ("loss scaled", "(loss / count).backward()", "(loss * 1e-3).backward()"),  # Adam's eps, and clipping, see it
     ("clipping switched off", "plan.clip)", 'float("inf"))'),
-    ("learning rate of the iteration before", "run.plan.learning_rate(step)", "run.plan.learning_rate(max(0, step - 1))"),
+    ("learning rate of the iteration before", "run.plan.learning_rate(step)",
+     "run.plan.learning_rate(max(0, step - 1))"),
     ("no step of Adam", "    run.adam.step()", "    pass"),
     ("decay without its warm-up", "min(run.plan.ema, (1 + step) / (10 + step))", "run.plan.ema"),
     ("decay of the iteration after", "(1 + step) / (10 + step)", "(2 + step) / (11 + step)"),
@@ -125,7 +130,8 @@ MUTANTS = [  # (what is wrong, the text, its replacement)
     ("gradients not cleared", "run.adam.zero_grad(set_to_none=False)", "pass"),
     ("updates left out", "        if bad:", "        if bad or step == 7:"),
     ("an iteration too few", "while step < plan.steps and", "while step < plan.steps - 1 and"),
-    ("a batch is skipped", "        batch = next(run.stream)", "        batch = next(run.stream) if step != 5 else (next(run.stream), next(run.stream))[1]"),
+    ("a batch is skipped", "        batch = next(run.stream)",
+     "        batch = next(run.stream) if step != 5 else (next(run.stream), next(run.stream))[1]"),
 ]  # fmt: skip
 
 

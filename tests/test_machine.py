@@ -51,11 +51,14 @@ def test_kept_memory_changes_no_result():
 
 def test_the_benchmark_counts_forward_passes(tmp_path):
     """A Self-E step makes two evaluations of half a batch, the auxiliary stage one more; the report says so."""
-    result = subprocess.run([sys.executable, "engine/benchmark.py", "--batch", "4", "--repeats", "1", "--blocks", "1", "0",
+    result = subprocess.run([sys.executable, "engine/benchmark.py", "--batch", "4", "--repeats", "1", "--blocks", "1",
+                             "0",
                              "--device", "cpu", "--precision", "fp32", "--out", str(tmp_path / "b.json")],
-                            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)  # fmt: skip
+                            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+                            text=True)  # fmt: skip
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "b.json").read_text())
     assert [row["forwards"] for row in report["steps"].values()] == [1.0, 2.0, 2.5]
-    assert report["real_data"]["picture_sizes"] == 1 and 0 <= report["real_data"]["waited"] < report["real_data"]["seconds"]
+    real = report["real_data"]
+    assert real["picture_sizes"] == 1 and 0 <= real["waited"] < real["seconds"]
     assert report["forward_backward"]["diffusers"] > 0 and report["peak_tflops"]["float32"] > 0

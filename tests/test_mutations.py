@@ -3,8 +3,8 @@
     python -m pytest -q -s tests/test_mutations.py      # prints which identity killed which mutant
 
 A mutant is a substitution in the source text. The changed source is executed as a fresh module in this process, with a
-fresh copy of toy/identities.py on top of it; nothing on disk and no module of the other tests is touched. The checks run
-from the quickest to the slowest and stop at the first that fails or raises.
+fresh copy of toy/identities.py on top of it; nothing on disk and no module of the other tests is touched. The checks
+run from the quickest to the slowest and stop at the first that fails or raises.
 """
 
 import functools
@@ -51,19 +51,24 @@ LOSSES = [  # (what is wrong, the text, its replacement)
     ("Eq. s.13: tau ignored", "((1 - tau * u) * t)", "((1 - 1 * u) * t)"),
     ("Eq. s.13: s around 1 instead of t", "((1 - tau * u) * t)", "((1 - tau * u) * 1)"),
     ("p(s = t): every sample has s < t", "if int((g + 1) * share) > int(g", "if int((g + 1) * share) >= int(g"),
-    ("Eq. 8 reuses the noise of Eq. 1", "eps_s.append(random.standard_normal(shape, dtype=np.float32))", "eps_s.append(eps[-1])"),
+    ("Eq. 8 reuses the noise of Eq. 1", "eps_s.append(random.standard_normal(shape, dtype=np.float32))",
+     "eps_s.append(eps[-1])"),
     ("G told t twice", "G(self.network, x_t, t, s, c)", "G(self.network, x_t, t, t, c)"),
-    ("prediction detached", "x0_hat = G(self.network, x_t, t, s, c)", "x0_hat = G(self.network, x_t, t, s, c).detach()"),
+    ("prediction detached", "x0_hat = G(self.network, x_t, t, s, c)",
+     "x0_hat = G(self.network, x_t, t, s, c).detach()"),
     ("noised to t instead of s", "add_noise(x0_hat_j, s_j, eps_s)", "add_noise(x0_hat_j, t_j, eps_s)"),
-    ("evaluation lets gradient through", "x_s_hat = add_noise(x0_hat_j, s_j, eps_s).detach()", "x_s_hat = add_noise(x0_hat_j, s_j, eps_s)"),
+    ("evaluation lets gradient through", "x_s_hat = add_noise(x0_hat_j, s_j, eps_s).detach()",
+     "x_s_hat = add_noise(x0_hat_j, s_j, eps_s)"),
     ("evaluates the data, not the sample", "add_noise(x0_hat_j, s_j, eps_s)", "add_noise(x0_j, s_j, eps_s)"),
     ("EMA for online: the null branch", "G_null = G(self.unconditional,", "G_null = G(self.ema,"),
     ("online for EMA: the conditional branch", "G_c = G(self.ema,", "G_c = G(self.network,"),
-    ("conditional branch told another time", "G_c = G(self.ema, x_s_hat, s, s,", "G_c = G(self.ema, x_s_hat, s / 2, s,"),
+    ("conditional branch told another time", "G_c = G(self.ema, x_s_hat, s, s,",
+     "G_c = G(self.ema, x_s_hat, s / 2, s,"),
     ("null branch sees the condition", "x_s_hat, s, s, null)", "x_s_hat, s, s, c)"),
     ("evaluated at t instead of s", "self.evaluate(x_s_hat, s_j,", "self.evaluate(x_s_hat, t_j,"),
     ("fake branch sees the real prompt", "s_j, s_j, *j(fake))", "s_j, s_j, *j(c))"),
-    ("null prompts keep EMA - online", "torch.where(like(is_null, G_c), G_null, G_c)", "torch.where(like(is_null, G_c), G_c, G_c)"),
+    ("null prompts keep EMA - online", "torch.where(like(is_null, G_c), G_null, G_c)",
+     "torch.where(like(is_null, G_c), G_c, G_c)"),
     ("Delta := 0", "Delta = self.delta_scale * self_evaluation(", "Delta = 0 * self_evaluation("),
     ("k ignored", "self_evaluation(G_null, G_c, G_fake, self.k)", "self_evaluation(G_null, G_c, G_fake, 1)"),
     ("lam_s ignored", "mix_weight(t, self.lam_s(t, s),", "mix_weight(t, s,"),
@@ -99,7 +104,8 @@ SAMPLER = [
     ("s_k ignored", "for value in (t, s_k)]", "for value in (t, t)]"),
     ("noise at the last step", "fresh = eta != 0 and t_next > 0", "fresh = eta != 0 and t_next >= 0"),
     ("the same fresh noise at every step", "(draw_noise(k) if", "(draw_noise(0) if"),
-    ("next step starts from x0_hat", "x = update(x, x0_hat, t, t_next, eta, noise)", "x = update(x0_hat, x0_hat, t, t_next, eta, noise)"),
+    ("next step starts from x0_hat", "x = update(x, x0_hat, t, t_next, eta, noise)",
+     "x = update(x0_hat, x0_hat, t, t_next, eta, noise)"),
 ]  # fmt: skip
 
 MUTANTS = [("losses", *m) for m in LOSSES] + [("sampler", *m) for m in SAMPLER]
@@ -132,7 +138,8 @@ def read(*parts: str) -> str:
     return ROOT.joinpath(*parts).read_text(encoding="utf-8")
 
 
-ORIGINAL = {"losses": read("losses.py"), "sampler": read("sampler.py"), "mutated_identities": read("toy", "identities.py")}
+ORIGINAL = {"losses": read("losses.py"), "sampler": read("sampler.py"),
+            "mutated_identities": read("toy", "identities.py")}
 
 
 def first_failure(identities, order: list[str]) -> str | None:

@@ -1,4 +1,5 @@
-"""Muon beside Adam: what each moves, and a run with it that is stopped and goes on; beginning with another run's weights."""
+"""Muon beside Adam: what each moves, and a run with it that is stopped and goes
+on; beginning with another run's weights."""
 
 import shutil
 import sys
@@ -41,7 +42,8 @@ def test_muon_moves_the_blocks_matrices_with_equal_singular_values_and_adam_the_
             rms = change.square().mean().sqrt()
             assert rms == pytest.approx(0.2e-2, rel=0.25), name
         else:
-            assert torch.allclose(change.abs(), torch.full_like(change, 1e-2), rtol=0.02), name  # Adam's first: the sign
+            # Adam's first: the sign
+            assert torch.allclose(change.abs(), torch.full_like(change, 1e-2), rtol=0.02), name
 
 
 @needs_muon

@@ -14,7 +14,8 @@ TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 
 
 def commands() -> list[tuple[str, str]]:
-    """(page, command) of every line that runs a program of ours, in code blocks and in `...`; continued lines are joined."""
+    """(page, command) of every line that runs a program of ours, in code blocks
+    and in `...`; continued lines are joined."""
     found = []
     for page, text in TEXTS.items():
         text = text.replace("\\\n", " ")
@@ -49,7 +50,8 @@ def test_named_code_exists(page):
     for module, name in set(re.findall(r"`(\w+)\.([A-Za-z_][\w.]*)`", TEXTS[page])):
         file = next((f for f in ROOT.glob(f"*/{module}.py") if f.parent.name != "tests"), ROOT / f"{module}.py")
         if file.exists() and name not in ("py", "safetensors"):
-            assert re.search(rf"^\s*(def|class) {name.split('.')[-1]}\b|^\s*{name.split('.')[-1]}\b", file.read_text(), re.M), f"{page}: {module}.{name}"
+            assert re.search(rf"^\s*(def|class) {name.split('.')[-1]}\b|^\s*{name.split('.')[-1]}\b", file.read_text(),
+                             re.M), f"{page}: {module}.{name}"
 
 
 @pytest.mark.parametrize("page", list(TEXTS))

@@ -53,11 +53,14 @@ def test_short_runs_keep_the_papers_proportions():
 def test_changes_of_side_and_batch_merge_stages_that_become_alike():
     plan = recipe.make("2b", side=256, batch_size=512)
     assert [(stage.sides, stage.batch_size) for stage in plan.stages] == [((256,), 512)]
-    assert len(recipe.make("2b", batch_size=512).stages) == 2 and recipe.make("2b").stages == recipe.RECIPES["2b"].stages
+    assert len(recipe.make("2b",
+                           batch_size=512).stages) == 2 and recipe.make("2b").stages == recipe.RECIPES["2b"].stages
 
 
-@pytest.mark.parametrize("size, world, micro, batch", [("2b", 7, 16, None), ("2b", 8, 24, None), ("2b", 48, 8, None), ("0.5b", 12, 64, None),
-                                                       ("laptop", 3, 4, 32), ("laptop", 5, None, 32), ("2b", 6, 10, 100)])  # fmt: skip
+@pytest.mark.parametrize("size, world, micro, batch",
+                         [("2b", 7, 16, None), ("2b", 8, 24, None), ("2b", 48, 8, None), ("0.5b", 12, 64, None),
+                                                       ("laptop", 3, 4, 32), ("laptop", 5, None, 32),
+                                                       ("2b", 6, 10, 100)])  # fmt: skip
 def test_refusals_name_combinations_that_divide(size, world, micro, batch):
     plan = recipe.make(size, micro_batch=micro, batch_size=batch)
     with pytest.raises(errors.UserError) as refused:
@@ -101,7 +104,8 @@ def test_the_2b_batch_divides_over_the_usual_numbers_of_gpus(world):
     for stage in plan.stages:
         for side in stage.sides:
             micro = plan.micro_batch_of(stage, side, world)
-            assert stage.batch_size % (world * micro) == 0 and micro % 2 == 0 and micro * side**2 <= max(16 * 256**2, 2 * side**2)
+            assert stage.batch_size % (world * micro) == 0 and micro % 2 == 0 and micro * side**2 <= max(16 * 256**2,
+                                                                                                         2 * side**2)
 
 
 def test_the_price_of_the_paper():
@@ -109,7 +113,8 @@ def test_the_price_of_the_paper():
     assert recipe.run_flops(model.SIZES["2b"], recipe.RECIPES["2b"], "self_e", 8) == pytest.approx(4.7e21, rel=0.05)
     whole = recipe.run_flops(model.SIZES["2b"], recipe.RECIPES["2b"], "self_e", 8)
     rest = recipe.run_flops(model.SIZES["2b"], recipe.RECIPES["2b"], "self_e", 8, start=600_000)
-    by_hand = 110_000 * 768 * 5.5 * (model.forward_flops(model.SIZES["2b"], 256, 256) + model.forward_flops(model.SIZES["2b"], 1024, 256)) / 2
+    by_hand = 110_000 * 768 * 5.5 * (model.forward_flops(model.SIZES["2b"], 256, 256)
+                                     + model.forward_flops(model.SIZES["2b"], 1024, 256)) / 2
     assert rest == pytest.approx(by_hand) and rest < whole
     assert recipe.run_flops(model.SIZES["2b"], recipe.make("2b", aux_from=1.0), "flow_matching", 8) < 0.75 * whole
 

@@ -1,4 +1,5 @@
-"""Several processes, stops at any moment, numbers that are not finite: nothing is lost and nothing goes wrong silently."""
+"""Several processes, stops at any moment, numbers that are not finite: nothing
+is lost and nothing goes wrong silently."""
 
 import copy
 import json
@@ -34,7 +35,8 @@ ROOT = Path(__file__).parent.parent
 
 def tensors(state: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a training state, named."""
-    result = {f"{name}/{key}": value for name in ("network", "model") for key, value in load_file(state / f"{name}.safetensors").items()}
+    result = {f"{name}/{key}": value for name in ("network", "model")
+              for key, value in load_file(state / f"{name}.safetensors").items()}
     adam = torch.load(state / "adam.pt", weights_only=True)["state"]
     return result | {f"adam/{i}/{key}": value for i, own in adam.items() for key, value in own.items()}
 
@@ -44,7 +46,8 @@ def last(run: Path) -> Path:
 
 
 def alike(a: Path, b: Path) -> bool:
-    """Whether two runs ended alike but for rounding: the same iterations, the same losses, all but a few weights equal to 1e-4.
+    """Whether two runs ended alike but for rounding: the same iterations, the same losses, all but a few weights equal
+    to 1e-4.
 
     Adam's first updates are the signs of gradients, so a weight whose gradient is rounding noise goes either way.
     """
@@ -58,7 +61,8 @@ def alike(a: Path, b: Path) -> bool:
 
 def same(a: Path, b: Path) -> bool:
     first, second = tensors(last(a)), tensors(last(b))
-    return last(a).name == last(b).name and first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    return last(a).name == last(b).name and first.keys() == second.keys() and all(torch.equal(first[k], second[k])
+                                                                                  for k in first)
 
 
 def losses_of(run: Path) -> list[float]:
@@ -84,7 +88,8 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("world, name", [(1, "one"), (2, "two")])
 def test_three_and_three_iterations_equal_six(runs, world, name):
-    """Bit for bit: weights, average, Adam's moments; and the loss of every iteration, so the batches were the same too."""
+    """Bit for bit: weights, average, Adam's moments; and the loss of every
+    iteration, so the batches were the same too."""
     run_train(world, "--resume", "--out", runs / f"{name}-halves", "--device", "cpu")
     assert same(runs / name, runs / f"{name}-halves")
     assert losses_of(runs / name) == losses_of(runs / f"{name}-halves")
@@ -96,7 +101,8 @@ def test_two_processes_equal_one_that_accumulates(runs):
 
 @pytest.mark.slow
 def test_shards_and_their_cache_train_alike(tmp_path):
-    """The same batches in three shapes from tars and from the cache of them, on one process and on two, with a stop between."""
+    """The same batches in three shapes from tars and from the cache of them, on
+    one process and on two, with a stop between."""
     (tmp_path / "pictures").mkdir()
     random_ = np.random.default_rng(0)
     for i in range(24):
@@ -118,7 +124,8 @@ def test_shards_and_their_cache_train_alike(tmp_path):
 
 @pytest.mark.slow
 def test_what_is_skipped_is_counted_once_on_any_number_of_processes(tmp_path):
-    """Pictures that only decoding finds broken: every process that meets one leaves it out, the record tells it once."""
+    """Pictures that only decoding finds broken: every process that meets one
+    leaves it out, the record tells it once."""
     (tmp_path / "pictures").mkdir()
     random_ = np.random.default_rng(0)
     for i in range(12):
@@ -154,7 +161,8 @@ def test_zero_spreads_adam_and_changes_nothing(runs):
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--seed", "3"], "another seed"), (["--batch-size", "6"], "another --batch-size"), (["--data", "{pictures}"], "other data"),
+    (["--seed", "3"], "another seed"), (["--batch-size", "6"], "another --batch-size"),
+    (["--data", "{pictures}"], "other data"),
 ])  # fmt: skip
 def test_a_resumed_run_refuses_another_sequence_of_samples(runs, tmp_path, flags, said):
     from PIL import Image
@@ -168,16 +176,20 @@ def test_a_resumed_run_refuses_another_sequence_of_samples(runs, tmp_path, flags
 
 
 def test_processes_that_do_not_agree_refuse_to_start(tmp_path):
-    script = "import os, sys, train\nfrom engine import errors\nif os.environ['RANK'] == '1': sys.argv += ['--lr', '0.001']\nerrors.run(train.main)\n"
+    script = ("import os, sys, train\nfrom engine import errors\n"
+              "if os.environ['RANK'] == '1': sys.argv += ['--lr', '0.001']\nerrors.run(train.main)\n")  # fmt: skip
     results = finish(start(2, "--steps", 2, "--out", tmp_path / "r", *SMALL, script=script))
-    assert [code for code, _, _ in results] == [2, 2] and all("process 1 has recipe" in error for _, _, error in results)
+    assert [code for code, _, _ in results] == [2,
+                                                2] and all("process 1 has recipe" in error for _, _, error in results)
     assert not checkpoint.complete_states(tmp_path / "r")
 
 
 @pytest.mark.slow
 def test_the_compiler_recomputation_bf16_and_zero_under_ddp(tmp_path):
-    """Two compiled processes with every device of point 5 switched on make the run of one plain process, to bf16's rounding."""
-    flags = ["--steps", 3, *[f for f in SMALL if f not in ("--no-compile", "--precision", "fp32")], "--precision", "bf16"]
+    """Two compiled processes with every device of point 5 switched on make the
+    run of one plain process, to bf16's rounding."""
+    flags = ["--steps", 3, *[f for f in SMALL if f not in ("--no-compile", "--precision", "fp32")], "--precision",
+             "bf16"]
     run_train(1, "--out", tmp_path / "plain", *flags, "--no-compile")
     script = "import train\nfrom engine import errors\ntrain.EAGER_STEPS = 0\nerrors.run(train.main)\n"
     run_train(2, "--out", tmp_path / "all", *flags, "--compile", "--recompute", 3, "--zero", script=script)
@@ -187,17 +199,21 @@ def test_the_compiler_recomputation_bf16_and_zero_under_ddp(tmp_path):
 @pytest.mark.slow
 def test_a_milestone_stays_and_can_be_sampled(tmp_path):
     run_train(1, "--steps", 7, "--out", tmp_path / "r", *SMALL, "--save-every", 1, "--keep", 1, "--milestone-every", 3)
-    assert [p.name for p in sorted((tmp_path / "r/state").iterdir())] == ["step_00000003", "step_00000006", "step_00000007"]
-    results = finish(start(1, "--checkpoint", tmp_path / "r/state/step_00000003", "--prompt", "x", "--out", tmp_path / "x.png",
+    assert [p.name for p in sorted((tmp_path / "r/state").iterdir())] == ["step_00000003", "step_00000006",
+                                                                          "step_00000007"]
+    results = finish(start(1, "--checkpoint", tmp_path / "r/state/step_00000003", "--prompt", "x", "--out",
+                           tmp_path / "x.png",
                            program="sample"))  # fmt: skip
     assert results[0][0] == 0 and (tmp_path / "x.png").exists()
 
 
 @pytest.mark.slow
 def test_torchrun_itself(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", "--steps", "2",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py",
+               "--steps", "2",
                "--out", str(tmp_path / "r"), *SMALL]  # fmt: skip
-    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+                            text=True)
     assert result.returncode == 0, result.stderr
     assert last(tmp_path / "r").name == "step_00000002"
 
@@ -216,7 +232,8 @@ def wait_for_metrics(process, run: Path, lines: int = 1, seconds: float = 120) -
 
 
 def killed_and_resumed(out: Path, steps: int, kills: int, seed: int) -> list[str]:
-    """Train `steps` iterations, killed `kills` times at random moments and resumed; what each kill found on the disk."""
+    """Train `steps` iterations, killed `kills` times at random moments and
+    resumed; what each kill found on the disk."""
     moments, found = random.Random(seed), []
     flags = [*SMALL, "--save-every", "1", "--keep", "2"]
     for kill in range(kills + 1):
@@ -284,7 +301,8 @@ def test_sigterm_while_pictures_are_drawn(tmp_path, monkeypatch, capsys):
             del loaded.network.forward
 
     monkeypatch.setattr(sample, "generate", interrupted)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "50", "--out", str(tmp_path / "r"), *SMALL[:-4], "--grid-every", "2"])
+    monkeypatch.setattr(sys, "argv",
+                        ["train.py", "--steps", "50", "--out", str(tmp_path / "r"), *SMALL[:-4], "--grid-every", "2"])
     train.main()
     assert len(calls) == 3 and "--resume" in capsys.readouterr().out
     assert last(tmp_path / "r").name == "step_00000002" and not list((tmp_path / "r/grids").iterdir())
@@ -317,7 +335,8 @@ def test_a_full_disk_leaves_the_last_state_whole(tmp_path, monkeypatch):
               "    return save(run, step, *a, **k)\n"
               "checkpoint.save_state = limited\n"
               "errors.run(train.main)\n")  # fmt: skip
-    code, _, error = finish(start(1, "--steps", 6, "--out", tmp_path / "r", *SMALL, "--save-every", 2, script=script))[0]
+    code, _, error = finish(start(1, "--steps", 6, "--out", tmp_path / "r", *SMALL, "--save-every", 2,
+                                  script=script))[0]
     lines = [line for line in error.splitlines() if "cannot save" in line]
     assert code == 2 and len(lines) == 1 and "step_00000002" in lines[0] and "make room" in lines[0], error
     assert [p.name for p in (tmp_path / "r/state").iterdir()] == ["step_00000002"]
@@ -344,11 +363,13 @@ POISON = ("import os, sys, torch, losses, train\n"
 
 def test_one_bad_sample_on_one_process_leaves_the_update_out_on_all(tmp_path):
     script = POISON.replace("{calls}", "(3,)")
-    results = finish(start(2, "--steps", 4, "--out", tmp_path / "r", *SMALL, "--save-every", 1, "--keep", 9, script=script))
+    results = finish(start(2, "--steps", 4, "--out", tmp_path / "r", *SMALL, "--save-every", 1, "--keep", 9,
+                           script=script))
     assert [code for code, _, _ in results] == [0, 0], results[0][2]
     two, three, four = (tensors(tmp_path / f"r/state/step_0000000{n}") for n in (2, 3, 4))
     assert all(torch.equal(two[key], three[key]) for key in two)  # weights, average, moments, Adam's own count
-    assert any(not torch.equal(three[key], four[key]) for key in three) and all(torch.isfinite(four[key]).all() for key in four)
+    assert any(not torch.equal(three[key], four[key]) for key in three) and all(torch.isfinite(four[key]).all()
+                                                                                for key in four)
     records = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
     (told,) = [r for r in records if r.get("update_left_out")]
     assert told["step"] == 3 and told["keys"] == ["shapes-0-10", "shapes-0-11"]  # the second process's half
@@ -361,8 +382,10 @@ def test_five_in_a_row_stop_the_run_and_name_the_samples(tmp_path):
     for code, _, error in finish(start(2, *flags, script=script)):
         assert code == 2
         line = error.strip().splitlines()[-1]
-        assert "5 iterations in a row" in line and "shapes-0-30" in line and "shapes-0-28" not in line and "--resume" in line
-    before, after = (tensors(tmp_path / f"r/state/step_0000000{n}") for n in (2, 8))  # 2: the last whole one; 3 is good, 4-8 are not
+        assert all(said in line for said in ("5 iterations in a row", "shapes-0-30", "--resume"))
+        assert "shapes-0-28" not in line
+    # 2: the last whole one; 3 is good, 4-8 are not
+    before, after = (tensors(tmp_path / f"r/state/step_0000000{n}") for n in (2, 8))
     assert last(tmp_path / "r").name == "step_00000008"
     assert all(torch.isfinite(value).all() for value in after.values())
     assert any(not torch.equal(before[key], after[key]) for key in before)  # iteration 3 is not lost
@@ -403,7 +426,8 @@ def exact():
 
 @pytest.mark.parametrize("choices, close", [
     (dict(recompute=4), 1e-6), (dict(evaluate_first=True), 1e-6),
-    pytest.param(dict(compiled=True), 1e-5, marks=pytest.mark.slow), pytest.param(dict(recompute=3, compiled=True), 1e-5, marks=pytest.mark.slow),
+    pytest.param(dict(compiled=True), 1e-5, marks=pytest.mark.slow),
+    pytest.param(dict(recompute=3, compiled=True), 1e-5, marks=pytest.mark.slow),
     (dict(precision=torch.bfloat16), 0.05), (dict(precision=torch.bfloat16, evaluate_first=True), 0.05),
     (dict(precision=torch.bfloat16, recompute=4), 0.05),
     pytest.param(dict(precision=torch.bfloat16, compiled=True, recompute=2), 0.05, marks=pytest.mark.slow),
@@ -484,7 +508,8 @@ def test_the_meter_says_what_the_samples_say():
     torch.manual_seed(1)
     t, u = torch.rand(64), torch.rand(64)
     s = torch.where(torch.arange(64) % 2 == 0, t, t * u)
-    rows = [{"t": t[i : i + 16], "s": s[i : i + 16], "loss": t[i : i + 16] ** 2 + 1, "mix": torch.full((8,), 0.25), "delta_norm": torch.full((8,), 3.0)}
+    rows = [{"t": t[i : i + 16], "s": s[i : i + 16], "loss": t[i : i + 16] ** 2 + 1, "mix": torch.full((8,), 0.25),
+             "delta_norm": torch.full((8,), 3.0)}
             for i in range(0, 64, 16)]  # fmt: skip
     meter = monitor.Meter(torch.device("cpu"))
     for row in rows:
@@ -507,7 +532,8 @@ def test_the_meter_says_what_the_samples_say():
 
 def test_every_record_has_its_columns(runs):
     records = [json.loads(line) for line in (runs / "two/metrics.jsonl").read_text().splitlines()]
-    always = {"step", "loss", "share_jump", "grad_norm", "lr", "tau", "aux", "images_per_s", "mfu", "data_wait", "skipped", "nonfinite", "elapsed"}
+    always = {"step", "loss", "share_jump", "grad_norm", "lr", "tau", "aux", "images_per_s", "mfu", "data_wait",
+              "skipped", "nonfinite", "elapsed"}
     assert all(always <= set(r) for r in records)
     assert records[0]["share_jump"] == 0 and records[-1]["share_jump"] == 0.5  # tau = 0 at first
     assert [("fake_loss" in r) for r in records] == [False] * 3 + [True] * 3
@@ -517,12 +543,14 @@ def test_every_record_has_its_columns(runs):
 
 def test_dry_run_writes_nothing_and_knows_where_a_run_stands(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for arguments in (["--size", "2b", "--dry-run"], ["--out", str(runs / "one"), "--resume", "--steps", "100", "--dry-run"]):
+    for arguments in (["--size", "2b", "--dry-run"],
+                      ["--out", str(runs / "one"), "--resume", "--steps", "100", "--dry-run"]):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         train.main()
     told = capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [] and "iterations 6 to 100" in told
-    for wanted in ("2,247", "iterations 0 to 500,000", "500,000 to 710,000", "768 pictures", "from iteration 550,000", "over 300,000",
+    for wanted in ("2,247", "iterations 0 to 500,000", "500,000 to 710,000", "768 pictures", "from iteration 550,000",
+                   "over 300,000",
                    "41.8", "64 GPUs", "H100-hours"):  # fmt: skip
         assert wanted in told, wanted
 
@@ -539,7 +567,8 @@ if __name__ == "__main__":  # the long form: python tests/test_scale.py --times 
     import argparse
     import tempfile
 
-    parser = argparse.ArgumentParser(description="Kill a training run at random moments, resume it, and compare its end.")
+    parser = argparse.ArgumentParser(description="Kill a training run at random moments, resume it, and compare its "
+                                                 "end.")
     parser.add_argument("--times", type=int, default=50)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
@@ -550,7 +579,8 @@ if __name__ == "__main__":  # the long form: python tests/test_scale.py --times 
         run_train(1, "--steps", args.steps, "--out", Path(folder) / "whole", *SMALL)
         found = killed_and_resumed(Path(folder) / "killed", args.steps, args.times, args.seed)
         equal = same(Path(folder) / "whole", Path(folder) / "killed")
-    report = machine.provenance(torch.device("cpu")) | {"seed": args.seed, "iterations": args.steps, "kills": len(found),
+    report = machine.provenance(torch.device("cpu")) | {"seed": args.seed, "iterations": args.steps,
+                                                        "kills": len(found),
               "in_the_middle_of_a_save": sum("save" in f for f in found), "found": found, "same_end_bit_for_bit": equal,
               "seconds": round(time.perf_counter() - began, 1)}  # fmt: skip
     print(json.dumps({k: v for k, v in report.items() if k != "found"}, indent=1))

@@ -420,7 +420,8 @@ def test_a_bucket_without_a_readable_picture_and_a_tar_that_shrank(tmp_path):
 
 
 def odd_exif() -> bytes:
-    """A JPEG on its side whose EXIF says the camera's make as a fraction: Pillow reads it and can not write it again."""
+    """A JPEG on its side whose EXIF says the camera's make as a fraction:
+    Pillow reads it and can not write it again."""
     tags = [(0x010F, 5, 1, 38), (0x0112, 3, 1, 6)]  # make: a rational at byte 38; orientation 6
     entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + struct.pack("<II", 1, 1)
@@ -437,13 +438,15 @@ def test_odd_exif_text_with_a_mark_and_halves_of_characters(tmp_path):
     assert {source.sample(g).caption for g in range(2)} == {"with a mark", "a \ufffd half"}
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/a.jpg").write_bytes(odd_exif())
-    (tmp_path / "folder/metadata.jsonl").write_text(json.dumps({"file_name": "a.jpg", "text": "a \ud83d half\u2028line"}) + "\n")
+    (tmp_path / "folder/metadata.jsonl").write_text(json.dumps({"file_name": "a.jpg",
+                                                                "text": "a \ud83d half\u2028line"}) + "\n")
     whole = data.ImageFolder(tmp_path / "folder", 16)
     assert whole.captions == ["a \ufffd half\u2028line"] and not whole.skipped
 
 
 def test_a_picture_with_a_dot_in_its_name_is_named(tmp_path):
-    members = {"a.png": picture(), "a.txt": b"one", "a.mask.png": picture(), "b.v1.jpg": picture(kind="JPEG"), "b.v1.txt": b"two"}
+    members = {"a.png": picture(), "a.txt": b"one", "a.mask.png": picture(), "b.v1.jpg": picture(kind="JPEG"),
+               "b.v1.txt": b"two"}
     _, keys, skipped = shards.scan(write_tar(tmp_path / "0.tar", members))
     assert keys == ["0/a"] and list(skipped) == ["0/b.v1.jpg"] and "dot" in skipped["0/b.v1.jpg"]
 
@@ -460,7 +463,8 @@ def test_another_program_s_cache_json_is_left_alone(tmp_path, folder):
 def test_two_sides_do_not_show_the_same_pictures_in_turn(tmp_path):
     write_shards(tmp_path, [(64, 64)] * 40)
     small, large = (shards.Shards(tmp_path, side, 4) for side in (16, 32))
-    same = sum({small.sample(g + i).key for i in range(4)} == {large.sample(g + i).key for i in range(4)} for g in range(0, 40, 4))
+    same = sum({small.sample(g + i).key for i in range(4)} == {large.sample(g + i).key for i in range(4)}
+               for g in range(0, 40, 4))
     assert same <= 1
 
 
@@ -675,5 +679,6 @@ def test_what_the_user_can_mend_is_one_line(tmp_path, folder, monkeypatch, capsy
     with pytest.raises(SystemExit) as stopped:
         errors.run(program.main)
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith(f"{program.__name__}.py: ") and error.count("\n") == 1 and complaint in error
+    assert stopped.value.code == 2 and error.startswith(f"{program.__name__}.py: ")
+    assert error.count("\n") == 1 and complaint in error
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 
 def command(folder: Path, *arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "experiments/tables.py", "--quick", "--out", str(folder / "results"), "--runs", str(folder / "runs"),
+    return subprocess.run([sys.executable, "experiments/tables.py", "--quick", "--out", str(folder / "results"),
+                           "--runs", str(folder / "runs"),
                            "--device", "cpu", "--rows", "flow_matching", "self_e", *arguments],
                           cwd=ROOT, env=environment, capture_output=True, text=True)  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""The folder toy/: every line of the identity table, the commands as a student runs them, and the measures it reports."""
+"""The folder toy/: every line of the identity table, the commands as a student
+runs them, and the measures it reports."""
 
 import json
 import os
@@ -68,7 +69,8 @@ def test_weights_that_do_not_sum_to_one_are_refused():
 
 
 def test_energy_distance_of_gaussians_against_its_closed_form():
-    # E|X - Y| for X - Y ~ N((d, 0), 2 v I) is the mean of a Rice law; here by quadrature over the plane, not by sampling.
+    # E|X - Y| for X - Y ~ N((d, 0), 2 v I) is the mean of a Rice law; here by quadrature over the plane, not by
+    # sampling.
     g, d, v = np.random.default_rng(0), 1.3, 0.25
     x, y = (torch.from_numpy(g.standard_normal((4000, 2)) * v**0.5) for _ in range(2))
     y[:, 0] += d
@@ -100,7 +102,8 @@ def test_measures_of_the_truth_itself_and_of_a_blend():
     q = Member("far", 0).q
     g = np.random.default_rng(3)
     good = truth.measure(q.sample(torch.zeros(2000, dtype=torch.int64), g))
-    blend = truth.measure((q.weights[0] @ q.means[0]).expand(2000, 2) + 0.005 * torch.from_numpy(g.standard_normal((2000, 2))).float())
+    blend = truth.measure((q.weights[0] @ q.means[0]).expand(2000, 2)
+                          + 0.005 * torch.from_numpy(g.standard_normal((2000, 2))).float())
     assert abs(good["energy"]) < 0.01 and good["off_modes"] < 0.01 and good["mass_error"] < 0.05
     assert blend["energy"] > 0.2 and max(blend["mass"]) == 1.0 and blend["spread"] < 0.1
 

@@ -63,7 +63,8 @@ def test_a_run_leaves_what_it_promises(trained):
 
 
 def test_two_and_two_iterations_equal_four(tmp_path, monkeypatch):
-    """Stopped after two of four iterations and resumed: parameters, average and Adam's moments are bit for bit the same."""
+    """Stopped after two of four iterations and resumed: parameters, average and
+    Adam's moments are bit for bit the same."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     run(monkeypatch, train, "--steps", 4, "--out", whole, "--aux-from", "0.5", *QUICK)
     step = torch.optim.Adam.step
@@ -95,7 +96,8 @@ def test_micro_batches_make_the_same_iteration(tmp_path, monkeypatch):
         run(monkeypatch, train, "--steps", 3, "--out", tmp_path / name, "--aux-from", "0.3", "--micro-batch", micro,
             *QUICK[2:], "--batch-size", 8)  # fmt: skip
     a, b = (load_file(checkpoint.complete_states(tmp_path / n)[-1] / "network.safetensors") for n in ("one", "four"))
-    # Adam's first updates are the signs of gradients, so a weight whose gradient is rounding noise goes either way: count them.
+    # Adam's first updates are the signs of gradients, so a weight whose gradient is rounding noise goes either way:
+    # count them.
     flips = sum(((a[key] - b[key]).abs() > 1e-4).sum().item() for key in a)
     assert flips < 1e-4 * sum(value.numel() for value in a.values())
 
@@ -122,7 +124,8 @@ def test_ctrl_c_while_compiling_waits_for_the_compiler(tmp_path):
     """A terminal sends Ctrl-C to every process of the command, compilers too; here all of them are built anew."""
     arguments = [sys.executable, "train.py", "--steps", "1000", "--out", str(tmp_path / "run"), *QUICK, "--compile"]
     arguments.remove("--no-compile")
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True,
                                env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})  # fmt: skip
     try:
         while not list(tmp_path.glob("cache/**/*.cpp")):
@@ -144,12 +147,14 @@ def test_a_run_goes_on_as_what_it_was(trained, tmp_path, monkeypatch):
     """Another objective or a shorter run is refused; a model file that a kill left behind the state is made anew."""
     out = tmp_path / "run"
     shutil.copytree(trained[0], out)
-    for flags, complaint in ((["--objective", "flow_matching"], "was begun with --objective self_e"), (["--steps", "3"], "past --steps 3"),
+    for flags, complaint in ((["--objective", "flow_matching"], "was begun with --objective self_e"),
+                             (["--steps", "3"], "past --steps 3"),
                              (["--side", "24"], "another --side")):  # fmt: skip
         with pytest.raises(errors.UserError, match=complaint):
             run(monkeypatch, train, "--resume", "--out", out, "--device", "cpu", *flags)
     (out / "model.safetensors").unlink()
-    own = ["--text", "words", "--autoencoder", "pixels", "--txt-len", str(json.loads((out / "config.json").read_text())["txt_len"])]
+    own = ["--text", "words", "--autoencoder", "pixels", "--txt-len",
+           str(json.loads((out / "config.json").read_text())["txt_len"])]
     run(monkeypatch, train, "--resume", "--out", out, "--device", "cpu", *own)  # what it was, named
     assert (out / "model.safetensors").read_bytes() == (trained[0] / "model.safetensors").read_bytes()
 
@@ -168,7 +173,8 @@ def test_an_export_spares_runs(trained, tmp_path):
     with pytest.raises(errors.UserError, match="choose another folder"):
         checkpoint.export(trained[0], trained[0], torch.float16)
     checkpoint.export(trained[0], tmp_path / "small", torch.float16)
-    assert (trained[0] / "model.safetensors").read_bytes() == before and len(before) > 1.9 * (tmp_path / "small" / "model.safetensors").stat().st_size
+    assert (trained[0] / "model.safetensors").read_bytes() == before
+    assert len(before) > 1.9 * (tmp_path / "small" / "model.safetensors").stat().st_size
 
 
 def test_old_states_go_and_the_newest_stay(tmp_path, monkeypatch):
@@ -182,16 +188,21 @@ def test_a_folder_of_pictures_trains(tmp_path, monkeypatch):
     for i, name in enumerate(("sun", "moon", "sea")):
         Image.new("RGB", (50, 40), (90 * i, 40, 200)).save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(f"the {name}")
-    run(monkeypatch, train, "--data", folder, "--steps", 2, "--out", tmp_path / "r", "--objective", "flow_matching", *QUICK)
+    run(monkeypatch, train, "--data", folder, "--steps", 2, "--out", tmp_path / "r", "--objective", "flow_matching",
+        *QUICK)
     assert json.loads((tmp_path / "r" / "config.json").read_text())["s_rule"] == 1.0
 
 
 def test_a_model_can_be_given_away(trained, tmp_path, monkeypatch):
     run(monkeypatch, checkpoint, trained[0], tmp_path / "given", "--dtype", "fp16")
-    assert sorted(p.name for p in (tmp_path / "given").iterdir()) == ["config.json", "metrics.jsonl", "model.safetensors"]
-    whole, half = (sample.load(folder, torch.device("cpu")).network.state_dict() for folder in (trained[0], tmp_path / "given"))
-    assert all(half[k].dtype == torch.float32 and torch.allclose(whole[k], half[k], rtol=2**-11, atol=1e-7) for k in whole)
-    assert (tmp_path / "given/model.safetensors").stat().st_size < 0.52 * (trained[0] / "model.safetensors").stat().st_size
+    assert sorted(p.name for p in (tmp_path / "given").iterdir()) == ["config.json", "metrics.jsonl",
+                                                                      "model.safetensors"]
+    whole, half = (sample.load(folder, torch.device("cpu")).network.state_dict()
+                   for folder in (trained[0], tmp_path / "given"))
+    assert all(half[k].dtype == torch.float32 and torch.allclose(whole[k], half[k], rtol=2**-11, atol=1e-7)
+               for k in whole)
+    given, own = (folder / "model.safetensors" for folder in (tmp_path / "given", trained[0]))
+    assert given.stat().st_size < 0.52 * own.stat().st_size
     with pytest.raises(errors.UserError, match="is missing"):
         run(monkeypatch, checkpoint, tmp_path, tmp_path / "x")
 
@@ -204,7 +215,8 @@ def test_same_seed_same_picture_whatever_stands_beside_it(trained, tmp_path, mon
     prompts = ["a photo of a ring", "a photo of a red circle", "a photo of two squares"]
     together = sample.generate(loaded, prompts, [(0,), (1,), (2,)], seed=3, steps=2)
     alone = sample.generate(loaded, prompts[1:2], [(1,)], seed=3, steps=2)[0]
-    assert np.abs(together[1].astype(int) - alone).max() <= 1  # the same noise; a batch of another size may round otherwise
+    # The same noise; a batch of another size may round otherwise
+    assert np.abs(together[1].astype(int) - alone).max() <= 1
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         run(monkeypatch, sample, "--checkpoint", trained[0], "--prompt", prompts[0], "--seed", seed, "--steps", 3,
             "--device", "cpu", "--out", tmp_path / f"{name}.png")  # fmt: skip
@@ -238,16 +250,19 @@ def test_imm_trains_and_samples_in_its_own_way(tmp_path, monkeypatch):
     loaded, seen = sample.load(tmp_path / "imm", torch.device("cpu")), []
     loaded.network.register_forward_pre_hook(lambda m, inputs: seen.append((inputs[1][0].item(), inputs[2][0].item())))
     sample.generate(loaded, ["x"], [(0,)], steps=2)
-    assert np.allclose(seen, [(0.994, 0.497), (0.497, 0)])  # the time and where the jump leads, both told to the network
+    # The time and where the jump leads, both told to the network
+    assert np.allclose(seen, [(0.994, 0.497), (0.497, 0)])
     with pytest.raises(errors.UserError, match="--eta"):
         sample.generate(loaded, ["x"], [(0,)], steps=2, eta=0.5)
 
 
 def test_the_flags_of_the_objective_reach_it():
     network, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    for flags, expected in (([], ("renorm", 1, network)), (["--target", "tar", "--delta-scale", "0", "--null-branch", "ema"], ("tar", 0, ema))):
+    for flags, expected in (([], ("renorm", 1, network)),
+                            (["--target", "tar", "--delta-scale", "0", "--null-branch", "ema"], ("tar", 0, ema))):
         built = objectives.OBJECTIVES["self_e"].build(network, ema, arguments.parse(flags))
-        assert (built.target, built.delta_scale) == expected[:2] and built.unconditional is expected[2] and built.ema is ema
+        assert (built.target,
+                built.delta_scale) == expected[:2] and built.unconditional is expected[2] and built.ema is ema
 
 
 def test_what_delta_is_made_of(trained, tmp_path):
@@ -263,12 +278,16 @@ def test_what_delta_is_made_of(trained, tmp_path):
 # Bad input: one line, exit code 2, nothing half-written
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("program, arguments", [
-    (train, ["--data", "absent"]), (train, ["--size", "2b"]), (train, ["--txt-len", "3"]), (train, ["--size", "7b"]), (train, ["--steps", "0"]), (train, ["--batch-size", "3"]),
-    (train, ["--micro-batch", "6"]), (train, ["--aux-from", "2"]), (train, ["--device", "abacus"]), (train, ["--resume"]),
+    (train, ["--data", "absent"]), (train, ["--size", "2b"]), (train, ["--txt-len", "3"]), (train, ["--size", "7b"]),
+    (train, ["--steps", "0"]), (train, ["--batch-size", "3"]),
+    (train, ["--micro-batch", "6"]), (train, ["--aux-from", "2"]), (train, ["--device", "abacus"]),
+    (train, ["--resume"]),
     (train, ["--out", "/dev/null/run"]), (train, ["--side", "30"]), (train, ["--text", "telepathy"]),
-    (train, ["--objective", "imm", "--micro-batch", "2"]), (train, ["--autoencoder", "kl:./absent"]), (train, ["--seed", "-1"]), (train, ["--lr", "nan"]),
+    (train, ["--objective", "imm", "--micro-batch", "2"]), (train, ["--autoencoder", "kl:./absent"]),
+    (train, ["--seed", "-1"]), (train, ["--lr", "nan"]),
     (train, ["--seed", "99999999999999999999999"]), (train, ["--save-every", "-1"]), (train, ["--workers", "0"]),
-    (train, ["--objective", "flow_matching", "--target", "tar"]), (train, ["--objective", "imm", "--aux-from", "0"]), (train, ["--objective", "flow_matching", "--null-branch", "ema"]), (train, ["--out", ""]),
+    (train, ["--objective", "flow_matching", "--target", "tar"]), (train, ["--objective", "imm", "--aux-from", "0"]),
+    (train, ["--objective", "flow_matching", "--null-branch", "ema"]), (train, ["--out", ""]),
     (train, ["--device", "meta"]), (sample, ["--prompt", "x", "--scale", "200000"]),
     (sample, ["--checkpoint", "absent", "--prompt", "x"]), (sample, []), (sample, ["--prompt", "x", "--steps", "0"]),
     (sample, ["--prompt", "x", "--guidance", "-1"]), (sample, ["--prompt", "x", "--guidance", "nan"]),
@@ -286,7 +305,8 @@ def test_bad_arguments(program, arguments, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["missing weights", "missing config", "truncated", "another shape", "not json", "no model"])
+@pytest.mark.parametrize("damage",
+                         ["missing weights", "missing config", "truncated", "another shape", "not json", "no model"])
 def test_damaged_checkpoints(trained, tmp_path, monkeypatch, capsys, damage):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((trained[0] / name).read_bytes())
@@ -299,7 +319,8 @@ def test_damaged_checkpoints(trained, tmp_path, monkeypatch, capsys, damage):
         save_file({k: v[:1].clone() for k, v in load_file(weights).items()}, weights)
     else:
         config.write_text("{" if damage == "not json" else "{}")
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--checkpoint", str(tmp_path), "--prompt", "x", "--out", str(tmp_path / "x.png")])
+    monkeypatch.setattr(sys, "argv",
+                        ["sample.py", "--checkpoint", str(tmp_path), "--prompt", "x", "--out", str(tmp_path / "x.png")])
     with pytest.raises(SystemExit) as stopped:
         errors.run(sample.main)
     lines = capsys.readouterr().err.strip().splitlines()
@@ -308,8 +329,10 @@ def test_damaged_checkpoints(trained, tmp_path, monkeypatch, capsys, damage):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("side", "24"), ("side", None), ("side", 0), ("side", 23), ("side", 24.0), ("mu", "x"), ("mu", float("nan")), ("guidance", None),
-    ("eta", 2), ("s_rule", "next"), ("guidance_space", "q"), ("text_encoder", 5), ("txt_len", 14.5), ("txt_len", 3), ("autoencoder", None),
+    ("side", "24"), ("side", None), ("side", 0), ("side", 23), ("side", 24.0), ("mu", "x"), ("mu", float("nan")),
+    ("guidance", None),
+    ("eta", 2), ("s_rule", "next"), ("guidance_space", "q"), ("text_encoder", 5), ("txt_len", 14.5), ("txt_len", 3),
+    ("autoencoder", None),
     ("objective", "gan"), ("precision", "int8"), ("model", [1]),
 ])  # fmt: skip
 def test_a_config_with_a_wrong_value_is_named(trained, tmp_path, name, value):
@@ -329,7 +352,8 @@ def test_a_config_that_describes_no_model(trained, tmp_path, change):
         sample.load(tmp_path, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name, content", [("adam.pt", b"hi\n"), ("adam.pt", None), ("state.json", b"{}"), ("state.json", b"[]")])
+@pytest.mark.parametrize("name, content",
+                         [("adam.pt", b"hi\n"), ("adam.pt", None), ("state.json", b"{}"), ("state.json", b"[]")])
 def test_a_damaged_state_is_named(trained, tmp_path, monkeypatch, capsys, name, content):
     shutil.copytree(trained[0], tmp_path / "run")
     damaged = checkpoint.complete_states(tmp_path / "run")[-1] / name

@@ -1,4 +1,5 @@
-"""Wrong captions as a property of data: how many, whose, always the same ones, in every kind of source, and never in scores."""
+"""Wrong captions as a property of data: how many, whose, always the same ones,
+in every kind of source, and never in scores."""
 
 import json
 import sys
@@ -19,7 +20,8 @@ N = 60  # pictures in the folder
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """N pictures of one size, each with a caption of its own that its first pixel knows; also as tars, one of them broken."""
+    """N pictures of one size, each with a caption of its own that its first
+    pixel knows; also as tars, one of them broken."""
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "pictures").mkdir()
     for i in range(N):
@@ -67,7 +69,8 @@ def test_at_one_no_picture_keeps_its_own(folder, kind):
 
 
 def test_the_share_is_what_was_asked_for_in_the_built_in_shapes():
-    """Of 4,000 samples the share whose caption is not that of their scene: X times the chance that another's says otherwise."""
+    """Of 4,000 samples the share whose caption is not that of their scene: X
+    times the chance that another's says otherwise."""
     plain, wrong = data.Shapes(16, "one-shape"), open_source("one-shape", 0.3)
     captions = [plain.sample(g, 5).caption for g in range(4000)]
     changed = np.mean([wrong.sample(g, 5).caption != caption for g, caption in enumerate(captions)])
