@@ -70,40 +70,42 @@ def save_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] 
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
 
 
-def make(folder: str | Path, out: str | Path, side: int, text, autoencoder, *, batch_size: int = 1024,
-         fake: bool = False, tokens: str = "bf16", multiple: int = 16, per_shard: int = 256, encode_batch: int = 16,
-         part: tuple[int, int] = (0, 1), index: str | Path | None = None) -> None:  # fmt: skip
+class Settings(NamedTuple):
+    """What a cache holds; all of it but the last two is part of its cache.json."""
+
+    batch_size: int = 1024  # the one it is meant for: as in Shards, smaller buckets are merged, which fixes the sizes
+    fake: bool = False  # whether the fake prompts are encoded too
+    tokens: str = "bf16"  # precision of the stored tokens, or fp32
+    multiple: int = 16  # of which all sides are multiples
+    per_shard: int = 256  # samples of a cached shard
+    encode_batch: int = 16  # pictures encoded at once
+    index: str | Path | None = None  # folder of the tars' index, by default beside them
+
+
+def make(folder: str | Path, out: str | Path, side: int, encoders: tuple, settings: Settings = Settings(),
+         part: tuple[int, int] = (0, 1)) -> None:  # fmt: skip
     """Encode the pictures and captions of a folder of tars into `out`; what is complete there is left as it is.
 
-    `batch_size` is the one the cache is meant for: as in Shards, buckets smaller than it are merged, and that fixes the
-    sizes of the latents. part (i, n) makes every n-th shard from the i-th on, so that n processes can share the work.
-    A picture that cannot be decoded is replaced as in Shards, and its shard remembers it: a cache yields the sequence
-    that its tars yield. Raises DataError when `out` holds a cache made from other tars or with other settings.
+    encoders are the frozen (text encoder, auto-encoder). part (i, n) makes every n-th shard from the i-th on, so that n
+    processes can share the work. A picture that cannot be decoded is replaced as in Shards, and its shard remembers it:
+    a cache yields the sequence that its tars yield. Raises DataError when `out` holds a cache made from other tars or
+    with other settings.
     """
-    if multiple % autoencoder.factor:
-        raise DataError(f"auto-encoder {autoencoder.name} needs multiples of {autoencoder.factor}, not {multiple}")
-    source, out = shards.Shards(folder, side, batch_size, multiple=multiple, index=index), Path(out)
-    spec = {
+    text, autoencoder = encoders
+    if settings.multiple % autoencoder.factor:
+        raise DataError(f"auto-encoder {autoencoder.name} needs multiples of {autoencoder.factor}, not "
+                        f"{settings.multiple}")  # fmt: skip
+    out = Path(out)
+    source = shards.Shards(folder, side, settings.batch_size, multiple=settings.multiple, index=settings.index)
+    spec = begin(out, {
         "format": 1, "text": text.name, "txt_len": text.txt_len, "autoencoder": autoencoder.name, "side": side,
-        "multiple": multiple, "batch_size": batch_size, "tokens": tokens, "fake": fake, "per_shard": per_shard,
-        "source": source.fingerprint,
+        "multiple": settings.multiple, "batch_size": settings.batch_size, "tokens": settings.tokens,
+        "fake": settings.fake, "per_shard": settings.per_shard, "source": source.fingerprint,
         "buckets": [[h, w, len(m)] for (h, w), m in zip(source.buckets, source.members)],
-    }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "cache.json").exists():
-        stored = spec_of(out)
-        if stored is None:
-            raise DataError(f"{out / 'cache.json'} is not that of a cache: choose another folder")
-        for name, value in spec.items():
-            if stored.get(name) != value:
-                said = "other tars" if name in ("source", "buckets") else f"{name} {stored.get(name)!r}, not {value!r}"
-                raise DataError(f"{out} is a cache made with {said}: choose another folder, or the same settings")
-    else:
-        checkpoint.write_json(out / "cache.json", spec, shared=True)  # all parts write it
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[tokens]
+    })  # fmt: skip
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.tokens]
     if not (out / "null.safetensors").exists():
         save_shard(out / "null.safetensors", encode_text(text, [""], 1, dtype, fake=True))
-
     plan = list(shard_plan(out, spec))[part[0] :: part[1]]
     missing = [entry for entry in plan if not entry[0].exists()]
     bar = tqdm(total=sum(len(rows) for _, _, rows in plan), initial=sum(len(rows) for p, _, rows in plan if p.exists()),
@@ -111,19 +113,36 @@ def make(folder: str | Path, out: str | Path, side: int, text, autoencoder, *, b
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for path, k, rows in missing:
             latents, captions, texts = [], [], []
-            for first in range(0, len(rows), encode_batch):
-                samples = list(pool.map(functools.partial(source.picture, k), rows[first : first + encode_batch]))
+            for first in range(0, len(rows), settings.encode_batch):
+                some = rows[first : first + settings.encode_batch]
+                samples = list(pool.map(functools.partial(source.picture, k), some))
                 latents.append(autoencoder.encode(data.to_tensor([s.picture for s in samples])).cpu())
                 captions += [s.caption for s in samples]
                 texts += [json.dumps([s.caption, s.key]).encode() for s in samples]
                 bar.update(len(samples))
-            tensors = encode_text(text, captions, encode_batch, dtype, fake) | {"latent": torch.cat(latents)}
-            tensors["text"] = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
-            tensors["text_end"] = torch.tensor(np.cumsum([0, *map(len, texts)]))
+            tensors = encode_text(text, captions, settings.encode_batch, dtype, settings.fake)
+            tensors |= {"latent": torch.cat(latents), "text_end": torch.tensor(np.cumsum([0, *map(len, texts)])),
+                        "text": torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)}  # fmt: skip
             own = [source.key(n) for n in source.members[k][rows.start : rows.stop]]
             failed = {key: source.skipped[key] for key in own if key in source.skipped}
             save_shard(path, tensors, {"skipped": json.dumps(failed)})
     bar.close()
+
+
+def begin(out: Path, spec: dict) -> dict:
+    """The folder of a cache, its cache.json written or found the same. Raises DataError for a cache of another kind."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "cache.json").exists():
+        checkpoint.write_json(out / "cache.json", spec, shared=True)  # all parts write it
+        return spec
+    stored = spec_of(out)
+    if stored is None:
+        raise DataError(f"{out / 'cache.json'} is not that of a cache: choose another folder")
+    for name, value in spec.items():
+        if stored.get(name) != value:
+            said = "other tars" if name in ("source", "buckets") else f"{name} {stored.get(name)!r}, not {value!r}"
+            raise DataError(f"{out} is a cache made with {said}: choose another folder, or the same settings")
+    return spec
 
 
 def shard_plan(out: Path, spec: dict) -> Iterator[tuple[Path, int, range]]:
@@ -282,8 +301,8 @@ def main() -> None:
     device = machine.pick_device(args.device)
     text = encoders.text_encoder(args.text, args.txt_len, device)
     autoencoder = encoders.autoencoder(args.autoencoder, device)
-    names = ("batch_size", "fake", "tokens", "multiple", "per_shard", "encode_batch", "part", "index")
-    make(args.folder, args.out, args.side, text, autoencoder, **{name: getattr(args, name) for name in names})
+    settings = Settings(**{name: getattr(args, name) for name in Settings._fields})
+    make(args.folder, args.out, args.side, (text, autoencoder), settings, args.part)
     plan = shard_plan(Path(args.out), checkpoint.read_json(Path(args.out) / "cache.json"))
     missing = [path for path, _, _ in plan if not path.exists()]
     print(f"{args.out}: " + (f"{len(missing)} shards are left to the other parts" if missing else "complete"))

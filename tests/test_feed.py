@@ -47,8 +47,9 @@ def tars(tmp_path_factory):
         (folder / "pictures" / f"{i}.txt").write_text(f"picture number {i}")
     shards.pack(folder / "pictures", folder / "tars", per_shard=5)
     for side in (16, 32):
-        cache.make(folder / "tars", folder / f"cache{side}", side, TEXT, PIXELS, batch_size=4, fake=True, tokens="fp32",
-                     multiple=4, per_shard=4)  # fmt: skip
+        cache.make(folder / "tars", folder / f"cache{side}", side, (TEXT, PIXELS),
+                   cache.Settings(batch_size=4, fake=True, tokens="fp32",
+                     multiple=4, per_shard=4))  # fmt: skip
     return folder
 
 
@@ -137,7 +138,8 @@ def test_a_cache_of_other_encoders_is_refused_at_the_start(tars, changes, said):
 def test_only_the_caches_of_a_stages_sides_are_opened(tars):
     """A cache for the larger pictures of a later stage may be made for that stage's smaller batch."""
     plan = plan_of((0, (16,), 12), data=(str(tars / "cache16whole"), str(tars / "cache32")))
-    cache.make(tars / "tars", tars / "cache16whole", 16, TEXT, PIXELS, batch_size=12, tokens="fp32", multiple=4)
+    cache.make(tars / "tars", tars / "cache16whole", 16, (TEXT, PIXELS),
+               cache.Settings(batch_size=12, tokens="fp32", multiple=4))
     assert len(next(feed.Feed(plan, DRAW, 3, feed.Codec(None, None, DEVICE, patch=4)).stream(0)).keys) == 12
     with pytest.raises(data.DataError, match="fewer than a batch of 12"):
         feed.open_source(plan.data, recipe.Stage(0, (32,), 12), 4)
@@ -172,7 +174,7 @@ def test_other_content_under_the_same_names_is_noticed(tars, tmp_path):
 
 
 def test_a_cache_whose_sides_do_not_fit_the_patch_is_refused(tars):
-    cache.make(tars / "tars", tars / "odd", 16, TEXT, PIXELS, batch_size=4, tokens="fp32", multiple=1)
+    cache.make(tars / "tars", tars / "odd", 16, (TEXT, PIXELS), cache.Settings(batch_size=4, tokens="fp32", multiple=1))
     with pytest.raises(data.DataError, match="--multiple 8"):
         feed.open_source((str(tars / "odd"),), recipe.Stage(0, (16,), 4), 8)
 

@@ -3,7 +3,7 @@
     python -m pytest -q -s tests/test_mutations.py      # prints which identity killed which mutant
 
 A mutant is a substitution in the source text. The changed source is executed as a fresh module in this process, with a
-fresh copy of toy/identities.py on top of it; nothing on disk and no module of the other tests is touched. The checks
+fresh copy of toy/checks/ on top of it; nothing on disk and no module of the other tests is touched. The checks
 run from the quickest to the slowest and stop at the first that fails or raises.
 """
 
@@ -124,7 +124,6 @@ def modules_of(sources: dict):
         fresh = {}
         for name, text in sources.items():
             module = fresh[name] = sys.modules[name] = types.ModuleType(name)
-            module.__file__ = str(ROOT / "toy" / "identities.py")  # identities.py asks where it lies
             exec(compiled(text, name), module.__dict__)
         yield fresh
     finally:
@@ -138,13 +137,14 @@ def read(*parts: str) -> str:
     return ROOT.joinpath(*parts).read_text(encoding="utf-8")
 
 
-ORIGINAL = {"losses": read("losses.py"), "sampler": read("sampler.py"),
-            "mutated_identities": read("toy", "identities.py")}
+CHECKS = ("stage", "flow_matching", "scores", "self_evaluation", "objective", "step", "inference")
+ORIGINAL = {"losses": read("losses.py"), "sampler": read("sampler.py")}
+ORIGINAL |= {f"toy.checks.{name}": read("toy", "checks", f"{name}.py") for name in CHECKS}
 
 
-def first_failure(identities, order: list[str]) -> str | None:
+def first_failure(stage, order: list[str]) -> str | None:
     """The name of the first check that fails, with what it said; None if all hold."""
-    checks = {line[-1].__name__: line for line in identities.CHECKS}
+    checks = {line[-1].__name__: line for line in stage.CHECKS}
     for name in order:
         equation, _, bound, is_above, function = checks[name]
         try:
@@ -161,9 +161,9 @@ def quickest_first() -> list[str]:
     """The checks by their time on the unchanged code, where each of them must hold."""
     with modules_of(ORIGINAL) as fresh:
         took = {}
-        for *_, function in fresh["mutated_identities"].CHECKS:
+        for *_, function in fresh["toy.checks.stage"].CHECKS:
             start = time.perf_counter()
-            failure = first_failure(fresh["mutated_identities"], [function.__name__])
+            failure = first_failure(fresh["toy.checks.stage"], [function.__name__])
             took[function.__name__] = time.perf_counter() - start
             assert failure is None, failure
     return sorted(took, key=took.get)
@@ -174,6 +174,6 @@ def test_mutant_is_killed(mutant, quickest_first):
     name, what, old, new = mutant
     assert ORIGINAL[name].count(old) == 1, f"{old!r} must occur exactly once in {name}.py, or this mutant tests nothing"
     with modules_of(ORIGINAL | {name: ORIGINAL[name].replace(old, new)}) as fresh:
-        killer = first_failure(fresh["mutated_identities"], quickest_first)
+        killer = first_failure(fresh["toy.checks.stage"], quickest_first)
     assert killer, f"{name}.py with {old!r} -> {new!r} passes every identity"
     print(f"{name + '.py':11s} {what:42s} killed by {killer}")

@@ -111,7 +111,8 @@ def test_shards_and_their_cache_train_alike(tmp_path):
         (tmp_path / "pictures" / f"{i}.txt").write_text(f"picture number {i}")
     shards.pack(tmp_path / "pictures", tmp_path / "tars", per_shard=10)
     text, pixels = encoders.text_encoder("words", 14, "cpu"), encoders.autoencoder("pixels", "cpu")
-    cache.make(tmp_path / "tars", tmp_path / "cache", 16, text, pixels, batch_size=4, tokens="fp32", multiple=4)
+    cache.make(tmp_path / "tars", tmp_path / "cache", 16, (text, pixels),
+               cache.Settings(batch_size=4, tokens="fp32", multiple=4))
     flags = [*SMALL, "--side", "16", "--steps", "6"]
     run_train(1, "--data", tmp_path / "tars", "--out", tmp_path / "one", *flags)
     run_train(2, "--data", tmp_path / "tars", "--out", tmp_path / "two", *flags)

@@ -523,7 +523,8 @@ def test_the_index_can_lie_elsewhere_and_be_made_by_many_processes(tmp_path, wor
 def encode(source_folder, out, **options):
     options = {"batch_size": 4, "per_shard": 4, "encode_batch": 3, "fake": True, "tokens": "fp32"} | options
     text, pixels = encoders.text_encoder("words", options.pop("txt_len", 8)), encoders.autoencoder("pixels")
-    cache.make(source_folder, out, 64, text, pixels, **options)
+    part = options.pop("part", (0, 1))
+    cache.make(source_folder, out, 64, (text, pixels), cache.Settings(**options), part)
 
 
 def contents(out):

@@ -121,7 +121,8 @@ def test_nothing_to_swap_is_an_error(tmp_path):
 
 def test_a_cache_is_refused(folder, tmp_path):
     text, pixels = encoders.text_encoder("words", 6, "cpu"), encoders.autoencoder("pixels", "cpu")
-    cache.make(folder / "tars", tmp_path / "cache", 16, text, pixels, batch_size=4, tokens="fp32", multiple=4)
+    cache.make(folder / "tars", tmp_path / "cache", 16, (text, pixels),
+               cache.Settings(batch_size=4, tokens="fp32", multiple=4))
     with pytest.raises(errors.UserError, match="is a cache"):
         open_source(tmp_path / "cache", 0.1)
 

@@ -87,7 +87,8 @@ def compare(layouts: list[str], seed: int, steps: int, out: Path, jobs: int) -> 
 
     seconds = time.perf_counter() - start
     record = {
-        **machine.provenance(torch.device("cpu")), "seed": seed, "steps": steps, "jobs": jobs, "seconds": round(seconds, 1),
+        **machine.provenance(torch.device("cpu")), "seed": seed, "steps": steps, "jobs": jobs,
+        "seconds": round(seconds, 1),
         "settings": {label: {"training": a, "sampling": b} for label, (a, b) in OBJECTIVES.items()},
         "results": {layout: {label: rows[e] for label, rows in results.items()} for e, layout in enumerate(layouts)},
     }  # fmt: skip
@@ -116,7 +117,8 @@ def main() -> None:
         "--jobs", type=int, default=2, help="processes that train at the same time; 1 trains one by one"
     )
     parser.add_argument(
-        "--out", type=Path, help="folder for the JSON file and the figures (default: toy/results; runs/any_step with other flags)"
+        "--out", type=Path,
+        help="folder for the JSON file and the figures (default: toy/results; runs/any_step with other flags)"
     )
     args = parser.parse_args()
     if args.study not in (None, "list", *studies.STUDIES):

@@ -125,7 +125,8 @@ def trajectories(nets: dict, sampling: dict, members: list, e: int, path: Path, 
 # ---------------------------------------------------------------------------------------------------------------------
 def distance_axis(axis, title: str) -> None:
     """Distances over network evaluations, both logarithmic, with a tick per budget."""
-    axis.set(xscale="log", yscale="log", xticks=BUDGETS, xticklabels=BUDGETS, xlabel="network evaluations N", title=title)
+    axis.set(xscale="log", yscale="log", xticks=BUDGETS, xticklabels=BUDGETS, xlabel="network evaluations N",
+             title=title)
     axis.minorticks_off()
 
 
@@ -170,9 +171,7 @@ def fields(layouts: list, seed: int, path: Path, times=(0.05, 0.2, 0.5, 0.8)) ->
         p = Mixture(x0_hat[None], 0.02)  # its samples as very narrow modes: then E_p[x0 | x_s] is a closed form
         low, high = float(q.m[:3].min()) - 1.2, float(q.m[:3].max()) + 1.2
         for j, value in enumerate(times):
-            box = tuple(
-                b * (1 - value) + (-1 if k % 2 == 0 else 1) * 0.7 * value for k, b in enumerate((low, high, low, high))
-            )
+            box = tuple(end * (1 - value) + sign * 0.7 * value for end, sign in 2 * ((low, -1), (high, 1)))
             points = torch.cartesian_prod(*(torch.linspace(box[k], box[k + 1], 17) for k in (0, 2)))
 
             def full(x):
@@ -183,14 +182,12 @@ def fields(layouts: list, seed: int, path: Path, times=(0.05, 0.2, 0.5, 0.8)) ->
                 G_c = q.posterior_mean(x, s, k)
                 return q.posterior_mean(x, s, q.null(k)) - G_c, p.posterior_mean(x, s, k) - G_c
 
-            reached = [
-                law.log_density(points, *full(points)) for law in (p, q)
-            ]  # arrows only where samples or data are
+            # Arrows only where samples or data are.
+            reached = [law.log_density(points, *full(points)) for law in (p, q)]
             points = points[torch.stack([log > log.max() - 7 for log in reached]).any(0)]
             at_samples = two_terms(losses.add_noise(x0_hat, torch.full((n,), value), normal()))
-            for row, (Delta, lengths, what) in enumerate(
-                zip(two_terms(points), at_samples, ("classifier", "auxiliary"))
-            ):
+            both = zip(two_terms(points), at_samples, ("classifier", "auxiliary"))
+            for row, (Delta, lengths, what) in enumerate(both):
                 axis = axes[2 * i + row, j]
                 contours(axis, q, box, 0, value)
                 for other in range(1, q.C):
@@ -201,11 +198,8 @@ def fields(layouts: list, seed: int, path: Path, times=(0.05, 0.2, 0.5, 0.8)) ->
                 move = move * (longest / move.norm(dim=1, keepdim=True)).clamp(max=1)
                 axis.quiver(*points.T, *move.T, color=COLOURS[1], angles="xy", scale_units="xy", scale=0.8, width=0.008)
                 bare(axis, box)
-                axis.set_title(
-                    (f"s = {value:g}   " if row == 0 else "")
-                    + f"rms {float(lengths.square().sum(1).mean().sqrt()):.2f}",
-                    fontsize=8,
-                )
+                rms = float(lengths.square().sum(1).mean().sqrt())
+                axis.set_title((f"s = {value:g}   " if row == 0 else "") + f"rms {rms:.2f}", fontsize=8)
                 if j == 0:
                     axis.set_ylabel(f"'{name}'\n{what} term")
     figure.supxlabel(

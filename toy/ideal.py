@@ -1,4 +1,5 @@
-"""What does the objective ask for? The targets of Eq. 18 and 19 followed to their end, with nothing left to the network.
+"""What does the objective ask for? The targets of Eq. 18 and 19 followed to their end, with nothing left to the
+network.
 
     python toy/ideal.py                       # three seeds: a table, toy/results/ideal.json and ideal.png
 
@@ -11,8 +12,8 @@ A trained network shows what an objective gives, but its own errors are mixed in
 
 and the answers walk to the target again and again, x0_hat <- x0_hat + rate (target - x0_hat), each time with a new x0
 from q(x0 | x_t, c) and new noise in Eq. 8, until they stay. What is left is the objective's own opinion. It starts from
-the answer of flow matching, E[x0 | x_t, c]. The distance is measured where the paper promises it, between p(x_s | c) and
-q(x_s | c) (Sec. 3.2), and at s = 0.
+the answer of flow matching, E[x0 | x_t, c]. The distance is measured where the paper promises it, between p(x_s | c)
+and q(x_s | c) (Sec. 3.2), and at s = 0.
 """
 
 import sys
@@ -90,7 +91,9 @@ def distance(x: Tensor, y: Tensor, s: float, seed: int) -> float:
 
 def main() -> None:
     parser = errors.Parser("toy/ideal.py", __doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, help="folder for ideal.json and ideal.png (default: toy/results; runs/ideal with another --seed)")
+    parser.add_argument("--out", type=Path,
+                        help="folder for ideal.json and ideal.png (default: toy/results; runs/ideal with another "
+                             "--seed)")
     parser.add_argument("--seed", type=int, default=0, help="the first of three seeds (default: 0)")
     args = parser.parse_args()
     if args.seed < 0:
@@ -129,7 +132,8 @@ def main() -> None:
                     cells += f"{np.mean(values):{width}.4f} ±{np.std(values, ddof=1):6.4f}"
             print(f"{label:26s}{cells}", flush=True)
     seconds = round(time.perf_counter() - start, 1)
-    head = {**machine.provenance(torch.device("cpu")), "seeds": seeds, "t": T, "answers": ANSWERS, "rounds": ROUNDS, "seconds": seconds,
+    head = {**machine.provenance(torch.device("cpu")), "seeds": seeds, "t": T, "answers": ANSWERS, "rounds": ROUNDS,
+            "seconds": seconds,
             "records": records}  # fmt: skip
     checkpoint.write_json(out / "ideal.json", head)
     figures.ideal(pictures, [name for name in LAYOUTS if name != "ring"], list(GOALS), TIMES, T, out / "ideal.png")

@@ -1,4 +1,5 @@
-"""Samples of the toy networks, and how far they are from the data: energy distance, sliced Wasserstein-2, mass per mode.
+"""Samples of the toy networks, and how far they are from the data: energy distance, sliced Wasserstein-2, mass per
+mode.
 
 evaluate(net, members)              # for each member {"1": measures, "2": ..., "50": ...} by number of steps
 evaluate(None, members)             # the floor: fresh data, measured as if it had been generated
@@ -28,7 +29,8 @@ def generate(net: Net, members: list[Member], c: Tensor, steps: int, **choices) 
         return torch.from_numpy(np.concatenate(rows))
 
     if len(members) > 1 and choices.get("guidance", 1.0) != 1:
-        # The sampler joins the two branches of guidance in one batch; an ensemble would deal it out to the wrong members.
+        # The sampler joins the two branches of guidance in one batch; an ensemble would deal it out to the wrong
+        # members.
         alone = [assemble([m], [net.weights_of(e)]) for e, m in enumerate(members)]
         return torch.cat([generate(one, [m], c, steps, **choices) for one, m in zip(alone, members)])
     prompts = c.repeat(len(members))
@@ -92,7 +94,8 @@ def average(rows: list[dict]) -> dict:
 
 
 def evaluate(net: Net | None, members: list[Member], labels: bool = True, budgets=BUDGETS, **choices) -> list[dict]:
-    """For each member {"1": measures, ..., "50": measures}, averaged over the conditions (labels False: the null prompt).
+    """For each member {"1": measures, ..., "50": measures}, averaged over the conditions (labels False: the null
+    prompt).
 
     net None measures fresh data against fresh data, the floor.
     """

@@ -48,7 +48,8 @@ class Mixture:
     def _draw(self, shares: Tensor, mean: Tensor, var: Tensor, rng: np.random.Generator) -> Tensor:
         """Pick a component by `shares` [B, K], then a point of it: mean [B, K, 2], var [B, K] -> [B, 2]."""
         u = torch.from_numpy(rng.random(len(shares))).to(shares)
-        k = (u[:, None] > shares.cumsum(1) / shares.sum(1, keepdim=True)).sum(1).clamp_max(shares.shape[1] - 1)  # u may round to 1
+        # U may round to 1
+        k = (u[:, None] > shares.cumsum(1) / shares.sum(1, keepdim=True)).sum(1).clamp_max(shares.shape[1] - 1)
         row = torch.arange(len(k))
         z = torch.from_numpy(rng.standard_normal((len(k), 2))).to(shares)
         return mean[row, k] + var[row, k].sqrt()[:, None] * z

@@ -1,7 +1,7 @@
 """What the paper leaves open, asked in the plane: the questions, their settings, and the bookkeeping of the answers.
 
     python toy/any_step.py --study list           # the questions
-    python toy/any_step.py --study s_rule         # train and measure what toy/results/s_rule.json lacks, print the table
+    python toy/any_step.py --study s_rule         # train and measure what toy/results/s_rule.json lacks, print table
 
 A study is a table of settings. Each setting is (departures of the training from training.PAPER, choices of the sampler)
 and is run for every layout and three seeds. toy/results/NAME.json keeps one record per (setting, layout, seed) with
@@ -157,7 +157,8 @@ STUDIES = {
 # =====================================================================================================================
 def weights_file(member: Member, steps: int, changes: dict) -> Path:
     """Where a trained member is kept: named by all that made it, the text of the code that trains included."""
-    code = [(ROOT / name).read_text(encoding="utf-8") for name in ("losses.py", "model.py", "engine/randomness.py", "toy/training.py", "toy/mixture.py")]
+    code = [(ROOT / name).read_text(encoding="utf-8")
+            for name in ("losses.py", "model.py", "engine/randomness.py", "toy/training.py", "toy/mixture.py")]
     recipe = json.dumps([member, steps, PAPER | changes, code], sort_keys=True)
     return ROOT / "runs" / "toy" / f"{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.pt"
 
@@ -182,10 +183,12 @@ def run(name: str, out: Path, seeds=SEEDS, steps: int = STEPS, say=print) -> dic
     made_by = machine.provenance(torch.device("cpu"))
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"records": []}
     kept |= {"study": name, "question": study.question, "command": f"python toy/any_step.py --study {name}"}
-    settings = {label: {"training": changes, "sampling": sampling, "steps": steps} for label, (changes, sampling) in rows_of(study)}
+    settings = {label: {"training": changes, "sampling": sampling, "steps": steps}
+                for label, (changes, sampling) in rows_of(study)}
     others = [r for r in kept["records"] if settings.get(r["label"]) != r["setting"]]
     if others:
-        raise errors.UserError(f"{path} holds results of other settings ({others[0]['label']}, {others[0]['setting']['steps']} steps): choose another --out")
+        raise errors.UserError(f"{path} holds results of other settings ({others[0]['label']}, "
+                               f"{others[0]['setting']['steps']} steps): choose another --out")
     for label, setting in settings.items():
         changes, sampling = setting["training"], setting["sampling"]
         members = [Member(layout, seed) for layout in study.layouts for seed in seeds]

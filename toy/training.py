@@ -38,7 +38,8 @@ class Net(nn.Module):
     """V(x_t, t, s, c) for E members at once: residual MLPs that share nothing but the matrix product (Eq. 6, s.9-s.10).
 
     Rows of x_t [E * B, 2] come member by member. E separate trainings would give the same networks and take E times as
-    long, because at this size the time goes into calling operations, not into arithmetic. Member e starts from its seed.
+    long, because at this size the time goes into calling operations, not into arithmetic. Member e starts from its
+    seed.
     """
 
     FREQUENCIES = (1.0, 2.0, 4.0, 8.0, 16.0)
