@@ -56,29 +56,57 @@ def mean_of_answers(x_s: Tensor, s: float, x0_hat: Tensor) -> Tensor:
     return (-distance2 / (2 * s**2)).softmax(-1) @ x0_hat
 
 
+def follow(x0_hat: Tensor, t: Tensor, s: Tensor, goal: tuple, rounds: int, world) -> Tensor:
+    """Answers x0_hat [B, ...] at times t, s [B] after so many rounds of walking to their target: SelfE's step, no
+    network.
+
+    goal is one of GOALS. world has three methods: data() draws x0 ~ q(x0 | x_t, c), because training meets every x0
+    that an x_t could have come from; noise() is standard normal like x0_hat; evaluate(x_s, x0_hat) gives G_null, G_c
+    and G_fake. The falling rate averages out what the draws add. toy/pictures.py runs the same rounds on pictures.
+    """
+    k, normalised, scale = goal
+    mix = losses.mix_weight(t, s)
+    for i in range(rounds):
+        x0 = world.data()
+        x_s = losses.add_noise(x0_hat, s, world.noise())
+        Delta = scale * losses.self_evaluation(*world.evaluate(x_s, x0_hat), k)
+        target = losses.implicit_target(x0, losses.pseudo_target(x0_hat, Delta), mix)
+        if normalised:
+            target = losses.renormalise(target, x0)
+        x0_hat = x0_hat + 0.3 * (1 - i / rounds) * (target - x0_hat)
+    return x0_hat
+
+
+class Plane:
+    """A mixture as the world of `follow`: one x_t for each answer, s the same for all."""
+
+    def __init__(self, q: Mixture, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor, g: np.random.Generator):
+        self.q, self.x_t, self.t, self.s, self.c, self.g = q, x_t, t, s, c, g
+
+    def data(self) -> Tensor:
+        return self.q.posterior_sample(self.x_t, self.t, self.c, self.g)
+
+    def noise(self) -> Tensor:
+        return torch.from_numpy(self.g.standard_normal(self.x_t.shape, dtype=np.float32))
+
+    def evaluate(self, x_s: Tensor, x0_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, c, shape = self.q, self.c, (self.q.C, -1, 2)
+        G_null, G_c = q.posterior_mean(x_s, self.s, q.null(c)), q.posterior_mean(x_s, self.s, c)
+        G_fake = mean_of_answers(x_s.view(shape), float(self.s[0]), x0_hat.view(shape)).view_as(x_s)
+        return G_null, G_c, G_fake
+
+
 def settle(q: Mixture, s: float, goal: tuple | None, seed: int) -> tuple[Tensor, Tensor]:
     """Answers [C, n, 2] at time T that have followed their target to the end, and fresh data [C, n, 2]."""
     g, n = rng(seed, "toy ideal"), ANSWERS
     c = torch.arange(q.C).repeat_interleave(n)
-    normal = lambda: torch.from_numpy(g.standard_normal((len(c), 2), dtype=np.float32))  # noqa: E731
     t, s_all = torch.full((len(c),), T), torch.full((len(c),), s)
-    x_t = losses.add_noise(q.sample(c, g), t, normal())
+    x0 = q.sample(c, g)
+    x_t = losses.add_noise(x0, t, torch.from_numpy(g.standard_normal((len(c), 2), dtype=np.float32)))
     data = q.sample(c, g).view(q.C, n, 2)
     x0_hat = q.posterior_mean(x_t, t, c)
-    if goal is None:
-        return x0_hat.view(q.C, n, 2), data
-    k, normalised, scale = goal
-    w = losses.mix_weight(t, s_all)
-    for i in range(ROUNDS):
-        x0 = q.posterior_sample(x_t, t, c, g)  # training meets every x0 that this x_t could have come from
-        x_s = losses.add_noise(x0_hat, s_all, normal())
-        G_null, G_c = q.posterior_mean(x_s, s_all, q.null(c)), q.posterior_mean(x_s, s_all, c)
-        G_fake = mean_of_answers(x_s.view(q.C, n, 2), s, x0_hat.view(q.C, n, 2)).view_as(x_s)
-        Delta = scale * losses.self_evaluation(G_null, G_c, G_fake, k)
-        target = losses.implicit_target(x0, losses.pseudo_target(x0_hat, Delta), w)
-        if normalised:
-            target = losses.renormalise(target, x0)
-        x0_hat = x0_hat + 0.3 * (1 - i / ROUNDS) * (target - x0_hat)  # the falling rate averages the noise out
+    if goal is not None:
+        x0_hat = follow(x0_hat, t, s_all, goal, ROUNDS, Plane(q, x_t, t, s_all, c, g))
     return x0_hat.view(q.C, n, 2), data
 
 
