@@ -2,6 +2,7 @@
 runs them, and the measures it reports."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,9 +13,9 @@ import pytest
 import torch
 
 from engine import errors
-from toy import any_step, identities, measures, studies
+from toy import any_step, ideal, identities, measures, pictures, studies
 from toy.mixture import LAYOUTS, Mixture
-from toy.training import STEPS, Member, Net, assemble, train
+from toy.training import STEPS, Member, Net, assemble, batches, train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -212,3 +213,91 @@ def test_kept_results_name_what_made_them():
             if "study" in kept and record["label"] != "floor":
                 changes, sampling = studies.STUDIES[kept["study"]].settings[record["label"]]
                 assert record["setting"] == {"training": changes, "sampling": sampling, "steps": STEPS}, path.name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wrong labels, and the objective on pictures
+# ---------------------------------------------------------------------------------------------------------------------
+def test_wrong_labels_are_as_many_as_asked_for_and_change_nothing_else():
+    """Of three equally likely conditions a swapped label is another one in two cases of three."""
+    member = Member("between", 0)
+    clean, wrong = (list(batches(member, 100, True, share)) for share in (0.0, 0.6))
+    for column in (0, 2, 3, 4, 5, 6):  # all but the labels
+        assert all(torch.equal(a[column], b[column]) for a, b in zip(clean, wrong))
+    before, after = (torch.cat([batch[1] for batch in part]) for part in (clean, wrong))
+    shown = before < member.q.C  # the others are null prompts, in both
+    assert torch.equal(shown, after < member.q.C)
+    changed = (before != after)[shown].double().mean()
+    assert abs(changed - 0.6 * 2 / 3) < 5 * (0.24 / shown.sum()) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def small_world():
+    return pictures.World("single_object", 0.3, 200, 2.0)
+
+
+def test_the_exact_posterior_mean_of_pictures_is_bayes_rule(small_world):
+    """Against densities written out in float64, picture by picture."""
+    world, t = small_world, 0.6
+    c = torch.tensor([0, 3, world.C])
+    x_t = (1 - t) * world.x[[5, 350, 120]] + t * torch.randn(3, world.x.shape[1],
+                                                             generator=torch.Generator().manual_seed(0))
+    found = world.mean(x_t, t, c)
+    N, each = len(world.x), world.each
+    for row in range(3):
+        log_q = torch.stack([-((x_t[row] - (1 - t) * x).double() ** 2).sum() / (2 * t**2) for x in world.x])
+        prior = torch.full((N,), 0.3 / N if row < 2 else 1 / N, dtype=torch.float64)
+        if row < 2:
+            prior[int(c[row]) * each : (int(c[row]) + 1) * each] += 0.7 / each
+        weights = (log_q + prior.log()).softmax(0)
+        assert torch.allclose(found[row].double(), weights @ world.x.double(), atol=2e-3)
+    assert torch.equal(world.mean(x_t, 0.0, c), x_t) and world.each >= 100
+
+
+def test_deltas_budget_is_twice_the_information_of_the_captions(small_world):
+    """I-MMSE: an integral over noise levels against a sum over prompts."""
+    integral, half = pictures.budget(small_world, 0, samples=400)
+    assert integral == pytest.approx(2 * small_world.information(), rel=0.08)
+    assert 0.5 < half < 1
+    told = 0.7 + 0.3 / 5, 0.3 / 5  # of the own prompt, and of each of the four others
+    assert small_world.information() == pytest.approx(math.log(5) + told[0] * math.log(told[0])
+                                                      + 4 * told[1] * math.log(told[1]))
+
+
+def test_perfect_answers_of_flow_matching_are_the_posterior_mean_and_null_prompts_keep_it(small_world):
+    world = small_world
+    c, t = torch.tensor([1, world.C]), torch.full((2,), 0.8)
+    x_t = torch.randn(2, world.x.shape[1], generator=torch.Generator().manual_seed(1))
+    mean = world.mean(x_t, 0.8, c)
+    for goal, s in ((None, 0.4), (pictures.OBJECTIVES["classifier only"], 0.4), (pictures.OBJECTIVES["k = 0.9"], 0.8)):
+        V = pictures.Perfect(world, goal, 3, np.random.default_rng(0))(x_t, t, torch.full((2,), s), c)
+        x0_hat = x_t - 0.8 * V
+        assert torch.allclose(x0_hat[1], mean[1], atol=1e-4)  # the null prompt learns the data
+        assert torch.allclose(x0_hat[0], mean[0], atol=1e-4) == (goal is None or s == 0.8)  # nothing to learn at s = t
+
+
+def test_following_with_nothing_to_say_goes_to_the_norm_of_the_data():
+    """Delta = 0 at t = 1: the answer keeps its direction and takes the norm of x0 (Eq. 19), whatever the start."""
+    class Mute:
+        def data(self):
+            return torch.tensor([[3.0, 4.0]])
+
+        def noise(self):
+            return torch.zeros(1, 2)
+
+        def evaluate(self, x_s, x0_hat):
+            return x_s, x_s, x_s
+
+    start, ones = torch.tensor([[0.6, 0.0]]), torch.ones(1)
+    end = ideal.follow(start, ones, 0.5 * ones, ideal.GOALS["Eq. 19, Delta = 0"], 400, Mute())
+    assert torch.allclose(end, torch.tensor([[5.0, 0.0]]), atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_map_of_pictures_as_a_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "QUICK", pictures.Size((0.3,), 500, 10, 2, (1, 2), (0,)))
+    monkeypatch.setattr(sys, "argv", ["pictures.py", "--out", str(tmp_path)])
+    pictures.main()
+    kept = json.loads((tmp_path / "pictures.json").read_text())
+    assert {"command", "commit", "hardware", "seconds"} <= set(kept) and len(kept["records"]) == 3 * 6 * 2
+    assert len(list(tmp_path.glob("*.png"))) == 4

@@ -142,7 +142,11 @@ def main() -> None:
         start = time.perf_counter()
         kept = studies.run(args.study, args.out, steps=args.steps)
         print(studies.table(kept))
-        figures.study(kept, args.out / f"{args.study}.png")
+        if args.study == "wrong_labels":
+            print(studies.table(kept, "off_modes"))  # what a scorer of single samples sees
+            figures.along_shares(kept, args.out / f"{args.study}.png")
+        else:
+            figures.study(kept, args.out / f"{args.study}.png")
         print(f"\n{args.study}.json and {args.study}.png in {args.out}; {time.perf_counter() - start:.0f} s")
     else:
         layouts = list(LAYOUTS) if args.layout == "all" else [args.layout]

@@ -252,6 +252,32 @@ def study(kept: dict, path: Path, measure: str = "energy") -> None:
     save(figure, path)
 
 
+def along_shares(kept: dict, path: Path, steps=(2, 4, 50)) -> None:
+    """The study wrong_labels: share of samples off the modes of their own condition, against the share of wrong labels.
+
+    A panel per layout and number of steps, a line per objective; bars are one standard deviation over the seeds.
+    """
+    layouts = list(dict.fromkeys(r["layout"] for r in kept["records"]))
+    labels = [r["label"] for r in kept["records"] if r["label"] != "floor"]
+    names = list(dict.fromkeys(label.rsplit(", ", 1)[0] for label in labels))
+    shares = sorted({float(label.rsplit(", ", 1)[1].split()[0]) for label in labels})
+    figure, axes = plt.subplots(len(layouts), len(steps), figsize=(3.2 * len(steps), 2.7 * len(layouts) + 0.5),
+                                sharex=True, sharey=True, layout="constrained", squeeze=False)  # fmt: skip
+    for line, layout in zip(axes, layouts):
+        for axis, n in zip(line, steps):
+            for j, name in enumerate(names):
+                cells = [cells_of(kept, f"{name}, {share:g} wrong", layout, "off_modes") for share in shares]
+                mean, spread = (np.stack(part)[:, BUDGETS.index(n)] for part in zip(*cells))
+                shift = np.array(shares) + 0.006 * (j - len(names) / 2)  # so that bars do not hide one another
+                axis.errorbar(shift, mean, yerr=spread, marker="o", markersize=3, linewidth=1.2, label=name)
+            axis.set(title=f"{layout}, N = {n}", xticks=shares)
+    figure.supxlabel("share of wrong labels in training", fontsize=9)
+    figure.supylabel("samples off the modes of their condition", fontsize=9)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncol=3, frameon=False,
+                  fontsize=8)
+    save(figure, path)
+
+
 def along_s_rule(kept: dict, path: Path, measure: str) -> None:
     """The study s_rule of Self-E: one panel per layout, one line per number of steps, against where s_k lies."""
     layouts = list(dict.fromkeys(r["layout"] for r in kept["records"]))

@@ -141,6 +141,20 @@ STUDIES = {
         {f"over {a:g}": (dict(tau_over=a), {}) for a in (0.0, 0.42, 1.0)},
         BETWEEN,
     ),
+    "wrong_labels": Study(
+        "What if the condition is wrong now and then? (distances are to the clean q(x0 | c))",
+        {
+            f"{name}, {share:g} wrong": (train | dict(wrong_labels=share), sample)
+            for name, (train, sample) in {
+                "flow matching": (FLOW, AT_T),
+                "flow matching at w 2": (FLOW, AT_T | dict(guidance=2.0)),
+                "control Delta = 0": (dict(delta_scale=0.0), {}),
+                "Self-E": ({}, {}),
+                "Self-E at w 2": ({}, dict(guidance=2.0)),
+            }.items()
+            for share in (0.0, 0.2, 0.4, 0.6)
+        },
+    ),
     "null": Study(
         "What should a null prompt learn at s < t: the data, or Eq. 19 with Delta = 0?",
         crossed(

@@ -109,6 +109,7 @@ PAPER = dict(
     lam_s="s",  # the second time that lambda sees
     null_target="data",
     labels=True,  # False: no condition is ever shown
+    wrong_labels=0.0,  # share of samples that are shown with the condition of another one
 )
 
 LAM_S = {
@@ -119,13 +120,20 @@ LAM_S = {
 }
 
 
-def batches(member: Member, steps: int, labels: bool, at_once: int = 100):
-    """Yield (x0, c, is_null, z, u, eps, eps_s) for each step: a function of the member's layout, seed and the step."""
+def batches(member: Member, steps: int, labels: bool, wrong: float = 0.0, at_once: int = 100):
+    """Yield (x0, c, is_null, z, u, eps, eps_s) for each step: a function of the member's layout, seed and the step.
+
+    With probability `wrong` a sample is shown with the condition of another one.
+    """
     q = member.q
     for start in range(0, steps, at_once):
         g, n = rng(member.seed, "toy batches", start), at_once * BATCH
         c = torch.from_numpy(g.integers(0, q.C, n))
         x0 = q.sample(c, g)
+        if wrong:
+            swaps = rng(member.seed, "toy wrong labels", start)  # numbers of their own: without them all stays as it is
+            swapped = torch.from_numpy(swaps.random(n) < wrong)
+            c = torch.where(swapped, c[torch.from_numpy(swaps.integers(0, n, n))], c)
         is_null = torch.from_numpy(g.random(n) < (0.1 if labels else 1.0))  # prompt dropout
         c = torch.where(is_null, q.C, c)
         z, u = (torch.from_numpy(a.astype(np.float32)) for a in (g.standard_normal(n), g.random(n)))
@@ -149,7 +157,7 @@ def train(members: list[Member], steps: int = STEPS, **changes) -> Net:
     half = losses.below_positions(list(range(BATCH)), o["p_equal"])
     below = torch.cat([half + BATCH * e for e in range(len(members))])
 
-    for i, rows in enumerate(zip(*(batches(m, steps, o["labels"]) for m in members))):
+    for i, rows in enumerate(zip(*(batches(m, steps, o["labels"], o["wrong_labels"]) for m in members))):
         if i == steps:  # batches come by the hundred
             break
         x0, c, is_null, z, u, eps, eps_s = (torch.cat(column) for column in zip(*rows))

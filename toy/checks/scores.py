@@ -128,3 +128,33 @@ def k_is_a_guidance_scale():
         ideal = sum(losses.self_evaluation_scores(*three_scores(x, s, c), w))
         error = max(error, worst(Delta - (s**2 / (1 - s) / w)[:, None] * ideal))
     return error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Delta's budget: by I-MMSE (Guo, Shamai and Verdu 2005) the captions' information is all that Delta can ever say
+# ---------------------------------------------------------------------------------------------------------------------
+def information(n: int = 240) -> float:
+    """I(c; x0) of the mixture in nats: sum over c of the integral of q(x0, c) log [ q(x0 | c) / q(x0) ], on a grid."""
+    x, cell = grid(5.0, n)
+    zero = torch.zeros(len(x), dtype=torch.float64)
+    log_q = [q.log_density(x, zero, torch.full((len(x),), c)) for c in range(q.C + 1)]
+    return sum(float((own.exp() * (own - log_q[-1])).sum()) * cell for own in log_q[:-1]) / q.C
+
+
+@check("S.1, I-MMSE", "integral of E||G_null - G_c||^2 over snr = twice the labels' information", below=1e-4)
+def delta_has_a_budget():
+    log_snr, height = torch.linspace(-12, 9, 43, dtype=torch.float64), []
+    for snr in log_snr.exp().tolist():
+        sigma = snr**-0.5  # x_s / alpha_s = x0 + sigma eps
+        s = sigma / (1 + sigma)
+        x, cell = grid(4.2 + 5.5 * sigma, 56)
+        x_s, cell, times = (1 - s) * x, (1 - s) ** 2 * cell, full(s, x)
+        total = 0.0
+        for label in range(q.C):
+            c = torch.full((len(x),), label)
+            gap = losses.self_evaluation(q.posterior_mean(x_s, times, q.null(c)), q.posterior_mean(x_s, times, c))
+            total += float((q.log_density(x_s, times, c).exp() * losses.squared_norm(gap)).sum()) * cell / q.C
+        height.append(total * snr)  # d snr = snr d log snr
+    # Beyond the last point the gap dies out as sigma^2 (Eq. s.2), and the integrand as 1 / snr: its height is the rest.
+    body = torch.trapezoid(torch.tensor(height), log_snr) + height[-1]
+    return worst(body - 2 * information())
