@@ -54,7 +54,7 @@ PIXEL_SCALE = 2.0
 
 
 class EncoderError(errors.UserError):
-    """An encoder that can not be had as asked for; the message is one line for the user."""
+    """An encoder that cannot be had as asked for; the message is one line for the user."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ class TextEncoder:
 def text_encoder(name: str, txt_len: int | None = None, device: torch.device | str = "cpu") -> TextEncoder:
     """The text encoder of that name (the table on top). txt_len None: 14 for "words", 256 for the others.
 
-    Raises EncoderError for an unknown name, a folder or name that can not be loaded, or a txt_len out of range.
+    Raises EncoderError for an unknown name, a folder or name that cannot be loaded, or a txt_len out of range.
     """
     if txt_len is not None and txt_len < 4:
         raise EncoderError(f'txt_len must be at least 4, not {txt_len}: "fake image" and an end token must fit')
@@ -157,7 +157,7 @@ class WordVectors(TextEncoder):
         [0:128]    word i              what it is
         [128:176]  word i - 1          what it belongs to: "red circle left of blue square" has the same words as
         [176:224]  word i + 1          "blue circle left of red square", and only neighbours tell which shape is red
-        [224:256]  the position i      FLUX gives all text tokens one position (ids 0), so attention can not tell which
+        [224:256]  the position i      FLUX gives all text tokens one position (ids 0), so attention cannot tell which
                                        word stands first unless the states do
 
     A prompt ends with an end token, so that "" is one token and not nothing; then zeros. Beyond the first and the last
@@ -275,7 +275,7 @@ class FrozenTransformer:
         self.tokenizer = load("tokenizer", tokenizer_place(place), load_tokenizer, config=config)
         # Without vocabulary files some versions of transformers make an empty tokenizer, to which all words are alike.
         if self.tokenizer("red circle")["input_ids"] == self.tokenizer("fake image")["input_ids"]:
-            raise EncoderError(f"the tokenizer of {place} can not tell words apart: its vocabulary files are missing")
+            raise EncoderError(f"the tokenizer of {place} cannot tell words apart: its vocabulary files are missing")
         if self.tokenizer.pad_token is None:
             raise EncoderError(f"the tokenizer of {place} has no padding token to bring prompts to one length with")
         # Cut and pad at the end, whatever the tokenizer's own habit, so that "fake image" survives.

@@ -3,7 +3,7 @@
     loss = losses.SelfE(network, ema)                       # one nn.Module, so DDP sees a single forward
     value, stats = loss(x0, c, null, fake, is_null, losses.draw(seed, step, index, x0.shape[1:]), tau=1.0, aux=False)
 
-The functions work on tensors of any trailing shape: [B, ...] pictures, latents or points in the plane, times [B].
+The functions work on tensors of any trailing shape: [B, ...] pictures, latents or points in 2-D, times [B].
 The 2-D toy and the 2B model run these very lines.
 
 Symbols, as in the paper                                                                            section

@@ -14,7 +14,8 @@ Symbols, as in the paper
     d       the model width; h heads of size d / h
 
 What differs from FLUX is one embedder: `gap_in`, which reads t - s (Eq. s.9). Parameter names are FLUX's, so a
-FLUX state dict loads with `gap_in.*` as its only missing part.
+FLUX state dict loads with `gap_in.*` as its only missing part. At s = t it reads 0. Flow matching
+trains with s = t alone, so its `gap_in` has seen nothing but 0, and its models must be sampled at s_k = t_k.
 """
 
 import functools
@@ -260,9 +261,11 @@ class Denoiser(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """As DiT, since FLUX publishes none: Xavier linears, zero biases, every gate and the output zero. (DiT draws
-        embedders from N(0, 0.02): about Xavier's 0.02 to 0.03 at width 2048, a quarter of it at 128, where time and
-        prompt are hardly heard at first.)"""
+        """DiT's initialisation, since FLUX publishes none: Xavier linears, zero biases, every gate and the output zero.
+
+        DiT draws embedders from N(0, 0.02). At width 2048 that is Xavier's own 0.02 to 0.03. At width 128 it is a
+        quarter of Xavier's, and time and prompt would reach the blocks too weakly at first.
+        """
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 nn.init.constant_(p, 1.0 if name.endswith("norm.scale") else 0.0)
@@ -293,7 +296,7 @@ class Denoiser(nn.Module):
         rope = rope_table(txt.shape[1], rows, cols, self.axes, x_t.device)
 
         # Autocast begins and ends inside this call. Its cache of cast weights therefore never outlives one forward
-        # pass, so a pass without gradient can not leave casts without gradient behind for the pass that needs them
+        # pass, so a pass without gradient cannot leave casts without gradient behind for the pass that needs them
         # (pytorch issue 112583).
         with torch.autocast(x_t.device.type, self.precision, enabled=self.precision != torch.float32):
             # [B, rows * cols, d]

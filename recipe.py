@@ -30,8 +30,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run. For the big sizes the numbers are the paper's where it gives one; `laptop` is chosen for the
-    result per minute."""
+    """One training run. For the big sizes the numbers are the paper's where it gives one; `laptop` is what gave
+    the best pictures after a quarter of an hour."""
 
     steps: int  # iterations
     stages: tuple[Stage, ...]

@@ -195,7 +195,7 @@ def save_state(run: Path, step: int, models: tuple[nn.Module, nn.Module], adam: 
     for old in complete_states(run)[:-keep]:
         if not milestone_every or step_of(old) % milestone_every:
             gone = old.with_name(old.name + ".partial")  # a half-deleted state must not pass for a complete one
-            # What can not be deleted now, as on NFS while it is read, is swept by a later save
+            # What cannot be deleted now, as on NFS while it is read, is swept by a later save
             with contextlib.suppress(OSError):
                 os.replace(old, gone)
                 shutil.rmtree(gone)

@@ -1,4 +1,4 @@
-"""What the user can mend: one clear line on stderr, exit code 2.
+"""Errors that the user can fix: one clear line on stderr, exit code 2.
 
     raise errors.UserError("no such folder: pictures/")
     parser = errors.Parser("train.py", "Train Self-E.")
@@ -16,7 +16,7 @@ import torch
 
 
 class UserError(ValueError):
-    """Something that the user can mend; the message says what is wrong and what to do, in one line."""
+    """Something that the user can fix; the message says what is wrong and what to do, in one line."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -23,7 +23,7 @@ A batch is one tensor, so its pictures have one size: each aligned block of batc
     the rest    of a bucket is neither dropped nor doubled: it opens that bucket's first block of the next epoch
 
 What cannot be read is an error that names the tar (truncated, empty, without captions); a single sample that cannot be
-used is skipped, counted and named. Every failure a user can mend is a data.DataError.
+used is skipped, counted and named. Every failure that a user can fix is a data.DataError.
 """
 
 import contextlib

@@ -682,7 +682,7 @@ def test_the_step_runs_the_denoiser_itself():
 
 
 # =====================================================================================================================
-# S.2: the law of (t, s), and the numbers behind it
+# S.2: the distribution of (t, s), and the numbers behind it
 # =====================================================================================================================
 def normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.erf(x / math.sqrt(2)))
@@ -729,7 +729,8 @@ def test_warp(mu):
 @pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("mu", [0.0, 0.83])
 def test_the_law_of_t_and_s_against_quadrature(mu, tau):
-    """Fed with an even grid of quantiles in place of random numbers, sample_times reproduces the law up to the grid."""
+    """Fed with an even grid of quantiles in place of random numbers,
+    sample_times reproduces the distribution up to the grid."""
     n = 150
     middle = (torch.arange(n, dtype=F64) + 0.5) / n
     quantile, u = (g.flatten() for g in torch.meshgrid(middle, middle, indexing="ij"))

@@ -1,4 +1,4 @@
-"""randomness.py: the same numbers everywhere, different numbers for different purposes, and the right law."""
+"""randomness.py: the same numbers everywhere, different numbers for different purposes, and the right distribution."""
 
 import json
 import math

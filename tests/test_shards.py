@@ -421,7 +421,7 @@ def test_a_bucket_without_a_readable_picture_and_a_tar_that_shrank(tmp_path):
 
 def odd_exif() -> bytes:
     """A JPEG on its side whose EXIF says the camera's make as a fraction:
-    Pillow reads it and can not write it again."""
+    Pillow reads it and cannot write it again."""
     tags = [(0x010F, 5, 1, 38), (0x0112, 3, 1, 6)]  # make: a rational at byte 38; orientation 6
     entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + struct.pack("<II", 1, 1)

@@ -1,4 +1,4 @@
-"""Any-step sampling in the plane: six objectives, one small network, one budget, and what each buys.
+"""Any-step sampling in 2-D: six objectives, one small network, one budget, and what each buys.
 
     python toy/any_step.py                        # about two minutes on two cores: tables, and figures in toy/results
     python toy/any_step.py --layout far           # one layout only, in runs/any_step
@@ -66,7 +66,7 @@ def at_the_same_time(jobs: int, function, calls: list[tuple]):
 def compare(layouts: list[str], seed: int, steps: int, out: Path, jobs: int) -> None:
     """The main command: train all objectives, print the tables, write any_step.json and the figures."""
     start = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)  # now, so that a folder that can not be written is found before the work
+    out.mkdir(parents=True, exist_ok=True)  # now, so that a folder that cannot be written is found before the work
     members = [Member(layout, seed) for layout in layouts]
     results, nets = {"floor": evaluate(None, members)}, {}
     calls = [(label, members, steps) for label in OBJECTIVES]

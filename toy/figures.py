@@ -63,7 +63,7 @@ def bare(axis, box) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The columns of Fig. 3, in the plane
+# The columns of Fig. 3, in 2-D
 # ---------------------------------------------------------------------------------------------------------------------
 def samples(nets: dict, sampling: dict, members: list, e: int, path: Path, shown: int = 250) -> None:
     """Rows: objectives. Columns: number of steps. Colours: conditions. Behind: where the data are."""

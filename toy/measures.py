@@ -45,7 +45,8 @@ def within(x: Tensor) -> float:
 
 
 def energy_distance(x: Tensor, y: Tensor, within_y: float | None = None) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'|: zero only for equal laws. Unbiased, so two equal laws scatter around zero."""
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'|: zero only for equal distributions.
+    Unbiased: equal ones scatter around zero."""
     return 2 * float(torch.cdist(x, y).mean()) - within(x) - (within(y) if within_y is None else within_y)
 
 

@@ -1,4 +1,4 @@
-"""Data whose every secret is known: Gaussian mixtures in the plane, one mixture for each condition.
+"""Data whose every secret is known: Gaussian mixtures in 2-D, one mixture for each condition.
 
     q = Mixture(**LAYOUTS["between"])
     x0 = q.sample(c, rng)                      # c [B] in 0 .. C-1; c = C is the null prompt: all conditions
@@ -86,7 +86,8 @@ class Mixture:
         return (x_t - self.posterior_mean(x_t, t, c)) / t[:, None]
 
     def pushforward(self, a: float, b: Tensor, t: float) -> "Mixture":
-        """The law p_theta(x0_hat | c) of x0_hat = a x_t + b, x_t ~ q(x_t | c): a model simple enough to be solved."""
+        """The distribution p_theta(x0_hat | c) of x0_hat = a x_t + b, x_t ~
+        q(x_t | c): a model simple enough to be solved."""
         std = (a**2 * ((1 - t) ** 2 * self.std**2 + t**2)) ** 0.5
         return Mixture(a * (1 - t) * self.means + b, std, self.weights, self.means.dtype)
 

@@ -1,4 +1,4 @@
-"""What the paper leaves open, asked in the plane: the questions, their settings, and the bookkeeping of the answers.
+"""What the paper leaves open, asked in 2-D: the questions, their settings, and the bookkeeping of the answers.
 
     python toy/any_step.py --study list           # the questions
     python toy/any_step.py --study s_rule         # train and measure what toy/results/s_rule.json lacks, print table

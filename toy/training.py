@@ -1,4 +1,4 @@
-"""A small two-time network in the plane, and its training with losses.SelfE, the very module that train.py uses.
+"""A small two-time network in 2-D, and its training with losses.SelfE, the very module that train.py uses.
 
     members = [Member("between", 0), Member("far", 0)]
     net = train(members, target="tar")                 # one network per member, trained side by side; returns the EMA

@@ -95,5 +95,5 @@ def full(value: float, like: Tensor) -> Tensor:
 
 
 def worst(*differences: Tensor) -> float:
-    """The largest absolute value; NaN counts as infinite, so that it can not pass."""
+    """The largest absolute value; NaN counts as infinite, so that it cannot pass."""
     return max(float(torch.nan_to_num(d.detach().abs(), nan=torch.inf).max()) for d in differences)
