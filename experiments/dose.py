@@ -14,8 +14,9 @@ if __name__ == "__main__":  # started as a file: modules are found from the proj
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import matplotlib.pyplot as plt
+import numpy as np
 
-from engine import errors, machine
+from engine import checkpoint, errors, machine
 from experiments import report, tables
 from experiments.rows import ROWS, SEEDS
 
@@ -23,11 +24,26 @@ SHARES = (0.0, 0.2, 0.4, 0.6)
 COMPARED = ("flow_matching", "self_e", "control")
 PAIRS = (("self_e", "flow_matching"), ("self_e", "control"))
 STEPS = (1, 2, 4, 8)
+EXACT = Path(__file__).resolve().parents[1] / "toy/results/pictures.json"  # what perfect evaluators give
+NAMES = {"flow_matching": "flow matching", "self_e": "classifier only", "control": "control, Delta = 0"}  # there
 BUDGET = "--data one-shape --txt-len 8 --steps 3600 --grid-every 0"
 
 
+def exact_difference(a: str, b: str, n: int) -> dict[float, float]:
+    """share -> the difference of two rows at n steps with perfect evaluators, for prompts that tell the shape alone."""
+    scores = {}
+    for r in checkpoint.read_json(EXACT)["records"] if EXACT.exists() else []:
+        if r["world"] == "single_object" and r["steps"] == n:
+            scores.setdefault((r["objective"], r["wrong_captions"]), []).append(r["score"])
+    shares = sorted({share for _, share in scores})
+    return {share: float(np.mean(scores[NAMES[a], share]) - np.mean(scores[NAMES[b], share])) for share in shares}
+
+
 def draw(out: Path, shares: list[float]) -> None:
-    """OUT/dose.png: a panel per step count, a line per difference; dots are seeds, bars 95% intervals over them."""
+    """OUT/dose.png: a panel per step count, a line per difference; dots are seeds, bars 95% intervals over them.
+
+    Dashed: the same differences with perfect evaluators and no network (toy/pictures.py).
+    """
     tables_of = {share: report.read_rows(out / f"{share:g}") for share in shares}
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for panel, n in zip(panels, (2, 4)):
@@ -38,6 +54,9 @@ def draw(out: Path, shares: list[float]) -> None:
             means = [mean for mean, _ in points.values()]
             label = f"{ROWS[a][0].split(',')[0]} minus {ROWS[b][0].split(':')[0]}"
             panel.errorbar(list(points), means, halves, color=f"C{i}", marker="o", capsize=3, label=label)
+            exact = exact_difference(a, b, n)
+            panel.plot(list(exact), list(exact.values()), "x--", color=f"C{i}", alpha=0.7,
+                       label=None if n > 2 or i else "the same, perfect evaluators")  # fmt: skip
             for share, rows in found.items():
                 common = set(rows[a]) & set(rows[b])
                 own = [report.score_of(rows[a][s], n) - report.score_of(rows[b][s], n) for s in common]
