@@ -276,9 +276,11 @@ def draw_figure(records: list[dict], worlds: list[dict], path: Path) -> None:
                        f"captions tell {w['information']:.2f} nats; half of it at s > {w['half_at']:.2f}",
                        fontsize=8)  # fmt: skip
         axis.grid(alpha=0.3)
-    figure.supxlabel("network evaluations", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("network evaluations", fontsize=9)
     figure.supylabel("share of right pictures (ring: the best)", fontsize=9)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=6)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=6,
+                  frameon=False)  # fmt: skip
     figures.save(figure, path)
 
 
