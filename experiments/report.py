@@ -21,6 +21,7 @@ matplotlib.use("Agg")  # no window: figures go to files
 import matplotlib.pyplot as plt  # noqa: E402
 
 PAPER_STEPS = (2, 4, 8, 50)  # those that the paper scores
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def read_rows(out: Path) -> dict[str, dict[int, dict]]:
@@ -66,17 +67,13 @@ def save(figure, path: Path) -> None:
 # The table
 # ---------------------------------------------------------------------------------------------------------------------
 def write_table(rows: dict, out: Path, steps: tuple[int, ...]) -> None:
-    """OUT/table2.md: our scores beside the paper's, the training's cost, and the differences that decide claims."""
+    """OUT/table2.md: our scores beside the paper's, and the differences that decide claims."""
     lines = ["# Table 2 in miniature", "",
              "Overall score on test prompts, mean over seeds +- half-width of the 95% interval; in brackets the "
              f"paper's ({PAPER_NOTE}). Prompts of one shape are too few to spare: those tags ask training's own, with "
              "other noise than the search; `pairs` in `rows/` are held out. Settings and scores by tag are in `rows/`. "
-             "Made by `python experiments/tables.py`.", "",
-             f"| row | seeds | {columns(steps)} | training time | x flow matching |",
-             "|---" * (len(steps) + 4) + "|"]  # fmt: skip
-    base = None
-    if "flow_matching" in rows:
-        base = np.mean([r["training_seconds"] for r in rows["flow_matching"].values()])
+             "Precision is the faster one of the machine that trained. Made by `python experiments/tables.py`.", "",
+             f"| row | seeds | {columns(steps)} | precision |", "|---" * (len(steps) + 3) + "|"]  # fmt: skip
     for row, seeds in rows.items():
         title, _, paper = ROWS[row]
         cells = []
@@ -84,9 +81,8 @@ def write_table(rows: dict, out: Path, steps: tuple[int, ...]) -> None:
             mean, half = t_interval([score_of(r, n) for r in seeds.values()])
             told = f" ({paper[PAPER_STEPS.index(n)]:.3f})" if paper and n in PAPER_STEPS else ""
             cells.append(f"{mean:.3f}" + (f" +- {half:.3f}" if np.isfinite(half) else "") + told)
-        seconds = np.mean([r["training_seconds"] for r in seeds.values()])
-        ratio = f"{seconds / base:.2f}" if base else ""
-        lines.append(f"| {title} | {len(seeds)} | {' | '.join(cells)} | {seconds / 60:.0f} min | {ratio} |")
+        precision = sorted({SHORT[r["training"]["precision"]] for r in seeds.values()})
+        lines.append(f"| {title} | {len(seeds)} | {' | '.join(cells)} | {', '.join(precision)} |")
     lines += ["", "Paired differences over seeds (mean, 95% interval):", "",
               f"| difference | {columns(steps)} |", "|---" * (len(steps) + 1) + "|"]  # fmt: skip
     for a, b in DIFFERENCES:

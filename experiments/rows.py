@@ -6,6 +6,7 @@ import recipe
 ROWS = {
     "flow_matching": ("Flow Matching", ["--objective", "flow_matching"], (0.2523, 0.6075, 0.7155, 0.7311)),
     "imm": ("IMM", ["--objective", "imm"], (0.2617, 0.5994, 0.7112, 0.7472)),
+    "imm_coarse": ("IMM, fewer and coarser steps (k = 6)", ["--objective", "imm", "--imm-k", "6"], None),
     "self_e": ("Self-E, classifier score only (\"Ours\")", ["--aux-from", "1"], (0.6097, 0.7121, 0.7490, 0.7543)),
     "eq16": ("w/o target norm. (Eq. 16 to the letter)", ["--aux-from", "1", "--target", "sum"],
              (0.5555, 0.6156, 0.6521, 0.7018)),
@@ -17,6 +18,7 @@ ROWS = {
 }
 # The differences of rows that decide claims.
 DIFFERENCES = (("self_e", "flow_matching"), ("self_e", "control"), ("control", "flow_matching"), ("self_e", "imm"),
+               ("self_e", "imm_coarse"),
                ("self_e", "eq16"), ("self_e", "eq18"), ("self_e", "aux_throughout"), ("aux_late", "self_e"),
                ("aux_late", "flow_matching"), ("aux_late", "control"), ("self_e_ema", "self_e"),
                ("self_e_ema", "control"))  # fmt: skip

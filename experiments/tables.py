@@ -53,7 +53,7 @@ def overall(asked: list[dict], right: list[int], images: int) -> float:
 # One row, one seed
 # ---------------------------------------------------------------------------------------------------------------------
 def train_row(row: str, seed: int, run: Path, budget: list[str], device: str, milestone_every: int) -> None:
-    """Train unless it is done; go on where a stopped run was. The budget is the same for every row, precision included.
+    """Train unless it is done; go on where a stopped run was. The budget is the same for every row.
 
     A run of Fig. 5 keeps a state at every multiple of milestone_every; 0 keeps none.
     """
@@ -197,27 +197,20 @@ def check_budget(args: argparse.Namespace, budget: list[str]) -> recipe.Recipe:
     return plan
 
 
-def keep_settings(args: argparse.Namespace, budget: list[str], device: torch.device) -> str:
-    """Write what all rows share beside the runs and the results; returns the precision of the trainings, chosen once.
+def keep_settings(args: argparse.Namespace) -> None:
+    """Write what all rows share beside the runs and the results.
 
+    Precision is not part of it: train.py takes the faster one of the machine, and each row's file says which.
     Raises UserError when runs or results were begun with other settings.
     """
-    path = args.runs / "settings.json"
-    precision = arguments.parse(budget).precision
-    for begun in (path, args.out / "settings.json"):  # on another machine there may be results and no runs
-        if precision == "auto" and begun.exists():
-            precision = checkpoint.read_json(begun)["precision"]
-    if precision == "auto":
-        precision = "bf16" if machine.pick_precision(device) == torch.bfloat16 else "fp32"
-    training = {"shapes": data.VERSION, "budget": args.budget, "precision": precision}
+    training = {"shapes": data.VERSION, "budget": args.budget}
     measuring = {name: getattr(args, name) for name in ("images", "search_images", "per_tag", "sample_steps")}
-    for path, settings in ((path, training), (args.out / "settings.json", training | measuring)):
+    for path, settings in ((args.runs / "settings.json", training), (args.out / "settings.json", training | measuring)):
         if path.exists() and checkpoint.read_json(path) != settings:
             raise errors.UserError(f"{path.parent} was begun with other settings ({path}); repeat them, or choose "
                                    "another --out and --runs")  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(path, settings)
-    return precision
 
 
 def measure_all(args: argparse.Namespace, device: torch.device) -> None:
@@ -225,7 +218,7 @@ def measure_all(args: argparse.Namespace, device: torch.device) -> None:
     (args.out / "rows").mkdir(parents=True, exist_ok=True)
     budget = args.budget.split()
     plan = check_budget(args, budget)
-    budget += ["--precision", keep_settings(args, budget, device)]
+    keep_settings(args)
     for seed, row in itertools.product(args.seeds, args.rows):
         run = args.runs / f"{row}-{seed}"
         along = args.milestones and row in PROGRESS and seed == min(args.seeds)  # Fig. 5 shows one run of each
