@@ -1,7 +1,13 @@
-"""The loop of train.py against the paper's, written out in thirty plain lines;
-then every line of train.py's is broken once."""
+"""The loop of train.py against the paper's, written out in thirty plain lines; then every line of it is broken once.
+
+First the mathematics: a broken line must end at other weights. Then the rules around it: what is saved, drawn, logged,
+left out, and when. What several processes do together (DDP's one reduction, `ranks.any`) is in tests/test_scale.py.
+"""
 
 import copy
+import json
+import math
+import signal
 import sys
 import types
 from pathlib import Path
@@ -15,13 +21,15 @@ import encoders
 import losses
 import model
 import recipe
-from engine import checkpoint
+from engine import checkpoint, errors
+from engine.preparation import Run
 from engine.randomness import rng
+from engine.watch import Watch
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(width=16, heads=2, double=1, single=1, axes=(2, 2, 4), channels=3, patch=4, txt_dim=256, vec_dim=256)
 STEPS, B, SEED, SIDES, CLIP, AUX_FROM = 20, 4, 3, (16, 24), 0.02, 0.7
-LR, LR_END, TAU_UNTIL, DROPOUT = 4e-3, 1e-5, 0.5, 0.3
+LR, LR_END, TAU_UNTIL, DROPOUT, EMA = 4e-3, 1e-5, 0.5, 0.3, 0.6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,7 +63,7 @@ def the_loop() -> tuple[model.Denoiser, model.Denoiser]:
         for group in adam.param_groups:  # one iteration of warm-up, then linearly down
             group["lr"] = LR if step == 0 else LR + (LR_END - LR) * (step - 1) / (STEPS - 1)
         adam.step()
-        decay = min(0.9999, (1 + step) / (10 + step))
+        decay = min(EMA, (1 + step) / (10 + step))
         with torch.no_grad():
             for average, p in zip(ema.parameters(), network.parameters()):
                 average.copy_(decay * average + (1 - decay) * p)
@@ -71,21 +79,22 @@ def expected():
 # ---------------------------------------------------------------------------------------------------------------------
 # train.py on the same numbers
 # ---------------------------------------------------------------------------------------------------------------------
-def train_py(source: str, out: Path, monkeypatch) -> Path:
-    """Run a text of train.py as a program; returns its last state."""
-    stage = recipe.Stage(0, SIDES, B)
-    plan = recipe.replace(recipe.RECIPES["laptop"], stages=(stage,), lr=LR, lr_end=LR_END, tau_until=TAU_UNTIL,
-                          clip=CLIP,
-                          dropout=DROPOUT, txt_len=10)  # fmt: skip
+NEVER = ("--grid-every", "0", "--save-every", "0")
+
+
+def train_py(source: str, out: Path, monkeypatch, flags=NEVER, steps=STEPS, stages=((0, SIDES),), **constants) -> Path:
+    """Run a text of train.py, with other constants, as a program; returns its last state."""
+    stages = tuple(recipe.Stage(begin, sides, B) for begin, sides in stages)
+    plan = recipe.replace(recipe.RECIPES["laptop"], stages=stages, lr=LR, lr_end=LR_END, tau_until=TAU_UNTIL,
+                          clip=CLIP, dropout=DROPOUT, txt_len=10, ema=EMA)  # fmt: skip
     monkeypatch.setitem(recipe.RECIPES, "laptop", plan)
     monkeypatch.setitem(model.SIZES, "laptop", TINY)
-    monkeypatch.setattr(sys, "argv",
-                        ["train.py", "--steps", str(STEPS), "--seed", str(SEED), "--out", str(out), "--aux-from",
-                                      str(AUX_FROM), "--device", "cpu", "--precision", "fp32", "--no-compile",
-                                      "--grid-every",
-                                      "0", "--save-every", "0"])  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", str(steps), "--seed", str(SEED), "--out", str(out),
+                                      "--aux-from", str(AUX_FROM), "--device", "cpu", "--precision", "fp32",
+                                      "--no-compile", *flags])  # fmt: skip
     module = types.ModuleType("train")
     exec(compile(source, "train.py", "exec"), module.__dict__)
+    vars(module).update(constants)
     torch.set_num_threads(1)
     module.main()
     return checkpoint.complete_states(out)[-1]
@@ -123,6 +132,7 @@ MUTANTS = [  # (what is wrong, the text, its replacement)
      "run.plan.learning_rate(max(0, step - 1))"),
     ("no step of Adam", "    run.adam.step()", "    pass"),
     ("decay without its warm-up", "min(run.plan.ema, (1 + step) / (10 + step))", "run.plan.ema"),
+    ("decay without its end", "min(run.plan.ema, (1 + step) / (10 + step))", "(1 + step) / (10 + step)"),
     ("decay of the iteration after", "(1 + step) / (10 + step)", "(2 + step) / (11 + step)"),
     ("average and network exchanged", "(list(run.ema.parameters()), list(run.network.parameters()), 0)",
      "(list(run.network.parameters()), list(run.ema.parameters()), 0)"),
@@ -130,6 +140,8 @@ MUTANTS = [  # (what is wrong, the text, its replacement)
     ("gradients not cleared", "run.adam.zero_grad(set_to_none=False)", "pass"),
     ("updates left out", "        if bad:", "        if bad or step == 7:"),
     ("an iteration too few", "while step < plan.steps and", "while step < plan.steps - 1 and"),
+    ("every second iteration", "        step += 1\n", "        step += 2\n"),
+    ("no state at the end", "late or regular or step == plan.steps:", "late or regular:"),
     ("a batch is skipped", "        batch = next(run.stream)",
      "        batch = next(run.stream) if step != 5 else (next(run.stream), next(run.stream))[1]"),
 ]  # fmt: skip
@@ -143,3 +155,177 @@ def test_a_broken_loop_is_noticed(what, old, new, expected, tmp_path, monkeypatc
     except (StopIteration, TypeError, ValueError, IndexError, ZeroDivisionError):
         return  # a broken loop may well crash; that is noticed too
     assert distance(state, expected) > 10 * BOUND, f"{what}: not noticed"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rules around the mathematics. Each function returns what it found; RULES says what that should be.
+# ---------------------------------------------------------------------------------------------------------------------
+def saved(out: Path) -> list[int]:
+    return [checkpoint.step_of(state) for state in checkpoint.complete_states(out)]
+
+
+def records(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def spoil(patch, spoilt) -> None:
+    """Let `spoilt(call, loss, zero)` stand for the loss of each micro-batch, counted from 1. The gradient of the zero
+    is NaN, and so becomes that of the one weight that it is made from."""
+    right, calls = losses.SelfE.forward, []
+
+    def forward(self, *batch):
+        calls.append(None)
+        loss, stats = right(self, *batch)
+        weight = next(self.network.parameters())
+        return spoilt(len(calls), loss, (0 * weight.sum()).sqrt()), stats
+
+    patch.setattr(losses.SelfE, "forward", forward)
+
+
+def left_out_for_its_gradient(source, out, patch):
+    """The updates left out when the loss of iteration 2 is finite and its gradient is not."""
+    spoil(patch, lambda call, loss, zero: loss + zero if call == 2 else loss)
+    train_py(source, out, patch, steps=3)
+    return [r["step"] for r in records(out) if "update_left_out" in r]
+
+
+def left_out_for_its_loss(source, out, patch):
+    """The same when the loss of one micro-batch of two is not finite, and every gradient is."""
+    spoil(patch, lambda call, loss, zero: loss + math.inf if call == 3 else loss)
+    train_py(source, out, patch, (*NEVER, "--micro-batch", "2"), steps=3, stages=[(0, (16,))])
+    return [r["step"] for r in records(out) if "update_left_out" in r]
+
+
+def reported(source, out, patch):
+    """Loss and number of samples told of an iteration of two micro-batches, with losses 1 and 3."""
+    told = []
+    patch.setattr(Watch, "left_out", lambda self, step, loss, norm, keys: told.extend([loss, len(keys)]) or False)
+    spoil(patch, lambda call, loss, zero: loss - loss.detach() + (1, 3)[call - 1] + zero)
+    train_py(source, out, patch, (*NEVER, "--micro-batch", "2"), steps=1, stages=[(0, (16,))])
+    return told
+
+
+def given_up(source, out, patch):
+    """The state of a run none of whose gradients is finite: five in a row are too many."""
+    spoil(patch, lambda call, loss, zero: loss + zero)
+    with pytest.raises(errors.UserError):
+        train_py(source, out, patch, steps=7)
+    return saved(out)
+
+
+def logged(source, out, patch):
+    """The lines of metrics.jsonl, and whether they hold the loss and the norm of its gradient."""
+    train_py(source, out, patch, (*NEVER, "--log-every", "2"), steps=3)
+    return [(r["step"], r["loss"] > 0, r["grad_norm"] > 0) for r in records(out)]
+
+
+def learning_rates(source, out, patch):
+    """The last learning rates of Muon's and of Adam's parameters: half-way down."""
+    state = train_py(source, out, patch, (*NEVER, "--optimizer", "muon"), steps=3)
+    parts = torch.load(state / "adam.pt", weights_only=True)["parts"]
+    return [round(group["lr"], 9) for part in parts for group in part["param_groups"]]
+
+
+def late_states(source, out, patch):
+    """The states of a run whose time between states is always over."""
+    train_py(source, out, patch, ("--grid-every", "0", "--keep", "99"), steps=10, SAVE_SECONDS=0)
+    return saved(out)
+
+
+def regular_states(source, out, patch):
+    """Those at multiples of --milestone-every, and the last."""
+    train_py(source, out, patch, (*NEVER, "--milestone-every", "3", "--keep", "99"), steps=7)
+    return saved(out)
+
+
+def drawn_and_compiled(source, out, patch):
+    """The iterations after which pictures are drawn, and what is said of the compiler."""
+    drawn, said = [], []
+    patch.setattr(Run, "compile", lambda self: "compiled")
+    patch.setattr(Watch, "draw", lambda self, step: drawn.append(step))
+    patch.setattr(Watch, "say", lambda self, text: said.append(text.strip()))
+    train_py(source, out, patch, ("--grid-every", "4"), steps=5, EAGER_STEPS=2)
+    return drawn, said
+
+
+def resolution(source, out, patch):
+    """That of the pictures, in config.json, after a change."""
+    train_py(source, out, patch, steps=4, stages=((0, (16,)), (0.5, (24,))))
+    return json.loads((out / "config.json").read_text())["side"]
+
+
+def blocked(source, out, patch):
+    """Whether SIGINT is blocked while a gradient is computed."""
+    found = []
+    spoil(patch, lambda call, loss, zero: found.append(signal.pthread_sigmask(signal.SIG_BLOCK, [])) or loss)
+    train_py(source, out, patch, steps=1)
+    return signal.SIGINT in found[0]
+
+
+def stopped(source, out, patch):
+    """The states of a run that is told to stop after the update of iteration 2."""
+    right, calls = torch.optim.Adam.step, []
+
+    def step(self, *a, **k):
+        calls.append(None)
+        right(self, *a, **k)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    patch.setattr(torch.optim.Adam, "step", step)
+    train_py(source, out, patch, steps=5)
+    return saved(out)
+
+
+def concluded(source, out, patch):
+    """After which iteration a run says that it is done."""
+    ends = []
+    patch.setattr(Watch, "conclude", lambda self, step: ends.append(step))
+    train_py(source, out, patch, steps=2)
+    return ends
+
+
+HALF_WAY = round((LR + LR_END) / 2, 9)
+RULES = [  # (the rule, what it should find, what breaks it: a text of train.py and its replacement, or several)
+    (left_out_for_its_gradient, [2], (" | ~torch.isfinite(norm)", "")),
+    (left_out_for_its_loss, [2], ("~torch.isfinite(loss) | ", ""),
+     ("total = total + loss", "total = loss")),
+    (reported, [2.0, 4], ("total + loss.detach() / count", "total + loss.detach()"),
+     ("total = total + loss", "total = loss"), ("keys += batch.keys", "keys = batch.keys")),
+    (given_up, [5], ("stopping |= watch.left_out", "watch.left_out")),
+    (logged, [(2, True, True), (3, True, True)], ("        watch.log(step)", "        pass"),
+     ("        watch.seen(batch, stats, aux)", "        pass"),
+     ("            watch.updated(norm)", "            pass")),
+    (learning_rates, [HALF_WAY, HALF_WAY], ("in run.adam.param_groups:", "in run.adam.param_groups[:1]:")),
+    (late_states, list(range(1, 11)), ("stopping or late or", "stopping or"),
+     ("late = args.save_every is None", "late = False")),
+    (regular_states, [3, 6, 7], ("(run.save_every, args.milestone_every)", "(run.save_every,)"),
+     ("or regular or", "or")),
+    (drawn_and_compiled, ([2, 4, 5], ["from iteration 2 on compiled"]),
+     ("in (EAGER_STEPS, plan.steps)", "== plan.steps"), ("in (EAGER_STEPS, plan.steps)", "== EAGER_STEPS"), ("step % run.grid_every == 0 or", ""),
+     ("            watch.draw(step)", "            pass"),
+     ("if step == max(run.start, EAGER_STEPS)", "if step == run.start"),
+     ("step == max(", "step >= max(")),
+    (resolution, 24, ("begin_stage(step)", "begin_stage(run.start)")),
+    (blocked, True, ("run.stop.held()", "contextlib.nullcontext()")),
+    (stopped, [2], ("stopping |= run.ranks.world == 1", "stopping |= False"),
+     ("if stopping or late", "if late"),
+     ("and not stopping:", "and True:")),
+    (concluded, [2], ("    watch.conclude(step)", "    pass")),
+]  # fmt: skip
+BREACHES = [(rule, right, *change) for rule, right, *changes in RULES for change in changes]
+
+
+@pytest.mark.parametrize("rule, right", [row[:2] for row in RULES], ids=lambda x: getattr(x, "__name__", ""))
+def test_a_rule_of_the_loop(rule, right, tmp_path, monkeypatch):
+    assert rule(SOURCE, tmp_path / "run", monkeypatch) == right
+
+
+@pytest.mark.parametrize("rule, right, old, new", BREACHES, ids=lambda x: getattr(x, "__name__", None))
+def test_a_broken_rule_is_noticed(rule, right, old, new, tmp_path, monkeypatch):
+    assert SOURCE.count(old) == 1, f"{old!r} must occur exactly once in train.py, or this mutant tests nothing"
+    try:
+        found = rule(SOURCE.replace(old, new), tmp_path / "run", monkeypatch)
+    except (IndexError, KeyError):
+        return  # nothing to be found is noticed too
+    assert found != right, f"{old!r} -> {new!r} breaks {rule.__name__} unnoticed"
