@@ -16,7 +16,7 @@ Symbols, as in the paper                                                        
     Delta       [B, ...]  the self-evaluation: how x0_hat should change, with opposite sign         S.1.2
     x_self      [B, ...]  x0_hat - Delta, the pseudo-target                                         3.2
     lam         [B]       lambda_{s,t}, the weight of self-evaluation                               3.3
-    x_tar, x_renorm       the implicit target, and the same at the energy of x0                     3.3
+    x_tar, x_renorm       the implicit target, and the same at the norm of x0                       3.3
     w                     two things, as in the paper: the guidance scale in Eq. 12-13 and s.7, and in Eq. 21 the weight
                           of the loss, w_{s,t}
     mix         [B]       ours: lam / (1 + lam), the share of x_self in x_tar                       3.3
@@ -243,12 +243,12 @@ def implicit_target(x0: Tensor, x_self: Tensor, mix: Tensor) -> Tensor:
 # Eq. 19     x_renorm = (x0 + lam x_self) / || x0 + lam x_self || * || x0 ||
 # ---------------------------------------------------------------------------------------------------------------------
 def renormalise(x_tar: Tensor, x0: Tensor) -> Tensor:
-    """x_tar (or any positive multiple of it) brought to the energy of x0, sample by sample.
+    """x_tar (or any positive multiple of it) brought to the norm of x0, sample by sample.
 
     Without it large lam overpowers the data term and colours drift (Sec. 3.3). A target of zero stays zero.
     """
-    energy = squared_norm(x_tar)
-    ratio = torch.where(energy > 0, squared_norm(x0) / energy, 0.0).sqrt()
+    square = squared_norm(x_tar)
+    ratio = torch.where(square > 0, squared_norm(x0) / square, 0.0).sqrt()
     return x_tar * like(ratio, x_tar)
 
 
@@ -355,8 +355,9 @@ class SelfE(nn.Module):
                    "renorm" Eq. 19 with its own Delta, which is 0 without the auxiliary term
     unconditional  the network of the null branch; None is the paper: `network`
 
-    `forward` is the paper's step and reads from top to bottom. What the ablations change stands in the three methods
-    below it: who evaluates (`evaluate`), how much that counts (`mix`), and what is regressed on (`regress`).
+    `forward` is the paper's step and reads from top to bottom. What the ablations and the auxiliary term change stands
+    in the methods below it: Delta (`self_evaluate`, with the branches of `evaluate`), its share of the target (`mix`),
+    and what is regressed on (`regress`).
 
     At s = 0 there is nothing to evaluate: G(x, 0, 0, .) is x itself for every prompt (Eq. 6), so Delta is exactly 0.
     The one-step prediction, which is asked for at s = 0, therefore lives on what the network learns at the s nearby.
@@ -379,41 +380,47 @@ class SelfE(nn.Module):
         x0 [B, ...] fp32; c, null, fake tuples of tensors with leading dimension B (fake is read only with aux);
         is_null [B] bool, where the prompt was dropped or is empty; tau in [0, 1] (s.13); aux switches the auxiliary
         term on. Returns the scalar loss and a dict of detached tensors: t, s, loss [B]; where some s < t delta_norm and
-        mix [n], with aux fake_loss [n]. Names with _j are of the n samples with s < t, all others of all B.
+        mix [n], with aux fake_loss [n]; n is the number of samples with s < t.
         """
         t, s = sample_times(draws.z, draws.u, draws.below, self.mu, tau)  # [B] s.11-s.13
         x_t = add_noise(x0, t, draws.eps)  # [B, ...] Eq. 1
         x0_hat = G(self.network, x_t, t, s, c)  # [B, ...] Eq. 6: the only pass with gradient, but for s.8
-        loss = data_loss(x0_hat, x0)  # [B] Eq. 7
+        loss, loss_fake = data_loss(x0_hat, x0), t.new_zeros(len(draws.below))  # [B] Eq. 7, [n] s.8
         D = x0[0].numel()  # the paper sums over values; the mean differs by a constant and reads the same at every size
-        stats, loss_fake = {"t": t, "s": s}, None
+        stats = {"t": t, "s": s}
 
-        if len(draws.below):  # flow matching has no s < t and ends here
+        if len(draws.below):  # flow matching has no s < t
 
             def j(x):  # the half with s < t
                 return tuple(a[draws.below] for a in x) if isinstance(x, tuple) else x[draws.below]
 
-            t_j, s_j, x0_j, x0_hat_j, eps_s = j(t), j(s), j(x0), j(x0_hat), j(draws.eps_s)
-            x_s_hat = add_noise(x0_hat_j, s_j, eps_s).detach()  # [n, ...] Eq. 8; judged without gradient
-            G_c, G_null = self.evaluate(x_s_hat, s_j, j(c), j(null), j(is_null))  # [n, ...]
-            G_fake = None
-            if aux:  # one pass with gradient serves both the evaluation (s.6) and the loss of the fake branch (s.8)
-                V_fake = self.network(x_s_hat, s_j, s_j, *j(fake))
-                G_fake = one_step_estimate(x_s_hat, s_j, V_fake).detach()
-                loss_fake = fake_loss(V_fake, x0_hat_j, eps_s)  # [n] s.8
-            Delta = self.delta_scale * self_evaluation(G_null, G_c, G_fake, self.k)  # [n, ...] s.6
-            x_self = pseudo_target(x0_hat_j, Delta)  # [n, ...] Eq. 14
-            mix = self.mix(t_j, s_j, j(is_null), aux)  # [n] Eq. 17
-            loss = loss.index_put((draws.below,), self.regress(x0_hat_j, x0_j, x_self, mix))  # [n] of [B] Eq. 18-20
+            prompts = j(c), j(null), j(fake) if aux else None
+            Delta, loss_fake = self.self_evaluate(j(x0_hat), j(s), *prompts, j(is_null), j(draws.eps_s))  # Eq. 8, s.6
+            x_self = pseudo_target(j(x0_hat), Delta)  # [n, ...] Eq. 14
+            mix = self.mix(j(t), j(s), j(is_null), aux)  # [n] Eq. 17
+            loss = loss.index_put((draws.below,), self.regress(j(x0_hat), j(x0), x_self, mix))  # [n] of [B] Eq. 18-20
             stats |= {"mix": mix, "delta_norm": (squared_norm(Delta) / D).sqrt()}
+            stats |= {"fake_loss": loss_fake.detach() / D} if aux else {}
 
         loss = time_weight(t) * loss  # [B] Eq. 21
         stats["loss"] = loss.detach() / D
-        total = loss.mean()
-        if aux and loss_fake is not None:
-            total = total + loss_fake.sum() / len(x0)  # coefficient 1, over the full batch like the rest
-            stats["fake_loss"] = loss_fake.detach() / D
-        return total / D, stats
+        return (loss.mean() + loss_fake.sum() / len(x0)) / D, stats  # s.8 with coefficient 1, over the full batch too
+
+    def self_evaluate(self, x0_hat: Tensor, s: Tensor, c: tuple, null: tuple, fake: tuple | None, is_null: Tensor,
+                      eps_s: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Judge the predictions at noise level s: Delta [n, ...], detached, and the loss of the fake branch, [n].
+
+        fake is None without the auxiliary term; the loss is then 0.
+        """
+        x_s_hat = add_noise(x0_hat, s, eps_s).detach()  # [n, ...] Eq. 8; judged without gradient
+        G_c, G_null = self.evaluate(x_s_hat, s, c, null, is_null)  # [n, ...]
+        G_fake, loss_fake = None, torch.zeros_like(s)
+        if fake is not None:  # one pass with gradient serves both Delta (s.6) and the loss of the fake branch (s.8)
+            V_fake = self.network(x_s_hat, s, s, *fake)
+            G_fake = one_step_estimate(x_s_hat, s, V_fake).detach()
+            loss_fake = fake_loss(V_fake, x0_hat, eps_s)  # [n] s.8
+        Delta = self.delta_scale * self_evaluation(G_null, G_c, G_fake, self.k)  # [n, ...] s.6
+        return Delta, loss_fake
 
     @torch.no_grad()
     def evaluate(self, x_s_hat: Tensor, s: Tensor, c: tuple, null: tuple, is_null: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
     python toy/explain.py                     # a few seconds; four PNGs in toy/results
 
-    explain_step.png      one training step: tensors, networks, stop-gradients under their names in losses.SelfE.forward
+    explain_step.png      one training step: tensors, networks, stop-gradients under their names in losses.SelfE
     explain_times.png     the distribution of (t, s) as tau rises from 0 to 1 (s.11-s.13)
     explain_mix.png       the share of x_self in the target, lambda / (1 + lambda), over (t, s) (Eq. 17-18)
     explain_grids.png     the times that a sampler of 1, 2 and 4 steps tells the network (Eq. 22, s.12)
@@ -32,7 +32,7 @@ from toy.figures import COLOURS, GREY, save
 BLUE, ORANGE, GREEN, RED = COLOURS[:4]
 MU = losses.mu_of_length(16)  # the shift of s.12 for the 16 tokens of a laptop picture
 
-# The passes of one training step, in the order of losses.SelfE.forward: (network, its arguments, whether it learns).
+# The passes of one training step, in the order of losses.SelfE: (network, its arguments, whether it learns).
 PASSES = (
     ("network", ("x_t", "t", "s", "c"), True),
     ("ema", ("x_s_hat", "s", "s", "c"), False),
@@ -167,7 +167,7 @@ def draw_learning(d: Diagram, y: float) -> None:
 
 
 def training_step(path: Path) -> None:
-    """Sec. 3, Fig. 2, as losses.SelfE.forward does it, without the auxiliary term."""
+    """Sec. 3, Fig. 2, as losses.SelfE does it, without the auxiliary term."""
     figure, axis = plt.subplots(figsize=(12.6, 6.5), layout="constrained")
     axis.set(xlim=(0, 13.5), ylim=(1.2, 8.08), aspect="equal")
     axis.axis("off")
