@@ -198,7 +198,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--eta", type=fraction_or_name({"renoise": "renoise"}), help='0 deterministic .. 1 ancestral, or "renoise"')
     a("--s-rule", type=fraction_or_name(S_RULES),
       help='second time: "next" (t_k+1), "same" (t_k) or a fraction between')
-    a("--space", choices=("v", "x0"), help="where guidance keeps the energy")
+    a("--space", choices=("v", "x0"), help="what keeps its norm under guidance: velocity (v) or prediction (x0)")
     a("--scale", type=int, default=0, help="enlarge pixels so many times; 0 picks it (default: 0)")
     a("--device", default="auto", help="cuda, mps, cpu (default: the best there is)")
     args = parser.parse_args(argv)

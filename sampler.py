@@ -44,7 +44,7 @@ def time_grid(steps: int, mu: float) -> list[float]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Eq. 12     as energy-preserving guidance (Sec. 3.4): V_null + w (V_c - V_null), brought back to the energy of V_c
+# Eq. 12     as energy-preserving guidance (Sec. 3.4): V_null + w (V_c - V_null), brought back to the norm of V_c
 # ---------------------------------------------------------------------------------------------------------------------
 def energy_preserving(guided: Tensor, conditional: Tensor) -> Tensor:
     """`guided` [B, ...] scaled, sample by sample, to the norm of `conditional`; zero stays zero."""

@@ -69,7 +69,7 @@ def update(run: Run, step: int) -> None:
     for group in run.adam.param_groups:
         group["lr"] = run.plan.learning_rate(step)
     run.adam.step()
-    # With 0.9999 from the start the average would stay near its initialisation for 10,000 iterations.
+    # With 0.9999 from the start the EMA would stay near its initialisation for 10,000 iterations.
     decay = min(run.plan.ema, (1 + step) / (10 + step))
     get_ema_multi_avg_fn(decay)(list(run.ema.parameters()), list(run.network.parameters()), 0)  # the 0 is not used
 

@@ -42,7 +42,7 @@ class Meter:
     An iteration's micro-batches are `add`ed, and then counted by `keep` or forgotten by `drop`.
     """
 
-    NAMES = ("n", "loss", "jumps", "log_lambda", "evaluated", "w", "delta_norm", "fakes", "fake_loss",
+    NAMES = ("n", "loss", "below", "log_lambda", "evaluated", "mix", "delta_norm", "fakes", "fake_loss",
              *(f"{kind}_t{b}" for b in range(BINS) for kind in ("n", "loss")), "flops", "iterations",
              "grad_norm")  # fmt: skip
 
@@ -58,9 +58,9 @@ class Meter:
         give mix and delta_norm besides, one value per sample with s < t, and with the auxiliary term fake_loss.
         """
         t, s, loss = stats["t"], stats["s"], stats["loss"]
-        zero, jump = torch.zeros((), device=t.device), s < t
+        zero, below = torch.zeros((), device=t.device), s < t
         lam = losses.lam(t, s).clamp(1e-12, 1e12)
-        row = [zero + len(t), loss.sum(), jump.sum(), torch.where(jump, lam.log(), 0.0).sum()]
+        row = [zero + len(t), loss.sum(), below.sum(), torch.where(below, lam.log(), 0.0).sum()]
         evaluated, fakes = stats.get("delta_norm", t[:0]), stats.get("fake_loss", t[:0])
         row += [zero + len(evaluated), stats.get("mix", t[:0]).sum(), evaluated.sum(), zero + len(fakes), fakes.sum()]
         for b in range(BINS):
@@ -99,12 +99,12 @@ class Meter:
         if not v["n"]:
             return {}
         iterations = v["iterations"] / world
-        result = {"loss": v["loss"] / v["n"], "share_jump": v["jumps"] / v["n"]}
+        result = {"loss": v["loss"] / v["n"], "share_jump": v["below"] / v["n"]}
         result |= {f"loss_t{b}": v[f"loss_t{b}"] / v[f"n_t{b}"] for b in range(BINS) if v[f"n_t{b}"]}
-        if v["jumps"]:
-            result["lambda"] = math.exp(v["log_lambda"] / v["jumps"])
+        if v["below"]:
+            result["lambda"] = math.exp(v["log_lambda"] / v["below"])
         if v["evaluated"]:
-            result |= {"w": v["w"] / v["evaluated"], "delta_norm": v["delta_norm"] / v["evaluated"]}
+            result |= {"w": v["mix"] / v["evaluated"], "delta_norm": v["delta_norm"] / v["evaluated"]}
         if v["fakes"]:
             result["fake_loss"] = v["fake_loss"] / v["fakes"]
         # n counts IMM's groups, not pictures; so the rate is of iterations, and the loop knows their batch.

@@ -355,7 +355,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--guidance", type=float, help="scale of guidance; 1 is off")
     a("--eta", type=sample.fraction_or_name({"renoise": "renoise"}), help='0 deterministic .. 1 ancestral; "renoise"')
     a("--s-rule", type=sample.fraction_or_name(sample.S_RULES), help='"next" (t_k+1), "same" (t_k), or between: 0..1')
-    a("--space", choices=("v", "x0"), help="where guidance keeps the energy")
+    a("--space", choices=("v", "x0"), help="what keeps its norm under guidance: velocity (v) or prediction (x0)")
     a("--device", default="auto", help="cuda, mps, cpu (default: the best there is)")
     a = parser.add_argument_group("pictures for GenEval's scorer instead of scores").add_argument
     a("--export", metavar="DIR", type=Path, help="folder for 00000/samples/0000.png ...; goes on where it stopped")

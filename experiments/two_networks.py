@@ -3,13 +3,13 @@ Details").
 
     python experiments/two_networks.py runs/tables/self_e-0 --out results/two_networks.json
 
-Self-E evaluates a prediction with the moving average under the prompt and with the trained network without it. For
-every state that a run has kept, on new pictures of its data at tau = 1 and every sample with s < t, the root mean
+Self-E evaluates a prediction with the EMA under the prompt and with the trained network without it. For every
+state that a run has kept, on new pictures of its data, with tau = 1 and s < t for every sample, it measures the root mean
 square per value of
 
-    Delta          G_null(trained) - G_c(average), the paper's
-    of_prompts     G_null(average) - G_c(average), what is left when one network does both
-    of_networks    G_null(trained) - G_null(average), no prompt in it
+    Delta          G_null(trained) - G_c(EMA), the paper's
+    of_prompts     G_null(EMA) - G_c(EMA), what is left when one network does both
+    of_networks    G_null(trained) - G_null(EMA), no prompt in it
 """
 
 import copy
@@ -45,9 +45,9 @@ def measure(state: Path, pictures: int) -> dict[str, float]:
     t, s = losses.sample_times(draws.z, draws.u, draws.below, loaded.config["mu"], tau=1.0)
     x0_hat = G(network, losses.add_noise(x0, t, draws.eps), t, s, c)
     x_s_hat = losses.add_noise(x0_hat, s, draws.eps_s)
-    trained, average, conditional = G(network, x_s_hat, s, s, null), G(ema, x_s_hat, s, s, null), G(ema, x_s_hat, s, s,
-                                                                                                    c)
-    gaps = {"Delta": trained - conditional, "of_prompts": average - conditional, "of_networks": trained - average}
+    null_trained, null_ema = G(network, x_s_hat, s, s, null), G(ema, x_s_hat, s, s, null)
+    c_ema = G(ema, x_s_hat, s, s, c)
+    gaps = {"Delta": null_trained - c_ema, "of_prompts": null_ema - c_ema, "of_networks": null_trained - null_ema}
     return {name: round(gap.square().mean().sqrt().item(), 4) for name, gap in gaps.items()}
 
 

@@ -123,7 +123,7 @@ def test_anti_aliased_area_is_the_true_area(shape):
     assert data.coverage(item, 32).sum() == pytest.approx(inside.mean() * 32**2, rel=0.06)
 
 
-def test_energy_varies(scenes):
+def test_the_norm_varies(scenes):
     """Eq. 19 keeps the norm of x0; if all pictures had one norm, it would hand over part of the answer."""
     norms = [np.linalg.norm(data.render(s, 32) / 127.5 - 1) for s in scenes[:200]]
     assert np.std(norms) / np.mean(norms) > 0.15

@@ -216,7 +216,7 @@ def test_gradient_of_eq_16_is_one_plus_lambda_times_that_of_the_target_form(shap
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_renormalisation_keeps_energy_and_direction(shape, dtype):
+def test_renormalisation_keeps_norm_and_direction(shape, dtype):
     """Eq. 19, whatever positive multiple of the target it is given."""
     scales = torch.tensor([1e-3, 1.0, 3.0, 100.0], dtype=F64)
     x0 = (normal(4, *shape) * per_sample(scales, torch.empty(4, *shape))).to(dtype)
@@ -271,7 +271,7 @@ class Net(nn.Module):
 ONLINE, EMA = (0.7, -0.6, 0.4, 0.3), (0.9, 0.5, -0.2, -0.4)
 B, K, MU = 8, 0.9, 0.5
 IS_NULL = torch.tensor([False, False, True, True, False, False, False, True])
-JUMPS = [1, 3, 5, 7]
+BELOW = [1, 3, 5, 7]
 
 
 class Batch(NamedTuple):
@@ -296,7 +296,7 @@ class Batch(NamedTuple):
 
 
 def batch(shape: tuple = (3,), p_equal: float = 0.5, seed: int = 3, index=range(B)) -> Batch:
-    """One batch in float64 whose samples differ in energy, with null prompts in both halves."""
+    """One batch in float64 whose samples differ in norm, with null prompts in both halves."""
     n = len(index)
     draws = losses.draw(seed, 11, list(index), shape, p_equal)
     draws = losses.Draws(*(d.double() if d.is_floating_point() else d for d in draws))
@@ -462,7 +462,7 @@ def test_who_is_asked_what(aux):
     b, (online, ema) = batch(), networks()
     b.step(losses.SelfE(online, ema, mu=MU), aux=aux)[0].backward()
     expected = paper_step(b, online, ema)
-    t, s, j = expected["t"], expected["s"], JUMPS
+    t, s, j = expected["t"], expected["s"], BELOW
 
     main, null, *fake = online.calls
     assert main.grad_mode and main.out.requires_grad
@@ -498,7 +498,7 @@ def test_another_network_may_serve_the_null_branch():
     b, (online, ema), third = batch(), networks(), Net(0.1, 0.2, 0.3, 0.4)
     b.step(losses.SelfE(online, ema, mu=MU, unconditional=third))[0].backward()
     assert (len(online.calls), len(ema.calls), len(third.calls)) == (1, 1, 1)
-    close(third.calls[0].c, b.null[JUMPS])
+    close(third.calls[0].c, b.null[BELOW])
     assert third.theta.grad is None and not third.calls[0].grad_mode
 
 
@@ -512,7 +512,7 @@ def test_a_null_prompt_learns_from_the_data_alone():
 
 
 def test_a_null_prompt_may_keep_the_renormalised_target():
-    """null_target = "renorm": Delta = 0, the target is x0 + lam x0_hat at the energy of x0, whatever the EMA says."""
+    """null_target = "renorm": Delta = 0, the target is x0 + lam x0_hat at the norm of x0, whatever the EMA says."""
     b, (online, ema) = batch(), networks()
     b.step(losses.SelfE(online, ema, mu=MU, null_target="renorm"))[0].backward()
     p = paper_step(b, online, ema)
@@ -550,7 +550,7 @@ def test_the_fake_loss_reaches_the_network_through_the_fake_branch_alone():
     b.step(plain, aux=False)[0].backward()  # k = 1: the same Delta, and no s.8
     close(online.calls[0].out.grad, quiet.calls[0].out.grad, 1e-12)
     p, fake = paper_step(b, online, ema), online.calls[2]
-    x0_hat, eps_s = p["x0_hat"][JUMPS], b.draws.eps_s[JUMPS]
+    x0_hat, eps_s = p["x0_hat"][BELOW], b.draws.eps_s[BELOW]
     close(fake.out.grad, 2 * (fake.out.detach() - (eps_s - x0_hat)) / (B * b.x0[0].numel()))
 
 
@@ -573,7 +573,7 @@ def test_k_mixes_the_classifier_and_the_auxiliary_term(k):
 
 
 # --- choices of the target -------------------------------------------------------------------------------------------
-def test_sum_is_one_plus_lambda_times_tar_and_renorm_has_the_energy_of_the_data():
+def test_sum_is_one_plus_lambda_times_tar_and_renorm_has_the_norm_of_the_data():
     gradients, p = {}, None
     for target in ("renorm", "tar", "sum"):
         b, (online, ema) = batch((2, 3)), networks()
@@ -581,8 +581,8 @@ def test_sum_is_one_plus_lambda_times_tar_and_renorm_has_the_energy_of_the_data(
         p = paper_step(b, online, ema)
         gradients[target] = online.calls[0].out.grad
         if target == "renorm":
-            energy = regression_target(online.calls[0], p["x_t"], p["t"]).flatten(1).norm(dim=1)
-            close(energy, b.x0.flatten(1).norm(dim=1), 1e-9)
+            norm = regression_target(online.calls[0], p["x_t"], p["t"]).flatten(1).norm(dim=1)
+            close(norm, b.x0.flatten(1).norm(dim=1), 1e-9)
     close(gradients["sum"], per_sample(1 + p["lam"], gradients["tar"]) * gradients["tar"], 1e-9)
     assert p["lam"][[1, 5]].min() > 0.05
     assert (gradients["tar"] - gradients["renorm"])[[1, 5]].flatten(1).norm(dim=1).min() > 1e-4
@@ -600,7 +600,7 @@ def test_delta_scale_zero_is_the_control_that_says_nothing_about_x0_hat(aux):
         targets.append(regression_target(online.calls[0], p["x_t"], p["t"]))
         assert not stats["delta_norm"].any()
     close(targets[0], targets[1], 1e-12)
-    for i in JUMPS:
+    for i in BELOW:
         mixed = b.x0[i] + paper_lam(p["t"][i], p["s"][i]) * p["x0_hat"][i]
         close(targets[0][i], mixed / mixed.norm() * b.x0[i].norm(), 1e-9)
 
@@ -629,9 +629,9 @@ def test_unknown_choices_are_refused(options):
 @pytest.mark.parametrize("aux", [False, True])
 @pytest.mark.parametrize("null_target", ["data", "renorm"])
 def test_the_step_is_finite_at_the_end_of_time(dtype, aux, null_target):
-    """t = 1 with s < t: the target is x_self at the energy of x0, the limit of Eq. 19. s = t = 1: it is x0."""
+    """t = 1 with s < t: the target is x_self at the norm of x0, the limit of Eq. 19. s = t = 1: it is x0."""
     b, (online, ema) = batch((2, 3)), networks()
-    u = torch.tensor([0.0, 0.0, 0.5, 0.0, 0.5, 0.5, 1e-7, 0.9], dtype=F64)  # s = t = 1 at 1 and 3; jumps at 5, 7
+    u = torch.tensor([0.0, 0.0, 0.5, 0.0, 0.5, 0.5, 1e-7, 0.9], dtype=F64)  # s = t = 1 at 1 and 3; s < t at 5, 7
     draws = b.draws._replace(z=torch.full((B,), math.inf, dtype=F64), u=u)
     b = Batch(*(x.to(dtype) if x.is_floating_point() else x for x in b[:5]), draws)
     b = b._replace(draws=losses.Draws(*(x.to(dtype) if x.is_floating_point() else x for x in draws)))
@@ -659,8 +659,8 @@ def test_the_statistics_are_those_of_the_step():
     p = paper_step(b, online, ema, aux=True)
     close(stats["t"], p["t"])
     close(stats["s"], p["s"])
-    close(stats["mix"], (p["lam"] / (1 + p["lam"]))[JUMPS])
-    close(stats["delta_norm"], (p["x0_hat"] - p["x_self"])[JUMPS].pow(2).mean(dim=(1, 2)).sqrt(), 1e-9)
+    close(stats["mix"], (p["lam"] / (1 + p["lam"]))[BELOW])
+    close(stats["delta_norm"], (p["x0_hat"] - p["x_self"])[BELOW].pow(2).mean(dim=(1, 2)).sqrt(), 1e-9)
     close(loss, stats["loss"].mean() + stats["fake_loss"].sum() / B)
     assert not any(value.requires_grad for value in stats.values())
 
@@ -735,8 +735,8 @@ def test_the_law_of_t_and_s_against_quadrature(mu, tau):
     middle = (torch.arange(n, dtype=F64) + 0.5) / n
     quantile, u = (g.flatten() for g in torch.meshgrid(middle, middle, indexing="ij"))
     z = math.sqrt(2) * torch.erfinv(2 * quantile - 1)
-    jump = torch.arange(n * n)
-    t, s = losses.sample_times(z, u, jump, mu, tau)
+    positions = torch.arange(n * n)
+    t, s = losses.sample_times(z, u, positions, mu, tau)
     assert ks(t, lambda x: t_cdf(x, mu)) < 1.01 / n
     x = torch.linspace(0.02, 0.98, 97, dtype=F64)
     empirical = (s[:, None] <= x).double().mean(dim=0)
@@ -746,8 +746,8 @@ def test_the_law_of_t_and_s_against_quadrature(mu, tau):
     assert ((s_grid > (1 - tau) * t_grid) | (tau == 0)).all() and (s_grid <= t_grid).all()
     close(s_grid.mean(dim=1), (1 - tau / 2) * t_grid[:, 0])
     close(s_grid.var(dim=1, correction=0), (tau * t_grid[:, 0]) ** 2 / 12 * (1 - 1 / n**2))
-    # where the sample is not among the jumps, s is t itself
-    t_again, s_again = losses.sample_times(z, u, jump[::2], mu, tau)
+    # where the sample is not among the positions, s is t itself
+    t_again, s_again = losses.sample_times(z, u, positions[::2], mu, tau)
     assert torch.equal(t_again, t) and torch.equal(s_again[::2], s[::2]) and torch.equal(s_again[1::2], t[1::2])
 
 
@@ -756,18 +756,18 @@ def test_the_law_of_t_and_s_as_drawn(drawn, tau):
     """KS tests at the 0.1% level on the numbers that training uses; t and s / t are independent on a 6 x 6 table."""
     mu = 0.5
     t, s = losses.sample_times(drawn.z, drawn.u, drawn.below, mu, tau)
-    jumped = torch.zeros(len(t), dtype=torch.bool)
-    jumped[drawn.below] = True
-    assert jumped.sum() == len(t) / 2 and torch.equal(s[~jumped], t[~jumped])
+    below = torch.zeros(len(t), dtype=torch.bool)
+    below[drawn.below] = True
+    assert below.sum() == len(t) / 2 and torch.equal(s[~below], t[~below])
     critical = 1.95
     assert ks(t, lambda x: t_cdf(x, mu)) < critical / len(t) ** 0.5
-    for half in (jumped, ~jumped):
+    for half in (below, ~below):
         assert ks(t[half], lambda x: t_cdf(x, mu)) < critical / half.sum() ** 0.5
-    n = int(jumped.sum())
-    assert ks(s[jumped], lambda x: s_cdf(x, mu, tau)) < critical / n**0.5
+    n = int(below.sum())
+    assert ks(s[below], lambda x: s_cdf(x, mu, tau)) < critical / n**0.5
     if tau > 0:
-        first = t_cdf(t[jumped], mu)
-        second = (1 - s[jumped].double() / t[jumped].double()) / tau
+        first = t_cdf(t[below], mu)
+        second = (1 - s[below].double() / t[below].double()) / tau
         cell = (first * 6).long().clamp(max=5) * 6 + (second * 6).long().clamp(max=5)
         counts = torch.bincount(cell, minlength=36).double()
         assert ((counts - n / 36) ** 2 / (n / 36)).sum() < 66.6  # chi-square, 35 degrees of freedom, 0.1%
@@ -800,9 +800,9 @@ def test_draws_depend_on_seed_and_step():
 @pytest.mark.parametrize("size", [2, 4, 6, 10, 64])
 @pytest.mark.parametrize("start", [0, 1, 2, 7, 1000003])
 def test_exactly_half_of_any_even_micro_batch_has_s_below_t(start, size):
-    jumps = losses.below_positions(list(range(start, start + size)))
-    assert len(jumps) == size // 2 and jumps.dtype == torch.int64
-    assert len(set(jumps.tolist())) == size // 2 and set(jumps.tolist()) < set(range(size))
+    positions = losses.below_positions(list(range(start, start + size)))
+    assert len(positions) == size // 2 and positions.dtype == torch.int64
+    assert len(set(positions.tolist())) == size // 2 and set(positions.tolist()) < set(range(size))
 
 
 @pytest.mark.parametrize("p_equal, share", [(0.0, 1.0), (0.25, 0.75), (0.5, 0.5), (0.9, 0.1), (1.0, 0.0)])
@@ -812,16 +812,16 @@ def test_the_share_of_s_below_t_is_one_minus_p_equal(p_equal, share):
 
 @pytest.mark.parametrize("cuts", [[12], [2, 10], [4, 4, 4], [6, 2, 4], [1] * 12], ids=str)
 def test_draws_do_not_depend_on_how_the_batch_is_cut(cuts):
-    """Global samples 8..19 in one piece or in any pieces (ranks, micro-batches): the same numbers, the same jumps."""
+    """Global samples 8..19 in one piece or in pieces (ranks, micro-batches): the same numbers, the same positions."""
     whole = losses.draw(9, 4, list(range(8, 20)), (2, 3))
-    pieces, start, jumps = [], 8, []
+    pieces, start, positions = [], 8, []
     for n in cuts:
         pieces.append(losses.draw(9, 4, list(range(start, start + n)), (2, 3)))
-        jumps += (pieces[-1].below + start - 8).tolist()
+        positions += (pieces[-1].below + start - 8).tolist()
         start += n
     for i in range(4):
         assert torch.equal(torch.cat([p[i] for p in pieces]), whole[i])
-    assert jumps == whole.below.tolist()
+    assert positions == whole.below.tolist()
 
 
 @pytest.mark.parametrize("aux", [False, True])

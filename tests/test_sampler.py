@@ -284,7 +284,7 @@ def test_the_default_s_is_the_next_time_and_the_default_eta_is_1():
 @pytest.mark.parametrize("space", ["v", "x0"])
 @pytest.mark.parametrize("guidance", [0.0, 0.5, 2.0, 5.0])
 @pytest.mark.parametrize("shape", [(2,), (3, 4, 5)])
-def test_ep_cfg_keeps_the_energy_and_the_direction(shape, guidance, space):
+def test_ep_cfg_keeps_the_norm_and_the_direction(shape, guidance, space):
     """Sample by sample: parallel to V_null + w (V_c - V_null) and as long as V_c; the same with x0_hat for V."""
     B, V = 4, Spy()
     cond, null = prompts(B, *shape)

@@ -70,7 +70,7 @@ def test_weights_that_do_not_sum_to_one_are_refused():
 
 
 def test_energy_distance_of_gaussians_against_its_closed_form():
-    # E|X - Y| for X - Y ~ N((d, 0), 2 v I) is the mean of a Rice law; here by quadrature over the plane, not by
+    # E|X - Y| for X - Y ~ N((d, 0), 2 v I) is the mean of a Rice variable; here by quadrature over the plane, not by
     # sampling.
     g, d, v = np.random.default_rng(0), 1.3, 0.25
     x, y = (torch.from_numpy(g.standard_normal((4000, 2)) * v**0.5) for _ in range(2))

@@ -189,13 +189,13 @@ def training_step(path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 def time_pairs(path: Path, taus=(0.0, 0.5, 1.0), n: int = 3000) -> None:
     """Draws of losses.sample_times: half of the samples on the diagonal, the others below it, deeper as tau rises."""
-    random, jump = rng(0, "toy explain"), losses.below_positions(list(range(n)))
+    random, positions = rng(0, "toy explain"), losses.below_positions(list(range(n)))
     z, u = (torch.from_numpy(numbers.astype(np.float32)) for numbers in (random.standard_normal(n), random.random(n)))
-    below = torch.zeros(n, dtype=torch.bool).index_fill(0, jump, True)
+    below = torch.zeros(n, dtype=torch.bool).index_fill(0, positions, True)
     meanings = {0.0: ": the first iteration", 1.0: ": after its rise"}
     figure, axes = plt.subplots(1, len(taus), figsize=(10.5, 3.9), sharey=True, layout="constrained")
     for axis, tau in zip(axes, taus):
-        t, s = losses.sample_times(z, u, jump, MU, tau)
+        t, s = losses.sample_times(z, u, positions, MU, tau)
         axis.plot([0, 1], [0, 1 - tau], color=RED, linewidth=1.2, linestyle="--", label="lower limit of s, (1 - tau) t")
         axis.scatter(t[below], s[below], s=3, c=ORANGE, linewidths=0, label="half: s uniform below t, self-evaluation")
         axis.scatter(t[~below], s[~below], s=3, c=BLUE, linewidths=0, label="half: s = t, the data alone")

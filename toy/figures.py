@@ -183,7 +183,7 @@ def fields(layouts: list, seed: int, path: Path, times=(0.05, 0.2, 0.5, 0.8)) ->
                 return q.posterior_mean(x, s, q.null(k)) - G_c, p.posterior_mean(x, s, k) - G_c
 
             # Arrows only where samples or data are.
-            reached = [law.log_density(points, *full(points)) for law in (p, q)]
+            reached = [each.log_density(points, *full(points)) for each in (p, q)]
             points = points[torch.stack([log > log.max() - 7 for log in reached]).any(0)]
             at_samples = two_terms(losses.add_noise(x0_hat, torch.full((n,), value), normal()))
             both = zip(two_terms(points), at_samples, ("classifier", "auxiliary"))

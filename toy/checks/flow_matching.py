@@ -7,7 +7,7 @@ from torch.autograd.functional import hessian
 import losses
 import model
 from toy.checks.stage import (
-    check, data_by_quadrature, full, mean_by_quadrature, points, q, random, three_laws, worst,
+    check, data_by_quadrature, full, mean_by_quadrature, points, q, random, three_distributions, worst,
 )
 
 
@@ -32,12 +32,12 @@ def weight_makes_velocity_loss():
     return worst(weighted - losses.cfm_loss(V, x0, eps), x0_hat - losses.one_step_estimate(x_t, t, V))
 
 
-@check("Eq. 4", "closed posterior mean = Bayes' rule on a grid, all three laws", below=1e-9)
+@check("Eq. 4", "closed posterior mean = Bayes' rule on a grid, 3 distributions", below=1e-9)
 def posterior_mean():
     x, s, c = points(60)
     s = s.clamp_min(0.2)  # the grid must resolve the kernel, whose width is s / (1 - s)
     return worst(
-        *(law.posterior_mean(x, s, label) - mean_by_quadrature(law, x, s, label) for law, label in three_laws(c))
+        *(each.posterior_mean(x, s, k) - mean_by_quadrature(each, x, s, k) for each, k in three_distributions(c))
     )
 
 

@@ -72,7 +72,7 @@ def share_of_fresh_noise():
     return max(abs(shares[0]), abs(shares[1] - shares[2] / 2), abs(shares[3] - s))
 
 
-@check("Eq. 22, S.2", "posterior samples, N = 1, 2, 4, 8, 50, 4 rules: law of the end (sigmas)", below=4.5)
+@check("Eq. 22, S.2", "posterior samples, N = 1, 2, 4, 8, 50, 4 rules: the end's distribution (sigmas)", below=4.5)
 def any_step_is_exact():
     rng, n = random(11), 1500
     u = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.5, -1.0], [-0.7, 2.0]], dtype=torch.float64)
@@ -98,18 +98,19 @@ def gaussian(m: float = 0.7, std: float = 0.5) -> Mixture:
     return Mixture([[[m, -m]]], std, dtype=torch.float64)
 
 
-def end_of(law: Mixture, x: Tensor, steps: int, eta, noise=None) -> Tensor:
-    """The sampler's end from x with the perfect network of `law`; noise(k) is the fresh noise of step k."""
+def end_of(q: Mixture, x: Tensor, steps: int, eta, noise=None) -> Tensor:
+    """The sampler's end from x with the perfect network of `q`; noise(k) is the fresh noise of step k."""
     c = torch.zeros(len(x), dtype=torch.int64)
-    return sampler.sample(law.V, x, (c,), steps=steps, eta=eta, draw_noise=noise)
+    return sampler.sample(q.V, x, (c,), steps=steps, eta=eta, draw_noise=noise)
 
 
 @check("Eq. 22", "posterior mean, eta = 0: the error falls with order 1 in 1/N (|order - 1|)", below=0.03)
 def order_of_convergence():
-    law = gaussian()
+    one_mode = gaussian()
     x = points(32)[0]
-    exact = law.m[0] + law.std[0, 0] * x  # the flow of a Gaussian is affine: x_t = alpha m + sqrt(alpha^2 v + t^2) x_1
-    errors = [worst(end_of(law, x, steps, 0.0) - exact) for steps in (256, 512)]
+    # The flow of a Gaussian is affine: x_t = alpha m + sqrt(alpha^2 v + t^2) x_1
+    exact = one_mode.m[0] + one_mode.std[0, 0] * x
+    errors = [worst(end_of(one_mode, x, steps, 0.0) - exact) for steps in (256, 512)]
     return abs(np.log2(errors[0] / errors[1]) - 1)
 
 
@@ -199,12 +200,12 @@ def noise_of_each_step():
         asked.append(k)
         return points(8, seed=20 + k)[0]
 
-    law, x = gaussian(), points(8)[0]
+    one_mode, x = gaussian(), points(8)[0]
     c = torch.zeros(8, dtype=torch.int64)
-    path = list(sampler.trajectory(law.V, x, (c,), steps=4, eta=1.0, draw_noise=draw_noise))
+    path = list(sampler.trajectory(one_mode.V, x, (c,), steps=4, eta=1.0, draw_noise=draw_noise))
     by_hand, times = x, (1.0, 0.75, 0.5, 0.25, 0.0)
     for k, (t, s) in enumerate(zip(times[:-1], times[1:])):
-        x0_hat = law.posterior_mean(by_hand, full(t, x), c)
+        x0_hat = one_mode.posterior_mean(by_hand, full(t, x), c)
         by_hand = sampler.update(by_hand, x0_hat, t, s, 1.0, points(8, seed=20 + k)[0])
     last_time, last, last_x0 = path[-1]
     return worst(last - by_hand, last - last_x0) + float(asked != [0, 1, 2]) + abs(last_time)

@@ -27,7 +27,7 @@ def weight_of_self_evaluation():
     return worst((losses.lam(t, s) - exact) / (1 + exact), losses.lam(t, t))
 
 
-@check("Eq. 17-18", "w = lambda/(1+lambda), scaled too; at t = 1 it is 1, and 0 at s = t = 1", below=1e-12)
+@check("Eq. 17-18", "mix = lambda/(1+lambda), scaled too; at t = 1 it is 1, and 0 at s = t = 1", below=1e-12)
 def weight_of_the_mix():
     *_, t, s = pairs()
     exact = signal_to_noise_lambda(t, s)
@@ -75,7 +75,7 @@ def renormalised_target():
 
 
 @check("Eq. 19", "its norm is that of x0; a zero target stays zero", below=1e-13)
-def energy_is_kept():
+def norm_is_kept():
     x0, x0_hat, *_ = pairs()
     kept = losses.renormalise(x0_hat, x0)
     zero = losses.renormalise(torch.zeros_like(x0), x0)
@@ -102,7 +102,7 @@ def primary_time():
     return worst(torch.logit(t) - z - 0.7, ends, anchors)
 
 
-@check("Eq. s.13", "s = t off the jumps; on them (t - s)/t is uniform on (0, tau)", below=1e-12)
+@check("Eq. s.13", "s = t for one half; for the other (t - s)/t is uniform on (0, tau)", below=1e-12)
 def secondary_time():
     n = 1000
     z = torch.from_numpy(random(7).standard_normal(n))
@@ -113,7 +113,7 @@ def secondary_time():
     return worst((t - s)[keep], gap - 0.4 * u[below], (s > t).double())
 
 
-@check("S.2", "p = 0.5 splits every batch in half, p = 1 leaves no jump; micro-batches agree", below=1e-14)
+@check("S.2", "p = 0.5 splits every batch in half, p = 1 leaves no s < t; micro-batches agree", below=1e-14)
 def the_split():
     whole = losses.below_positions(list(range(64))).tolist()
     parts = [8 * i + j for i in range(8) for j in losses.below_positions(list(range(8 * i, 8 * i + 8))).tolist()]

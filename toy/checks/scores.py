@@ -5,12 +5,12 @@ from torch import Tensor
 
 import losses
 from toy.checks.stage import (
-    A, B_SHIFT, check, full, grid, hermite, mean_by_quadrature, p, points, q, S, score, T, three_laws, worst,
+    A, B_SHIFT, check, full, grid, hermite, mean_by_quadrature, p, points, q, S, score, T, three_distributions, worst,
 )
 
 
 @check("Eq. 8", "x0_hat noised to s has the density p_theta(x_s | c) (Fourier, quadrature)", below=1e-9)
-def renoised_law():
+def renoised_distribution():
     u = torch.tensor([[0.5, 0.2], [-1.0, 0.7], [0.3, 1.5], [2.0, -1.0]], dtype=torch.float64)
     nodes, w = hermite(20, 2)
     x, area = grid(8.0, 160)
@@ -32,22 +32,25 @@ def renoised_law():
     return error
 
 
-@check("Eq. 11", "score from the posterior mean = autograd of the log density, 3 laws", below=1e-9)
+@check("Eq. 11", "score from the posterior mean = autograd of the log density, 3 distributions", below=1e-9)
 def tweedie():
     x, s, c = points()
     return worst(
-        *(losses.score_from_mean(law.posterior_mean(x, s, k), x, s) - score(law, x, s, k) for law, k in three_laws(c))
+        *(
+            losses.score_from_mean(each.posterior_mean(x, s, k), x, s) - score(each, x, s, k)
+            for each, k in three_distributions(c)
+        )
     )
 
 
-@check("Eq. s.1", "mean from the autograd score = Bayes' rule on a grid, 3 laws", below=1e-9)
+@check("Eq. s.1", "mean from the autograd score = Bayes' rule on a grid, 3 distributions", below=1e-9)
 def tweedie_backwards():
     x, s, c = points(60)
     s = s.clamp_min(0.2)
     return worst(
         *(
-            losses.mean_from_score(score(law, x, s, k), x, s) - mean_by_quadrature(law, x, s, k)
-            for law, k in three_laws(c)
+            losses.mean_from_score(score(each, x, s, k), x, s) - mean_by_quadrature(each, x, s, k)
+            for each, k in three_distributions(c)
         )
     )
 
@@ -56,7 +59,8 @@ def tweedie_backwards():
 def gaps():
     x, s, c = points(60)
     s = s.clamp_min(0.2)
-    (data, null, fake) = ((score(law, x, s, k), mean_by_quadrature(law, x, s, k)) for law, k in three_laws(c))
+    pairs = ((score(each, x, s, k), mean_by_quadrature(each, x, s, k)) for each, k in three_distributions(c))
+    data, null, fake = pairs
     return worst(*(a[1] - data[1] - losses.mean_gap(a[0], data[0], s) for a in (null, fake)))
 
 

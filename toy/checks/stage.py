@@ -45,15 +45,15 @@ def points(n: int = 256, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return x, s, c
 
 
-def three_laws(c: Tensor) -> list:
+def three_distributions(c: Tensor) -> list:
     """The conditional data, the unconditional data and the model: the three distributions of s.1."""
     return [(q, c), (q, q.null(c)), (p, c)]
 
 
-def score(law: Mixture, x: Tensor, s: Tensor, c: Tensor) -> Tensor:
+def score(distribution: Mixture, x: Tensor, s: Tensor, c: Tensor) -> Tensor:
     """grad log density, by automatic differentiation of the density (posterior means play no part)."""
     x = x.detach().requires_grad_()
-    return torch.autograd.grad(law.log_density(x, s, c).sum(), x)[0]
+    return torch.autograd.grad(distribution.log_density(x, s, c).sum(), x)[0]
 
 
 def grid(half_width: float, n: int) -> tuple[Tensor, float]:
@@ -62,14 +62,14 @@ def grid(half_width: float, n: int) -> tuple[Tensor, float]:
     return torch.cartesian_prod(axis, axis), float(axis[1] - axis[0]) ** 2
 
 
-def mean_by_quadrature(law: Mixture, x: Tensor, s: Tensor, c: Tensor) -> Tensor:
+def mean_by_quadrature(distribution: Mixture, x: Tensor, s: Tensor, c: Tensor) -> Tensor:
     """E[x0 | x_s, c] from Bayes' rule: integrate x0 q(x0 | c) q(x_s | x0) over a grid of x0, normalise."""
     x0, _ = grid(5.0, 120)
     zero = torch.zeros(len(x0), dtype=torch.float64)
     result = torch.empty_like(x)
     for label in c.unique().tolist():
         pick = c == label
-        prior = law.log_density(x0, zero, torch.full((len(x0),), label))
+        prior = distribution.log_density(x0, zero, torch.full((len(x0),), label))
         distance2 = (x[pick, None] - (1 - s[pick])[:, None, None] * x0).square().sum(-1)
         result[pick] = (prior - distance2 / (2 * s[pick, None] ** 2)).softmax(1) @ x0
     return result

@@ -121,7 +121,7 @@ def whole_step_gradient():
     return max(step_against_paper(choice)[1] for choice in SETTINGS)
 
 
-@check("Sec. 3.1", "no jump at all: SelfE is flow matching, Eq. 3 by autograd (loss, gradient)", below=1e-12)
+@check("Sec. 3.1", "no s < t at all: SelfE is flow matching, Eq. 3 by autograd (loss, gradient)", below=1e-12)
 def flow_matching_is_the_same_module():
     net, n = SmallNet(1), 16
     x0, eps, z = points(n)[0], points(n, 1)[0], torch.linspace(-2, 2, n, dtype=torch.float64)
