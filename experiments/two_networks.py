@@ -4,7 +4,7 @@ Details").
     python experiments/two_networks.py runs/tables/self_e-0 --out results/two_networks.json
 
 Self-E evaluates a prediction with the EMA under the prompt and with the trained network without it. For every
-state that a run has kept, on new pictures of its data, with tau = 1 and s < t for every sample, it measures the root mean
+state that a run has kept, on new pictures of its data, with tau = 1 and s < t for every sample, this is the root mean
 square per value of
 
     Delta          G_null(trained) - G_c(EMA), the paper's

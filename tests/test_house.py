@@ -1,6 +1,7 @@
 """The house rules that a machine can check: lengths, arguments, one place for sys.path, train.py on two screens."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if not {".venv", "runs", ".git"} & set(path.relative_to(ROOT).parts))
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
+PAGES = [ROOT / name for name in ("README.md", "EQUATIONS.md", "SILENCES.md", "LONG_RUN.md", "results/clean/README.md")]
+PAGES += [ROOT / folder / "README.md" for folder in ("engine", "experiments", "results", "toy")]
 MATHEMATICS = ("losses.py", "sampler.py", "model.py", "baselines.py")  # may have as many arguments as their formulas
 
 
@@ -24,8 +27,18 @@ def test_lines_and_functions_are_short(path):
     for node in functions(path):
         assert node.end_lineno - node.lineno < 60, f"{node.name} has more than 60 lines"
         names = [a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs]
-        if path.name not in MATHEMATICS and path.parent.name != "tests":
+        if path.name not in MATHEMATICS:
             assert len(names) - (names[:1] in (["self"], ["cls"])) <= 7, f"{node.name} has more than 7 arguments"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=[str(path.relative_to(ROOT)) for path in PAGES])
+def test_running_text_is_short_too(path):
+    """Lines of at most 120 characters, outside tables and code; the targets of links do not count."""
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
+    text = re.sub(r"\n\n(    .*\n)+", "\n\n", text)
+    running = [line for line in text.splitlines() if not re.match(r"\s*(\||!\[|`[^`]*`$)", line)]
+    long = [line for line in running if len(re.sub(r"\]\([^)]*\)", "]", line)) > 120]
+    assert not long, long
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)

@@ -41,19 +41,19 @@ def inputs(config: dict, rows: int = 6, cols: int = 4, txt_len: int = 5, batch: 
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
-def count_by_hand(width, heads, double, single, axes, channels, patch, txt_dim, vec_dim) -> tuple[int, int]:
+def count_by_hand(**size) -> tuple[int, int]:
     """(parameters of the blocks, all parameters), from the architecture on paper."""
-    d, head = width, width // heads
+    d, head = size["width"], size["width"] // size["heads"]
 
     def linear(n, m):
         return n * m + m
 
     stream = linear(d, 6 * d) + linear(d, 3 * d) + linear(d, d) + linear(d, 4 * d) + linear(4 * d, d) + 2 * head
     one = linear(d, 3 * d) + linear(d, 7 * d) + linear(5 * d, d) + 2 * head
-    blocks = double * 2 * stream + single * one
-    patch_values = channels * patch * patch
-    around = linear(patch_values, d) + linear(txt_dim, d) + linear(d, 2 * d) + linear(d, patch_values)
-    embedders = 2 * (linear(256, d) + linear(d, d)) + linear(vec_dim, d) + linear(d, d)
+    blocks = size["double"] * 2 * stream + size["single"] * one
+    patch_values = size["channels"] * size["patch"] ** 2
+    around = linear(patch_values, d) + linear(size["txt_dim"], d) + linear(d, 2 * d) + linear(d, patch_values)
+    embedders = 2 * (linear(256, d) + linear(d, d)) + linear(size["vec_dim"], d) + linear(d, d)
     return blocks, blocks + around + embedders
 
 

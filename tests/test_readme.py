@@ -63,8 +63,8 @@ def test_named_files_exist(page):
 
 @pytest.mark.parametrize("folder", ["engine", "experiments", "toy"])
 def test_each_program_of_a_folder_has_its_line(folder):
-    listed = re.findall(r"^\| `(\w+\.py)` \|", TEXTS[f"{folder}/README.md"], re.M)
-    assert sorted(listed) == sorted(path.name for path in (ROOT / folder).glob("*.py"))
+    listed = re.findall(r"^\| `([\w/]+\.py)` \|", TEXTS[f"{folder}/README.md"], re.M)
+    assert sorted(listed) == sorted(str(path.relative_to(ROOT / folder)) for path in (ROOT / folder).rglob("*.py"))
 
 
 def test_the_readme_is_short_and_its_test_line_is_one_line():
