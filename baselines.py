@@ -6,22 +6,22 @@
 
 Flow matching has no code of its own: it is losses.SelfE with draws that have no s < t (Eq. 3), sampled at s_k = t_k.
 
-IMM asks that a jump to time s lead to the same distribution from wherever it starts: samples made from time t and
-samples made from an earlier time r, s <= r < t, should be the same set. It compares the two sets, groups of M samples
-that share (s, r, t), by the maximum mean discrepancy with a Laplace kernel k:
+In IMM a jump to time s should lead to the same distribution wherever it starts, from time t or from an earlier time r,
+s <= r < t. IMM compares two sets of samples, groups of M that share (s, r, t), by the maximum mean discrepancy with a
+Laplace kernel k:
 
     y_t = f_{s,t}(x_t)   y_r = sg[ f_{s,r}(x_r) ]   f_{s,t}(x) = x - (t - s) V(x, t, s, c)
     L = E w(t) mean over the M x M pairs of [ k(y_t, y_t') + k(y_r, y_r') - 2 k(y_t, y_r') ]
 
-The first kernel pushes the samples of a group apart, the last pulls them to the other set; r = s is data itself, and
-truth spreads from there to larger t by induction. What the paper leaves to its experiments is fixed here to the values
-of its largest ones: M = 4, a = 2, b = 4, k = 12, uniform times. sigma_d, the scale of the data, is 1, because our noise
-has unit variance and V carries no preconditioning. A group holds samples of different prompts, unsorted, as it came.
+The first kernel pushes the samples of a group apart, the last pulls them to the other set. At r = s the second set is
+the data. From there the right distribution spreads to larger t by induction. Free choices have the values of the IMM
+paper's largest experiments: M = 4, a = 2, b = 4, k = 12, uniform times. sigma_d, the scale of the data, is 1, because
+our noise has unit variance and V has no preconditioning. A group holds samples of different prompts, in any order.
 
-What k means for a short run. Data enters only where r = s. From there truth spreads to larger t, one step of 160 / 2^k
-in eta = t / (1 - t) at a time. With k = 12 these are 26 steps to t = 0.5 and 4,096 to the largest t, and of the groups
-with t > 0.5 one in 200 meets data itself. So a run of some thousand iterations learns small t alone: colours, no
-shapes. A smaller k makes fewer and coarser steps: with k = 6 every second group beyond t = 0.5 meets data.
+What k means for a short run. Data enter only where r = s. From there the right distribution spreads to larger t, one
+step of 160 / 2^k in eta = t / (1 - t) at a time. With k = 12 these are 26 steps to t = 0.5 and 4,096 to the largest t.
+Of the groups with t > 0.5, one in 200 sees data. So a run of some thousand iterations learns only small t: colours, but
+no shapes. A smaller k makes fewer and coarser steps: with k = 6 every second group beyond t = 0.5 sees data.
 """
 
 from collections.abc import Callable, Iterator

@@ -6,8 +6,8 @@
 
     python data.py --out shapes.png                  # looks at the built-in data: a sheet of pictures with captions
 
-A source is a function from the global sample index g to a sample: it has no position of its own, so the position of a
-run in its data is the one integer that train.py counts, and any number of processes can share the work.
+A source is a function from the global sample index g to a sample. It has no position of its own. So one integer, which
+train.py counts, is the position of a run in its data, and any number of processes can share the work.
 """
 
 import functools
@@ -121,7 +121,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 # Never rendered for training, neither alone nor beside another shape: what a model draws for them, it has composed.
 HELD_OUT_PAIRS = {("red", "triangle"), ("blue", "ring"), ("yellow", "square"), ("green", "cross")}
 
-GREYS = (80, 170)  # the range of the ground's shade; black and white shapes stay visible on all of it
+GREYS = (80, 170)  # the range of the background's shade; black and white shapes stay visible on all of it
 # By the number of shapes, in 32nds of the picture's side: where they stand, one of several layouts (x, y); how far each
 # may be moved from there; and their diameters. As in photographs, what stands alone is in the middle and fills more of
 # the picture.

@@ -21,9 +21,9 @@
     "kl:A"              any AutoencoderKL, through diffusers                                           its own
 
 A and B are a local folder (./folder, ~/folder, /folder or any folder that exists; no comma in the path) or a Hugging
-Face name `owner/name`, with a folder inside the repository after it if need be: `owner/name/folder`.
+Face name `owner/name`, or `owner/name/folder` for a folder inside the repository.
 
-Every failure that a user can cause is an `EncoderError`, a ValueError whose message is one readable line.
+What a user can fix raises `EncoderError`, a ValueError whose message is one readable line.
 """
 
 import functools

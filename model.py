@@ -13,9 +13,9 @@ Symbols, as in the paper
     V       [B, C, H, W]  the network's output, a velocity (eps - x0 where s = t)                Eq. 6
     d       the model width; h heads of size d / h
 
-What differs from FLUX is one embedder: `gap_in`, which reads t - s (Eq. s.9). Parameter names are FLUX's, so a
-FLUX state dict loads with `gap_in.*` as its only missing part. At s = t it reads 0. Flow matching
-trains with s = t alone, so its `gap_in` has seen nothing but 0, and its models must be sampled at s_k = t_k.
+One embedder is added to FLUX: `gap_in`, whose input is t - s (Eq. s.9). Parameter names are FLUX's, so a FLUX state
+dict loads with `gap_in.*` as its only missing part. At s = t the input is 0. Flow matching trains with s = t alone, so
+its `gap_in` has seen no other input, and its models must be sampled at s_k = t_k.
 """
 
 import functools

@@ -5,9 +5,9 @@
     plan.first(600_000)             # the global index of the first sample of iteration 600,000
     plan.learning_rate(600_000), plan.tau(600_000), plan.aux(600_000)
 
-Everything that changes during a run is a function of the iteration, given here, so there is no schedule to save: an
-iteration's number says all. Times are shares of the run, the paper's iterations out of its 710k, so a run of any length
-meets every part of its recipe. The auxiliary stage is in that of `2b`; `--aux-from 0.775` adds it to the others.
+Everything that changes during a run is a function of the iteration, given here. So there is no schedule to save, only
+the number of the iteration. Times are shares of the run (the paper's iterations out of its 710k), so a run of any
+length goes through every part of its recipe. `2b` has the auxiliary stage; `--aux-from 0.775` adds it to the others.
 """
 
 import math
@@ -172,7 +172,7 @@ LARGER_FROM = 500 / 710
 AUX_FROM = 550 / 710
 
 RECIPES = {
-    # Classifier score only, the "Ours" of Table 2: in twenty minutes the auxiliary stage costs more than it can give.
+    # Classifier score only, the "Ours" of Table 2: in a quarter of an hour the auxiliary stage is not worth its cost.
     # In so short a run Adam's longer memory (0.99) is worth a quarter of the iterations.
     "laptop": Recipe(
         steps=5200, stages=(Stage(0, (16,), 32),), lr=5e-3, lr_end=1e-5, tau_until=TAU_UNTIL, aux_from=1.0,

@@ -4,8 +4,8 @@
     python sample.py --checkpoint runs/laptop --prompt "a photo of a ring" --prompt "a photo of a cross" --steps 1 2 4 8
 
 One prompt at one step count gives that picture; more give a labelled sheet, prompts in rows and steps in columns. The
-same seed gives the same picture, whatever stands beside it, but for rounding: matrix products of another batch size may
-differ in the last digit, which now and then moves a value by one of its 256 steps.
+same seed gives the same picture, whatever else is sampled with it, up to rounding: matrix products of another batch
+size may differ in the last digit, which occasionally changes a value by one of its 256 steps.
 """
 
 import argparse

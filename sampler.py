@@ -14,12 +14,12 @@ One update serves every sampler of the paper, from (x_t, x0_hat) at time t to ti
     eta = "renoise"   sigma_s                                                  Eq. 8: forget x_t, noise x0_hat anew
     at s = 0          0                                                        every choice returns x0_hat itself
 
-From t = 1 (alpha_t = 0) eta = 1 has std = sigma_s: nothing of the old noise is kept, and x_s is x0_hat noised anew.
+From t = 1 (alpha_t = 0), eta = 1 has std = sigma_s. Then none of the old noise is kept: x_s is x0_hat, noised anew.
 
-and s_k, the second time that the network is told (S.3.1), is a fraction f of the way back from t_{k+1} to t_k:
+s_k, the network's second time (S.3.1), lies the fraction s_rule of the way back from t_{k+1} to t_k:
 
     s_rule = 0         s_k = t_{k+1}    the paper's default: tie s to where this step leads
-    s_rule = 1         s_k = t_k        the flow-matching head; the only one a flow-matching model has learned
+    s_rule = 1         s_k = t_k        the flow matching head, the only one of a flow matching model
     s_rule = 0.5       half-way, good for one step without guidance (Fig. S.4)
 
 "N steps" means N evaluations of the network, N + 1 grid points. (The paper's {t_1 .. t_N} makes N - 1 moves.)

@@ -7,10 +7,10 @@
     python train.py --size 2b --data tars/ --dry-run          # the plan, its memory and its price; nothing is trained
     torchrun --nproc-per-node 8 train.py --size 2b --data tars/ --out runs/2b   # the paper's model
 
-What it prints: the plan, then one line with loss, images/s and time left, and at the end the command that samples.
-What it writes: engine/checkpoint.py and engine/monitor.py say; besides, grids/step_*.png, pictures of the data's first
-prompts. What is trained for how long at which rate is in recipe.py, where the data comes from in engine/feed.py, the
-flags in engine/arguments.py. What happens before the first iteration is in engine/preparation.py.
+It prints the plan, then one line with loss, images/s and time left, and at the end the command that samples. It writes
+the files that engine/checkpoint.py and engine/monitor.py describe, and grids/step_*.png, pictures of the data's first
+prompts. recipe.py holds sizes, lengths and rates; engine/feed.py loads the data; engine/arguments.py has the flags, and
+engine/preparation.py what happens before the first iteration.
 
 One iteration, as in the paper:
 

@@ -5,7 +5,7 @@
     run.stream                                                # the micro-batches from iteration run.start on
     run.compile(), run.save(step)                             # on the way
 
-Frozen encoders, data, precision, what processes agree on, the place where a stopped run was, the rehearsal on a GPU.
+Frozen encoders, data, precision, what processes agree on, resuming, the rehearsal on a GPU.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Several processes that make one run: what they tell one another, what they decide together, and how they stop.
+"""Several processes that make one run: what they exchange, what they decide together, and how they stop.
 
     ranks = processes.Ranks.of_environment()         # torchrun's WORLD_SIZE and RANK; 1 and 0 without it
     ranks.agree({"iteration": 1200})                 # an error unless all of them say the same

@@ -1,4 +1,4 @@
-"""What a run tells of itself while it goes on: progress, records, picture grids, updates that are left out.
+"""What a run reports while it trains: progress, records, picture grids, updates that are left out.
 
     watch = watch.Watch(run, closing)
     watch.seen(batch, stats, aux)              # a micro-batch

@@ -29,9 +29,9 @@ def test_forward_flops_equal_torchs_counter(double, single, rows, cols, text):
 
 
 def test_the_design_figures():
-    """1.29 and 3.41 TFLOP a forward pass of the 2B model at 256^2 and 512^2 pixels, with 256 text tokens."""
+    """1.29 and 3.42 TFLOP a forward pass of the 2B model at 256^2 and 512^2 pixels, with 256 text tokens."""
     assert model.forward_flops(model.SIZES["2b"], 256, 256) / 1e12 == pytest.approx(1.29, abs=0.01)
-    assert model.forward_flops(model.SIZES["2b"], 1024, 256) / 1e12 == pytest.approx(3.41, abs=0.02)
+    assert model.forward_flops(model.SIZES["2b"], 1024, 256) / 1e12 == pytest.approx(3.42, abs=0.01)
 
 
 def test_devices():

@@ -187,8 +187,7 @@ def test_processes_that_do_not_agree_refuse_to_start(tmp_path):
 
 @pytest.mark.slow
 def test_the_compiler_recomputation_bf16_and_zero_under_ddp(tmp_path):
-    """Two compiled processes with every device of point 5 switched on make the
-    run of one plain process, to bf16's rounding."""
+    """Two compiled processes with recomputation, bf16 and ZeRO make the run of one plain one, to bf16's rounding."""
     flags = ["--steps", 3, *[f for f in SMALL if f not in ("--no-compile", "--precision", "fp32")], "--precision",
              "bf16"]
     run_train(1, "--out", tmp_path / "plain", *flags, "--no-compile")

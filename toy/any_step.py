@@ -1,14 +1,14 @@
-"""Any-step sampling in 2-D: six objectives, one small network, one budget, and what each buys.
+"""Any-step sampling in 2-D: six objectives compared on one small network and one budget.
 
-    python toy/any_step.py                        # about two minutes on two cores: tables, and figures in toy/results
+    python toy/any_step.py                        # 2 to 10 minutes on two cores: tables, and figures in toy/results
     python toy/any_step.py --layout far           # one layout only, in runs/any_step
     python toy/any_step.py --seed 1 --out runs/x  # another seed, another folder
     python toy/any_step.py --study list           # the paper's open questions (toy/studies.py)
     python toy/any_step.py --study s_rule         # one of them, three seeds, kept in toy/results/s_rule.json
 
 For N = 1, 2, 4, 8, 50 evaluations of the network it prints the energy distance to fresh data, the sliced Wasserstein-2
-distance and the share of samples that fell between the modes, averaged over the conditions. "floor" is what two samples
-of the data have between them. mixture.py holds the data, training.py the network, measures.py the distances.
+distance and the share of samples between the modes, averaged over the conditions. "floor" is the distance between two
+samples of the data. mixture.py holds the data, training.py the network, measures.py the distances.
 """
 
 import sys

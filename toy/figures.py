@@ -1,4 +1,4 @@
-"""The pictures of toy/README.md. Mid-tone colours on a transparent ground, to be read on white and on dark pages."""
+"""The figures of toy/README.md: mid-tone colours on a transparent background, readable on white and on dark pages."""
 
 import textwrap
 from io import BytesIO
@@ -291,7 +291,7 @@ def along_s_rule(kept: dict, path: Path, measure: str) -> None:
         for n, values, bars in zip(BUDGETS, mean.T, spread.T):
             low = np.minimum(bars, 0.7 * values)  # a bar that reaches zero would have no end on this axis
             axis.errorbar(rules, values, yerr=[low, bars], marker="o", markersize=4, linewidth=1.4, label=f"N = {n}")
-        axis.set(yscale="log", xticks=rules, title=layout)
+        axis.set(yscale="log", xticks=rules, title=f"Self-E, {layout}")
         axis.set_xlabel("s_k, from t_(k+1) (0, the paper's default) to t_k (1)")
     axes[0][0].set_ylabel(f"{measure} distance to the data" if measure == "energy" else measure)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncol=5, frameon=False)

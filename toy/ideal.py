@@ -1,19 +1,18 @@
-"""What does the objective ask for? The targets of Eq. 18 and 19 followed to their end, with nothing left to the
-network.
+"""What does the objective ask for? The targets of Eq. 18 and 19, iterated until they converge, without a network.
 
-    python toy/ideal.py                       # three seeds: a table, toy/results/ideal.json and ideal.png
+    python toy/ideal.py      # three seeds, 5 to 40 minutes of one core: a table, toy/results/ideal.json and ideal.png
 
-A trained network shows what an objective gives, but its own errors are mixed in. Here they are taken away:
+What a trained network generates depends on the objective and on its own errors. Here there are no such errors:
 
-    every x_t has its own free answer x0_hat       no network to blend neighbours
+    every x_t has its own free prediction x0_hat   no network to blend neighbours
     G_null, G_c are exact posterior means          no error in the evaluation (Eq. 4, s.1)
-    G_fake is the exact mean of the answers        s.8 learned to perfection
+    G_fake is the exact mean of the predictions    s.8 learned to perfection
     t and s are fixed                              no sharing between times
 
-and the answers walk to the target again and again, x0_hat <- x0_hat + rate (target - x0_hat), each time with a new x0
-from q(x0 | x_t, c) and new noise in Eq. 8, until they stay. What is left is the objective's own opinion. It starts from
-the answer of flow matching, E[x0 | x_t, c]. The distance is measured where the paper promises it, between p(x_s | c)
-and q(x_s | c) (Sec. 3.2), and at s = 0.
+The predictions move towards their target until they converge: x0_hat <- x0_hat + rate (target - x0_hat), each time with
+a new x0 from q(x0 | x_t, c) and new noise in Eq. 8. Where they converge depends on the objective alone. They start from
+that of flow matching, E[x0 | x_t, c]. The distance is measured between p(x_s | c) and q(x_s | c), which the paper wants
+to be equal (Sec. 3.2), and at s = 0.
 """
 
 import sys

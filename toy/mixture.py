@@ -1,8 +1,8 @@
-"""Data whose every secret is known: Gaussian mixtures in 2-D, one mixture for each condition.
+"""Data with known densities and scores: Gaussian mixtures in 2-D, one mixture for each condition.
 
     q = Mixture(**LAYOUTS["between"])
     x0 = q.sample(c, rng)                      # c [B] in 0 .. C-1; c = C is the null prompt: all conditions
-    q.posterior_mean(x_t, t, c)                # E[x0 | x_t, c], what a perfect network would answer (Eq. 4)
+    q.posterior_mean(x_t, t, c)                # E[x0 | x_t, c], what a perfect network would predict (Eq. 4)
     q.log_density(x_t, t, c)                   # log q(x_t | c), whose gradient is the score
 
 Noise turns a Gaussian into a Gaussian. A component N(m, v I) of q(x0 | c) becomes N((1-t) m, ((1-t)^2 v + t^2) I) in

@@ -1,23 +1,23 @@
 """What does the objective ask for on pictures? Perfect evaluators on a finite set of rendered pictures, no network.
 
-    python toy/pictures.py                # the quick map, about ten minutes of one core: pictures.json and .png
+    python toy/pictures.py                # the quick map, 10 to 30 minutes of one core: pictures.json and .png
     python toy/pictures.py --full         # all shares of wrong captions, more rounds; hours
     python toy/pictures.py --scale 0.5    # pictures at another scale than encoders.PIXEL_SCALE, in runs/pictures
 
-The bridge between 2-D (ideal.py) and a trained network. Some thousand pictures are the whole data set, so
+It stands between 2-D (ideal.py) and a trained network. About a thousand pictures are the whole data set, so
 posterior means are exact: E[x0 | x_t, c] is a softmax over the pictures, two matrix products. With a share X of wrong
 captions
 
     q(picture | c) = (1 - X) on the pictures of c, in equal parts, + X on all pictures
 
-At each evaluation of a sampler's path the answers x0_hat follow their target for some rounds (ideal.follow), and
-sampler.py goes on from there. experiments/scorer.py judges the pictures. Guidance and the rule for s_k are chosen per
-objective and step count on other noise than the scores.
+At each step of the sampler the predictions x0_hat move towards their target for some rounds (ideal.follow), and
+sampler.py continues from there. experiments/scorer.py judges the pictures. Guidance and the rule for s_k are chosen per
+objective and step count, on other noise than the scores.
 
 Delta's budget: over snr = ((1-t) / t)^2 the integral of E||G_null - G_c||^2 is 2 I(c; picture) (I-MMSE; Guo, Shamai and
-Verdu 2005), so the information in the captions is all that Delta can ever say. It is printed for each world, with the s
-below which half of it lies. Keep at least 100 pictures a prompt: with fewer the posterior mean is one picture nearly
-everywhere, and every objective looks solved.
+Verdu 2005), so the information in the captions bounds Delta. It is printed for each world, with the s below which half
+of it lies. Keep at least 100 pictures per prompt. With fewer, the posterior mean is one picture nearly everywhere, and
+every objective seems to solve the task.
 """
 
 import argparse

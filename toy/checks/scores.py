@@ -135,7 +135,7 @@ def k_is_a_guidance_scale():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Delta's budget: by I-MMSE (Guo, Shamai and Verdu 2005) the captions' information is all that Delta can ever say
+# Delta's budget: by I-MMSE (Guo, Shamai and Verdu 2005) the captions' information bounds Delta
 # ---------------------------------------------------------------------------------------------------------------------
 def information(n: int = 240) -> float:
     """I(c; x0) of the mixture in nats: sum over c of the integral of q(x0, c) log [ q(x0 | c) / q(x0) ], on a grid."""
