@@ -63,7 +63,7 @@ class Diagram:
         """One of PASSES, as a square-cornered box: blue the trained network, green its moving average."""
         name, arguments, learns = which
         colour = ORANGE if learns else GREEN if name == "ema" else BLUE
-        self.box(x, y, f"{name}\n{model.G.__name__}({', '.join(arguments)})", (2.15, 0.62), colour)
+        self.box(x, y, f"{name}\nV({', '.join(arguments)})", (2.15, 0.62), colour)
 
     def arrow(self, start: tuple, end: tuple, learns: bool = False, stop: bool = False) -> None:
         colour = ORANGE if learns else GREY
@@ -76,10 +76,11 @@ class Diagram:
                 at = start + distance * along
                 self.axis.plot(*np.stack([at - across, at + across]).T, color=RED, linewidth=2.2)
 
-    def function(self, x: float, y: float, function, equation: str) -> None:
-        """The name of a function of ours and its equation, above and below an arrow at height y."""
+    def function(self, x: float, y: float, function, equation: str, above: bool = False) -> None:
+        """The name of a function of ours over an arrow at height y, and its equation below it or `above` the name."""
         self.axis.text(x, y + 0.10, function.__name__, ha="center", va="bottom", fontsize=9.5, style="italic")
-        self.axis.text(x, y - 0.12, equation, ha="center", va="top", fontsize=9)
+        place, side = (y + 0.33, "bottom") if above else (y - 0.12, "top")
+        self.axis.text(x, place, equation, ha="center", va=side, fontsize=9)
 
     def band(self, y: float, title: str, note: str) -> None:
         self.axis.text(0.05, y, title, fontsize=12, weight="bold", va="center")
@@ -113,7 +114,7 @@ def draw_prediction(d: Diagram, y: float) -> None:
     d.arrow((3.62, y), (4.75, y))
     d.network(5.9, y, PASSES[0])
     d.arrow((7.05, y), (8.75, y), learns=True)
-    d.axis.text(7.9, y - 0.12, "x_t - t V, Eq. 6", ha="center", va="top", fontsize=9)
+    d.function(7.9, y, model.G, "x_t - t V, Eq. 6")
     d.tensor(9.35, y, "x0_hat", learns=True)
 
 
@@ -128,59 +129,70 @@ def draw_evaluation(d: Diagram, y: float) -> None:
     d.arrow((4.6, y - 0.05), (5.55, down))
     d.network(6.7, up, PASSES[1])
     d.network(6.7, down, PASSES[2])
-    d.arrow((7.85, up), (8.45, up))
-    d.arrow((7.85, down), (8.45, down))
-    d.tensor(8.8, up, "G_c")
-    d.tensor(8.95, down, "G_null")
-    d.arrow((9.12, up), (9.9, y + 0.03))
-    d.arrow((9.45, down + 0.1), (9.9, y - 0.03))
-    d.arrow((9.9, y), (11.75, y))
-    d.function(10.75, y, losses.self_evaluation, "Eq. 14, s.6")
+    for level in (up, down):
+        d.arrow((7.85, level), (8.6, level))
+        d.function(8.2, level, model.G, "Eq. 6")
+    d.tensor(8.95, up, "G_c")
+    d.tensor(9.12, down, "G_null")
+    d.arrow((9.27, up), (10.1, y + 0.03))
+    d.arrow((9.65, down + 0.1), (10.1, y - 0.03))
+    d.arrow((10.1, y), (11.75, y))
+    d.function(10.95, y, losses.self_evaluation, "Eq. 14, s.6")
     d.tensor(12.2, y, "Delta")
     meaning = "= G_null - G_c:\n-Delta points to\nthe prompt's pictures"
     d.axis.text(12.2, y - 0.38, meaning, ha="center", va="top", fontsize=9.5)
 
 
 def draw_learning(d: Diagram, y: float) -> None:
-    """The third band: what the prediction is pulled to."""
+    """The third band: what the prediction is pulled to, above for s < t, below for s = t."""
+    middle, low = y - 0.85, y - 1.6
     d.tensor(0.55, y, "Delta")
-    d.tensor(0.6, y - 0.8, "x0_hat", learns=True)
+    d.tensor(0.6, middle, "x0_hat", learns=True)
     d.arrow((1.0, y), (2.85, y))
-    d.arrow((1.15, y - 0.75), (1.65, y - 0.03), stop=True)
-    d.function(2.12, y, losses.pseudo_target, "Eq. 14")
+    d.arrow((1.15, middle + 0.05), (1.65, y - 0.03), stop=True)
+    d.function(2.0, y, losses.pseudo_target, "Eq. 14", above=True)
     d.tensor(3.35, y, "x_self")
     d.arrow((3.9, y), (5.65, y))
-    d.tensor(3.35, y - 0.8, "x0")
-    d.arrow((3.65, y - 0.75), (4.3, y - 0.03))
-    d.function(4.85, y, losses.implicit_target, "Eq. 18")
-    d.axis.text(4.5, y - 0.46, f"{losses.mix_weight.__name__}(t, s)", va="center", fontsize=9.5)
+    d.function(4.77, y, losses.implicit_target, "Eq. 18", above=True)
+    d.tensor(4.3, middle, "mix")
+    d.axis.text(4.3, middle - 0.36, f"{losses.mix_weight.__name__}(t, s)", ha="center", va="top", fontsize=9.5,
+                style="italic")  # fmt: skip
+    d.arrow((4.4, middle + 0.27), (4.6, y - 0.03))
+    d.tensor(6.1, middle, "x0")
+    d.arrow((5.85, middle + 0.27), (5.2, y - 0.03))
     d.tensor(6.1, y, "x_tar")
+    d.arrow((6.35, middle + 0.27), (6.95, y - 0.03))
     d.arrow((6.55, y), (7.95, y))
-    d.function(7.22, y, losses.renormalise, "Eq. 19, norm of x0")
+    d.function(7.25, y, losses.renormalise, "Eq. 19", above=True)
     d.tensor(8.6, y, "x_renorm")
-    d.arrow((9.25, y), (10.85, y))
-    d.function(10.05, y, losses.target_loss, "Eq. 20")
-    d.tensor(10.0, y - 0.8, "x0_hat", learns=True)
-    d.arrow((10.55, y - 0.75), (11.1, y - 0.28), learns=True)
-    d.tensor(11.3, y, "loss", learns=True)
-    d.axis.text(12.1, y, f"x {losses.time_weight.__name__}(t)\nEq. 21: 1 / t^2", ha="left", va="center", fontsize=9.5)
+    d.arrow((9.25, y - 0.05), (10.95, middle + 0.2))
+    d.function(10.35, y - 0.25, losses.target_loss, "Eq. 20", above=True)
+    d.tensor(8.6, middle, "x0_hat", learns=True)
+    d.arrow((9.15, middle), (10.9, middle), learns=True)
+    d.tensor(8.6, low, "x0")
+    d.axis.text(8.1, low, "s = t: the data alone", ha="right", va="center", fontsize=9.5)
+    d.arrow((8.9, low + 0.05), (10.95, middle - 0.2))
+    d.axis.text(10.35, low + 0.15, losses.data_loss.__name__, ha="center", va="top", fontsize=9.5, style="italic")
+    d.axis.text(10.35, low - 0.08, "Eq. 7", ha="center", va="top", fontsize=9)
+    d.tensor(11.3, middle, "loss", learns=True)
+    weight = f"\u00d7 {losses.time_weight.__name__}(t)\n= 1 / t^2, Eq. 21"
+    d.axis.text(11.8, middle, weight, ha="left", va="center", fontsize=9.5)
 
 
 def training_step(path: Path) -> None:
     """Sec. 3, Fig. 2, as losses.SelfE does it, without the auxiliary term."""
-    figure, axis = plt.subplots(figsize=(12.6, 6.5), layout="constrained")
-    axis.set(xlim=(0, 13.5), ylim=(1.2, 8.08), aspect="equal")
+    figure, axis = plt.subplots(figsize=(12.6, 7.0), layout="constrained")
+    axis.set(xlim=(0, 13.5), ylim=(0.2, 8.08), aspect="equal")
     axis.axis("off")
     d = Diagram(axis)
     d.band(7.75, "1 Predict", "every sample: noise a picture, predict it back")
     draw_prediction(d, 7.0)
-    draw_legend(d, 10.75, 7.32)
+    draw_legend(d, 10.45, 7.32)
     judge = "only samples with s < t: noise the prediction to level s, ask again with the prompt and without it"
     d.band(5.6, "2 Judge", judge)
     draw_evaluation(d, 4.45)
-    learn = "s < t: the corrected prediction, mixed with the data, at the data's norm.   s = t: the target is x0"
-    d.band(3.15, "3 Learn", f"{learn} ({losses.data_loss.__name__}, Eq. 7)")
-    draw_learning(d, 2.35)
+    d.band(3.08, "3 Learn", "s < t: the target is the corrected prediction, mixed with the data, at the data's norm")
+    draw_learning(d, 2.2)
     save(figure, path)
 
 
@@ -192,7 +204,7 @@ def time_pairs(path: Path, taus=(0.0, 0.5, 1.0), n: int = 3000) -> None:
     random, positions = rng(0, "toy explain"), losses.below_positions(list(range(n)))
     z, u = (torch.from_numpy(numbers.astype(np.float32)) for numbers in (random.standard_normal(n), random.random(n)))
     below = torch.zeros(n, dtype=torch.bool).index_fill(0, positions, True)
-    meanings = {0.0: ": the first iteration", 1.0: ": after its rise"}
+    meanings = {0.0: ": the first iteration,\nall points lie on the diagonal", 1.0: ": after its rise"}
     figure, axes = plt.subplots(1, len(taus), figsize=(10.5, 3.9), sharey=True, layout="constrained")
     for axis, tau in zip(axes, taus):
         t, s = losses.sample_times(z, u, positions, MU, tau)
@@ -222,7 +234,7 @@ def mixing_weight(path: Path, n: int = 201) -> None:
     plane.text(0.33, 0.43, "s = t: mix = 0, the target is the data x0", **slanted)
     plane.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="t", ylabel="s")
     plane.set_title("mix = lambda / (1 + lambda): share of x_self in x_tar")
-    figure.colorbar(shades, ax=plane, ticks=[0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    figure.colorbar(shades, ax=plane, ticks=[0, 0.2, 0.4, 0.6, 0.8, 1.0], label="mix")
     for value, colour in zip((0.0, 0.25, 0.5, 0.75), COLOURS):
         times = torch.linspace(value, 1, n, dtype=torch.float64)
         mix = losses.mix_weight(times, torch.full_like(times, value))
@@ -258,21 +270,23 @@ def told(steps: int, s_rule: float = 0.0) -> list[tuple[float, float]]:
 def time_grids(path: Path, budgets=(1, 2, 4)) -> None:
     """One line per number of steps, from noise at the left to data at the right, with (t_k, s_k) of each evaluation."""
     figure, axis = plt.subplots(figsize=(10.5, 4.8), layout="constrained")
-    axis.set(xlim=(1.03, -0.03), ylim=(-1.75, len(budgets) - 0.3), yticks=[], xticks=np.linspace(1, 0, 11))
-    axis.set_xlabel("time: 1 is noise, 0 is data")
+    axis.set(xlim=(1.03, -0.03), ylim=(-1.75, len(budgets) - 0.2), yticks=[], xlabel="time")
+    ends = {1.0: "\nnoise", 0.0: "\ndata"}
+    axis.set_xticks(ticks := np.linspace(1, 0, 11).round(1), [f"{tick:g}{ends.get(tick, '')}" for tick in ticks])
     for side in ("left", "right", "top"):
         axis.spines[side].set_visible(False)
     for row, steps in zip(reversed(range(len(budgets))), budgets):
-        grid = sampler.time_grid(steps, MU)
         axis.plot([1, 0], [row, row], color=GREY, linewidth=0.8)
-        axis.text(1.0, row + 0.42, f"N = {steps}", va="center", fontsize=12, weight="bold")
-        axis.scatter(grid[1:-1], [row] * (steps - 1), s=36, c=BLUE, zorder=3)
-        axis.scatter([1, 0], [row] * 2, s=36, c=[GREY, ORANGE], zorder=3)
-        for (t, s), t_next in zip(told(steps), grid[1:]):
-            bend = f"arc3,rad={-0.07 / (t - t_next):.3f}"  # the same height for long and for short steps
-            look = {"arrowstyle": "-|>", "color": BLUE, "connectionstyle": bend, "shrinkA": 4, "shrinkB": 4}
-            axis.annotate("", (t_next, row), (t, row), arrowprops=look)
-            axis.text((t + t_next) / 2, row - 0.09, f"t = {t:.2f}\ns = {s:.2f}", ha="center", va="top", fontsize=9)
+        axis.plot(sampler.time_grid(steps, MU), [row] * (steps + 1), "|", color=GREY, markersize=9)
+        axis.text(1.0, row + 0.52, f"N = {steps}", va="center", fontsize=12, weight="bold")
+        for k, (t, s) in enumerate(told(steps)):  # pairs, not moves: no arrows
+            height = row + (0.32 if k % 2 else 0.16)  # or s_k would hide behind t_(k+1)
+            axis.plot([t, s], [height] * 2, color=GREY, linewidth=1, linestyle=":", zorder=1)
+            axis.scatter([t], [height], s=36, color=BLUE, zorder=3, label="t_k: noise level of the input")
+            axis.scatter([s], [height], s=36, facecolors="white", edgecolors=GREEN, linewidths=1.6, zorder=3,
+                         label="s_k: the second time")  # fmt: skip
+            axis.text((t + s) / 2, row - 0.09, f"t = {t:.2f}\ns = {s:.2f}", ha="center", va="top", fontsize=9)
+    axis.legend(*(part[:2] for part in axis.get_legend_handles_labels()), loc="upper center", ncol=2, frameon=False)
     (t, low), (_, middle), (_, high) = (told(2, rule)[0] for rule in (0.0, 0.5, 1.0))
     axis.plot([high, low], [-1, -1], color=GREEN, linewidth=3)
     names = "s_rule 1: s = t_k,\nthe flow-matching head", "s_rule 0.5", "s_rule 0, the default:\ns = the next time"
