@@ -56,8 +56,7 @@ def mean_of_answers(x_s: Tensor, s: float, x0_hat: Tensor) -> Tensor:
 
 
 def follow(x0_hat: Tensor, t: Tensor, s: Tensor, goal: tuple, rounds: int, world) -> Tensor:
-    """Answers x0_hat [B, ...] at times t, s [B] after so many rounds of walking to their target: SelfE's step, no
-    network.
+    """Predictions x0_hat [B, ...] at times t, s [B] after some rounds towards their target: SelfE's step, no network.
 
     goal is one of GOALS. world has three methods: data() draws x0 ~ q(x0 | x_t, c), because training meets every x0
     that an x_t could have come from; noise() is standard normal like x0_hat; evaluate(x_s, x0_hat) gives G_null, G_c

@@ -165,7 +165,7 @@ def budget(world: World, seed: int, samples: int = 300, points: int = 60) -> tup
 # The objective on a sampler's path
 # ---------------------------------------------------------------------------------------------------------------------
 class Perfect:
-    """A callable V(x_t, t, s, c) whose answers are the objective's own opinion: what a perfect network would learn.
+    """A callable V(x_t, t, s, c) that predicts what a perfect network would learn from the objective.
 
     A null prompt learns the data alone, at every (t, s). goal None is flow matching.
     """

@@ -62,8 +62,8 @@ def classifier_alone_does_not_rest():
     return float(delta_at_the_data(1.0).square().sum(1).mean().sqrt()) / 0.35
 
 
-@check("Eq. s.2, s -> 0", "Delta dies out as sigma_s^2 times the score gap of clean data (relative)", below=0.01)
-def evaluation_is_silent_near_the_data():
+@check("Eq. s.2, s -> 0", "Delta vanishes as sigma_s^2 times the score gap of clean data (relative)", below=0.01)
+def delta_vanishes_near_the_data():
     rng, c = random(6), torch.arange(256) % q.C
     x, s, clean = q.sample(c, rng), full(1e-4, c), full(0.0, c)
     Delta = losses.self_evaluation(q.posterior_mean(x, s, q.null(c)), q.posterior_mean(x, s, c))
