@@ -1,4 +1,4 @@
-"""Latents and encoded captions of tar shards, made once: the frozen encoders then cost training nothing (S.2 a and c).
+"""Latents and encoded captions of tar shards, made once, so that training need not run the frozen encoders (S.2 a, c).
 
     python engine/cache.py tars/ cache256/ --side 256 --fake     # encode; begun again, it goes on with the rest
 
