@@ -218,7 +218,7 @@ def measure(page: Path, frames: int = 300) -> None:
     the browser's own painting, here by the processor. k = 1 is the classifier term alone, k = 0.9 also asks G_fake.
     """
     with chromium() as browser:
-        tab = browser.new_page(viewport={"width": 1240, "height": 900}, color_scheme="light")
+        tab = browser.new_page(viewport={"width": 1240, "height": 945}, color_scheme="light")
         tab.goto(page.resolve().as_uri())
         times = {f"k = {k:g}": tab.evaluate(DRAG, [frames, k]) for k in (1.0, 0.9)}
         arrows = tab.evaluate("GRID * GRID")
@@ -232,7 +232,7 @@ def measure(page: Path, frames: int = 300) -> None:
         "times": {name: {key: spread(values) for key, values in row.items()} for name, row in times.items()},
     }  # fmt: skip
     checkpoint.write_json(ROOT / "results" / "explore.json", record)
-    drawn = drawn.convert("RGB").quantize(128, method=Image.Quantize.FASTOCTREE)
+    drawn = drawn.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE)
     drawn.save(ROOT / "results" / "explore.png", optimize=True)
     for name, row in record["times"].items():
         print(f"{name}: drawing a frame {row['draw_ms']}, from frame to frame {row['frame_ms']}, in ms")
