@@ -29,7 +29,7 @@ SCRIPTS = dict(re.findall(r'<script data-source="([\w.]+)">\n(.*?)\n</script>', 
 LIBRARIES = dict(re.findall(r'<script data-library="([\w. -]+)">\n(.*?)\n</script>', PAGE, re.S))
 MATHEMATICS = ("mixture.js", "method.js", "toynet.js")
 WORLD = explore.embedded(explore.PAGE)
-float64 = {"dtype": torch.float64}
+DOUBLE = {"dtype": torch.float64}
 
 
 def node(expression: str, **given):
@@ -62,7 +62,7 @@ def draw(q: Mixture, n: int = 60, seed: int = 0):
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_closed_form_is_that_of_the_mixture(layout):
-    q = Mixture(**LAYOUTS[layout], **float64)
+    q = Mixture(**LAYOUTS[layout], **DOUBLE)
     x, t, c = draw(q)
     found = node(
         "x.map((point, n) => [posterior_mean(q, point, t[n], c[n]), log_density(q, point, t[n], c[n])])"
@@ -72,7 +72,7 @@ def test_the_closed_form_is_that_of_the_mixture(layout):
 
 
 def test_what_is_said_of_samples_is_what_measures_say():
-    q = Mixture(**LAYOUTS["between"], **float64)
+    q = Mixture(**LAYOUTS["between"], **DOUBLE)
     g = np.random.default_rng(1)
     x, y = q.sample(torch.ones(80, dtype=torch.int64), g), q.sample(torch.full((90,), 3), g)
     near = node(
@@ -88,13 +88,13 @@ def test_what_is_said_of_samples_is_what_measures_say():
 
 def step_in_python(q: Mixture, given: dict) -> dict:
     """The quantities of one training step by the functions of losses.py; given as for training_step of method.js."""
-    row = lambda value: torch.tensor([value], **float64)  # noqa: E731
+    row = lambda value: torch.tensor([value], **DOUBLE)  # noqa: E731
     x0, x_t, eps_s, t, s = (row(given[name]) for name in ("x0", "x_t", "eps_s", "t", "s"))
     c = torch.tensor([given["c"]])
     x0_hat = losses.one_step_estimate(x_t, t, q.V(x_t, t, s, c))
     x_s_hat = losses.add_noise(x0_hat, s, eps_s)
     G_c, G_null = (q.posterior_mean(x_s_hat, s, prompt) for prompt in (c, q.null(c)))
-    answers = torch.cat([x0_hat, torch.tensor(given["answers"], **float64)])
+    answers = torch.cat([x0_hat, torch.tensor(given["answers"], **DOUBLE)])
     G_fake = ideal.mean_of_answers(x_s_hat[None], given["s"], answers[None])[0] if given["k"] < 1 else None
     Delta = losses.self_evaluation(G_null, G_c, G_fake, given["k"])
     x_self, mix = losses.pseudo_target(x0_hat, Delta), losses.mix_weight(t, s)
@@ -110,7 +110,7 @@ def step_in_python(q: Mixture, given: dict) -> dict:
 
 
 def test_a_training_step_is_that_of_losses():
-    q, g, steps = Mixture(**LAYOUTS["between"], **float64), np.random.default_rng(2), []
+    q, g, steps = Mixture(**LAYOUTS["between"], **DOUBLE), np.random.default_rng(2), []
     times = (0.8, 0.3, 1.0), (0.8, 0.3, 0.9), (0.5, 0.5, 0.0), (1.0, 0.4, 0.5), (0.9, 0.0, 1.0), (0.3, 0.1, 0.2)
     for t, s, k in times:
         points = {name: g.standard_normal(2).tolist() for name in ("x0", "x_t", "eps_s")}
@@ -195,7 +195,7 @@ def test_the_page_holds_the_present_sources():
 
 def test_the_page_holds_the_layouts_and_says_where_its_networks_come_from():
     for name, layout in LAYOUTS.items():
-        q, kept = Mixture(**layout, **float64), WORLD["layouts"][name]
+        q, kept = Mixture(**layout, **DOUBLE), WORLD["layouts"][name]
         close(kept["means"], q.means, 0)
         close(kept["weights"], q.weights, 0)
         close(kept["std"], q.std, 1e-8)
@@ -302,7 +302,7 @@ def check_against_python(tab) -> dict:
     layout = tab.input_value("#layout")
     assert given["t"] == float(tab.input_value("#t")) and given["c"] == int(tab.input_value("#prompt"))
     given |= {name: shown[name].tolist() for name in ("x0", "x_t")}
-    expected = step_in_python(Mixture(**LAYOUTS[layout], **float64), given)
+    expected = step_in_python(Mixture(**LAYOUTS[layout], **DOUBLE), given)
     assert expected.keys() == shown.keys()
     for name, value in expected.items():
         close(shown[name], value, 0.6e-4)
@@ -411,6 +411,24 @@ def test_it_fits_a_phone(tab, width):
         sizes = ("[...document.querySelectorAll('main *')].filter((e) => e.offsetParent && !e.childElementCount &&"
                  " e.textContent.trim()).map((e) => parseFloat(getComputedStyle(e).fontSize))")  # fmt: skip
         assert min(tab.evaluate(sizes)) > 11
+
+
+@pytest.mark.slow
+def test_a_finger_drags_too(browser):
+    context = browser.new_context(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    tab = context.new_page()
+    tab.goto(explore.PAGE.as_uri())
+    tab.wait_for_function("plane.n !== null")
+    before, box = numbers(tab)["x_t"], tab.locator("#handle-x_t circle").bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    finger = context.new_cdp_session(tab)
+    for kind, i in (("touchStart", 0), *(("touchMove", i) for i in range(1, 6)), ("touchEnd", None)):
+        points = [] if i is None else [{"x": x + 12 * i, "y": y - 8 * i}]
+        finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    settle(tab)
+    after = check_against_python(tab)["x_t"]
+    context.close()
+    assert after[0] > before[0] + 0.3 and after[1] > before[1] + 0.2
 
 
 @pytest.mark.slow

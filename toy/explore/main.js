@@ -35,7 +35,7 @@ function bind_tabs(mounts) {
 document.addEventListener("DOMContentLoaded", () => {
   const world = JSON.parse(document.querySelector("#world").textContent);
   const { command, commit, hardware, date, seed, steps } = world.networks.provenance;
-  document.querySelector("#provenance").textContent = `The networks of the second view: made by \`${command}\` at ` +
+  document.querySelector("#provenance").textContent = `The networks of the second view: made by "${command}" at ` +
     `commit ${commit}, ${date}, ${hardware}; seed ${seed}, ${steps} training steps, weights in half precision.`;
   bind_tabs({
     step: () => mount_plane(world),

@@ -2,6 +2,7 @@
 
 const BUDGETS = [1, 2, 4, 8, 50]; // evaluations of the network
 const SAMPLES = 300, REFERENCE = 1000; // points that are sampled; fresh data of a condition to compare with
+const MOST_RUNS = 100; // runs that are kept in memory
 const OFF_MODES = 4; // a blend is farther than so many standard deviations from every mode (toy/measures.py)
 const OBJECTIVES = [
   { label: "flow matching", title: "Flow matching", note: "Eq. 3", symbol: d3.symbolCircle, colour: "blue",
@@ -114,6 +115,7 @@ function work(v) {
       if (done) {
         const { name, steps } = v.waiting.shift();
         v.runs.set(name, value);
+        if (v.runs.size > MOST_RUNS) v.runs.delete(v.runs.keys().next().value); // the oldest
         if (steps === v.steps) v.redraw();
         write_results(v);
       }
@@ -143,7 +145,7 @@ function draw_run(context, v, run, scale) {
   for (const n of order) {
     const colour = colour_names(v)[run.blend[n] ? "red" : CONDITIONS[run.c[n]].colour];
     context.strokeStyle = context.fillStyle = colour;
-    context.globalAlpha = v.steps > 8 ? 0.1 : 0.18;
+    context.globalAlpha = v.steps > 8 && v.eta !== 0 ? 0.1 : 0.2; // fresh noise in every step makes a thicket
     context.beginPath();
     past.forEach((frame, k) => (k ? context.lineTo(...to(frame[n])) : context.moveTo(...to(frame[n]))));
     context.lineTo(...to(now[n]));

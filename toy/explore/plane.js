@@ -34,7 +34,8 @@ const PARTS = [
   ["Judge", (n, v) => "At x_s_hat the network is asked for the clean point with the prompt, G_c, and without it, " +
     "G_null" + (v.k < 1 ? ", and for the mean of its own samples, G_fake." : ".")],
   ["Compare", (n, v) => (v.k < 1
-    ? `Delta = k (G_null - G_c) + (1 - k) (G_fake - G_c); the field shows -Delta, towards what the prompt means.`
+    ? "Delta = k (G_null - G_c) + (1 - k) (G_fake - G_c); the field shows -Delta: towards the prompt, and away " +
+      "from what the model itself draws."
     : "Delta = G_null - G_c; the field shows -Delta, which climbs log q(c | x_s): towards where the prompt is more " +
       "certain.")],
   ["Correct", () => "The pseudo-target moves the prediction against Delta, x_self = x0_hat - Delta, with no gradient."],
