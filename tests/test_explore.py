@@ -248,6 +248,17 @@ def test_without_npm_it_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("bad", [".", "no/such/folder/page.html"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(bad, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(explore, "build", lambda page: pytest.fail("it began to work"))
+    monkeypatch.setattr(sys, "argv", ["explore.py", "--out", bad])
+    with pytest.raises(SystemExit) as end:
+        errors.run(explore.main)
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and "--out" in said and len(said.splitlines()) == 1
+
+
 def test_a_script_that_would_end_its_element_is_refused():
     with pytest.raises(ValueError, match="would end"):
         explore.script("const text = '</script>';", source="a.js")

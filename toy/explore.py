@@ -251,8 +251,8 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true",
                         help="also time the dragging in headless Chromium: results/explore.json and .png")
     args = parser.parse_args()
-    if args.out.is_dir():
-        parser.error(f"--out must be a file; {args.out} is a folder")
+    if args.out.is_dir() or not args.out.parent.is_dir():
+        parser.error(f"--out must be a file in a folder that exists, not {args.out}")
     torch.set_num_threads(1)
     build(args.out)
     if args.measure:
