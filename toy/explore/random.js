@@ -8,23 +8,24 @@
 // The one exception is a value further out than 3.65 (one in 4,000). It goes through log1p in single precision, whose
 // last bit depends on the C library that NumPy was built with.
 
-const pictureRandom = (() => {
+const picture_random = (() => {
 "use strict";
 
 // The purpose enters as the first 8 bytes of its SHA-256, a 64-bit word [low, high]. A browser has SHA-256 only on
 // secure pages and not in a file, so the words that the page needs are written down (a test compares them).
 const PURPOSES = { sampling: [0x410e6352, 0x2e86f931] };
 
-// --- SeedSequence: any number of integers -> a key of 128 bits (O'Neill's seed_seq, in 32-bit arithmetic) ---------
+// ---------------------------------------------------------------------------------------------------------------------
+// SeedSequence: any number of integers -> a key of 128 bits (O'Neill's seed_seq, in 32-bit arithmetic)
+// ---------------------------------------------------------------------------------------------------------------------
 
-// A non-negative integer as 32-bit words, lowest first; 0 is one word.
+/** An integer from 0 to 2^53 - 1 as 32-bit words, lowest first; 0 is one word. */
 function words32(integer) {
-  const words = [integer % 2 ** 32];
-  for (let rest = Math.floor(integer / 2 ** 32); rest > 0; rest = Math.floor(rest / 2 ** 32)) words.push(rest % 2 ** 32);
-  return words;
+  const low = integer % 2 ** 32, high = Math.floor(integer / 2 ** 32);
+  return high > 0 ? [low, high] : [low];
 }
 
-// A function that scrambles one word after the other; its constant moves on with every call.
+/** A function that scrambles one word after the other; its constant moves on with every call. */
 function hasher(constant, multiplier) {
   return (word) => {
     const mixed = word ^ constant;
@@ -39,8 +40,8 @@ function mix(x, y) {
   return (result ^ (result >>> 16)) >>> 0;
 }
 
-// The two 64-bit words (BigInt) that NumPy's SeedSequence(entropy).generate_state(2, np.uint64) gives.
-function seedKey(entropy) {
+/** The two 64-bit words (BigInt) that NumPy's SeedSequence(entropy).generate_state(2, np.uint64) gives. */
+function seed_key(entropy) {
   const hash = hasher(0x43b0d7e5, 0x931e8875);
   const pool = [0, 1, 2, 3].map((i) => hash(entropy[i] ?? 0));
   for (let from = 0; from < 4; from++) {
@@ -53,12 +54,14 @@ function seedKey(entropy) {
   return [out[0] | (out[1] << 32n), out[2] | (out[3] << 32n)];
 }
 
-// --- Philox 4x64 with 10 rounds: (counter, key) -> 256 random bits (Salmon et al. 2011) ---------------------------
+// ---------------------------------------------------------------------------------------------------------------------
+// Philox 4x64 with 10 rounds: (counter, key) -> 256 random bits (Salmon et al. 2011)
+// ---------------------------------------------------------------------------------------------------------------------
 
 const MASK = (1n << 64n) - 1n;
 
-// Four 64-bit words for a counter of four 64-bit words. Only the first word ever moves here.
-function philoxBlock(counter, key) {
+/** Four 64-bit words for a counter of four 64-bit words. Only the first word ever moves here. */
+function philox_block(counter, key) {
   let [a, b, c, d] = [counter, 0n, 0n, 0n];
   let [k0, k1] = key;
   for (let round = 0; round < 10; round++) {
@@ -70,19 +73,21 @@ function philoxBlock(counter, key) {
   return [a, b, c, d];
 }
 
-// A function that gives the next 32 random bits at every call. The counter is at 1 for the first block, as in NumPy.
+/** A function that gives the next 32 random bits at every call. The first block has the counter 1, as in NumPy. */
 function philox(key) {
   let counter = 0n, buffer = [];
   return () => {
     if (buffer.length === 0) {
-      const block = philoxBlock(++counter, key);
+      const block = philox_block(++counter, key);
       buffer = block.flatMap((word) => [Number(word & 0xffffffffn), Number(word >> 32n)]);  // the low half first
     }
     return buffer.shift();
   };
 }
 
-// --- The ziggurat: bits -> normal numbers (Marsaglia and Tsang 2000), 256 layers of equal area --------------------
+// ---------------------------------------------------------------------------------------------------------------------
+// The ziggurat: bits -> normal numbers (Marsaglia and Tsang 2000), 256 layers of equal area
+// ---------------------------------------------------------------------------------------------------------------------
 // Layer i reaches out to edge[i]; density[i] = exp(-edge[i]^2 / 2). A point in the inner part of its layer, 99% of all,
 // is taken without computing the density.
 
@@ -105,10 +110,10 @@ const ziggurat = (() => {
   };
 })();
 
-// One standard normal number in single precision. `next` gives 32 random bits.
-function standardNormal(next) {
+/** One standard normal number in single precision. `next` gives 32 random bits. */
+function standard_normal(next) {
   const uniform = () => float((next() >>> 8) / 2 ** 24);  // [0, 1)
-  const minusLog = () => float(-Math.log1p(-uniform()));  // exponential
+  const minus_log = () => float(-Math.log1p(-uniform()));  // exponential
   const { scale, inside, density } = ziggurat;
   for (;;) {
     const bits = next();
@@ -121,17 +126,17 @@ function standardNormal(next) {
       continue;
     }
     for (;;) {  // beyond TAIL
-      const beyond = float(minusLog() * float(1 / TAIL)), y = minusLog();
+      const beyond = float(minus_log() * float(1 / TAIL)), y = minus_log();
       if (float(y + y) > float(beyond * beyond)) return float((place & 0x100 ? -1 : 1) * float(beyond + float(TAIL)));
     }
   }
 }
 
-// engine.randomness.normal for one row: n standard normal numbers that depend on (seed, purpose, ...key) alone.
+/** engine.randomness.normal for one row: n standard normal numbers that depend on (seed, purpose, ...key) alone. */
 function normal(seed, purpose, key, n) {
   const entropy = [...words32(seed), ...PURPOSES[purpose], ...key.flatMap(words32)];
-  const next = philox(seedKey(entropy));
-  return Float32Array.from({ length: n }, () => standardNormal(next));
+  const next = philox(seed_key(entropy));
+  return Float32Array.from({ length: n }, () => standard_normal(next));
 }
 
 return { PURPOSES, normal };

@@ -1,15 +1,17 @@
 // Prompts to conditions: a port of encoders.WordVectors, the built-in text encoder of the laptop model.
 //
-//     const text = pictureWords.encoder(12);
+//     const text = picture_words.encoder(12);
 //     const { tokens, pooled } = text("a photo of a red circle");   // Float32Array [12 * 256] and [256]
 //
 // A word's vector is 128 bits of its hash, read as signs. There is no table of words: any word has a vector, in the
 // browser the same one as in Python.
 
-const pictureWords = (() => {
+const picture_words = (() => {
 "use strict";
 
-// --- Words: encoders.split_words ----------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
+// Words: encoders.split_words
+// ---------------------------------------------------------------------------------------------------------------------
 
 // Code points that are a word each: punctuation, symbols, emoji, and scripts without spaces. As in encoders.SINGLE.
 const SINGLE =
@@ -20,13 +22,15 @@ const SPACE = "\\t-\\r\\x1c-\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\
 const GAP = SPACE + "\\u200b-\\u200f\\ufe0e\\ufe0f";
 const WORD = new RegExp(`(?![${GAP}])[${SINGLE}]|[^${SINGLE}${GAP}]+`, "gu");
 
-// "A red-hot café!" -> a, red, -, hot, café, !
-function splitWords(prompt) {
+/** "A red-hot café!" -> a, red, -, hot, café, ! */
+function split_words(prompt) {
   return prompt.normalize("NFKC").toLowerCase().match(WORD) ?? [];
 }
 
-// UTF-8. Half of a surrogate pair is written like any other code point, as Python's "surrogatepass" does; the browser's
-// TextEncoder would replace it.
+/**
+ * UTF-8. Half of a surrogate pair is written like any other code point, as Python's "surrogatepass" does; the browser's
+ * TextEncoder would replace it.
+ */
 function utf8(text) {
   return Array.from(text, (letter) => letter.codePointAt(0)).flatMap((code) => {
     const tail = (shift) => 0x80 | ((code >> shift) & 0x3f);
@@ -37,7 +41,9 @@ function utf8(text) {
   });
 }
 
-// --- BLAKE2b (RFC 7693), with 16 bytes of digest and a "person" of up to 16 bytes ---------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
+// BLAKE2b (RFC 7693), with 16 bytes of digest and a "person" of up to 16 bytes
+// ---------------------------------------------------------------------------------------------------------------------
 
 const MASK = (1n << 64n) - 1n;
 const IV = [
@@ -58,7 +64,7 @@ const QUADS = [
   [0, 5, 10, 15], [1, 6, 11, 12], [2, 7, 8, 13], [3, 4, 9, 14],
 ];
 
-// Bytes as 64-bit words, the lowest byte first, padded with zeros to `count` words.
+/** Bytes as 64-bit words, the lowest byte first, padded with zeros to `count` words. */
 function words64(bytes, count) {
   const words = new Array(count).fill(0n);
   bytes.forEach((byte, i) => { words[i >> 3] |= BigInt(byte) << BigInt(8 * (i & 7)); });
@@ -77,7 +83,7 @@ function stir(v, [a, b, c, d], x, y) {
   v[b] = turn(v[b] ^ v[c], 63n);
 }
 
-// One block of up to 128 bytes into the state h; `read` counts the bytes so far, these included.
+/** One block of up to 128 bytes into the state h; `read` counts the bytes so far, these included. */
 function compress(h, block, read, last) {
   const m = words64(block, 16), v = [...h, ...IV];
   v[12] ^= BigInt(read);
@@ -89,7 +95,7 @@ function compress(h, block, read, last) {
   return h.map((word, i) => word ^ v[i] ^ v[i + 8]);
 }
 
-// hashlib.blake2b(bytes, digest_size=16, person=person).digest()
+/** hashlib.blake2b(bytes, digest_size=16, person=person).digest() */
 function blake2b(bytes, person) {
   const parameters = words64([16, 0, 1, 1], 6).concat(words64(utf8(person), 2));  // size, no key, fanout 1, depth 1
   let h = IV.map((word, i) => word ^ parameters[i]);
@@ -97,34 +103,40 @@ function blake2b(bytes, person) {
     const end = Math.min(start + 128, bytes.length);
     h = compress(h, bytes.slice(start, end), end, end === bytes.length);
   }
-  return [h[0], h[1]].flatMap((word) => [0, 8, 16, 24, 32, 40, 48, 56].map((bit) => Number((word >> BigInt(bit)) & 0xffn)));
+  return [h[0], h[1]].flatMap((word) =>
+    [0, 8, 16, 24, 32, 40, 48, 56].map((bit) => Number((word >> BigInt(bit)) & 0xffn)));
 }
 
-// --- Vectors: encoders.hashed_signs and encoders.WordVectors.encode -----------------------------------------------
+// ---------------------------------------------------------------------------------------------------------------------
+// Vectors: encoders.hashed_signs and encoders.WordVectors.encode
+// ---------------------------------------------------------------------------------------------------------------------
 
 const D = 256;  // the width of a token and of the pooled vector
 
-// 128 values of +-1, a function of (kind, word).
-function hashedSigns(kind, word) {
-  return blake2b(utf8(word), kind).flatMap((byte) => [7, 6, 5, 4, 3, 2, 1, 0].map((bit) => 2 * ((byte >> bit) & 1) - 1));
+/** 128 values of +-1, a function of (kind, word). */
+function hashed_signs(kind, word) {
+  return blake2b(utf8(word), kind).flatMap((byte) =>
+    [7, 6, 5, 4, 3, 2, 1, 0].map((bit) => 2 * ((byte >> bit) & 1) - 1));
 }
 
-// 1 / sqrt(variance) to a power of two; 1 for 0.
-function nearRoot(variance) {
+/** 1 / sqrt(variance) to a power of two; 1 for 0. */
+function near_root(variance) {
   const bits = variance === 0 ? 0 : variance.toString(2).length;
   return 2 ** -Math.floor(bits / 2);
 }
 
-// prompt -> { tokens [txtLen, 256], pooled [256] }. A token: word i, its neighbours i - 1 and i + 1, the position.
-// The pooled vector: the sum of the words, and their first moment in position.
-function encoder(txtLen) {
-  const position = Array.from({ length: txtLen }, (_, i) => hashedSigns("position", String(i)).slice(0, 32));
-  const end = hashedSigns("mark", "end"), beyond = hashedSigns("mark", "beyond");
+/**
+ * prompt -> { tokens [txt_len, 256], pooled [256] }. A token: word i, its neighbours i - 1 and i + 1, the position.
+ * The pooled vector: the sum of the words, and their first moment in position.
+ */
+function encoder(txt_len) {
+  const position = Array.from({ length: txt_len }, (_, i) => hashed_signs("position", String(i)).slice(0, 32));
+  const end = hashed_signs("mark", "end"), beyond = hashed_signs("mark", "beyond");
   return (prompt) => {
-    const words = splitWords(prompt).slice(0, txtLen - 1).map((word) => hashedSigns("word", word));
+    const words = split_words(prompt).slice(0, txt_len - 1).map((word) => hashed_signs("word", word));
     const v = [beyond, ...words, end, beyond];
     const n = v.length - 2;  // tokens, the end included
-    const tokens = new Float32Array(txtLen * D), pooled = new Float32Array(D);
+    const tokens = new Float32Array(txt_len * D), pooled = new Float32Array(D);
     for (let i = 0; i < n; i++) {
       const state = [...v[i + 1], ...v[i].slice(0, 48), ...v[i + 2].slice(0, 48), ...position[i]];
       tokens.set(state, i * D);
@@ -134,10 +146,10 @@ function encoder(txtLen) {
         pooled[128 + j] += place * sign;
       });
     }
-    const scales = [nearRoot(n), nearRoot((n * (n * n - 1)) / 3)];
+    const scales = [near_root(n), near_root((n * (n * n - 1)) / 3)];
     return { tokens, pooled: pooled.map((sum, j) => sum * scales[j < 128 ? 0 : 1]) };
   };
 }
 
-return { splitWords, encoder };
+return { split_words, encoder };
 })();
