@@ -144,44 +144,40 @@ const PROMPTS = {
     "a photo of a red circle left of a blue square", "a photo of a white square above a purple ring",
   ],
   "A pair never seen in training": ["a photo of a red triangle", "a photo of a blue ring"],
-  "Harder: no relation, counts, an unknown word, no prompt": [
+  "Harder: no relation, a count, an unknown word, no prompt": [
     "a photo of a green ring and a yellow cross", "a photo of three circles", "a photo of a green dog", "",
   ],
 };
 
-const FORM = `
-<form class="picture-form">
-  <div class="row picture-prompt">
-    <label for="picture-prompt">Prompt</label>
-    <input id="picture-prompt" name="prompt" type="text" autocomplete="off" spellcheck="false" maxlength="300">
-    <button type="submit" class="main">Draw</button>
-  </div>
-  <div class="picture-prompts"></div>
-  <div class="picture-choices">
-    <div class="field"><label for="picture-seed">Seed</label>
-      <input id="picture-seed" name="seed" type="number" min="0" max="9007199254740991" step="1" value="0" required>
-      <button type="button" name="another">Next seed</button></div>
-    <div class="field"><label for="picture-guidance">Guidance w</label>
-      <input id="picture-guidance" name="guidance" type="range" min="0" max="5" step="0.25"><output></output></div>
-    <div class="field"><label for="picture-s">Second time s<sub>k</sub></label>
-      <select id="picture-s" name="s_rule">
-        <option value="0">next: t(k+1), where the step leads</option>
-        <option value="0.5">half-way</option>
-        <option value="1">same: t(k), the local velocity</option>
-      </select></div>
-    <div class="field"><label for="picture-eta">Fresh noise eta</label>
-      <select id="picture-eta" name="eta">
-        <option value="0">0: none, Eq. 22</option>
-        <option value="0.5">0.5: in between</option>
-        <option value="1">1: the exact q(x_s | x_t, x0)</option>
-        <option value="renoise">renoise: all anew, Eq. 8</option>
-      </select></div>
-  </div>
-</form>`;
+const CHOICES = `
+<div class="panel picture-choices">
+  <div class="field"><label for="picture-seed">Seed</label>
+    <input id="picture-seed" name="seed" type="number" min="0" max="9007199254740991" step="1" value="0" required>
+    <button type="button" name="another">Next seed</button></div>
+  <div class="field"><label for="picture-guidance">Guidance w</label>
+    <input id="picture-guidance" name="guidance" type="range" min="0" max="5" step="0.1">
+    <output for="picture-guidance"></output>
+    <small>1 is off</small></div>
+  <div class="field"><label for="picture-s">Second time s</label>
+    <select id="picture-s" name="s_rule">
+      <option value="0">the next time</option>
+      <option value="0.5">half-way</option>
+      <option value="1">the same, s = t</option>
+    </select>
+    <small>told beside t (S.3.1); for one step, try half-way and w = 1 (Fig. S.4)</small></div>
+  <div class="field"><label for="picture-eta">Fresh noise eta</label>
+    <select id="picture-eta" name="eta">
+      <option value="0">0, none (Eq. 22)</option>
+      <option value="0.5">0.5</option>
+      <option value="1">1, as q(x_s | x_t, x0)</option>
+      <option value="renoise">all anew (Eq. 8)</option>
+    </select>
+    <small>how much of the noise is drawn anew after a step</small></div>
+</div>`;
 
 const PAGE = `
-<p class="lead">The laptop model of this repository, computed here: weights, noise and sums are those of
-<code>sample.py</code>, so a prompt and a seed give the same picture.</p>
+<p class="lead">The laptop model of this repository, computed in your browser. Weights, noise and sums are those of
+<code>sample.py</code>: the same prompt and seed give the same picture, but for rounding.</p>
 <p class="picture-state" role="status"></p>
 <p class="picture-error" role="alert" hidden></p>
 <div class="picture-chooser" hidden>
@@ -189,9 +185,21 @@ const PAGE = `
   <input id="picture-files" type="file" multiple accept=".safetensors,.json">
 </div>
 <div class="picture-studio" hidden>
-  ${FORM}
-  <div class="picture-columns" role="group" aria-label="Number of steps; the chosen one is shown step by step"></div>
-  <progress class="picture-progress" value="0" max="1" aria-label="Network evaluations done"></progress>
+  <form>
+    <div class="row picture-prompt">
+      <label for="picture-prompt">Prompt</label>
+      <input id="picture-prompt" name="prompt" type="text" autocomplete="off" spellcheck="false" maxlength="300">
+      <button type="submit" class="main">Draw</button>
+    </div>
+    <div class="picture-prompts"></div>
+    <div class="picture-desk">
+      <div>
+        <div class="picture-columns" role="group" aria-label="Steps; the chosen number is shown one by one below"></div>
+        <progress class="picture-progress" value="0" max="1" aria-label="Steps drawn"></progress>
+      </div>
+      ${CHOICES}
+    </div>
+  </form>
   <h2 class="picture-heading"></h2>
   <p class="note wide">In each step the network sees x_t and is told t and s. It predicts the clean picture, x0_hat
   (Eq. 6). The next x_t is made from both, at the next time (Eq. 22). The last x0_hat is the picture.</p>
@@ -295,7 +303,9 @@ function preset(form, config) {
     if (!Array.from(select.options).some((option) => option.value === value)) select.append(new Option(value, value));
     select.value = value;
   }
-  form.elements.guidance.value = config.guidance;
+  const { guidance } = form.elements;
+  guidance.max = Math.max(5, config.guidance);
+  guidance.value = config.guidance;
 }
 
 function show_film(view) {
@@ -306,10 +316,11 @@ function show_film(view) {
     const seen = make_canvas(""), said = make_canvas("");
     show(seen, x_t, side, `x_t of step ${k + 1} of ${view.chosen}, at t = ${t.toFixed(2)}: ${prompt}`);
     show(said, x0_hat, side, `x0_hat of step ${k + 1} of ${view.chosen}: ${prompt}`);
+    const name = "x0_hat" + (k + 1 < view.chosen ? "" : ", the\u00a0picture");
     return make("li", {}, make("strong", { textContent: `Step ${k + 1}` }),
-      make("figure", {}, seen, make("figcaption", { textContent: `x_t, t = ${t.toFixed(2)}` })),
-      make("span", { className: "picture-arrow", textContent: `\u2193 told s = ${s.toFixed(2)}` }),
-      make("figure", {}, said, make("figcaption", { textContent: "x0_hat" })));
+      make("figure", {}, seen, make("figcaption", { textContent: `x_t, t\u00a0=\u00a0${t.toFixed(2)}` })),
+      make("span", { className: "picture-arrow", textContent: `\u2193 s\u00a0=\u00a0${s.toFixed(2)}` }),
+      make("figure", {}, said, make("figcaption", { textContent: name })));
   }));
 }
 
@@ -348,10 +359,11 @@ function add_prompts(view) {
   }
 }
 
-function command(choices) {
+/** What draws the same pictures in a terminal; `checkpoint` names the model if it is not the shipped one. */
+function command(choices, checkpoint) {
   const rule = { 0: "next", 1: "same" }[choices.s_rule] ?? choices.s_rule;
-  return `python sample.py --prompt ${quoted(choices.prompt)} --seed ${choices.seed} --steps ${STEPS.join(" ")} ` +
-    `--guidance ${choices.guidance} --s-rule ${rule} --eta ${choices.eta}`;
+  return `python sample.py${checkpoint} --prompt ${quoted(choices.prompt)} --seed ${choices.seed} ` +
+    `--steps ${STEPS.join(" ")} --guidance ${choices.guidance} --s-rule ${rule} --eta ${choices.eta}`;
 }
 
 // --- Drawing ---------------------------------------------------------------------------------------------------------
@@ -367,7 +379,7 @@ async function draw(view) {
   view.drawn = new Map();
   for (const { button } of view.columns.values()) button.classList.add("pending");
   view.say(`Drawing "${prompt}" \u2026`);
-  view.find(".picture-command").textContent = command(choices);
+  view.find(".picture-command").textContent = command(choices, view.checkpoint);
   view.find("output").textContent = guidance;
   for (const steps of STEPS) {
     const frames = [], { canvas, button } = view.columns.get(steps);
@@ -393,6 +405,7 @@ async function attempt(view, task) {
     await task();
   } catch (error) {
     if (error instanceof Stopped) return;
+    if (view.model) view.say("");
     view.complain(error instanceof PictureError ? error.message : `something went wrong: ${error.message}`);
     if (!(error instanceof PictureError)) throw error;
   }
@@ -400,13 +413,12 @@ async function attempt(view, task) {
 
 const redraw = (view) => attempt(view, () => draw(view));
 
-/** Show a model that has been read. */
-async function open(view, model) {
-  view.model = model;
+/** Show a model that has been read, and what it draws. */
+async function open(view, model, checkpoint) {
+  Object.assign(view, { model, checkpoint, drawn: new Map() });
   view.drawing += 1;
   preset(view.form, model.config);
   view.find(".picture-studio").hidden = false;
-  view.find(".picture-chooser").hidden = false;
   view.find(".picture-other").append(view.find(".picture-chooser"));
   choose_column(view, view.chosen);
   await draw(view);
@@ -422,17 +434,12 @@ async function start(view) {
     return;
   }
   view.say("Fetching checkpoints/laptop \u2026");
-  await attempt(view, async () => {
-    try {
-      await open(view, await fetch_model());
-    } finally {
-      view.find(".picture-chooser").hidden = false;
-      if (!view.model) view.say("Or choose the two files of a model here:");
-    }
-  });
+  await attempt(view, async () => open(view, await fetch_model(), ""));
+  if (!view.model) view.say("Or choose both files of a model here:");
+  view.find(".picture-chooser").hidden = false;
 }
 
-/** Fill `element` with the view of the pictures. Nothing is fetched before the element is seen. */
+/** Fill `element` with the view of the pictures, and fetch the model: to be called when the view is opened first. */
 function mountPictures(element) {
   element.innerHTML = PAGE;
   const find = (selector) => element.querySelector(selector), form = find("form");
@@ -447,12 +454,8 @@ function mountPictures(element) {
   form.elements.guidance.addEventListener("input", (event) => { find("output").textContent = event.target.value; });
   form.elements.another.addEventListener("click", () => { form.elements.seed.stepUp(); redraw(view); });
   find("#picture-files").addEventListener("change", (event) =>
-    attempt(view, async () => open(view, await chosen_model(event.target.files))));
-  new IntersectionObserver((entries, observer) => {
-    if (!entries.some((entry) => entry.isIntersecting)) return;
-    observer.disconnect();
-    start(view);
-  }).observe(element);
+    attempt(view, async () => open(view, await chosen_model(event.target.files), " --checkpoint FOLDER")));
+  start(view);
 }
 
 return mountPictures;
