@@ -332,16 +332,17 @@ def compare(page, loaded, prompt: str, seed: int, **choices) -> None:
 def test_a_prompt_gives_the_picture_of_sample_py(browser, folder):
     loaded = sample.load(LAPTOP, CPU)
     with served(folder) as address, opened(browser, f"{address}/toy/explore.html") as (page, errors, requests):
+        view = page.locator("#pictures")
         assert not [url for url in requests if "checkpoints" in url]  # nothing before the view is opened
         page.get_by_text("Pictures", exact=True).click()
         wait_until_drawn(page, "a photo of a red circle", 0)
         compare(page, loaded, "a photo of a red circle", 0)
-        page.get_by_label("Prompt", exact=True).fill("Three pink rings; a zebra?")
-        page.get_by_label("Seed", exact=True).fill("12345678901")
-        page.get_by_label("Guidance w").fill("3")
-        page.get_by_label("Second time s").select_option("0.5")
-        page.get_by_label("Fresh noise eta").select_option("renoise")
-        page.get_by_role("button", name="Draw").click()
+        view.get_by_label("Prompt", exact=True).fill("Three pink rings; a zebra?")
+        view.get_by_label("Seed", exact=True).fill("12345678901")
+        view.get_by_label("Guidance w").fill("3")
+        view.get_by_label("Second time s").select_option("0.5")
+        view.get_by_label("Fresh noise eta").select_option("renoise")
+        view.get_by_role("button", name="Draw").click()
         wait_until_drawn(page, "Three pink rings; a zebra?", 12345678901)
         compare(page, loaded, "Three pink rings; a zebra?", 12345678901, guidance=3, s_rule=0.5, eta="renoise")
         assert not errors
@@ -350,11 +351,12 @@ def test_a_prompt_gives_the_picture_of_sample_py(browser, folder):
 @pytest.mark.slow
 def test_keys_are_enough_and_the_film_shows_every_step(browser, folder):
     with served(folder) as address, opened(browser, f"{address}/toy/explore.html") as (page, errors, _):
+        view = page.locator("#pictures")
         page.get_by_text("Pictures", exact=True).focus()
         page.keyboard.press("Enter")
         wait_until_drawn(page, "a photo of a red circle", 0)
         assert page.locator(".picture-film li").count() == 4
-        page.get_by_label("Prompt", exact=True).focus()
+        view.get_by_label("Prompt", exact=True).focus()
         page.keyboard.press("Tab")  # to Draw, then to the first of the prompts, then to the second
         page.keyboard.press("Tab")
         page.keyboard.press("Tab")
@@ -374,14 +376,15 @@ def test_keys_are_enough_and_the_film_shows_every_step(browser, folder):
 @pytest.mark.slow
 def test_the_page_stays_alive_and_a_newer_drawing_stops_an_older_one(browser, folder):
     with served(folder) as address, opened(browser, f"{address}/toy/explore.html") as (page, errors, _):
+        view = page.locator("#pictures")
         page.get_by_text("Pictures", exact=True).click()
         wait_until_drawn(page, "a photo of a red circle", 0)
         page.evaluate("window.turns = 0; (function turn() { turns += 1; requestAnimationFrame(turn); })();")
-        page.get_by_role("button", name="Next seed").click()
+        view.get_by_role("button", name="Next seed").click()
         wait_until_drawn(page, "a photo of a red circle", 1)
         assert page.evaluate("turns") > 30  # more frames than evaluations of the network
-        page.get_by_role("button", name="a green dog").click()
-        page.get_by_role("button", name="a yellow ring").click()
+        view.get_by_role("button", name="a green dog").click()
+        view.get_by_role("button", name="a yellow ring").click()
         wait_until_drawn(page, "a photo of a yellow ring", 1)
         labels = page.locator(".picture-columns canvas").evaluate_all("all => all.map((c) => c.ariaLabel)")
         assert all(label.startswith("a photo of a yellow ring") for label in labels)
@@ -393,9 +396,10 @@ def test_a_page_opened_as_a_file_says_what_to_do_and_takes_the_files(browser, fo
     (tmp_path / "model.safetensors").write_bytes(b"this is no model")
     files = [folder / "checkpoints" / "laptop" / name for name in ("config.json", "model.safetensors")]
     with opened(browser, (folder / "toy" / "explore.html").as_uri()) as (page, errors, requests):
+        view = page.locator("#pictures")
         page.get_by_text("Pictures", exact=True).click()
         assert "python -m http.server" in page.locator(".picture-state").inner_text()
-        picker, alert = page.get_by_label("model.safetensors and config.json"), page.locator(".picture-error")
+        picker, alert = view.get_by_label("model.safetensors and config.json"), page.locator(".picture-error")
         picker.set_input_files(files[:1])
         alert.get_by_text("choose both files at once").wait_for()
         picker.set_input_files([files[0], tmp_path / "model.safetensors"])
@@ -412,12 +416,13 @@ def test_a_page_opened_as_a_file_says_what_to_do_and_takes_the_files(browser, fo
 def test_a_missing_model_is_one_clear_line(browser, folder, tmp_path):
     shutil.copytree(folder / "toy", tmp_path / "toy")
     with served(tmp_path) as address, opened(browser, f"{address}/toy/explore.html") as (page, _, _):
+        view = page.locator("#pictures")
         page.get_by_text("Pictures", exact=True).click()
         alert = page.locator(".picture-error")
         alert.get_by_text("checkpoints/laptop").wait_for()
         assert "404" in alert.inner_text() and "\n" not in alert.inner_text().strip()
         assert "choose both files" in page.locator(".picture-state").inner_text()
-        assert page.get_by_label("model.safetensors and config.json").is_visible()
+        assert view.get_by_label("model.safetensors and config.json").is_visible()
 
 
 @pytest.mark.slow
