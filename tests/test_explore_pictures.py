@@ -383,9 +383,15 @@ def test_the_page_stays_alive_and_a_newer_drawing_stops_an_older_one(browser, fo
         view.get_by_role("button", name="Next seed").click()
         wait_until_drawn(page, "a photo of a red circle", 1)
         assert page.evaluate("turns") > 30  # more frames than evaluations of the network
+        page.evaluate("""window.said = []; new MutationObserver(() =>
+            said.push(document.querySelector(".picture-state").textContent)).observe(
+            document.querySelector(".picture-state"), { childList: true });""")
         view.get_by_role("button", name="a green dog").click()
         view.get_by_role("button", name="a yellow ring").click()
         wait_until_drawn(page, "a photo of a yellow ring", 1)
+        said = page.evaluate("said")
+        assert any("Drawing" in text and "dog" in text for text in said)
+        assert not any("Drawn" in text and "dog" in text for text in said)
         labels = page.locator(".picture-columns canvas").evaluate_all("all => all.map((c) => c.ariaLabel)")
         assert all(label.startswith("a photo of a yellow ring") for label in labels)
         assert not errors
