@@ -4,7 +4,7 @@
 //     const V = picture_network.assemble(config.model, weights);
 //     const v = await picture_network.velocity(V, x_t, t, s, picture_words.encoder(12)("a red circle"));
 //
-// Why not ONNX and its runtime? One evaluation takes 0.14 billion operations, and plain code does over 2 billion a
+// Why not ONNX and its runtime? One evaluation takes 0.12 billion operations, and plain code does over 2 billion a
 // second. So there is nothing to download but the weights (the runtime has 10 MB), the page works offline, there is no
 // export to keep in step with model.py, and every line of model.py can be found here.
 //
