@@ -43,7 +43,10 @@ SEED, MOST_BYTES = 0, 1_500_000
 OBJECTIVES = ("flow matching", "control Delta = 0", "Self-E")  # of the study `objectives`
 
 # The scripts of the page, in this order. The later ones use the earlier ones; main.js starts all once the page is read.
-SOURCES = ("mixture.js", "method.js", "toynet.js", "drawing.js", "plane.js", "paths.js", "main.js")
+SOURCES = ("mixture.js", "method.js", "toynet.js", "drawing.js", "plane.js", "paths.js",  # two dimensions
+           "random.js", "words.js", "network.js", "pictures.js",  # the included checkpoint
+           "main.js")  # fmt: skip
+STYLES = ("style.css", "pictures.css")
 
 # D3's modules and their versions. The whole of D3 would be twice as large.
 LIBRARIES = {
@@ -145,7 +148,7 @@ def build(page: Path) -> None:
              for name, (licence, code) in libraries().items()]  # fmt: skip
     parts += [script((FOLDER / name).read_text(encoding="utf-8").rstrip(), source=name) for name in SOURCES]
     fill = {
-        "style": (FOLDER / "style.css").read_text(encoding="utf-8").rstrip(),
+        "style": "\n".join((FOLDER / name).read_text(encoding="utf-8").rstrip() for name in STYLES),
         "libraries": ", ".join(f"{name} {version}" for name, version in LIBRARIES.items()),
         "world": json.dumps(world(page)),
         "scripts": "\n".join(parts),
