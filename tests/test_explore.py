@@ -213,7 +213,7 @@ def test_the_page_is_small_and_asks_the_network_for_nothing():
     assert not re.search(r"XMLHttpRequest|WebSocket|import\(|@import|url\((?!#)|https:", code)
     # The pictures' model, from beside the page and only once its tab is shown (tests/test_explore_pictures.py).
     assert re.findall(r"fetch\((.*)\);", code) == ["FOLDER + name"] and 'FOLDER = "../checkpoints/' in code
-    addresses = set(re.findall(r"https?://[\w.]+", PAGE)) - {"http://localhost"}  # what the page tells the reader to open
+    addresses = set(re.findall(r"https?://[\w.]+", PAGE)) - {"http://localhost"}  # the last is named to the reader
     assert addresses <= {"https://d3js.org", "http://www.w3.org"}, addresses  # comments and names of XML, not requests
 
 
