@@ -20,6 +20,7 @@ import sample
 import train
 from engine import arguments, errors
 from peers import meanflow, shortcut, tim
+from ranks import train as processes
 
 NAMES = ("shortcut", "meanflow", "improved_meanflow", "tim")
 QUICK = ["--batch-size", "8", "--device", "cpu", "--precision", "fp32", "--no-compile", "--grid-every", "0"]
@@ -172,6 +173,21 @@ def test_each_trains_resumes_and_samples(name, tmp_path, monkeypatch):
     assert np.allclose(seen, [(1, 0.5), (0.5, 0)])  # the network is told where the step leads
     with pytest.raises(errors.UserError, match="--eta"):
         sample.generate(loaded, ["x"], [(0,)], steps=2, eta=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_and_the_compiler_change_nothing(name, tmp_path):
+    """Gradients are reduced although evaluations run inside the step; compiled blocks give the same to rounding."""
+    flags = ["--objective", name, "--train-guidance", "2", "--steps", "3", "--batch-size", "16", "--grid-every", "0",
+             "--device", "cpu", "--precision", "fp32"]  # fmt: skip
+    processes(1, "--out", tmp_path / "one", *flags, "--no-compile")
+    processes(2, "--out", tmp_path / "two", *flags, "--no-compile")
+    processes(1, "--out", tmp_path / "compiled", *flags, "--compile", program="train",
+                script="import train; train.EAGER_STEPS = 1; from engine import errors; errors.run(train.main)")
+    one, two, compiled = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two", "compiled"))
+    for other in (two, compiled):
+        assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-4  # Adam moved them by 1e-2
 
 
 def test_the_flags_reach_the_objectives():
