@@ -152,19 +152,22 @@ class IMM(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sampling  x_{t_{k+1}} = f_{t_{k+1}, t_k}(x_{t_k}),   t_k linear from 0.994 to 0   (the paper's pushforward sampler)
+# Sampling  x_{t_{k+1}} = f_{t_{k+1}, t_k}(x_{t_k}),   t_k linear from 0.994 to 0   (the paper's pushforward sampler;
+#           it serves the objectives of peers/ too, from t = 1)
 # ---------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def trajectory(V: Callable, x: Tensor, cond: tuple, null: tuple | None = None, *, steps: int,
-               guidance: float = 1.0) -> Iterator[tuple[float, Tensor]]:  # fmt: skip
-    """Yield (t_{k+1}, x at that time) for k = 1 .. steps, from standard normal x [B, ...]; the last x is the sample.
+               guidance: float = 1.0, start: float = T_MAX) -> Iterator[tuple[float, Tensor]]:  # fmt: skip
+    """Yield (t_{k+1}, x at that time) for k = 1 .. steps, from standard normal x [B, ...] at time `start`.
+
+    The last x is the sample.
 
     Nothing random is added on the way, and the network is told the time of the jump, so there is no eta and no rule for
     s_k. guidance is plain, V_null + guidance (V_c - V_null); 1 evaluates the conditional branch only, null may be None.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
-    grid = torch.linspace(T_MAX, 0, steps + 1, dtype=torch.float64).tolist()
+    grid = torch.linspace(start, 0, steps + 1, dtype=torch.float64).tolist()
 
     def guided(x, t, s, *cond):
         if guidance == 1:

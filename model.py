@@ -57,11 +57,15 @@ def G(V, x_t: Tensor, t: Tensor, s: Tensor, cond: tuple) -> Tensor:
 # Eq. s.9    e_t = MLP_t(Sinusoid(t)),   e_s = MLP_s(Sinusoid(t - s))
 # Eq. s.10   the combined embedding e_t + e_s stands wherever FLUX has e_t
 # ---------------------------------------------------------------------------------------------------------------------
-def sinusoid(t: Tensor, features: int = 256, max_period: float = 10000.0) -> Tensor:
-    """[B] times in [0, 1] -> [B, features]: cos then sin of 1000 t at geometrically spaced frequencies, in fp32."""
+def sinusoid(t: Tensor, features: int = 256, max_period: float = 10000.0, factor: float = 1000.0) -> Tensor:
+    """[B] times in [0, 1] -> [B, features]: cos then sin of factor * t at geometrically spaced frequencies, in fp32.
+
+    FLUX's factor of 1000 makes the fastest features oscillate within 0.006 of t. A network on top of them has a time
+    derivative that is mostly such oscillation. Objectives that learn from it (peers/) take the factor 1.
+    """
     half = features // 2
     frequencies = torch.exp(-torch.log(torch.tensor(max_period)) * torch.arange(half, dtype=torch.float32) / half)
-    angles = 1000.0 * t.float()[:, None] * frequencies.to(t.device)
+    angles = factor * t.float()[:, None] * frequencies.to(t.device)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -239,16 +243,18 @@ class FinalLayer(nn.Module):
 class Denoiser(nn.Module):
     """V_theta(x_t, t, s, c), S.2 (d). The keyword arguments are the columns of `SIZES`.
 
-    `precision` is the dtype of the network's inside (torch.bfloat16 runs it under autocast). Time features and
-    embedders are computed in fp32 whatever it is; input and output are passed in fp32 and rounded inside, by the first
-    and the last linear layer. Call the network outside any autocast of your own.
+    `time_factor` is that of `sinusoid`. `precision` is the dtype of the network's inside (torch.bfloat16 runs it under
+    autocast). Time features and embedders are computed in fp32 whatever it is; input and output are passed in fp32 and
+    rounded inside, by the first and the last linear layer. Call the network outside any autocast of your own.
     """
 
-    def __init__(self, width, heads, double, single, axes, channels, patch, txt_dim, vec_dim, precision=torch.float32):
+    def __init__(self, width, heads, double, single, axes, channels, patch, txt_dim, vec_dim, precision=torch.float32,
+                 time_factor=1000.0):  # fmt: skip
         super().__init__()
         if sum(axes) != width // heads or any(n % 2 for n in axes):
             raise ValueError(f"RoPE axes {axes} must be even and sum to the head size, {width} / {heads}")
         self.axes, self.patch, self.channels, self.precision = tuple(axes), patch, channels, precision
+        self.time_factor = time_factor
         self.recompute = 0  # so many blocks forget their activations and compute them again in the backward pass
         self.img_in = nn.Linear(channels * patch**2, width)
         self.txt_in = nn.Linear(txt_dim, width)
@@ -292,7 +298,8 @@ class Denoiser(nn.Module):
         """
         p, rows, cols = self.patch, x_t.shape[2] // self.patch, x_t.shape[3] // self.patch
         with torch.autocast(x_t.device.type, enabled=False):  # in fp32, whatever the caller's context says
-            vec = self.time_in(sinusoid(t)) + self.gap_in(sinusoid(t - s)) + self.vector_in(vec.float())  # [B, d]
+            e_t, e_s = (sinusoid(a, factor=self.time_factor) for a in (t, t - s))
+            vec = self.time_in(e_t) + self.gap_in(e_s) + self.vector_in(vec.float())  # [B, d]
         rope = rope_table(txt.shape[1], rows, cols, self.axes, x_t.device)
 
         # Autocast begins and ends inside this call. Its cache of cast weights therefore never outlives one forward

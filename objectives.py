@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import baselines
 import losses
+from peers import meanflow, shortcut, tim
 
 
 class Objective(NamedTuple):
@@ -28,23 +29,46 @@ class Objective(NamedTuple):
     group: int = 2  # batch and micro-batch are multiples of it
     flags: tuple[str, ...] = ()  # of train.py's flags below "the objective", those that are its own
     s_rules: tuple[float, ...] = (0.0, 0.5, 1.0)  # the rules for s_k that make sense (sampler.py), its default first
+    time_factor: float = 1000.0  # of the time features (model.sinusoid); 1 where the objective learns from a derivative
     trajectory: Callable | None = None  # its own sampler, like baselines.trajectory; None: sampler.trajectory
 
 
 def self_e(network, ema, flags) -> losses.SelfE:
     """Self-E with the choices of Table 2. Flow matching is the same module with draws that never have s < t."""
     null_branch = {"online": network, "ema": ema}[flags.null_branch]
-    return losses.SelfE(network, ema, target=flags.target, delta_scale=flags.delta_scale, unconditional=null_branch)
+    return losses.SelfE(network, ema, target=flags.target, k=flags.k, delta_scale=flags.delta_scale,
+                        unconditional=null_branch)  # fmt: skip
+
+
+FLOW_MAP = functools.partial(baselines.trajectory, start=1.0)  # x_s = x_t - (t - s) V, from t = 1 in equal steps
 
 
 OBJECTIVES = {
     "self_e": Objective(
         self_e, functools.partial(losses.draw, p_equal=0.5), forwards=4.0,  # two evaluations of half of the batch
-        flags=("target", "delta_scale", "null_branch", "aux_from")),
+        flags=("target", "k", "delta_scale", "null_branch", "aux_from")),
     "flow_matching": Objective(self_e, functools.partial(losses.draw, p_equal=1.0), forwards=3.0, s_rules=(1.0,)),
     "imm": Objective(
         lambda network, ema, flags: baselines.IMM(network, flags.imm_k), baselines.draw, forwards=4.0,
         group=baselines.M,
         flags=("imm_k",), trajectory=baselines.trajectory),
+    "shortcut": Objective(
+        lambda network, ema, flags: shortcut.Shortcut(network, ema, flags.train_guidance),
+        functools.partial(losses.draw, p_equal=7 / 8), forwards=3.25, group=8,  # two evaluations of an eighth
+        flags=("train_guidance",), time_factor=1.0, trajectory=shortcut.trajectory),
+    "meanflow": Objective(
+        lambda network, ema, flags: meanflow.MeanFlow(network, flags.train_guidance, False, flags.derivative,
+                                                             flags.loss_power),
+        functools.partial(losses.draw, p_equal=0.75), forwards=3.5, group=4,  # two evaluations of a quarter
+        flags=("train_guidance", "derivative", "loss_power"), time_factor=1.0, trajectory=FLOW_MAP),
+    "improved_meanflow": Objective(
+        lambda network, ema, flags: meanflow.MeanFlow(network, flags.train_guidance, True, flags.derivative,
+                                                             flags.loss_power),
+        functools.partial(losses.draw, p_equal=0.5), forwards=4.5,  # three evaluations of half
+        flags=("train_guidance", "derivative", "loss_power"), time_factor=1.0, trajectory=FLOW_MAP),
+    "tim": Objective(
+        lambda network, ema, flags: tim.TiM(network, ema, flags.train_guidance, flags.loss_power),
+        functools.partial(losses.draw, p_equal=0.5), forwards=4.0,  # two evaluations of half
+        flags=("train_guidance", "loss_power"), time_factor=1.0, trajectory=FLOW_MAP),
 }  # fmt: skip
 AUX_FORWARDS = 5.5  # Self-E with the auxiliary term: a forward and a backward pass of half of the batch more

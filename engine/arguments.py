@@ -16,9 +16,11 @@ import recipe
 from engine import checkpoint, errors, machine, optimizers
 from model import SIZES
 from objectives import OBJECTIVES
+from peers import meanflow
 
 # Flags that belong to some objectives only (objectives.Objective.flags), and their "off".
-OWN = {"target": "renorm", "delta_scale": 1.0, "null_branch": "online", "aux_from": None, "imm_k": baselines.K}
+OWN = {"target": "renorm", "k": 0.9, "delta_scale": 1.0, "null_branch": "online", "aux_from": None,
+       "imm_k": baselines.K, "train_guidance": 1.0, "derivative": "difference", "loss_power": 1.0}  # fmt: skip
 # What a run keeps for its whole life, and what changes the recipe.
 FIXED = ("size", "objective", *OWN, "text", "txt_len", "autoencoder", "wrong_captions", "optimizer")
 RECIPE = ("steps", "batch_size", "lr", "side", "text", "txt_len", "autoencoder", "micro_batch", "wrong_captions",
@@ -52,7 +54,8 @@ def what_is_trained(parser: argparse.ArgumentParser) -> None:
     a("--txt-len", metavar="N", type=int, help="tokens that a caption is cut or padded to")
     a("--autoencoder", metavar="SPEC", help="frozen auto-encoder, see encoders.py")
     a = parser.add_argument_group("the objective (Sec. 3.3, Table 2)").add_argument
-    a("--objective", default="self_e", choices=list(OBJECTIVES), help="default: self_e")
+    a("--objective", metavar="NAME", default="self_e", choices=list(OBJECTIVES),
+      help=f"{', '.join(OBJECTIVES)} (default: self_e)")
     a("--target", default="renorm", choices=("renorm", "tar", "sum"), help="Eq. 20, Eq. 18 or Eq. 16 (default: renorm)")
     a("--delta-scale", metavar="X", type=float, default=1.0,
       help="times the self-evaluation; 0 is the control (default: 1)")
@@ -61,6 +64,14 @@ def what_is_trained(parser: argparse.ArgumentParser) -> None:
     a("--aux-from", metavar="X", type=float, help="share of the run after which the auxiliary term joins; 1 is never")
     a("--imm-k", metavar="N", type=int, default=baselines.K,
       help="IMM's steps of the range of times, as a power of two (default: 12)")
+    a("--k", metavar="X", type=float, default=0.9,
+      help="share of the classifier term in Delta beside the auxiliary term; 0 is none of it (default: 0.9)")
+    a("--train-guidance", metavar="W", type=float, default=1.0,
+      help="scale of the guidance in the targets of peers/; 1 is off (default: 1)")
+    a("--derivative", default="difference", choices=list(meanflow.DERIVATIVES),
+      help="in MeanFlow's target: a finite difference (default) or exact, which does not compile")
+    a("--loss-power", metavar="P", type=float, default=1.0,
+      help="MeanFlow and TiM divide each error by its own power P; 0 is off (default: 1)")
 
 
 def how_it_runs(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +91,7 @@ def how_it_runs(parser: argparse.ArgumentParser) -> None:
     a("--grid-every", metavar="N", type=int,
       help="iterations between picture grids; 0 is off (default: ten a run, and an early one)")
     a("--save-every", metavar="N", type=int,
-      help="iterations between states; 0 is only at the end (default: five a run, and every half hour)")
+      help="iterations between states; 0 is only at the end (default: five a run, every half hour)")
     a("--keep", metavar="N", type=int, default=2, help="newest states to keep (default: 2)")
     a("--milestone-every", metavar="N", type=int, default=0,
       help="keep states at multiples of N for good; 0 is off (default: 0)")
@@ -137,6 +148,16 @@ def check_choices(parser: errors.Parser, args: argparse.Namespace) -> None:
         parser.error("--delta-scale must be a number from 0 up")
     if not 1 <= args.imm_k <= 20:
         parser.error("--imm-k must lie between 1 and 20")
+    if not 0 <= args.k <= 1:
+        parser.error("--k is a share of Delta, between 0 and 1")
+    if not 0 < args.train_guidance <= 100:
+        parser.error("--train-guidance must be a number above 0, at most 100")
+    if args.derivative == "forward":
+        if args.compile:
+            parser.error("--derivative forward does not go with --compile: compiled blocks have no forward derivative")
+        args.compile = False
+    if not 0 <= args.loss_power <= 1:
+        parser.error("--loss-power must lie between 0 and 1")
     if args.aux_from is not None and not 0 <= args.aux_from <= 1:
         parser.error("--aux-from is a share of the run, between 0 and 1")
     foreign = [name for name, off in OWN.items() if name not in OBJECTIVES[args.objective].flags
@@ -160,13 +181,20 @@ def plan_of(args: argparse.Namespace) -> recipe.Recipe:
     return recipe.make(args.size, data=args.data and tuple(args.data), aux_from=aux_from, **changes)
 
 
+def sizes_of(args: argparse.Namespace) -> dict:
+    """The entries of model.SIZES of a run, and the time features that its objective needs."""
+    factor = OBJECTIVES[args.objective].time_factor
+    return SIZES[args.size] | ({"time_factor": factor} if factor != 1000 else {})  # FLUX's is Denoiser's own
+
+
 def config_of(args: argparse.Namespace, plan: recipe.Recipe, sizes: dict, precision: torch.dtype,
               device: torch.device) -> dict:  # fmt: skip
     """What config.json says of a run, but for the size of its pictures."""
     return {
         "format": 1, "size": args.size, "model": sizes, "objective": args.objective, "target": args.target,
         "delta_scale": args.delta_scale, "null_branch": args.null_branch, "aux_from": plan.aux_from,
-        "imm_k": args.imm_k,
+        "imm_k": args.imm_k, "k": args.k, "train_guidance": args.train_guidance, "derivative": args.derivative,
+        "loss_power": args.loss_power,
         "text_encoder": encoders.canonical(plan.text), "txt_len": plan.txt_len,
         "autoencoder": encoders.canonical(plan.autoencoder), "data": list(plan.data),
         "wrong_captions": plan.wrong_captions, "s_rule": OBJECTIVES[args.objective].s_rules[0], "eta": 1.0,  # S.3.1

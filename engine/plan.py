@@ -6,6 +6,7 @@ from pathlib import Path
 import data
 import model
 import recipe
+from engine import arguments
 
 
 def tell(args: argparse.Namespace, plan: recipe.Recipe, sizes: dict, factor: int, world: int, start: int) -> None:
@@ -19,7 +20,7 @@ def tell(args: argparse.Namespace, plan: recipe.Recipe, sizes: dict, factor: int
 def dry_run(args: argparse.Namespace, plan: recipe.Recipe, world: int, start: int) -> None:
     """Print what a run will be, hold and cost; no encoder is loaded and nothing
     is written. Raises DataError for no data."""
-    sizes, factor = model.SIZES[args.size], plan.factor()
+    sizes, factor = arguments.sizes_of(args), plan.factor()
     tell(args, plan, sizes, factor, world, start)
     parameters = model.count_parameters(sizes)
     state = recipe.state_bytes(parameters, world, args.zero)

@@ -128,7 +128,7 @@ def prepare(args: argparse.Namespace, plan: recipe.Recipe, folder: Path, device:
     """Everything that a run needs. `closing` closes threads and files, after an error too. Raises UserError."""
     states = checkpoint.complete_states(folder) if args.resume else []
     start = checkpoint.step_of(states[-1]) if states else 0
-    codec, sizes = open_encoders(plan, model.SIZES[args.size], device, ranks.is_first and args.grid_every != 0)
+    codec, sizes = open_encoders(plan, arguments.sizes_of(args), device, ranks.is_first and args.grid_every != 0)
     with ranks.first_alone():
         feed = Feed(plan, OBJECTIVES[args.objective].draw, args.seed, codec, ranks, start,
                     Reading(args.workers, args.index))  # fmt: skip

@@ -2,7 +2,7 @@
 
     rows = report.read_rows(Path("results"))                  # row -> seed -> what measure_row wrote
     report.write_table(rows, Path("results"), steps)          # table2.md
-    report.draw_scores(rows, Path("results"), steps)          # scores.png; draw_progress and draw_samples likewise
+    report.draw_scores(rows, Path("results/scores.png"), steps)   # draw_progress and draw_samples likewise
 """
 
 import sys
@@ -15,7 +15,7 @@ import torch
 import sample
 from engine import checkpoint, errors
 from experiments import evaluate
-from experiments.rows import DIFFERENCES, PAPER_NOTE, PROGRESS, ROWS
+from experiments.rows import DIFFERENCES, GALLERY, GROUPS, PAPER_NOTE, PROGRESS, ROWS
 
 matplotlib.use("Agg")  # no window: figures go to files
 import matplotlib.pyplot as plt  # noqa: E402
@@ -100,21 +100,30 @@ def write_table(rows: dict, out: Path, steps: tuple[int, ...]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The figures
 # ---------------------------------------------------------------------------------------------------------------------
-def draw_scores(rows: dict, out: Path, steps: tuple[int, ...]) -> None:
-    """OUT/scores.png: score against steps, a line per row; the band goes from the lowest to the highest seed."""
+def style_of(row: str) -> dict:
+    """Colour and line of a row, the same in all figures. Guided targets are dashed, in their objective's colour."""
+    families = ("", "matching", "shortcut", "", "meanflow", "improved_meanflow", "tim")  # C0, C3 are in both figures
+    family = row.removesuffix("_guided")
+    number = families.index(family) if row in GALLERY else GROUPS["table2"].index(row)
+    return {"color": f"C{number}", "linestyle": "-" if row == family else "--"}
+
+
+def draw_scores(rows: dict, path: Path, steps: tuple[int, ...]) -> None:
+    """Score against steps, a line per row; the band goes from the lowest to the highest seed."""
     figure, panel = plt.subplots(figsize=(9.5, 4.5))
     for row, seeds in rows.items():
         values = np.array([[score_of(r, n) for n in steps] for r in seeds.values()])
-        color = f"C{list(ROWS).index(row)}"
-        panel.plot(range(len(steps)), values.mean(0), marker="o", color=color, label=ROWS[row][0])
-        panel.fill_between(range(len(steps)), values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
-    panel.set(xticks=range(len(steps)), xticklabels=steps, xlabel="network evaluations",
+        style = style_of(row)
+        panel.plot(range(len(steps)), values.mean(0), marker="o", label=ROWS[row][0], **style)
+        low, high = values.min(0), values.max(0)
+        panel.fill_between(range(len(steps)), low, high, color=style["color"], alpha=0.15, linewidth=0)
+    panel.set(xticks=range(len(steps)), xticklabels=steps, xlabel="steps (bands: lowest to highest seed)",
               ylabel="overall score, test prompts")  # fmt: skip
     panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))  # outside: there are many lines
     figure.tight_layout()
-    save(figure, out / "scores.png")
+    save(figure, path)
 
 
 def draw_progress(out: Path, steps: tuple[int, ...]) -> None:
@@ -127,7 +136,7 @@ def draw_progress(out: Path, steps: tuple[int, ...]) -> None:
         for row in PROGRESS:
             for i, points in enumerate(checkpoint.read_json(file)["points"] for file in files[row]):
                 panel.plot([p["step"] for p in points], [p["overall"][str(n)] for p in points], marker=".", alpha=0.8,
-                           color=f"C{list(ROWS).index(row)}", label=None if i else ROWS[row][0])  # fmt: skip
+                           label=None if i else ROWS[row][0], **style_of(row))  # fmt: skip
         panel.set(title=f"{n} step{'s' * (n > 1)}", xlabel="iteration")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylim(bottom=0)  # of all panels: they share it
@@ -164,6 +173,10 @@ def report(out: Path, runs: Path) -> None:
     steps = tuple(int(n) for n in next(r["splits"]["test"] for seeds in rows.values() for r in seeds.values()))
     write_table(rows, out, steps)
     print((out / "table2.md").read_text(encoding="utf-8"))
-    draw_scores(rows, out, steps)
+    gallery = [row for row in GALLERY if row in rows]
+    draw_scores({row: seeds for row, seeds in rows.items() if row not in gallery}, out / "scores.png", steps)
+    if gallery:
+        shown = [row for row in ("flow_matching", "self_e", *gallery) if row in rows]
+        draw_scores({row: rows[row] for row in shown}, out / "gallery.png", steps)
     draw_progress(out, steps)
     draw_samples(rows, out, runs, steps)

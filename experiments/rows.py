@@ -2,6 +2,8 @@
 
 import recipe
 
+# Flow matching's best guidance at most step counts, by the search on validation prompts; one scale for all peers.
+GUIDED = ["--train-guidance", "3"]
 # The rows: title, flags of train.py, the paper's GenEval scores at 2, 4, 8 and 50 steps (Table 2) where it has some.
 ROWS = {
     "flow_matching": ("Flow Matching", ["--objective", "flow_matching"], (0.2523, 0.6075, 0.7155, 0.7311)),
@@ -15,13 +17,26 @@ ROWS = {
     "self_e_ema": ("Self-E, both branches by the EMA", ["--aux-from", "1", "--null-branch", "ema"], None),
     "aux_throughout": ("w/ aux. term throughout", ["--aux-from", "0"], (0.3307, 0.4304, 0.5153, 0.6166)),
     "aux_late": ("Self-E, aux. term late", ["--aux-from", f"{recipe.AUX_FROM:.4f}"], None),
+    # The gallery: other any-step objectives (peers/), without and with guidance in their targets.
+    "matching": ("Distribution matching (Self-E, k = 0)", ["--aux-from", "0", "--k", "0"], None),
+    "shortcut": ("Shortcut models", ["--objective", "shortcut"], None),
+    "shortcut_guided": ("Shortcut models, guided", ["--objective", "shortcut", *GUIDED], None),
+    "meanflow": ("MeanFlow", ["--objective", "meanflow"], None),
+    "meanflow_guided": ("MeanFlow, guided", ["--objective", "meanflow", *GUIDED], None),
+    "improved_meanflow": ("Improved MeanFlow", ["--objective", "improved_meanflow"], None),
+    "improved_meanflow_guided": ("Improved MeanFlow, guided", ["--objective", "improved_meanflow", *GUIDED], None),
+    "tim": ("Transition Models", ["--objective", "tim"], None),
+    "tim_guided": ("Transition Models, guided", ["--objective", "tim", *GUIDED], None),
 }
+GALLERY = ("matching", "shortcut", "shortcut_guided", "meanflow", "meanflow_guided", "improved_meanflow",
+           "improved_meanflow_guided", "tim", "tim_guided")  # fmt: skip
+GROUPS = {"table2": tuple(row for row in ROWS if row not in GALLERY), "gallery": GALLERY}
 # The differences of rows that decide claims.
 DIFFERENCES = (("self_e", "flow_matching"), ("self_e", "control"), ("control", "flow_matching"), ("self_e", "imm"),
                ("self_e", "imm_coarse"),
                ("self_e", "eq16"), ("self_e", "eq18"), ("self_e", "aux_throughout"), ("aux_late", "self_e"),
                ("aux_late", "flow_matching"), ("aux_late", "control"), ("self_e_ema", "self_e"),
-               ("self_e_ema", "control"))  # fmt: skip
+               ("self_e_ema", "control"), *((row, "self_e") for row in GALLERY))  # fmt: skip
 PROGRESS = ("flow_matching", "self_e")  # the rows of Fig. 5, scored along their training
 PAPER_NOTE = ("paper: GenEval of 0.5B models after 300k iterations; w/o target norm. and w/ aux. term after 100k, when "
               "its Ours has 0.544, 0.638, 0.682 and 0.716")  # fmt: skip

@@ -2,6 +2,7 @@
 
     python experiments/tables.py                         # all rows, three seeds; started again, it goes on where it was
     python experiments/tables.py --rows self_e control   # some rows; another process may train others beside it
+    python experiments/tables.py --rows gallery          # the other any-step objectives (peers/), at the same budget
     python experiments/tables.py --quick                 # the whole path in minutes; budgets too small to mean much
     python experiments/tables.py --report                # tables and figures again, from what has been measured
 
@@ -33,7 +34,7 @@ import recipe
 import sample
 from engine import arguments, checkpoint, errors, machine
 from experiments import evaluate, report, scorer
-from experiments.rows import BUDGET, GRID, PROGRESS, ROWS, SEEDS
+from experiments.rows import BUDGET, GRID, GROUPS, PROGRESS, ROWS, SEEDS
 
 
 def settings_of(row: str) -> list[dict]:
@@ -157,8 +158,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a = parser.add_argument
     a("--out", metavar="DIR", type=Path, default=Path("results"), help="where results go (default: results)")
     a("--runs", metavar="DIR", type=Path, default=Path("runs/tables"), help="where runs go (default: runs/tables)")
-    a("--rows", metavar="ROW", nargs="+", choices=list(ROWS), default=list(ROWS),
-      help=f"of {', '.join(ROWS)} (default: all)")  # fmt: skip
+    a("--rows", metavar="ROW", nargs="+", choices=[*ROWS, *GROUPS], default=["table2"],
+      help=f"{', '.join(GROUPS)}, or of {', '.join(ROWS)} (default: table2)")  # fmt: skip
     a("--seeds", metavar="N", type=int, nargs="+", default=list(SEEDS), help="training seeds (default: 2 3 4)")
     a("--budget", metavar="FLAGS", default=BUDGET, help=f'flags of train.py for every row (default: "{BUDGET}")')
     a("--images", metavar="N", type=int, default=8, help="pictures per test prompt (default: 8)")
@@ -181,6 +182,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     if min(args.milestones, *args.seeds) < 0:
         parser.error("--milestones and --seeds must not be negative")
     args.sample_steps = sorted(args.sample_steps)
+    args.rows = [row for name in args.rows for row in GROUPS.get(name, (name,))]
     return args
 
 

@@ -11,7 +11,8 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if not {".venv", "runs", ".gi
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 PAGES = [ROOT / name for name in ("README.md", "EQUATIONS.md", "SILENCES.md", "LONG_RUN.md", "results/clean/README.md")]
 PAGES += [ROOT / folder / "README.md" for folder in ("engine", "experiments", "results", "toy")]
-MATHEMATICS = ("losses.py", "sampler.py", "model.py", "baselines.py")  # may have as many arguments as their formulas
+MATHEMATICS = ("losses.py", "sampler.py", "model.py", "baselines.py",  # may have as many arguments as their formulas
+               "tim.py", "meanflow.py", "shortcut.py")  # fmt: skip
 
 
 def functions(path: Path):

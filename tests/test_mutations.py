@@ -1,4 +1,4 @@
-"""Can the identities fail? Each mutant is losses.py or sampler.py with one token changed; some identity must notice.
+"""Can the identities fail? Each mutant is losses.py, sampler.py or a file of peers/ with one token changed.
 
     python -m pytest -q -s tests/test_mutations.py      # prints which identity killed which mutant
 
@@ -108,7 +108,52 @@ SAMPLER = [
      "x = update(x0_hat, x0_hat, t, t_next, eta, noise)"),
 ]  # fmt: skip
 
+TIM = [
+    ("told t in the difference", "ahead = V(x_t + EPSILON * v, t + EPSILON, r, *c)",
+     "ahead = V(x_t + EPSILON * v, t + EPSILON, t, *c)"),
+    ("difference at fixed x", "behind = V(x_t - EPSILON * v, t", "behind = V(x_t + EPSILON * v, t"),
+    ("half the slope", "return (ahead - behind) / (2 * EPSILON)", "return (ahead - behind) / (4 * EPSILON)"),
+    ("sign of the slope", "(v_w - like(t - r, v_w) * dF_dt).detach()", "(v_w + like(t - r, v_w) * dF_dt).detach()"),
+    ("t for t - r", "like(t - r, v_w) * dF_dt", "like(t, v_w) * dF_dt"),
+    ("guidance towards the null prompt", "v + (1 - 1 / w) * (F_c - F_null)", "v + (1 - 1 / w) * (F_null - F_c)"),
+    ("w for 1 - 1/w", "v + (1 - 1 / w) * (F_c - F_null)", "v + (w - 1) * (F_c - F_null)"),
+    ("the trained network guides", "self.ema(x_t, t, t, *c), self.ema(x_t, t, t, *null)",
+     "self.network(x_t, t, t, *c), self.network(x_t, t, t, *null)"),
+    ("guided at every t", "(t >= GUIDED[0]) & (t <= GUIDED[1])", "(t >= 0) & (t <= 1)"),
+    ("r = 0 never", "torch.where(to_data, 0.0, torch.minimum(a, b))", "torch.minimum(a, b)"),
+    ("times not sorted", "t, earlier = torch.maximum(a, b)", "t, earlier = a"),
+    ("no weight of time", "loss = time_weight(t, r) * error", "loss = error"),
+    ("not divided by itself", "error / (error.detach() + FLOOR) ** self.power", "error"),
+    ("told t twice", "F = self.network(x_t, t, r, *c)", "F = self.network(x_t, t, t, *c)"),
+    ("derivative along another path", "map(j, (x_t, v, t, r, c))", "map(j, (x_t, v_w, t, r, c))"),
+]
+MEANFLOW = [
+    ("derivative at fixed x", "(v, torch.ones_like(t)))[1]", "(torch.zeros_like(v), torch.ones_like(t)))[1]"),
+    ("derivative at fixed t", "(v, torch.ones_like(t)))[1]", "(v, torch.zeros_like(t)))[1]"),
+    ("unguided path", "map(j, (x_t, v_w, t, r, c))", "map(j, (x_t, v, t, r, c))"),
+    ("always improved", "if self.improved else v_j", "if not self.improved else v_j"),
+    ("velocity at r", "self.network(x_j, t_j, t_j, *c_j)", "self.network(x_j, t_j, r_j, *c_j)"),
+    ("other times", "P_MEAN, P_STD = -0.4, 1.0", "P_MEAN, P_STD = 0.0, 1.0"),
+    ("power ignored", "+ FLOOR) ** self.power", "+ FLOOR) ** 0"),
+    ("told t twice", "u = self.network(x_t, t, r, *c)", "u = self.network(x_t, t, t, *c)"),
+]
+SHORTCUT = [
+    ("first half twice", "return ((v_1 + v_2) / 2)", "return ((v_1 + v_1) / 2)"),
+    ("whole step to the middle", "x_t - like(half, x_t) * v_1", "x_t - like(d, x_t) * v_1"),
+    ("second half from the start", "self.small_step(x_mid, t - half,", "self.small_step(x_t, t - half,"),
+    ("second half at t", "self.small_step(x_mid, t - half,", "self.small_step(x_mid, t,"),
+    ("told d, not d/2", "v_1 = self.small_step(x_t, t, half,", "v_1 = self.small_step(x_t, t, d,"),
+    ("the trained network evaluates", "v = self.ema(x_t, t, t - d, *c)", "v = self.network(x_t, t, t - d, *c)"),
+    ("guided at every d", "d * M < 1.5", "d * M < 1e9"),
+    ("guided at no d", "d * M < 1.5", "d * M < 0.5"),
+    ("larger steps only", "(math.log2(M) * u).floor()", "(3 * u).floor()"),
+    ("times off the grid", "1 - place / sections", "1 - (place + 0.5) / sections"),
+    ("told s = t", "self.network(x_t, t, t - d, *c) - goal", "self.network(x_t, t, t, *c) - goal"),
+]  # fmt: skip
+PEERS = {"tim": TIM, "meanflow": MEANFLOW, "shortcut": SHORTCUT}
+
 MUTANTS = [("losses", *m) for m in LOSSES] + [("sampler", *m) for m in SAMPLER]
+MUTANTS += [(f"peers.{name}", *m) for name, mutants in PEERS.items() for m in mutants]
 
 
 @functools.cache  # what is not mutated is compiled once
@@ -137,8 +182,9 @@ def read(*parts: str) -> str:
     return ROOT.joinpath(*parts).read_text(encoding="utf-8")
 
 
-CHECKS = ("stage", "flow_matching", "scores", "self_evaluation", "objective", "step", "inference")
+CHECKS = ("stage", "flow_matching", "scores", "self_evaluation", "objective", "step", "inference", "peers")
 ORIGINAL = {"losses": read("losses.py"), "sampler": read("sampler.py")}
+ORIGINAL |= {f"peers.{name}": read("peers", f"{name}.py") for name in PEERS}
 ORIGINAL |= {f"toy.checks.{name}": read("toy", "checks", f"{name}.py") for name in CHECKS}
 
 
@@ -172,7 +218,7 @@ def quickest_first() -> list[str]:
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[f"{m[0]}: {m[1]}" for m in MUTANTS])
 def test_mutant_is_killed(mutant, quickest_first):
     name, what, old, new = mutant
-    assert ORIGINAL[name].count(old) == 1, f"{old!r} must occur exactly once in {name}.py, or this mutant tests nothing"
+    assert ORIGINAL[name].count(old) == 1, f"{old!r} must occur exactly once in {name}, or this mutant tests nothing"
     with modules_of(ORIGINAL | {name: ORIGINAL[name].replace(old, new)}) as fresh:
         killer = first_failure(fresh["toy.checks.stage"], quickest_first)
     assert killer, f"{name}.py with {old!r} -> {new!r} passes every identity"

@@ -103,6 +103,24 @@ def compare(layouts: list[str], seed: int, steps: int, out: Path, jobs: int) -> 
     print(f"\nfigures and any_step.json in {out}; {time.perf_counter() - start:.0f} s in all, {jobs} processes")
 
 
+def run_study(name: str, out: Path, steps: int) -> None:
+    """Train and measure what a study lacks, print its tables, draw its figures."""
+    start = time.perf_counter()
+    kept = studies.run(name, out, steps=steps)
+    print(studies.table(kept))
+    if name == "wrong_labels":
+        print(studies.table(kept, "off_modes"))  # what a scorer of single samples sees
+        figures.along_shares(kept, out / f"{name}.png")
+    else:
+        figures.study(kept, out / f"{name}.png")
+    if name == "peers":  # objectives in rows, steps in columns
+        settings, member = studies.STUDIES[name].settings, Member("between", studies.SEEDS[0])
+        nets = {label: studies.trained([member], steps, changes) for label, (changes, _) in settings.items()}
+        sampling = {label: choices for label, (_, choices) in settings.items()}
+        figures.samples(nets, sampling, [member], 0, out / f"{name}_samples.png")
+    print(f"\n{name}.json and {name}.png in {out}; {time.perf_counter() - start:.0f} s")
+
+
 def main() -> None:
     parser = errors.Parser("toy/any_step.py", __doc__.split("\n")[0])
     parser.add_argument(
@@ -139,15 +157,7 @@ def main() -> None:
         for name, study in studies.STUDIES.items():
             print(f"{name:14s} {study.question}")
     elif args.study:
-        start = time.perf_counter()
-        kept = studies.run(args.study, args.out, steps=args.steps)
-        print(studies.table(kept))
-        if args.study == "wrong_labels":
-            print(studies.table(kept, "off_modes"))  # what a scorer of single samples sees
-            figures.along_shares(kept, args.out / f"{args.study}.png")
-        else:
-            figures.study(kept, args.out / f"{args.study}.png")
-        print(f"\n{args.study}.json and {args.study}.png in {args.out}; {time.perf_counter() - start:.0f} s")
+        run_study(args.study, args.out, args.steps)
     else:
         layouts = list(LAYOUTS) if args.layout == "all" else [args.layout]
         compare(layouts, args.seed, args.steps, args.out, args.jobs)

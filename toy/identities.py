@@ -26,7 +26,7 @@ if __name__ == "__main__":  # started as a file: modules are found from the proj
 
 from engine import checkpoint, machine
 from toy.checks.stage import CHECKS, SEED  # isort: skip  the list; the files below fill it, in the order of the table
-from toy.checks import flow_matching, scores, self_evaluation, objective, step  # noqa: F401  # isort: skip
+from toy.checks import flow_matching, scores, self_evaluation, objective, step, peers  # noqa: F401  # isort: skip
 from toy.checks.inference import BUDGETS, ETAS, std_of_the_sampler  # isort: skip
 
 

@@ -12,14 +12,16 @@ from torch import Tensor
 
 import sampler
 from engine.randomness import rng
+from objectives import OBJECTIVES
 from toy.training import Member, Net, assemble
 
 BUDGETS = (1, 2, 4, 8, 50)  # network evaluations, Tab. 1 and one step
 SAMPLES, REFERENCE = 1000, 4000  # per condition: generated, and fresh data to compare with
 
 
-def generate(net: Net, members: list[Member], c: Tensor, steps: int, **choices) -> Tensor:
-    """Samples [E, n, 2] for the conditions c [n] (every member the same). The choices go to sampler.sample.
+def generate(net: Net, members: list[Member], c: Tensor, steps: int, objective: str = "self_e", **choices) -> Tensor:
+    """Samples [E, n, 2] for the conditions c [n] (every member the same). The choices go to sampler.sample, or to the
+    sampler of `objective` where it has its own.
 
     The noise is a function of the member's seed and the step, so every objective and every choice meets the same.
     """
@@ -32,10 +34,14 @@ def generate(net: Net, members: list[Member], c: Tensor, steps: int, **choices) 
         # The sampler joins the two branches of guidance in one batch; an ensemble would deal it out to the wrong
         # members.
         alone = [assemble([m], [net.weights_of(e)]) for e, m in enumerate(members)]
-        return torch.cat([generate(one, [m], c, steps, **choices) for one, m in zip(alone, members)])
+        return torch.cat([generate(one, [m], c, steps, objective, **choices) for one, m in zip(alone, members)])
     prompts = c.repeat(len(members))
     null = torch.full_like(prompts, members[0].q.C)
-    x = sampler.sample(net, noise(0), (prompts,), (null,), steps=steps, draw_noise=lambda k: noise(k + 1), **choices)
+    if own := OBJECTIVES[objective].trajectory:
+        *_, (_, x) = own(net, noise(0), (prompts,), (null,), steps=steps, **choices)
+    else:
+        choices["draw_noise"] = lambda k: noise(k + 1)
+        x = sampler.sample(net, noise(0), (prompts,), (null,), steps=steps, **choices)
     return x.view(len(members), len(c), 2)
 
 

@@ -61,6 +61,27 @@ STUDIES = {
         },
         tuple(LAYOUTS),
     ),
+    "peers": Study(
+        "Self-E beside the other any-step objectives (peers/): which is nearest to the data, at which number of steps?",
+        {
+            "flow matching": (FLOW, AT_T),
+            "Self-E": ({}, {}),
+            "k = 0 throughout": (dict(aux_from=0.0, k=0.0), {}),
+            **{
+                label: (dict(objective=name, p_equal=p_equal) | more, dict(objective=name))
+                for label, name, p_equal, more in (
+                    ("IMM", "imm", 1.0, {}),
+                    ("shortcut", "shortcut", 7 / 8, {}),
+                    ("MeanFlow", "meanflow", 0.75, {}),
+                    ("MeanFlow, power 0", "meanflow", 0.75, dict(loss_power=0.0)),
+                    ("improved MeanFlow, power 0", "improved_meanflow", 0.5, dict(loss_power=0.0)),
+                    ("TiM", "tim", 0.5, {}),
+                    ("TiM, power 0", "tim", 0.5, dict(loss_power=0.0)),
+                )
+            },
+        },
+        tuple(LAYOUTS),
+    ),
     "s_rule": Study(
         "How does s_k between t_(k+1) (0) and t_k (1) act at each budget? (S.3.1, Fig. S.3, S.4)",
         crossed(
@@ -171,8 +192,12 @@ STUDIES = {
 # =====================================================================================================================
 def weights_file(member: Member, steps: int, changes: dict) -> Path:
     """Where a trained member is kept: named by all that made it, the text of the code that trains included."""
+    own = {"self_e": [], "imm": ["baselines.py"], "improved_meanflow": ["peers/meanflow.py", "peers/tim.py"],
+           "meanflow": ["peers/meanflow.py", "peers/tim.py"]}  # fmt: skip
+    objective = (PAPER | changes)["objective"]
     code = [(ROOT / name).read_text(encoding="utf-8")
-            for name in ("losses.py", "model.py", "engine/randomness.py", "toy/training.py", "toy/mixture.py")]
+            for name in ("losses.py", "model.py", "engine/randomness.py", "toy/training.py", "toy/mixture.py",
+                         *own.get(objective, [f"peers/{objective}.py"]))]  # fmt: skip
     recipe = json.dumps([member, steps, PAPER | changes, code], sort_keys=True)
     return ROOT / "runs" / "toy" / f"{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.pt"
 

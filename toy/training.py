@@ -6,6 +6,7 @@
 PAPER below lists every choice of the objective with the paper's value; train takes departures from it.
 """
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+import baselines
 import losses
+import objectives
 from engine.randomness import rng
 from toy.mixture import LAYOUTS, Mixture
 
@@ -97,6 +100,7 @@ def assemble(members: list[Member], weights: list[dict]) -> Net:
 # Training
 # =====================================================================================================================
 PAPER = dict(
+    objective="self_e",  # or another of objectives.OBJECTIVES; the choices down to null_target belong to self_e
     p_equal=0.5,  # share of s = t
     tau_over=0.42,  # share of the training over which tau rises from 0 to 1 (s.13); 0 starts at 1
     aux_from=None,  # share of the training after which the auxiliary term is on; None: never
@@ -110,6 +114,10 @@ PAPER = dict(
     null_target="data",
     labels=True,  # False: no condition is ever shown
     wrong_labels=0.0,  # share of samples that are shown with the condition of another one
+    train_guidance=1.0,  # of the targets of peers/; 1 is off
+    imm_k=6,  # IMM's steps of the range of times, as a power of two
+    derivative="forward",  # of MeanFlow's target
+    loss_power=1.0,  # of its own that MeanFlow and TiM divide each error by
 )
 
 LAM_S = {
@@ -141,17 +149,32 @@ def batches(member: Member, steps: int, labels: bool, wrong: float = 0.0, at_onc
         yield from zip(*(a.split(BATCH) for a in (x0, c, is_null, z, u, eps, eps_s)))
 
 
+def step_of(net: Net, ema: Net, o: dict) -> nn.Module:
+    """The training step of PAPER with its departures: the module that train.py uses, on the toy's networks."""
+    if o["objective"] != "self_e":
+        return objectives.OBJECTIVES[o["objective"]].build(net, ema, SimpleNamespace(**o))
+    choose = {"online": net, "ema": ema}
+    return losses.SelfE(
+        net, choose[o["conditional"]], unconditional=choose[o["unconditional"]], target=o["target"], k=o["k"],
+        delta_scale=o["delta_scale"], lam_scale=o["lam_scale"], lam_s=LAM_S[o["lam_s"]], null_target=o["null_target"],
+    )  # fmt: skip
+
+
+def draws_of(objective: str, *numbers: Tensor) -> NamedTuple:
+    """z, u, eps, eps_s and below as the objective reads them; IMM's groups share two uniform numbers."""
+    z, u, eps = numbers[:3]
+    if objective == "imm":
+        return baselines.Draws(torch.special.ndtr(z)[:: baselines.M], u[:: baselines.M], eps)
+    return losses.Draws(*numbers)
+
+
 def train(members: list[Member], steps: int = STEPS, **changes) -> Net:
     """Train one network per member; `changes` are departures from PAPER. Returns the moving average of the weights."""
     o = PAPER | changes
     C = members[0].q.C
     net, ema = (Net([m.seed for m in members], C) for _ in range(2))
     ema.requires_grad_(False)
-    choose = {"online": net, "ema": ema}
-    step_loss = losses.SelfE(
-        net, choose[o["conditional"]], unconditional=choose[o["unconditional"]], target=o["target"], k=o["k"],
-        delta_scale=o["delta_scale"], lam_scale=o["lam_scale"], lam_s=LAM_S[o["lam_s"]], null_target=o["null_target"],
-    )  # fmt: skip
+    step_loss = step_of(net, ema, o)
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.9, 0.95))
     schedule = lambda i: min((i + 1) / 100, 1) * (1 - i / steps)  # noqa: E731  warm-up, then linearly to zero
     half = losses.below_positions(list(range(BATCH)), o["p_equal"])
@@ -164,7 +187,8 @@ def train(members: list[Member], steps: int = STEPS, **changes) -> Net:
         tau = min(i / (o["tau_over"] * steps), 1.0) if o["tau_over"] > 0 else 1.0
         aux = o["aux_from"] is not None and i >= o["aux_from"] * steps
         null, fake = torch.full_like(c, C), c + C + 1
-        loss, _ = step_loss(x0, (c,), (null,), (fake,), is_null, losses.Draws(z, u, eps, eps_s, below), tau, aux)
+        draws = draws_of(o["objective"], z, u, eps, eps_s, below)
+        loss, _ = step_loss(x0, (c,), (null,), (fake,), is_null, draws, tau, aux)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {float(loss)} at step {i}: {o}")
         optimizer.zero_grad()

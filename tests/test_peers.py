@@ -1,0 +1,224 @@
+"""The objectives of peers/ in the loop: times, derivatives, cost, resuming, sampling, bad input.
+
+Their fixed points and whole steps are lines of toy/identities.py, run by tests/test_toy.py.
+"""
+
+import math
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import baselines
+import losses
+import model
+import objectives
+import sample
+import train
+from engine import arguments, errors
+from peers import meanflow, shortcut, tim
+from ranks import train as processes
+
+NAMES = ("shortcut", "meanflow", "improved_meanflow", "tim")
+QUICK = ["--batch-size", "8", "--device", "cpu", "--precision", "fp32", "--no-compile", "--grid-every", "0"]
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    train.main()
+
+
+def drawn(name: str, n: int = 20000) -> losses.Draws:
+    return objectives.OBJECTIVES[name].draw(0, 0, list(range(n)), (1,))
+
+
+def logit(a: torch.Tensor) -> torch.Tensor:
+    return (a / (1 - a)).log()
+
+
+def gap_of_distributions(values: torch.Tensor, cumulative) -> float:
+    """Kolmogorov-Smirnov: the largest distance between the empirical distribution and `cumulative`."""
+    values = values.sort().values.double()
+    return float((cumulative(values) - (torch.arange(len(values)) + 0.5) / len(values)).abs().max())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Times
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name, module, mean, std, share, at_zero", [
+    ("meanflow", meanflow, -0.4, 1.0, 0.25, 0), ("improved_meanflow", meanflow, -0.4, 1.0, 0.5, 0),
+    ("tim", tim, 0.0, 1.6, 0.5, 0.1)])  # fmt: skip
+def test_both_times_are_logistic_normals_in_order(name, module, mean, std, share, at_zero):
+    draws = drawn(name)
+    t, r = module.times(draws.z, draws.u, draws.below)
+    below = r < t
+    assert below.float().mean().item() == pytest.approx(share, abs=0.005) and (r <= t).all()
+    assert (r == 0).float().mean().item() == pytest.approx(at_zero, abs=0.02)
+
+    def larger(x):  # of two independent ones
+        return torch.special.ndtr((logit(x) - mean) / std) ** 2
+
+    def smaller(x):
+        return 1 - (1 - torch.special.ndtr((logit(x) - mean) / std)) ** 2
+
+    own = r[below & (r > 0)]
+    assert gap_of_distributions(t, larger) < 1.95 / len(t) ** 0.5  # exceeded once in a thousand draws
+    assert gap_of_distributions(own, smaller) < 1.95 / len(own) ** 0.5
+
+
+def test_shortcuts_lie_on_the_grid_of_their_length():
+    draws = drawn("shortcut", 16000)
+    t, d = shortcut.times(draws.z, draws.u, draws.below)
+    others = torch.ones(len(t), dtype=torch.bool).index_fill(0, draws.below, False)
+    assert len(draws.below) == len(t) // 8 and (d[others] == 1 / 128).all()
+    counts = [int((d[draws.below] == 2.0**-k).sum()) for k in range(7)]
+    assert sum(counts) == len(draws.below) and min(counts) > 200  # 286 each in the mean
+    assert torch.equal(t / d, (t / d).round()) and (t - d >= 0).all() and (t <= 1).all()
+    assert gap_of_distributions(t[others] - 1 / 256, lambda x: x) < 1.95 / 14000**0.5 + 1 / 256  # uniform
+
+
+def test_other_numbers_of_steps_are_told_a_learned_length():
+    def lengths(n):
+        seen = []
+        V = lambda x, t, s: seen.append((t - s)[0].item()) or 0 * x  # noqa: E731
+        ends = [t for t, _ in shortcut.trajectory(V, torch.zeros(1, 2), (), steps=n)]
+        assert len(seen) == n and np.allclose(ends, np.arange(n - 1, -1, -1) / n)
+        assert len({round(a, 6) for a in seen}) == 1
+        return seen[0]
+
+    assert [lengths(n) for n in (1, 2, 3, 4, 50, 128, 500)] == pytest.approx(
+        [1, 1 / 2, 1 / 4, 1 / 4, 1 / 64, 1 / 128, 1 / 128])  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Derivatives, cost
+# ---------------------------------------------------------------------------------------------------------------------
+def network(factor: float) -> model.Denoiser:
+    """The laptop model with weights unlike those of the start, where its output is zero."""
+    torch.manual_seed(0)
+    made = model.Denoiser(**model.SIZES["laptop"], time_factor=factor)
+    with torch.no_grad():
+        for p in made.parameters():
+            p += 0.02 * torch.randn_like(p)
+    return made.requires_grad_(False)
+
+
+def some_inputs(n: int) -> tuple:
+    g = torch.Generator().manual_seed(1)
+    x, v = torch.randn(n, 3, 16, 16, generator=g), torch.randn(n, 3, 16, 16, generator=g)
+    t, r = torch.linspace(0.3, 0.9, n), torch.linspace(0.1, 0.5, n)
+    return x, v, t, r, (torch.randn(n, 6, 256, generator=g), torch.randn(n, 256, generator=g))
+
+
+def test_the_finite_difference_is_close_to_the_exact_derivative_but_for_fluxs_time_features(capsys):
+    """On the transformer. With 1000 t in the features the two have nothing to do with each other."""
+    x, v, t, r, c = some_inputs(4)
+    off = {}
+    for factor in (1.0, 1000.0):
+        V = network(factor)
+        exact = meanflow.path_derivative(V, x, v, t, r, c)
+        off[factor] = float((tim.path_difference(V, x, v, t, r, c) - exact).norm() / exact.norm())
+    with capsys.disabled():
+        print(f"\nrelative error of the finite difference: {off[1.0]:.1e}; with FLUX's features {off[1000.0]:.1e}")
+    assert off[1.0] < 0.01 and off[1000.0] > 0.3
+    assert all(objectives.OBJECTIVES[name].time_factor == 1 for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_price_is_what_is_evaluated(name):
+    """Forward passes of a step: 3 for each picture that the gradient passes through, 1 for each other evaluation."""
+    rows = {True: 0, False: 0}
+
+    class Counting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, t, s, *c):
+            rows[torch.is_grad_enabled()] += len(x)
+            return self.w + 0 * x
+
+    n, objective = 32, objectives.OBJECTIVES[name]
+    flags = SimpleNamespace(train_guidance=1.0, derivative="difference", loss_power=1.0)
+    draws = objective.draw(0, 0, list(range(n)), (3, 4, 4))
+    c = (torch.zeros(n, 2),)
+    objective.build(Counting(), Counting(), flags)(torch.ones(n, 3, 4, 4), c, c, None, None, draws, 1.0)
+    assert (3 * rows[True] + rows[False]) / n == objective.forwards
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As a user meets them
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", NAMES)
+def test_each_trains_resumes_and_samples(name, tmp_path, monkeypatch):
+    flags = ["--objective", name, "--train-guidance", 2, *QUICK]
+    run(monkeypatch, "--steps", 4, "--out", tmp_path / "whole", *flags, "--save-every", 2, "--keep", 9)
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    (tmp_path / "parts").mkdir()
+    run(monkeypatch, "--steps", 4, "--out", tmp_path / "parts", *flags, "--save-every", 2, "--keep", 9)
+    for folder in sorted((tmp_path / "parts" / "state").iterdir())[-1:]:  # as if stopped after two iterations
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    run(monkeypatch, "--resume", "--out", tmp_path / "parts", "--device", "cpu")
+    parts = load_file(tmp_path / "parts" / "model.safetensors")
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+    loaded, seen = sample.load(tmp_path / "whole", torch.device("cpu")), []
+    loaded.network.register_forward_pre_hook(lambda m, inputs: seen.append((inputs[1][0].item(), inputs[2][0].item())))
+    sample.generate(loaded, ["x"], [(0,)], steps=2)
+    assert np.allclose(seen, [(1, 0.5), (0.5, 0)])  # the network is told where the step leads
+    with pytest.raises(errors.UserError, match="--eta"):
+        sample.generate(loaded, ["x"], [(0,)], steps=2, eta=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_and_the_compiler_change_nothing(name, tmp_path):
+    """Gradients are reduced although evaluations run inside the step; compiled blocks give the same to rounding."""
+    flags = ["--objective", name, "--train-guidance", "2", "--steps", "3", "--batch-size", "16", "--grid-every", "0",
+             "--device", "cpu", "--precision", "fp32"]  # fmt: skip
+    processes(1, "--out", tmp_path / "one", *flags, "--no-compile")
+    processes(2, "--out", tmp_path / "two", *flags, "--no-compile")
+    processes(1, "--out", tmp_path / "compiled", *flags, "--compile", program="train",
+                script="import train; train.EAGER_STEPS = 1; from engine import errors; errors.run(train.main)")
+    one, two, compiled = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two", "compiled"))
+    for other in (two, compiled):
+        assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-4  # Adam moved them by 1e-2
+
+
+def test_the_flags_reach_the_objectives():
+    args = arguments.parse(["--objective", "meanflow", "--train-guidance", "3", "--loss-power", "0.75",
+                            "--derivative", "forward"])  # fmt: skip
+    built = objectives.OBJECTIVES["meanflow"].build(torch.nn.Linear(1, 1), None, args)
+    assert (built.guidance, built.power, built.improved) == (3, 0.75, False) and args.compile is False
+    assert built.derivative is meanflow.path_derivative
+    args = arguments.parse(["--aux-from", "0", "--k", "0"])
+    assert objectives.OBJECTIVES["self_e"].build(torch.nn.Linear(1, 1), None, args).k == 0
+
+
+@pytest.mark.parametrize("flags", [
+    ["--objective", "imm", "--train-guidance", "2"], ["--objective", "flow_matching", "--loss-power", "0"],
+    ["--objective", "tim", "--derivative", "forward"], ["--objective", "tim", "--loss-power", "2"],
+    ["--objective", "meanflow", "--derivative", "forward", "--compile"], ["--objective", "tim", "--k", "0"],
+    ["--objective", "shortcut", "--train-guidance", "0"], ["--objective", "shortcut", "--batch-size", "12"],
+    ["--k", "1.5"], ["--objective", "telepathy"]], ids=" ".join)  # fmt: skip
+def test_bad_flags_are_one_line(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "x"), *flags])
+    with pytest.raises(SystemExit) as stopped:
+        errors.run(train.main)
+    assert stopped.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_imm_starts_below_one_and_the_others_at_one():
+    starts = {}
+    for name, objective in objectives.OBJECTIVES.items():
+        if objective.trajectory:
+            V = lambda x, t, s, name=name: starts.setdefault(name, t[0].item()) * 0 * x  # noqa: E731
+            list(objective.trajectory(V, torch.zeros(1, 2), (), steps=2))
+    assert starts.pop("imm") == pytest.approx(baselines.T_MAX)
+    assert set(starts) == set(NAMES) and all(math.isclose(t, 1) for t in starts.values())
