@@ -228,7 +228,7 @@ def study(kept: dict, path: Path, measure: str = "energy") -> None:
         return along_s_rule(kept, path, measure)
     layouts = list(dict.fromkeys(r["layout"] for r in kept["records"]))
     labels = list(dict.fromkeys(r["label"] for r in kept["records"] if r["label"] != "floor"))
-    crossed = len(labels) > len(COLOURS)
+    crossed = len(labels) > len(COLOURS) and all(", " in label for label in labels)
     trainings = list(dict.fromkeys(label.split(", ")[0] for label in labels)) if crossed else [""]
     panels = [(training, layout) for training in trainings for layout in layouts]
     columns = len(layouts) if len(layouts) > 1 else len(panels)
@@ -242,7 +242,8 @@ def study(kept: dict, path: Path, measure: str = "energy") -> None:
             mean, spread = cells_of(kept, label, layout, measure)
             shift = np.array(BUDGETS) * (1 + 0.02 * (j - len(shown) / 2))  # so that bars do not hide one another
             name = label.split(", ", 1)[1] if crossed else label
-            axis.errorbar(shift, mean, yerr=spread, marker="o", markersize=3, linewidth=1.2, label=name)
+            line = "--" if j >= len(COLOURS) else "-"  # where the colours begin anew
+            axis.errorbar(shift, mean, yerr=spread, marker="o", markersize=3, linewidth=1.2, linestyle=line, label=name)
         distance_axis(axis, f"{layout}: {training}" if crossed else layout)
         axis.label_outer()
         if i % columns == 0:

@@ -73,10 +73,10 @@ STUDIES = {
                     ("IMM", "imm", 1.0, {}),
                     ("shortcut", "shortcut", 7 / 8, {}),
                     ("MeanFlow", "meanflow", 0.75, {}),
-                    ("MeanFlow, power 0", "meanflow", 0.75, dict(loss_power=0.0)),
-                    ("improved MeanFlow, power 0", "improved_meanflow", 0.5, dict(loss_power=0.0)),
+                    ("MeanFlow (power 0)", "meanflow", 0.75, dict(loss_power=0.0)),
+                    ("improved MeanFlow (power 0)", "improved_meanflow", 0.5, dict(loss_power=0.0)),
                     ("TiM", "tim", 0.5, {}),
-                    ("TiM, power 0", "tim", 0.5, dict(loss_power=0.0)),
+                    ("TiM (power 0)", "tim", 0.5, dict(loss_power=0.0)),
                 )
             },
         },
