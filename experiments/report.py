@@ -66,33 +66,34 @@ def save(figure, path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 # ---------------------------------------------------------------------------------------------------------------------
+def cell(values: list[float], sign: str = "") -> str:
+    """Mean and half-width of the 95% interval over seeds; one seed has no interval."""
+    mean, half = t_interval(values)
+    return f"{mean:{sign}.3f}" + (f" ± {half:.3f}" if np.isfinite(half) else "")
+
+
 def write_table(rows: dict, out: Path, steps: tuple[int, ...]) -> None:
-    """OUT/table2.md: our scores beside the paper's, and the differences that decide claims."""
+    """OUT/table2.md: our scores, the paper's, and the differences that decide claims."""
     lines = ["# Table 2 in miniature", "",
-             "Overall score on test prompts, mean over seeds +- half-width of the 95% interval; in brackets the "
-             f"paper's ({PAPER_NOTE}). Prompts of one shape are too few to spare: those tags ask training's own, with "
-             "other noise than the search; `pairs` in `rows/` are held out. Settings and scores by tag are in `rows/`. "
-             "Precision is the faster one of the machine that trained. Made by `python experiments/tables.py`.", "",
+             "Overall score on test prompts: mean over seeds ± half-width of the 95% interval. There are too few "
+             "prompts of one shape to hold any out. Those tags are tested on the prompts of training, with other noise than "
+             "the search; `pairs` in `rows/` are held out. Settings and scores by tag are in `rows/`. Precision is the "
+             "faster one of the machine that trained. Made by `python experiments/tables.py`.", "",
              f"| row | seeds | {columns(steps)} | precision |", "|---" * (len(steps) + 3) + "|"]  # fmt: skip
     for row, seeds in rows.items():
-        title, _, paper = ROWS[row]
-        cells = []
-        for n in steps:
-            mean, half = t_interval([score_of(r, n) for r in seeds.values()])
-            told = f" ({paper[PAPER_STEPS.index(n)]:.3f})" if paper and n in PAPER_STEPS else ""
-            cells.append(f"{mean:.3f}" + (f" +- {half:.3f}" if np.isfinite(half) else "") + told)
+        cells = [cell([score_of(r, n) for r in seeds.values()]) for n in steps]
         precision = sorted({SHORT[r["training"]["precision"]] for r in seeds.values()})
-        lines.append(f"| {title} | {len(seeds)} | {' | '.join(cells)} | {', '.join(precision)} |")
-    lines += ["", "Paired differences over seeds (mean, 95% interval):", "",
-              f"| difference | {columns(steps)} |", "|---" * (len(steps) + 1) + "|"]  # fmt: skip
+        lines.append(f"| {ROWS[row][0]} | {len(seeds)} | {' | '.join(cells)} | {', '.join(precision)} |")
+    lines += ["", "Paired differences over seeds:", "", f"| difference | seeds | {columns(steps)} |",
+              "|---" * (len(steps) + 2) + "|"]  # fmt: skip
     for a, b in DIFFERENCES:
-        if a in rows and b in rows and set(rows[a]) & set(rows[b]):
-            cells = []
-            for n in steps:
-                mean, half = difference(rows, a, b, n)
-                interval = f" [{mean - half:+.3f}, {mean + half:+.3f}]" if np.isfinite(half) else ""
-                cells.append(f"{mean:+.3f}{interval}")
-            lines.append(f"| {ROWS[a][0]} minus {ROWS[b][0]} | {' | '.join(cells)} |")
+        common = sorted(set(rows.get(a, ())) & set(rows.get(b, ())))
+        if common:
+            cells = [cell([score_of(rows[a][s], n) - score_of(rows[b][s], n) for s in common], "+") for n in steps]
+            lines.append(f"| {ROWS[a][0]} minus {ROWS[b][0]} | {len(common)} | {' | '.join(cells)} |")
+    lines += ["", f"The paper's ({PAPER_NOTE}):", "", f"| row | {columns(PAPER_STEPS)} |", "|---" * 5 + "|"]
+    lines += [f"| {ROWS[row][0]} | {' | '.join(f'{score:.3f}' for score in ROWS[row][2])} |"
+              for row in rows if ROWS[row][2]]  # fmt: skip
     with checkpoint.in_one_piece(out / "table2.md") as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -38,7 +38,7 @@ DIFFERENCES = (("self_e", "flow_matching"), ("self_e", "control"), ("control", "
                ("aux_late", "flow_matching"), ("aux_late", "control"), ("self_e_ema", "self_e"),
                ("self_e_ema", "control"), *((row, "self_e") for row in GALLERY))  # fmt: skip
 PROGRESS = ("flow_matching", "self_e")  # the rows of Fig. 5, scored along their training
-PAPER_NOTE = ("paper: GenEval of 0.5B models after 300k iterations; w/o target norm. and w/ aux. term after 100k, when "
+PAPER_NOTE = ("GenEval of 0.5B models after 300k iterations; w/o target norm. and w/ aux. term after 100k, when "
               "its Ours has 0.544, 0.638, 0.682 and 0.716")  # fmt: skip
 # Single shapes, two captions in five those of another picture. The setting was chosen on seeds 0 and 1: not these.
 # The longest of these prompts has six words.

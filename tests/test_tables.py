@@ -34,7 +34,7 @@ def test_the_quick_form_makes_every_file_and_goes_on_where_it_stopped(tmp_path):
     assert [p["step"] for p in points] == [2, 4]
     assert all((out / name).exists() for name in ("table2.md", "scores.png", "progress.png"))
     table = (out / "table2.md").read_text()
-    assert "Flow Matching" in table and "(0.610)" in table
+    assert "Flow Matching" in table and "| 0.610 |" in table
     before = (out / "rows/self_e-0.json").read_bytes()
     second = command(tmp_path, "--seeds", "0", "1")
     assert second.returncode == 0, second.stderr
