@@ -38,7 +38,7 @@ from toy import studies
 from toy.mixture import LAYOUTS, Mixture
 from toy.training import STEPS, Member
 
-FOLDER, PAGE = ROOT / "toy" / "explore", ROOT / "toy" / "explore.html"
+FOLDER, PAGE, MODEL = ROOT / "toy" / "explore", ROOT / "toy" / "explore.html", ROOT / "checkpoints" / "laptop"
 SEED, MOST_BYTES = 0, 1_500_000
 OBJECTIVES = ("flow matching", "control Delta = 0", "Self-E")  # of the study `objectives`
 
@@ -214,8 +214,20 @@ DRAG = """async ([frames, k]) => {
 }"""
 
 
+# Draw the first prompt in four guided steps, and take the time of each picture.
+PICTURES = """async ([config, weights, pictures]) => {
+  const model = picture_model(config, Uint8Array.from(atob(weights), (c) => c.charCodeAt(0)).buffer), times = [];
+  for (let seed = 0; seed < pictures; seed++) {
+    const start = performance.now(), choices = {seed, steps: 4, guidance: 1.5, eta: 1, s_rule: 0};
+    for await (const frame of picture_trajectory(model, "a photo of a red circle", choices)) frame;
+    times.push(performance.now() - start);
+  }
+  return times;
+}"""
+
+
 def measure(page: Path, frames: int = 300) -> None:
-    """Drag x_t for `frames` frames, with the field on; write results/explore.json, and a picture of the page.
+    """Drag x_t for `frames` frames, with the field on; draw pictures; write results/explore.json and explore.png.
 
     draw_ms is the time of the script that computes and draws one frame, frame_ms the time from frame to frame, with
     the browser's own painting, here by the processor. k = 1 is the classifier term alone, k = 0.9 also asks G_fake.
@@ -225,6 +237,8 @@ def measure(page: Path, frames: int = 300) -> None:
         tab.goto(page.resolve().as_uri())
         times = {f"k = {k:g}": tab.evaluate(DRAG, [frames, k]) for k in (1.0, 0.9)}
         arrows = tab.evaluate("GRID * GRID")
+        weights = base64.b64encode((MODEL / "model.safetensors").read_bytes()).decode()
+        pictures = tab.evaluate(PICTURES, [(MODEL / "config.json").read_text(encoding="utf-8"), weights, 10])
         tab.evaluate("change(plane, {...TRIES[0][1], part: 6})")
         tab.wait_for_timeout(300)  # the drawing of the next frame
         drawn = Image.open(BytesIO(tab.screenshot()))
@@ -233,12 +247,14 @@ def measure(page: Path, frames: int = 300) -> None:
         **machine.provenance(torch.device("cpu")), "browser": f"Chromium {version}, headless, no GPU",
         "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1), "frames": frames, "arrows": arrows,
         "times": {name: {key: spread(values) for key, values in row.items()} for name, row in times.items()},
+        "four_guided_steps_of_a_picture_ms": spread(pictures),
     }  # fmt: skip
     checkpoint.write_json(ROOT / "results" / "explore.json", record)
     drawn = drawn.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE)
     drawn.save(ROOT / "results" / "explore.png", optimize=True)
     for name, row in record["times"].items():
         print(f"{name}: drawing a frame {row['draw_ms']}, from frame to frame {row['frame_ms']}, in ms")
+    print(f"four guided steps of a picture: {record['four_guided_steps_of_a_picture_ms']}, in ms")
 
 
 def spread(times: list[float]) -> dict:
