@@ -26,6 +26,7 @@ class Objective(NamedTuple):
     build: Callable  # (network, ema, the flags of train.py) -> the module
     draw: Callable  # the random numbers of a micro-batch, like losses.draw
     forwards: float  # a training step's price, in forward passes of the batch: 1 forward + 2 backward + evaluations
+    guided: float = 0.0  # forward passes more for guidance in the target (--train-guidance)
     group: int = 2  # batch and micro-batch are multiples of it
     flags: tuple[str, ...] = ()  # of train.py's flags below "the objective", those that are its own
     s_rules: tuple[float, ...] = (0.0, 0.5, 1.0)  # the rules for s_k that make sense (sampler.py), its default first
@@ -54,21 +55,21 @@ OBJECTIVES = {
         flags=("imm_k",), trajectory=baselines.trajectory),
     "shortcut": Objective(
         lambda network, ema, flags: shortcut.Shortcut(network, ema, flags.train_guidance),
-        functools.partial(losses.draw, p_equal=7 / 8), forwards=3.25, group=8,  # two evaluations of an eighth
-        flags=("train_guidance",), time_factor=1.0, trajectory=shortcut.trajectory),
+        functools.partial(losses.draw, p_equal=7 / 8), forwards=3.25, guided=0.25,  # two evaluations of an eighth
+        group=8, flags=("train_guidance",), time_factor=1.0, trajectory=shortcut.trajectory),
     "meanflow": Objective(
         lambda network, ema, flags: meanflow.MeanFlow(network, flags.train_guidance, False, flags.derivative,
                                                              flags.loss_power),
-        functools.partial(losses.draw, p_equal=0.75), forwards=3.5, group=4,  # two evaluations of a quarter
+        functools.partial(losses.draw, p_equal=0.75), forwards=3.5, guided=2.0, group=4,  # two evaluations of a quarter
         flags=("train_guidance", "derivative", "loss_power"), time_factor=1.0, trajectory=FLOW_MAP),
     "improved_meanflow": Objective(
         lambda network, ema, flags: meanflow.MeanFlow(network, flags.train_guidance, True, flags.derivative,
                                                              flags.loss_power),
-        functools.partial(losses.draw, p_equal=0.5), forwards=4.5,  # three evaluations of half
+        functools.partial(losses.draw, p_equal=0.5), forwards=4.5, guided=2.0,  # three evaluations of half
         flags=("train_guidance", "derivative", "loss_power"), time_factor=1.0, trajectory=FLOW_MAP),
     "tim": Objective(
         lambda network, ema, flags: tim.TiM(network, ema, flags.train_guidance, flags.loss_power),
-        functools.partial(losses.draw, p_equal=0.5), forwards=4.0,  # two evaluations of half
+        functools.partial(losses.draw, p_equal=0.5), forwards=4.0, guided=2.0,  # two evaluations of half
         flags=("train_guidance", "loss_power"), time_factor=1.0, trajectory=FLOW_MAP),
 }  # fmt: skip
 AUX_FORWARDS = 5.5  # Self-E with the auxiliary term: a forward and a backward pass of half of the batch more

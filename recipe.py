@@ -53,6 +53,7 @@ class Recipe:
     ema: float = 0.9999
     dropout: float = 0.1  # share of prompts replaced by ""
     wrong_captions: float = 0.0  # share of samples that carry the caption of another (data.WrongCaptions)
+    guided: float = 0.0  # forward passes a picture that guidance in the objective's target takes (objectives.py)
     group: int = 2  # micro-batches are multiples of it: 2, every second sample has s < t (s.13); IMM's groups have 4
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ def latent_tokens(size: dict, shape: tuple[int, ...]) -> int:
 def picture_flops(size: dict, plan: Recipe, objective: str, side: int, factor: int, aux: bool) -> float:
     """Operations of one training step per picture of side x side pixels."""
     forwards = objectives.AUX_FORWARDS if aux else objectives.OBJECTIVES[objective].forwards
-    return forwards * model.forward_flops(size, image_tokens(size, side, factor), plan.txt_len)
+    return (forwards + plan.guided) * model.forward_flops(size, image_tokens(size, side, factor), plan.txt_len)
 
 
 def run_flops(size: dict, plan: Recipe, objective: str, factor: int, start: int = 0) -> float:

@@ -3,6 +3,7 @@
     python experiments/tables.py                         # all rows, three seeds; started again, it goes on where it was
     python experiments/tables.py --rows self_e control   # some rows; another process may train others beside it
     python experiments/tables.py --rows gallery          # the other any-step objectives (peers/), at the same budget
+    python experiments/tables.py --rows gallery --equal-cost --out results/equal-cost --runs runs/equal-cost
     python experiments/tables.py --quick                 # the whole path in minutes; budgets too small to mean much
     python experiments/tables.py --report                # tables and figures again, from what has been measured
 
@@ -11,7 +12,8 @@ and 50 steps. Guidance, eta and the rule for s_k are searched for each row and s
 on validation prompts, on the run of the first seed, in one grid for all rows. Flow matching stays at s_k = t_k, and an
 objective with a sampler of its own has guidance alone to choose. Everything measured is one JSON file per row and seed,
 beside one of the search per row and one for Fig. 5, written in one piece. What has been measured stays, whatever code
-made it: after a change that matters, choose another --out and --runs.
+made it: after a change that matters, choose another --out and --runs. --equal-cost gives every row the forward passes
+of Self-E in place of its iterations: cheaper steps are more of them.
 """
 
 import argparse
@@ -29,6 +31,7 @@ if __name__ == "__main__":  # started as a file: modules are found from the proj
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import data
+import model
 import objectives
 import recipe
 import sample
@@ -169,6 +172,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
       help="step counts (default: 1 2 4 8 50)")  # fmt: skip
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     a("--milestones", metavar="N", type=int, default=6, help="points along the training; 0 is none (default: 6)")
+    a("--equal-cost", action="store_true", help="equal forward passes (Self-E's) in place of equal iterations")
     a("--quick", action="store_true", help="tiny budgets, in OUT-quick and RUNS-quick: checks the path only")
     a("--report", action="store_true", help="only the tables and figures, from what has been measured")
     args = parser.parse_args(argv)
@@ -184,6 +188,16 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     args.sample_steps = sorted(args.sample_steps)
     args.rows = [row for name in args.rows for row in GROUPS.get(name, (name,))]
     return args
+
+
+def budget_of(row: str, budget: list[str], equal_cost: bool) -> list[str]:
+    """The flags of a row's training: the budget, its iterations scaled to the cost of Self-E's if asked for."""
+    if not equal_cost:
+        return budget
+    plans = {name: arguments.plan_of(arguments.parse([*budget, *ROWS[name][1]])) for name in ("self_e", row)}
+    cost = {name: recipe.run_flops(model.SIZES[arguments.parse(budget).size], plan,
+                            arguments.parse(ROWS[name][1]).objective, plan.factor()) for name, plan in plans.items()}
+    return [*budget, "--steps", str(round(plans[row].steps * cost["self_e"] / cost[row]))]
 
 
 def check_budget(args: argparse.Namespace, budget: list[str]) -> recipe.Recipe:
@@ -205,7 +219,7 @@ def keep_settings(args: argparse.Namespace) -> None:
     Precision is not part of it: train.py takes the faster one of the machine, and each row's file says which.
     Raises UserError when runs or results were begun with other settings.
     """
-    training = {"shapes": data.VERSION, "budget": args.budget}
+    training = {"shapes": data.VERSION, "budget": args.budget} | ({"equal_cost": True} if args.equal_cost else {})
     measuring = {name: getattr(args, name) for name in ("images", "search_images", "per_tag", "sample_steps")}
     for path, settings in ((args.runs / "settings.json", training), (args.out / "settings.json", training | measuring)):
         if path.exists() and checkpoint.read_json(path) != settings:
@@ -227,7 +241,8 @@ def measure_all(args: argparse.Namespace, device: torch.device) -> None:
         wanted = [f"{row}-{seed}.json", *([f"{row}-progress-{seed}.json"] if along else [])]
         if all((args.out / "rows" / name).exists() for name in wanted):
             continue  # measured, perhaps on another machine
-        train_row(row, seed, run, budget, args.device, max(1, plan.steps // args.milestones) if along else 0)
+        own = budget_of(row, budget, args.equal_cost)
+        train_row(row, seed, run, own, args.device, max(1, plan.steps // args.milestones) if along else 0)
         measure_row(row, seed, run, args, device)
         if along:
             measure_progress(row, seed, run, args, device)

@@ -16,6 +16,7 @@ import baselines
 import losses
 import model
 import objectives
+import recipe
 import sample
 import train
 from engine import arguments, errors
@@ -127,8 +128,9 @@ def test_the_finite_difference_is_close_to_the_exact_derivative_but_for_fluxs_ti
     assert all(objectives.OBJECTIVES[name].time_factor == 1 for name in NAMES)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_price_is_what_is_evaluated(name):
+def test_the_price_is_what_is_evaluated(name, guidance):
     """Forward passes of a step: 3 for each picture that the gradient passes through, 1 for each other evaluation."""
     rows = {True: 0, False: 0}
 
@@ -142,11 +144,14 @@ def test_the_price_is_what_is_evaluated(name):
             return self.w + 0 * x
 
     n, objective = 32, objectives.OBJECTIVES[name]
-    flags = SimpleNamespace(train_guidance=1.0, derivative="difference", loss_power=1.0)
+    flags = SimpleNamespace(train_guidance=guidance, derivative="difference", loss_power=1.0)
     draws = objective.draw(0, 0, list(range(n)), (3, 4, 4))
     c = (torch.zeros(n, 2),)
     objective.build(Counting(), Counting(), flags)(torch.ones(n, 3, 4, 4), c, c, None, None, draws, 1.0)
-    assert (3 * rows[True] + rows[False]) / n == objective.forwards
+    assert (3 * rows[True] + rows[False]) / n == objective.forwards + (objective.guided if guidance != 1 else 0)
+    plans = [arguments.plan_of(arguments.parse(["--objective", name, "--train-guidance", w])) for w in "12"]
+    flops = [recipe.picture_flops(model.SIZES["laptop"], plan, name, 16, 1, False) for plan in plans]
+    assert flops[1] / flops[0] == pytest.approx(1 + objective.guided / objective.forwards)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
