@@ -13,7 +13,7 @@ Symbols, as in the paper                                                        
     c, null     tuples    the condition and the null prompt phi: tensors with leading dimension B   3
     x0_hat      [B, ...]  G(x_t, t, s, c), the model's prediction of x0                             3
     x_s_hat     [B, ...]  x0_hat, noised again to time s                                            3.2
-    Delta       [B, ...]  the self-evaluation: how x0_hat should change, with opposite sign         S.1.2
+    Delta       [B, ...]  the self-evaluation: minus the change that x0_hat should make             S.1.2
     x_self      [B, ...]  x0_hat - Delta, the pseudo-target                                         3.2
     lam         [B]       lambda_{s,t}, the weight of self-evaluation                               3.3
     x_tar, x_renorm       the implicit target, and the same at the norm of x0                       3.3

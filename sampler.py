@@ -9,7 +9,7 @@ One update serves every sampler of the paper, from (x_t, x0_hat) at time t to ti
 
     choice            std                                                      what it is
     eta = 0           0                                                        Eq. 22, the deterministic (DDIM) step
-    eta = 1           sigma_s sqrt(1 - (alpha_t sigma_s / alpha_s sigma_t)^2)  the exact q(x_s | x_t, x0_hat): the paper
+    eta = 1           sigma_s sqrt(1 - (alpha_t sigma_s / (alpha_s sigma_t))^2)  exact q(x_s | x_t, x0_hat): the paper
     0 < eta < 1       eta times that                                           in between
     eta = "renoise"   sigma_s                                                  Eq. 8: forget x_t, noise x0_hat anew
     at s = 0          0                                                        every choice returns x0_hat itself

@@ -10,12 +10,12 @@ flow. It obeys the MeanFlow identity (their Sec. 4.1), and training regresses u 
 
 MeanFlow takes v = eps - x0, the velocity of this one pair, for both. That is right in the mean over pairs, because the
 right-hand side is linear in v. Improved MeanFlow moves along the network's own velocity u(x_t, t, t, c) instead, and
-keeps eps - x0 as the first term alone. So u + (t - r) sg[du/dt] is regressed on v, a target that no network has a part
-in. (Their network also has a head for v, and inputs for the guidance scale and its interval. Both are left out here.)
+keeps eps - x0 as the first term alone. So u + (t - r) sg[du/dt] is regressed on v, a target that contains no
+network. (Their network also has a head for v, and inputs for the guidance scale and its interval. Both are left out.)
 
-The derivative is exact by forward-mode differentiation, or TiM's finite difference (peers/tim.py). The paper has the
-first. The second is the default here: it compiles, runs on every attention kernel, and costs two evaluations of the
-samples with r < t. `tests/test_peers.py` measures how far the two are apart.
+The derivative is exact by forward-mode differentiation, or TiM's finite difference (peers/tim.py). The paper uses the
+exact one. The difference is the default here: it compiles, runs on every attention kernel, and costs two evaluations
+of the samples with r < t. `tests/test_peers.py` measures how far the two are apart.
 
 Choices of the paper's ImageNet setting: both times sigmoid(z - 0.4), a quarter of the batch with r < t (half of it for
 improved MeanFlow), the squared error divided by itself plus 1e-3.

@@ -9,9 +9,10 @@ Seven eighths of a batch learn flow matching at the smallest d, 1/128. The rest 
     x' = x_t - d/2 s(x_t, t, d/2)
     s(x_t, t, d) <- sg[ (s(x_t, t, d/2) + s(x', t - d/2, d/2)) / 2 ]
 
-for d = 1, 1/2, .., 1/64 in equal shares and t on the grid of d. So truth spreads from the smallest step to larger ones.
-The EMA evaluates. x' and the target are clipped to [-4, 4], as in the authors' code (kvfrans/shortcut-models).
-Guidance enters where a target rests on the smallest step, so larger steps learn guided paths from it.
+for d = 1, 1/2, .., 1/64 in equal shares and t on the grid of d. So what data teaches the smallest step spreads to
+larger ones. The EMA evaluates. x' and the target are clipped to [-4, 4], as in the authors' code
+(kvfrans/shortcut-models). Guidance enters only the targets built from steps of 1/128; larger steps learn guided paths
+from them.
 
 Learned steps are powers of 1/2. For other numbers of steps the sampler tells the largest learned step that is not
 longer than the one made. (The authors sample at powers of two alone.)

@@ -62,7 +62,8 @@ def path_difference(V: Callable, x_t: Tensor, v: Tensor, t: Tensor, r: Tensor, c
 def guided_velocity(v: Tensor, F_c: Tensor, F_null: Tensor, w: float) -> Tensor:
     """A velocity target under which F(x_t, t, t, c) becomes the guided velocity of scale w > 0.
 
-    At rest F_c is the mean of v_w given x_t, so F_c / w = v_c - (1 - 1 / w) F_null: F_c = F_null + w (v_c - F_null).
+    At the fixed point F_c is the mean of v_w given x_t. So F_c / w = v_c - (1 - 1 / w) F_null, that is,
+    F_c = F_null + w (v_c - F_null).
     TiM has the factor 0.75 (w = 4) and lets the EMA evaluate; MeanFlow calls the factor kappa.
     """
     return v + (1 - 1 / w) * (F_c - F_null)
