@@ -54,6 +54,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """The best rate of a large matrix product here, in FLOP/s: what a training
     step's own rate is measured against (MFU)."""
     side = 8192 if device.type == "cuda" else 1024
+    if device.type == "cpu" and matmul_seconds(device, dtype, 256, 1) > 0.005:
+        side = 256  # a type that this processor has no instructions for: the large product would take seconds
     return 2 * side**3 / matmul_seconds(device, dtype, side)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from engine import errors
 from experiments import cost
 from objectives import AUX_FORWARDS, OBJECTIVES
 
@@ -30,8 +31,9 @@ def test_every_objective_is_counted_and_costs_what_the_plan_says(tmp_path):
     assert kept[1] == pytest.approx(kept[0], rel=0.01) and kept[2] > 1.3 * kept[0]
 
 
-def test_bad_input_is_one_line():
-    for flags in (["--batch", "12"], ["--out", "/nowhere/at/all.json"], ["--objectives", "telepathy"]):
-        result = subprocess.run([sys.executable, "experiments/cost.py", *flags], cwd=ROOT, capture_output=True,
-                                text=True)  # fmt: skip
-        assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1
+@pytest.mark.parametrize("flags", [["--batch", "12"], ["--out", "/nowhere/at/all.json"], ["--objectives", "telepathy"]])
+def test_bad_input_is_one_line(flags, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cost.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        errors.run(cost.main)
+    assert stopped.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1

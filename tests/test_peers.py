@@ -157,7 +157,7 @@ def test_the_price_is_what_is_evaluated(name, guidance):
 # ---------------------------------------------------------------------------------------------------------------------
 # As a user meets them
 # ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["tim", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[:3])])
 def test_each_trains_resumes_and_samples(name, tmp_path, monkeypatch):
     flags = ["--objective", name, "--train-guidance", 2, *QUICK]
     run(monkeypatch, "--steps", 4, "--out", tmp_path / "whole", *flags, "--save-every", 2, "--keep", 9)
