@@ -41,8 +41,11 @@ def self_e(network, ema, flags) -> losses.SelfE:
                         unconditional=null_branch)  # fmt: skip
 
 
-FLOW_MAP = functools.partial(baselines.trajectory, start=1.0)  # x_s = x_t - (t - s) V, from t = 1 in equal steps
+def mean_flow(network, ema, flags, improved: bool) -> meanflow.MeanFlow:
+    return meanflow.MeanFlow(network, flags.train_guidance, improved, flags.derivative, flags.loss_power)
 
+
+FLOW_MAP = functools.partial(baselines.trajectory, start=1.0)  # x_s = x_t - (t - s) V, from t = 1 in equal steps
 
 OBJECTIVES = {
     "self_e": Objective(
@@ -51,20 +54,17 @@ OBJECTIVES = {
     "flow_matching": Objective(self_e, functools.partial(losses.draw, p_equal=1.0), forwards=3.0, s_rules=(1.0,)),
     "imm": Objective(
         lambda network, ema, flags: baselines.IMM(network, flags.imm_k), baselines.draw, forwards=4.0,
-        group=baselines.M,
-        flags=("imm_k",), trajectory=baselines.trajectory),
+        group=baselines.M, flags=("imm_k",), trajectory=baselines.trajectory),
     "shortcut": Objective(
         lambda network, ema, flags: shortcut.Shortcut(network, ema, flags.train_guidance),
         functools.partial(losses.draw, p_equal=7 / 8), forwards=3.25, guided=0.25,  # two evaluations of an eighth
         group=8, flags=("train_guidance",), time_factor=1.0, trajectory=shortcut.trajectory),
     "meanflow": Objective(
-        lambda network, ema, flags: meanflow.MeanFlow(network, flags.train_guidance, False, flags.derivative,
-                                                             flags.loss_power),
+        functools.partial(mean_flow, improved=False),
         functools.partial(losses.draw, p_equal=0.75), forwards=3.5, guided=2.0, group=4,  # two evaluations of a quarter
         flags=("train_guidance", "derivative", "loss_power"), time_factor=1.0, trajectory=FLOW_MAP),
     "improved_meanflow": Objective(
-        lambda network, ema, flags: meanflow.MeanFlow(network, flags.train_guidance, True, flags.derivative,
-                                                             flags.loss_power),
+        functools.partial(mean_flow, improved=True),
         functools.partial(losses.draw, p_equal=0.5), forwards=4.5, guided=2.0,  # three evaluations of half
         flags=("train_guidance", "derivative", "loss_power"), time_factor=1.0, trajectory=FLOW_MAP),
     "tim": Objective(

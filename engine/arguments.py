@@ -177,7 +177,8 @@ def plan_of(args: argparse.Namespace) -> recipe.Recipe:
     """The recipe of --size with what the flags change."""
     objective = OBJECTIVES[args.objective]
     changes = {name: getattr(args, name) for name in RECIPE} | {"group": objective.group}
-    changes["guided"] = objective.guided if args.train_guidance != 1 else 0.0
+    if args.train_guidance != 1:  # guidance is in the target: none at sampling
+        changes |= {"guided": objective.guided, "guidance": 1.0}
     aux_from = args.aux_from if "aux_from" in objective.flags else 1.0  # the others have no auxiliary term
     return recipe.make(args.size, data=args.data and tuple(args.data), aux_from=aux_from, **changes)
 

@@ -173,6 +173,7 @@ def test_each_trains_resumes_and_samples(name, tmp_path, monkeypatch):
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
     loaded, seen = sample.load(tmp_path / "whole", torch.device("cpu")), []
+    assert loaded.config["guidance"] == 1  # it is in the target of training already
     loaded.network.register_forward_pre_hook(lambda m, inputs: seen.append((inputs[1][0].item(), inputs[2][0].item())))
     sample.generate(loaded, ["x"], [(0,)], steps=2)
     assert np.allclose(seen, [(1, 0.5), (0.5, 0)])  # the network is told where the step leads
