@@ -24,6 +24,7 @@ Symbols, as in the paper                                                        
     k           scalar    the share of the classifier term in Delta, 0.9                            S.1.2
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +38,11 @@ from engine.randomness import rng
 def like(t: Tensor, x: Tensor) -> Tensor:
     """Times [B] -> [B, 1, ..., 1], to multiply tensors shaped like x."""
     return t.view(-1, *[1] * (x.dim() - 1))
+
+
+def rows(positions: Tensor, x: Tensor | tuple) -> Tensor | tuple:
+    """The rows of x at `positions` [n], [B, ...] -> [n, ...]; of a condition, those of each of its tensors."""
+    return tuple(a[positions] for a in x) if isinstance(x, tuple) else x[positions]
 
 
 def squared_norm(x: Tensor) -> Tensor:
@@ -390,15 +396,13 @@ class SelfE(nn.Module):
         stats = {"t": t, "s": s}
 
         if len(draws.below):  # flow matching has no s < t
-
-            def j(x):  # the half with s < t
-                return tuple(a[draws.below] for a in x) if isinstance(x, tuple) else x[draws.below]
-
+            j = functools.partial(rows, draws.below)  # the half with s < t
+            t_j, s_j, x0_j, x0_hat_j, is_null_j = map(j, (t, s, x0, x0_hat, is_null))
             prompts = j(c), j(null), j(fake) if aux else None
-            Delta, loss_fake = self.self_evaluate(j(x0_hat), j(s), *prompts, j(is_null), j(draws.eps_s))  # Eq. 8, s.6
-            x_self = pseudo_target(j(x0_hat), Delta)  # [n, ...] Eq. 14
-            mix = self.mix(j(t), j(s), j(is_null), aux)  # [n] Eq. 17
-            loss = loss.index_put((draws.below,), self.regress(j(x0_hat), j(x0), x_self, mix))  # [n] of [B] Eq. 18-20
+            Delta, loss_fake = self.self_evaluate(x0_hat_j, s_j, *prompts, is_null_j, j(draws.eps_s))  # Eq. 8, s.6
+            x_self = pseudo_target(x0_hat_j, Delta)  # [n, ...] Eq. 14
+            mix = self.mix(t_j, s_j, is_null_j, aux)  # [n] Eq. 17
+            loss = loss.index_put((draws.below,), self.regress(x0_hat_j, x0_j, x_self, mix))  # [n] of [B] Eq. 18-20
             stats |= {"mix": mix, "delta_norm": (squared_norm(Delta) / D).sqrt()}
             stats |= {"fake_loss": loss_fake.detach() / D} if aux else {}
 

@@ -21,14 +21,15 @@ Choices of the paper's ImageNet setting: both times sigmoid(z - 0.4), a quarter 
 improved MeanFlow), the squared error divided by itself plus 1e-3.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from losses import add_noise, squared_norm, velocity
-from peers.tim import guided_velocity, path_difference, target
+from losses import add_noise, rows, squared_norm, velocity
+from peers.tim import guided_velocity, ordered_times, path_difference, target
 
 P_MEAN, P_STD = -0.4, 1.0  # both times are logistic normals
 FLOOR = 1e-3  # added to the squared error that a sample's squared error is divided by
@@ -39,10 +40,8 @@ FLOOR = 1e-3  # added to the squared error that a sample's squared error is divi
 # ---------------------------------------------------------------------------------------------------------------------
 def times(z: Tensor, u: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
     """z normal [B], u uniform in [0, 1) [B], below [n]: the positions with r < t -> t, r [B] each."""
-    a = torch.sigmoid(P_MEAN + P_STD * z)
-    b = torch.sigmoid(P_MEAN + P_STD * torch.special.ndtri(u))  # ndtri makes a uniform number a normal one
-    t = torch.maximum(a, b)
-    return t, t.index_put((below,), torch.minimum(a, b)[below])
+    t, earlier = ordered_times(z, u, P_MEAN, P_STD)
+    return t, t.index_put((below,), earlier[below])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,15 +88,11 @@ class MeanFlow(nn.Module):
             if self.guidance != 1:  # a dropped prompt is the null prompt, and its v stays
                 u_c, u_null = self.network(x_t, t, t, *c), self.network(x_t, t, t, *null)
                 v_w = guided_velocity(v, u_c, u_null, self.guidance)
-            below = draws.below  # where r = t the derivative has no weight
-
-            def j(x):
-                return tuple(a[below] for a in x) if isinstance(x, tuple) else x[below]
-
+            j = functools.partial(rows, draws.below)  # where r = t the derivative has no weight
             x_j, v_j, t_j, r_j, c_j = map(j, (x_t, v_w, t, r, c))
             along = self.network(x_j, t_j, t_j, *c_j) if self.improved else v_j
             du_dt = self.derivative(self.network, x_j, along, t_j, r_j, c_j)
-            u_target = v_w.index_put((below,), target(v_j, t_j, r_j, du_dt))
+            u_target = v_w.index_put((draws.below,), target(v_j, t_j, r_j, du_dt))
         error = squared_norm(u - u_target)  # [B]
         loss = error / (error.detach() + FLOOR) ** self.power
         return loss.mean(), {"t": t, "s": r, "loss": error.detach() / x0[0].numel()}

@@ -18,6 +18,7 @@ Learned steps are powers of 1/2. For other numbers of steps the sampler tells th
 longer than the one made. (The authors sample at powers of two alone.)
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import baselines
-from losses import add_noise, like, squared_norm, velocity
+from losses import add_noise, like, rows, squared_norm, velocity
 
 M = 128  # base steps: the smallest d is 1 / M
 CLIP = 4.0  # of x' and of targets
@@ -58,12 +59,8 @@ class Shortcut(nn.Module):
         """
         t, d = times(draws.z, draws.u, draws.below)  # [B]
         v, x_t = velocity(x0, draws.eps), add_noise(x0, t, draws.eps)  # [B, ...]
-        below = draws.below
-
-        def j(x):
-            return tuple(a[below] for a in x) if isinstance(x, tuple) else x[below]
-
-        goal = v.index_put((below,), self.two_halves(*map(j, (x_t, t, d, c, null))))
+        j = functools.partial(rows, draws.below)
+        goal = v.index_put((draws.below,), self.two_halves(*map(j, (x_t, t, d, c, null))))
         loss = squared_norm(self.network(x_t, t, t - d, *c) - goal) / x0[0].numel()  # [B]
         return loss.mean(), {"t": t, "s": t - d, "loss": loss.detach()}
 

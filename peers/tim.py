@@ -16,12 +16,13 @@ representation loss (REPA), and a distance-aware adapter in the network. None of
 are left out here.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from losses import add_noise, like, squared_norm, velocity
+from losses import add_noise, like, rows, squared_norm, velocity
 
 EPSILON = 0.005  # half the width of the finite difference, in time
 P_MEAN, P_STD = 0.0, 1.6  # both times are logistic normals
@@ -33,14 +34,19 @@ FLOOR = 1e-5  # added to the error that a sample's error is divided by
 # ---------------------------------------------------------------------------------------------------------------------
 # Times     t = max(a, b),  r = min(a, b),  a and b = sigmoid(1.6 z);   r = t for half of the batch, 0 for a tenth
 # ---------------------------------------------------------------------------------------------------------------------
+def ordered_times(z: Tensor, u: Tensor, mean: float, std: float) -> tuple[Tensor, Tensor]:
+    """z normal [B], u uniform in [0, 1) [B] -> the larger and the smaller of two logistic normals, [B] each."""
+    a = torch.sigmoid(mean + std * z)
+    b = torch.sigmoid(mean + std * torch.special.ndtri(u))  # ndtri makes a uniform number a normal one
+    return torch.maximum(a, b), torch.minimum(a, b)
+
+
 def times(z: Tensor, u: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
     """z normal [B], u uniform in [0, 1) [B], below [n]: the positions with r < t -> t, r [B] each."""
     to_data = u < TO_DATA
     u = torch.where(to_data, u / TO_DATA, (u - TO_DATA) / (1 - TO_DATA))  # uniform again
-    a = torch.sigmoid(P_MEAN + P_STD * z)
-    b = torch.sigmoid(P_MEAN + P_STD * torch.special.ndtri(u))  # ndtri makes a uniform number a normal one
-    t, earlier = torch.maximum(a, b), torch.where(to_data, 0.0, torch.minimum(a, b))
-    return t, t.index_put((below,), earlier[below])
+    t, earlier = ordered_times(z, u, P_MEAN, P_STD)
+    return t, t.index_put((below,), torch.where(to_data, 0.0, earlier)[below])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,13 +117,9 @@ class TiM(nn.Module):
         F = self.network(x_t, t, r, *c)  # the only pass with gradient
         with torch.no_grad():
             v_w = self.guided(x_t, v, t, c, null)
-            below = draws.below  # where r = t the derivative has no weight
-
-            def j(x):
-                return tuple(a[below] for a in x) if isinstance(x, tuple) else x[below]
-
+            j = functools.partial(rows, draws.below)  # where r = t the derivative has no weight
             dF_dt = path_difference(self.network, *map(j, (x_t, v, t, r, c)))
-            F_target = v_w.index_put((below,), target(*map(j, (v_w, t, r)), dF_dt))
+            F_target = v_w.index_put((draws.below,), target(*map(j, (v_w, t, r)), dF_dt))
         error = squared_norm(F - F_target) / x0[0].numel()  # [B]
         loss = time_weight(t, r) * error / (error.detach() + FLOOR) ** self.power
         return loss.mean(), {"t": t, "s": r, "loss": error.detach()}

@@ -192,12 +192,11 @@ STUDIES = {
 # =====================================================================================================================
 def weights_file(member: Member, steps: int, changes: dict) -> Path:
     """Where a trained member is kept: named by all that made it, the text of the code that trains included."""
-    own = {"self_e": [], "imm": ["baselines.py"], "improved_meanflow": ["peers/meanflow.py", "peers/tim.py"],
-           "meanflow": ["peers/meanflow.py", "peers/tim.py"]}  # fmt: skip
-    objective = (PAPER | changes)["objective"]
+    peers = ["baselines.py", "peers/meanflow.py", "peers/shortcut.py", "peers/tim.py"]
+    self_e = (PAPER | changes)["objective"] == "self_e"
     code = [(ROOT / name).read_text(encoding="utf-8")
             for name in ("losses.py", "model.py", "engine/randomness.py", "toy/training.py", "toy/mixture.py",
-                         *own.get(objective, [f"peers/{objective}.py"]))]  # fmt: skip
+                         *([] if self_e else peers))]  # fmt: skip
     recipe = json.dumps([member, steps, PAPER | changes, code], sort_keys=True)
     return ROOT / "runs" / "toy" / f"{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.pt"
 
