@@ -109,17 +109,21 @@ class Step:
         self.adam.zero_grad(set_to_none=False)
 
 
-def made_up_inputs(setting: Setting) -> dict[str, tuple]:
-    """The arguments of losses.SelfE for each kind of step: noise in place of pictures and prompts, tau = 1."""
+def made_up_batch(setting: Setting) -> tuple:
+    """x0, c, null, fake and is_null as an objective takes them: noise in place of pictures and prompts."""
     B, device = setting.batch, setting.device
     x0 = torch.randn(B, *setting.latents, device=device)
     c, null, fake = ((torch.randn(B, setting.text_tokens, setting.size["txt_dim"], device=device),
                       torch.randn(B, setting.size["vec_dim"], device=device)) for _ in range(3))  # fmt: skip
-    is_null = torch.zeros(B, dtype=torch.bool, device=device)
-    draws = {p: losses.draw(0, 0, list(range(B)), setting.latents, p, device) for p in (0.5, 1.0)}
-    return {"flow matching": (x0, c, null, fake, is_null, draws[1.0], 1.0, False),
-            "Self-E": (x0, c, null, fake, is_null, draws[0.5], 1.0, False),
-            "Self-E + aux": (x0, c, null, fake, is_null, draws[0.5], 1.0, True)}  # fmt: skip
+    return x0, c, null, fake, torch.zeros(B, dtype=torch.bool, device=device)
+
+
+def made_up_inputs(setting: Setting) -> dict[str, tuple]:
+    """The arguments of losses.SelfE for each kind of step on one made-up batch, tau = 1."""
+    batch, index = made_up_batch(setting), list(range(setting.batch))
+    draws = {p: losses.draw(0, 0, index, setting.latents, p, setting.device) for p in (0.5, 1.0)}
+    return {"flow matching": (*batch, draws[1.0], 1.0, False), "Self-E": (*batch, draws[0.5], 1.0, False),
+            "Self-E + aux": (*batch, draws[0.5], 1.0, True)}  # fmt: skip
 
 
 def count_forwards(step: Step, inputs: dict[str, tuple], batch: int) -> dict[str, float]:

@@ -46,14 +46,11 @@ class Step:
 
     def __init__(self, kind: tuple, setting: benchmark.Setting, network, ema):
         name, flags, aux = kind
-        objective, B, device = OBJECTIVES[name], setting.batch, setting.device
+        objective = OBJECTIVES[name]
         self.network, self.ema = network, ema
         self.module = objective.build(network, ema, arguments.parse(["--objective", name, *flags]))
-        c, null, fake = ((torch.randn(B, setting.text_tokens, setting.size["txt_dim"], device=device),
-                          torch.randn(B, setting.size["vec_dim"], device=device)) for _ in range(3))  # fmt: skip
-        draws = objective.draw(0, 0, list(range(B)), setting.latents, device=device)
-        is_null = torch.zeros(B, dtype=torch.bool, device=device)
-        self.inputs = (torch.randn(B, *setting.latents, device=device), c, null, fake, is_null, draws, 1.0, aux)
+        draws = objective.draw(0, 0, list(range(setting.batch)), setting.latents, device=setting.device)
+        self.inputs = (*benchmark.made_up_batch(setting), draws, 1.0, aux)
 
     def __call__(self) -> None:
         self.module(*self.inputs)[0].backward()
