@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import errors
+from engine import errors, machine
 from engine.randomness import rng
 
 
@@ -71,7 +71,7 @@ class DataError(errors.UserError):
 def read_text(path: Path) -> str:
     """A UTF-8 text file, with or without a byte-order mark. Raises DataError for one that is something else."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return errors.regular(path, DataError).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
 
@@ -409,7 +409,8 @@ class ImageFolder:
     """The captioned pictures of a folder, cropped square to size x size and held in memory (3 size^2 bytes each).
 
     Sample g is picture number g mod n of epoch g div n, in an order shuffled by (seed, epoch). A picture that cannot be
-    read is skipped, counted in `skipped` and named on stderr; DataError when none is left.
+    read is skipped, counted in `skipped` and named on stderr; DataError when none is left, or when they do not fit into
+    the machine's memory.
     """
 
     def __init__(self, folder: str | Path, size: int):
@@ -420,9 +421,13 @@ class ImageFolder:
         self.captions: list[str] = []
         self.keys: list[str] = []
         captions, state = read_captions(self.folder), hashlib.sha256()
+        if (needed := 3 * size**2 * len(captions)) > machine.memory():
+            raise DataError(f"{folder}: {len(captions)} pictures of {size} x {size} take {needed / 2**30:.0f} GiB, "
+                            "more memory than there is: put them in tar shards, which are read as they are needed "
+                            f"(python engine/shards.py pack {folder} TARS)")  # fmt: skip
         for name in tqdm(sorted(captions), desc=f"reading {folder}", unit=" pictures", leave=False, disable=None):
             try:
-                content = (self.folder / name).read_bytes()
+                content = errors.regular(self.folder / name).read_bytes()
                 with Image.open(io.BytesIO(content)) as image:
                     self.pictures.append(square_crop(image, size))
             except BROKEN as error:
@@ -540,8 +545,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which pictures (default: 0)")
     parser.add_argument("--out", default="data.png", help="where to write the sheet (default: data.png)")
     args = parser.parse_args()
-    if args.side < 1 or args.seed < 0:
-        parser.error("--side must be at least 1, --seed not negative")
+    if not 1 <= args.side <= 2**13 or args.seed < 0:
+        parser.error("--side must lie between 1 and 8192, --seed not be negative")
     if Path(args.out).suffix.lower() != ".png":
         parser.error(f"--out must name a .png file, not {args.out}")
     source = Shapes(args.side, args.data) if args.data in SETS else ImageFolder(args.data, args.side)

@@ -251,8 +251,8 @@ class Denoiser(nn.Module):
     def __init__(self, width, heads, double, single, axes, channels, patch, txt_dim, vec_dim, precision=torch.float32,
                  time_factor=1000.0):  # fmt: skip
         super().__init__()
-        if sum(axes) != width // heads or any(n % 2 for n in axes):
-            raise ValueError(f"RoPE axes {axes} must be even and sum to the head size, {width} / {heads}")
+        if len(axes) != 3 or sum(axes) * heads != width or any(n % 2 for n in axes):
+            raise ValueError(f"RoPE axes {axes} must be three even numbers that sum to the head size {width} / {heads}")
         self.axes, self.patch, self.channels, self.precision = tuple(axes), patch, channels, precision
         self.time_factor = time_factor
         self.recompute = 0  # so many blocks forget their activations and compute them again in the backward pass

@@ -22,32 +22,9 @@ import encoders
 import model
 import objectives
 import sampler
-from engine import checkpoint, errors, machine
+from engine import checkpoint, errors, limits, machine
 from engine.randomness import normal
 
-
-
-def number(low: float, high: float):
-    """Whether a value is a number from low to high."""
-    return lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-
-
-def whole(value) -> bool:
-    return isinstance(value, int) and number(1, 2**31)(value)
-
-
-# What sampling reads of config.json, and what it must be; engine/arguments.py writes it.
-NEEDED = {
-    "model": ("an object", lambda value: isinstance(value, dict)),
-    "precision": ("float32 or bfloat16", lambda value: value in ("float32", "bfloat16")),
-    "objective": (" or ".join(objectives.OBJECTIVES), lambda value: value in objectives.OBJECTIVES),
-    "side": ("a whole number", whole), "mu": ("a number", number(-10, 10)),
-    "text_encoder": ("a name", lambda value: isinstance(value, str)), "txt_len": ("a whole number", whole),
-    "autoencoder": ("a name", lambda value: isinstance(value, str)),
-    "guidance": ("from 0 to 100", number(0, 100)),
-    "eta": ('from 0 to 1, or "renoise"', lambda value: value == "renoise" or number(0, 1)(value)),
-    "s_rule": ("from 0 to 1", number(0, 1)), "guidance_space": ("v or x0", lambda value: value in ("v", "x0")),
-}  # fmt: skip
 STEP_COUNTS = (1, 2, 4, 8, 50)  # of picture grids and tables
 S_RULES = {"next": 0.0, "same": 1.0}  # names for s_k = t_{k+1} and s_k = t_k (S.3.1)
 
@@ -69,19 +46,13 @@ def load(folder: Path, device: torch.device, precision: torch.dtype | None = Non
     """
     if not folder.is_dir():
         raise checkpoint.CheckpointError(f"no such checkpoint folder: {folder}")
-    config = checkpoint.read_json(folder / "config.json")
-    missing = [name for name in NEEDED if name not in config] if isinstance(config, dict) else NEEDED
-    if missing:
-        raise checkpoint.CheckpointError(f"{folder / 'config.json'} lacks {', '.join(missing)}: it is not that of a "
-                                         "model to sample from")
-    for name, (what, right) in NEEDED.items():
-        if not right(config[name]):
-            raise checkpoint.CheckpointError(f"{folder / 'config.json'}: {name} must be {what}, not {config[name]!r}")
+    config = limits.config(folder)
     if precision is None:
         precision = torch.float32 if device.type == "cpu" else getattr(torch, config["precision"])
     try:
-        network = model.Denoiser(**config["model"], precision=precision)
-    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        with torch.device("meta"):  # no memory is taken before the weights' file is seen to hold this model
+            network = model.Denoiser(**config["model"], precision=precision)
+    except ValueError as error:
         raise checkpoint.CheckpointError(f"{folder / 'config.json'} does not describe a model ({error})") from error
     checkpoint.load_weights(folder / "model.safetensors", network)
     text = encoders.text_encoder(config["text_encoder"], config["txt_len"], device)
@@ -208,12 +179,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         args.prompt += [line.strip() for line in data.read_text(args.prompts).splitlines() if line.strip()]
     if not args.prompt:
         parser.error("give at least one --prompt, or --prompts FILE")
-    if min(args.steps) < 1:
-        parser.error("--steps must be at least 1")
+    if not 1 <= min(args.steps) <= max(args.steps) <= 10**6:
+        parser.error("--steps must lie between 1 and 1000000")
     if args.guidance is not None and not 0 <= args.guidance <= 100:
         parser.error("--guidance must lie between 0 and 100")
-    if args.images < 1 or not 0 <= args.scale <= 64 or args.seed < 0:
-        parser.error("--images must be at least 1, --scale from 0 to 64, --seed not negative")
+    if not 1 <= args.images <= 10**6 or not 0 <= args.scale <= 64 or args.seed < 0:
+        parser.error("--images must lie between 1 and 1000000, --scale between 0 and 64, --seed not be negative")
     return args
 
 

@@ -134,6 +134,7 @@ def main() -> None:
         return
     if not args.resume and (states or (folder / "model.safetensors").exists()):
         raise errors.UserError(f"{folder} already holds a run; add --resume to go on, or choose another --out")
+    checkpoint.check_writable(folder)
     device = machine.pick_device(args.device)
     if ranks.world > 1 and device.type == "mps":
         raise errors.UserError("several processes cannot share an Apple GPU: one process, or --device cpu")

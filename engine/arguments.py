@@ -13,7 +13,7 @@ import torch
 import baselines
 import encoders
 import recipe
-from engine import checkpoint, errors, machine, optimizers
+from engine import checkpoint, errors, limits, machine, optimizers
 from model import SIZES
 from objectives import OBJECTIVES
 from peers import meanflow
@@ -105,35 +105,37 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.resume:
         path = Path(args.out) / "config.json"
-        config = checkpoint.read_json(path)
-        if not isinstance(config, dict) or not isinstance(config.get("arguments"), dict):
+        saved = limits.config(path.parent).get("arguments")
+        if not isinstance(saved, dict):
             raise checkpoint.CheckpointError(f"{path} is not that of a run that train.py began")
-        parser.set_defaults(**config["arguments"])
+        limits.flags(path, saved, parser)
+        parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         begun = parser.parse_args(["--resume"])  # the run's own flags
+        try:
+            check_numbers(parser, begun)
+            check_choices(parser, begun)
+        except errors.UserError as error:
+            raise checkpoint.CheckpointError(f"{path}: {error}") from error
         for name in FIXED:
             now, then = (getattr(plan_of(a) if name in RECIPE else a, name) for a in (args, begun))
             if now != then:
                 flag = name.replace("_", "-")
                 parser.error(f"{args.out} was begun with --{flag} {then}; for another begin a new run")
-    check_counts(parser, args)
+    check_numbers(parser, args)
     check_choices(parser, args)
     return args
 
 
-def check_counts(parser: errors.Parser, args: argparse.Namespace) -> None:
+def check_numbers(parser: errors.Parser, args: argparse.Namespace) -> None:
     """Raise UserError for a whole number out of its range."""
-    for name in ("steps", "batch_size", "micro_batch", "side", "txt_len", "log_every", "keep", "workers"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("seed", "recompute", "grid_every", "save_every", "milestone_every"):
-        if getattr(args, name) is not None and getattr(args, name) < 0:
-            parser.error(f"--{name.replace('_', '-')} must not be negative")
+    for name, (least, most) in limits.RANGES.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            parser.error(f"--{name.replace('_', '-')} must lie between {least} and {most}")
     for name in ("batch_size", "micro_batch"):
         if getattr(args, name) is not None and getattr(args, name) % 2:
             parser.error(f"--{name.replace('_', '-')} must be even: every second sample has s < t (s.13)")
-    if args.seed >= 2**63:
-        parser.error("--seed must be less than 2^63")
 
 
 def check_choices(parser: errors.Parser, args: argparse.Namespace) -> None:
@@ -146,8 +148,6 @@ def check_choices(parser: errors.Parser, args: argparse.Namespace) -> None:
         parser.error("--wrong-captions is a share of the samples, between 0 and 1")
     if not 0 <= args.delta_scale < float("inf"):
         parser.error("--delta-scale must be a number from 0 up")
-    if not 1 <= args.imm_k <= 20:
-        parser.error("--imm-k must lie between 1 and 20")
     if not 0 <= args.k <= 1:
         parser.error("--k is a share of Delta, between 0 and 1")
     if not 0 < args.train_guidance <= 100:

@@ -260,7 +260,7 @@ def collate(samples: list[CachedSample], dropped: list[bool], null: tuple, null_
 def opened(path: Path):
     """A safetensors file, mapped and not read. Raises DataError naming one that is damaged."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(errors.regular(path, DataError), framework="pt") as file:
             yield file
     except (SafetensorError, FileNotFoundError) as error:
         raise DataError(f"{path} is damaged or missing ({error}): remove it and cache again") from error

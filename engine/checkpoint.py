@@ -20,10 +20,11 @@ import re
 import shutil
 import sys
 import uuid
+import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -82,7 +83,7 @@ def write_json(path: Path, value, shared: bool = False) -> None:
 def read_json(path: Path):
     """The value in a JSON file. Raises CheckpointError when it is missing or not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(errors.regular(path, CheckpointError).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; is {path.parent} the folder of a run?") from error
     except (ValueError, RecursionError) as error:
@@ -97,8 +98,16 @@ def save_weights(path: Path, module: nn.Module) -> None:
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file. Raises CheckpointError when it is missing or damaged."""
-    try:
+    with reading(path):
         return load_file(path)
+
+
+@contextlib.contextmanager
+def reading(path: Path):
+    """Turn what safetensors raises over a missing or damaged file into a CheckpointError."""
+    try:
+        errors.regular(path, CheckpointError)
+        yield
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; is {path.parent} the folder of a run?") from error
     except (SafetensorError, OSError) as error:
@@ -106,14 +115,31 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(path: Path, module: nn.Module) -> None:
-    """Load safetensors into a module, every tensor of the same name and shape. Raises CheckpointError otherwise."""
-    state = read_weights(path)
+    """Load safetensors into a module, every tensor of the same name and shape, finite, whatever the precision.
+
+    A module on the meta device, which has no memory yet, takes that of the tensors read. Raises CheckpointError, before
+    anything but the file's header is read where that shows another model.
+    """
     own = module.state_dict()
-    wrong = [n for n in own if n not in state or state[n].shape != own[n].shape] + [n for n in state if n not in own]
+    with reading(path), safe_open(path, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    wrong = [n for n in own if shapes.get(n) != tuple(own[n].shape)] + [n for n in shapes if n not in own]
     if wrong:
         raise CheckpointError(f"{path} holds a model of another shape than its config.json says: {len(wrong)} tensors "
                               f"differ, first {wrong[0]!r}")  # fmt: skip
-    module.load_state_dict(state)
+    state = {name: tensor.float() for name, tensor in read_weights(path).items()}
+    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise CheckpointError(f"{path} holds numbers that are not finite, first in {broken[0]!r}: it is damaged")
+    module.load_state_dict(state, assign=next(iter(own.values())).is_meta)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise CheckpointError unless the folder can be written, or made: asked at once, not after the data is read."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise CheckpointError(f"{folder} cannot be a folder: {there} is a file; choose another --out")
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise CheckpointError(f"{there} cannot be written by this user: choose another --out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,7 +171,7 @@ def locked(run: Path):
 
     The lock goes with the process, however it ends. Windows and some network file systems have none.
     """
-    with open(run / "lock", "w") as file:
+    with open(errors.regular(run / "lock", CheckpointError), "w") as file:
         try:
             import fcntl
 
@@ -202,45 +228,86 @@ def save_state(run: Path, step: int, models: tuple[nn.Module, nn.Module], adam: 
     return folder
 
 
-def load_state(folder: Path, network: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Load one training state into network, ema and optimizer; returns what was
-    in state.json. Raises CheckpointError."""
+def load_state(folder: Path, network: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load the tensors of a training state into network, ema and optimizer. Raises CheckpointError.
+
+    Learning rate, betas and the like stay those of the recipe, whatever adam.pt says.
+    """
     load_weights(folder / "network.safetensors", network)
     load_weights(folder / "model.safetensors", ema)
-    try:  # on a CPU the moments would stay the mapping of a file that is going to be deleted
-        adam = torch.load(folder / "adam.pt", map_location="cpu", weights_only=True,
-                          mmap=next(network.parameters()).is_cuda)
-        optimizer.load_state_dict(adam)
+    path = errors.regular(folder / "adam.pt", CheckpointError)
+    try:
+        with warnings.catch_warnings():  # of a file that torch did not write
+            warnings.simplefilter("ignore")
+            # On a CPU the moments would stay the mapping of a file that is going to be deleted
+            adam = torch.load(path, map_location="cpu", weights_only=True, mmap=next(network.parameters()).is_cuda)
+        optimizer.load_state_dict(checked(adam, optimizer))
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError,
-            AttributeError) as error:
-        raise CheckpointError(f"{folder / 'adam.pt'} is not Adam's state of this model ({type(error).__name__}: "
-                              f"{error})") from error
+            AttributeError, IndexError) as error:
+        reason = errors.shortened(str(error).strip().partition("\n")[0])[:200]
+        raise CheckpointError(f"{path} is not Adam's state of this model ({type(error).__name__}: {reason}); delete "
+                              f"{folder} to go on from an older one") from error
     # ZeRO-1 leaves Adam's count on the CPU, where the
     for p, own in getattr(optimizer, "optim", optimizer).state.items():
         if "step" in own:  # Muon keeps none
             own["step"] = own["step"].to(p.device)  # fused update does not look for it (pytorch issue 124133)
     if hasattr(optimizer, "optim"):
         optimizer.state.clear()  # a second copy of the moments, which ZeRO-1 makes on loading and never reads
-    state = read_json(folder / "state.json")
-    if not isinstance(state, dict) or not {"step", "seed", "elapsed"} <= set(state):
-        raise CheckpointError(f"{folder / 'state.json'} is not that of a training state; delete {folder} to go on from "
-                              "an older one")
-    return state
+
+
+# What the optimizers keep of each parameter: tensors of its shape, and Adam's count of its steps
+KEPT = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})
+
+
+def checked(saved: dict, optimizer) -> dict:
+    """A saved optimizer state that fits the optimizer's parameters, with the optimizer's own settings.
+
+    Adam's fused update reads whatever lies behind a tensor that is too small, so each must have the shape and type of
+    its parameter. Raises ValueError, or what a saved state of another form makes Python raise.
+    """
+    if hasattr(optimizer, "parts"):  # Muon and Adam
+        return {"parts": [checked(part, own) for part, own in zip(saved["parts"], optimizer.parts, strict=True)]}
+    own = optimizer.param_groups
+    if [len(group["params"]) for group in saved["param_groups"]] != [len(group["params"]) for group in own]:
+        raise ValueError("another number of parameters")
+    parameters = [p for group in own for p in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    if len(set(numbers)) != len(parameters) or set(saved["state"]) not in (set(), set(numbers)):
+        raise ValueError("not one entry for each parameter")
+    for number, p in zip(numbers, parameters) if saved["state"] else ():  # empty before the first update
+        entry = saved["state"][number]
+        if set(entry) not in KEPT:
+            raise ValueError(f"parameter {number} has {', '.join(map(str, entry))}")
+        for name, tensor in entry.items():
+            expected = () if name == "step" else tuple(p.shape)
+            if tuple(tensor.shape) != expected or tensor.dtype != torch.float32:
+                raise ValueError(f"{name} of parameter {number} is {tensor.dtype} {list(tensor.shape)}, not float32 "
+                                 f"{list(expected)}")  # fmt: skip
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} of parameter {number} is not finite")
+    groups = [group | {"params": theirs["params"]} for group, theirs in zip(own, saved["param_groups"])]
+    return {"state": saved["state"], "param_groups": groups}
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Forget what metrics.jsonl says of iterations after `step`: a resumed run will say it again."""
-    if not path.exists():
+    """Forget what metrics.jsonl says of iterations after `step`: a resumed run will say it again.
+
+    Forget also what is no record: the end of the last line of a process that was killed while it wrote. More than one
+    such line is damage, and is told.
+    """
+    if not errors.regular(path, CheckpointError).exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    kept, strange = [], 0
+    for line in path.read_bytes().splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):  # the last line of a process that was killed while it wrote
-            continue
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            strange += 1
+    if strange > 1:
+        print(f"{path}: {strange} lines are no records of a run; they are left out", file=sys.stderr)
     with in_one_piece(path) as partial:
-        partial.write_text("".join(kept), encoding="utf-8")
+        partial.write_bytes(b"".join(kept))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,10 +330,10 @@ def export(source: Path, out: Path, dtype: torch.dtype, lines: int = 200) -> Non
         save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, partial)
     write_json(out / "config.json", config)
     if (source / "metrics.jsonl").exists():
-        rows = (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = (source / "metrics.jsonl").read_bytes().splitlines()
         kept = rows[:: max(1, -(-len(rows) // lines))]
         with in_one_piece(out / "metrics.jsonl") as partial:
-            partial.write_text("\n".join(dict.fromkeys([*kept, *rows[-1:]])) + "\n", encoding="utf-8")
+            partial.write_bytes(b"\n".join(dict.fromkeys([*kept, *rows[-1:]])) + b"\n")
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Errors that the user can fix: one clear line on stderr, exit code 2.
 
     raise errors.UserError("no such folder: pictures/")
+    content = errors.regular(path).read_bytes()      # no pipe, no device: these would be waited for
     parser = errors.Parser("train.py", "Train Self-E.")
     errors.run(main)
 
@@ -9,8 +10,10 @@ and keeps its traceback.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -19,27 +22,56 @@ class UserError(ValueError):
     """Something that the user can fix; the message says what is wrong and what to do, in one line."""
 
 
+def shortened(text: str, longest: int = 80) -> str:
+    """A text with the middle left out of every word that is longer."""
+    return re.sub(r"\S{%d,}" % (longest + 1), lambda word: f"{word[0][:longest // 2]}...{word[0][-10:]}", text)
+
+
+def regular(path: Path, kind: type[UserError] = UserError) -> Path:
+    """The path, unless what lies there is a pipe, a socket or a device, which would be waited for: raises `kind` then.
+
+    A path where nothing lies passes; opening it says so.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise kind(f"{path} is not a regular file: put one in its place")
+    return path
+
+
+def whole_number(text: str) -> int:
+    """The type of whole-number flags: below 2^63, because what is larger is a slip, and overflows further on."""
+    value = int(text) if len(text) < 40 else 2**63
+    if abs(value) >= 2**63:
+        raise argparse.ArgumentTypeError("must be a whole number below 2^63")
+    return value
+
+
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are one line, and whose help fits a screen."""
+    """An argparse parser whose complaints are one line, whose whole numbers have an end, and whose help fits a
+    screen."""
 
     def __init__(self, program: str, description: str):
         super().__init__(prog=program, description=description, usage=f"python {program} [options]",
                          formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=128))
+        self.register("type", int, whole_number)
 
     def error(self, message: str):
-        raise UserError(message)
+        raise UserError(shortened(message, 200))
 
 
 def run(main: Callable[[], None], stopped: str = "") -> None:
-    """Run a program's main function; a UserError, a failing file operation or a full device becomes one line and exit
+    """Run a program's main function; a UserError, a failing file operation or a full memory becomes one line and exit
     code 2.
 
     With `stopped`, which says what a Ctrl-C leaves, that ends in this line and exit code 130.
     """
     try:
         main()
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {' '.join(str(error).split())}", file=sys.stderr)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not full:
+            raise  # a defect of ours
+        said = ("out of memory: " if full else "") + (str(error) or "ask for less at once")
+        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {' '.join(said.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if not stopped:

@@ -26,7 +26,7 @@ import encoders
 import losses
 import model
 import recipe
-from engine import arguments, cache, checkpoint, errors, machine, optimizers, plan as printed
+from engine import arguments, cache, checkpoint, errors, limits, machine, optimizers, plan as printed
 from engine.feed import Batch, Codec, Feed, Reading
 from engine.processes import Ranks, StopSignal
 from objectives import OBJECTIVES
@@ -187,16 +187,16 @@ def pick_precision(args: argparse.Namespace, folder: Path, device: torch.device,
     if args.precision != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
     if args.resume:
-        return getattr(torch, checkpoint.read_json(folder / "config.json")["precision"])
+        return getattr(torch, limits.config(folder)["precision"])
     return ranks.choose(lambda: machine.pick_precision(device))
 
 
 def begin_from(folder: Path, network: model.Denoiser, plan: recipe.Recipe) -> None:
     """Load another run's moving average into a new network. Raises UserError for one of another model or encoder."""
-    config = checkpoint.read_json(folder / "config.json")
+    config = limits.config(folder)
     for name, spec in (("text_encoder", plan.text), ("autoencoder", plan.autoencoder)):
         own = encoders.canonical(spec)
-        if not isinstance(config, dict) or config.get(name) != own:
+        if config[name] != own:
             raise errors.UserError(f"--init {folder}: it was trained with another {name} than {own}: "
                                    "begin without --init, or choose that one")  # fmt: skip
     checkpoint.load_weights(folder / "model.safetensors", network)
@@ -208,8 +208,9 @@ def take_place(run: Run, states: list[Path], closing: contextlib.ExitStack) -> N
         (run.folder / "grids").mkdir(parents=True, exist_ok=True)
         closing.enter_context(checkpoint.locked(run.folder))
     if run.args.resume:
-        state = checkpoint.load_state(states[-1], run.network, run.ema, run.adam)
+        state = limits.state(states[-1])
         check_resume(run, state)
+        checkpoint.load_state(states[-1], run.network, run.ema, run.adam)
         run.elapsed_before, run.nonfinite = state["elapsed"], state.get("nonfinite", 0)
     if run.ranks.is_first:
         checkpoint.cut_metrics(run.folder / "metrics.jsonl", run.start)

@@ -204,7 +204,7 @@ def index_of(tar: Path, index_folder: Path) -> tuple[np.ndarray, np.ndarray, dic
     """
     path, stat = index_folder / f"{tar.name}.index", tar.stat()
     stamp = [3, data.MAX_PIXELS, stat.st_size, stat.st_mtime_ns]  # the 3 counts the versions of this format
-    if path.exists():
+    if errors.regular(path, DataError).exists():
         try:
             with np.load(path, allow_pickle=False) as stored:
                 if stored["stamp"].tolist() == stamp and stored["rows"].dtype == ROW:
@@ -245,6 +245,8 @@ def read_index(folder: str | Path, index_folder: str | Path | None = None, worke
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise DataError(f"{folder} holds no .tar: python engine/shards.py pack makes some of a folder of pictures")
+    for tar in tars:
+        errors.regular(tar, DataError)
     index_folder = folder if index_folder is None else Path(index_folder)
     index_folder.mkdir(parents=True, exist_ok=True)
     one = functools.partial(index_of, index_folder=index_folder)
@@ -612,9 +614,9 @@ def pack(folder: str | Path, out: str | Path, per_shard: int = 1000) -> tuple[in
 # The commands
 # ---------------------------------------------------------------------------------------------------------------------
 def positive(text: str) -> int:
-    if int(text) < 1:
+    if (value := errors.whole_number(text)) < 1:
         raise ValueError(text)
-    return int(text)
+    return value
 
 
 def pack_command(argv: list[str]) -> None:
