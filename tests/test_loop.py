@@ -117,6 +117,8 @@ def test_train_py_is_the_papers_loop(expected, tmp_path, monkeypatch):
     assert distance(train_py(SOURCE, tmp_path / "run", monkeypatch), expected) < BOUND
 
 
+ADAM = "    run.adam.step()\n"  # and what `update` does after it:
+AVERAGE = SOURCE.partition(ADAM)[2].partition("\n\n# ---")[0]
 MUTANTS = [  # (what is wrong, the text, its replacement)
     ("tau never rises", "run.plan.tau(step), run.plan", "0.0, run.plan"),
     ("tau of the iteration before", "run.plan.tau(step)", "run.plan.tau(max(0, step - 1))"),
@@ -130,7 +132,10 @@ MUTANTS = [  # (what is wrong, the text, its replacement)
     ("clipping switched off", "plan.clip)", 'float("inf"))'),
     ("learning rate of the iteration before", "run.plan.learning_rate(step)",
      "run.plan.learning_rate(max(0, step - 1))"),
+    ("learning rate of the iteration after", "run.plan.learning_rate(step)", "run.plan.learning_rate(step + 1)"),
+    ("mu of 16 tokens for all pictures", "recipe.latent_tokens(run.sizes, batch.x0.shape)", "16"),
     ("no step of Adam", "    run.adam.step()", "    pass"),
+    ("average before Adam's step", ADAM + AVERAGE, AVERAGE + ADAM),
     ("decay without its warm-up", "min(run.plan.ema, (1 + step) / (10 + step))", "run.plan.ema"),
     ("decay without its end", "min(run.plan.ema, (1 + step) / (10 + step))", "(1 + step) / (10 + step)"),
     ("decay of the iteration after", "(1 + step) / (10 + step)", "(2 + step) / (11 + step)"),
@@ -187,6 +192,15 @@ def left_out_for_its_gradient(source, out, patch):
     spoil(patch, lambda call, loss, zero: loss + zero if call == 2 else loss)
     train_py(source, out, patch, steps=3)
     return [r["step"] for r in records(out) if "update_left_out" in r]
+
+
+def finite_weights(source, out, patch):
+    """Whether the network, its average and Adam's moments are finite after that."""
+    spoil(patch, lambda call, loss, zero: loss + zero if call == 2 else loss)
+    state = train_py(source, out, patch, steps=3)
+    weights = [*load_file(state / "network.safetensors").values(), *load_file(state / "model.safetensors").values()]
+    moments = torch.load(state / "adam.pt", weights_only=True)["state"].values()
+    return all(tensor.isfinite().all() for tensor in (*weights, *(t for own in moments for t in own.values())))
 
 
 def left_out_for_its_loss(source, out, patch):
@@ -292,6 +306,9 @@ RULES = [  # (the rule, what it should find, what breaks it: a text of train.py 
      ("total = total + loss", "total = loss")),
     (reported, [2.0, 4], ("total + loss.detach() / count", "total + loss.detach()"),
      ("total = total + loss", "total = loss"), ("keys += batch.keys", "keys = batch.keys")),
+    (finite_weights, True,
+     ("stopping |= watch.left_out", "update(run, step)\n            stopping |= watch.left_out"),
+     ("        if bad:", "        if False:")),
     (given_up, [5], ("stopping |= watch.left_out", "watch.left_out")),
     (logged, [(2, True, True), (3, True, True)], ("        watch.log(step)", "        pass"),
      ("        watch.seen(batch, stats, aux)", "        pass"),
