@@ -74,9 +74,13 @@ def pick_precision(device: torch.device) -> torch.dtype:
     clearly faster (AMX, AVX512-BF16); else fp32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type == "cpu" and 1.5 * matmul_seconds(device, torch.bfloat16) < matmul_seconds(device, torch.float32):
-        return torch.bfloat16
-    return torch.float32
+    if device.type != "cpu":
+        return torch.float32
+    small = {dtype: matmul_seconds(device, dtype, 256, 1) for dtype in (torch.bfloat16, torch.float32)}
+    if small[torch.bfloat16] > 4 * small[torch.float32]:
+        return torch.float32  # no instructions for it: the large product would take many seconds
+    large = {dtype: matmul_seconds(device, dtype) for dtype in small}
+    return torch.bfloat16 if 1.5 * large[torch.bfloat16] < large[torch.float32] else torch.float32
 
 
 def compile_works(device: torch.device) -> tuple[bool, str]:
