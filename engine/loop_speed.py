@@ -222,7 +222,8 @@ def main() -> None:
     report = machine.provenance(run.device) | {
         "threads": torch.get_num_threads(), "precision": run.config["precision"],
         "batch": run.plan.stages[0].batch_size, "compiler": "compiled" if compiled else "eager",
-        "iterations": args.iterations, "rounds": args.rounds, "rows": describe(rows, args.iterations, args.rounds)}  # fmt: skip
+        "iterations": args.iterations, "rounds": args.rounds,
+        "rows": describe(rows, args.iterations, args.rounds)}  # fmt: skip
     tell(report)
     if args.out:
         checkpoint.write_json(args.out, report)

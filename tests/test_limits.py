@@ -95,6 +95,14 @@ def turned(adam):
     adam["state"][number]["exp_avg"] = adam["state"][number]["exp_avg"].T
 
 
+def one_for_two(adam):
+    """Two parameters of one shape share an entry, and the other's is gone."""
+    shapes = {number: own["exp_avg"].shape for number, own in adam["state"].items()}
+    a, b = next((a, b) for a in shapes for b in shapes if a < b and shapes[a] == shapes[b])
+    adam["param_groups"][0]["params"][b] = a
+    del adam["state"][b]
+
+
 SPOILT_ADAM = {
     "a smaller tensor": smaller, "a larger tensor": larger, "a transposed tensor": turned,
     "another type": lambda adam: adam["state"][0].update(exp_avg=adam["state"][0]["exp_avg"].double()),
@@ -109,6 +117,7 @@ SPOILT_ADAM = {
     "a group too few": lambda adam: adam["param_groups"].pop(),
     "groups of nothing": lambda adam: adam["param_groups"][0].update(params=[]),
     "one parameter twice": lambda adam: adam["param_groups"][0]["params"].__setitem__(1, 0),
+    "one entry for two": one_for_two, "another division": lambda adam: adam["param_groups"].append({"params": []}),
     "no groups": lambda adam: adam.pop("param_groups"),
     "groups of text": lambda adam: adam.update(param_groups="abc"),
 }  # fmt: skip
