@@ -5,8 +5,8 @@
     python engine/scaling.py --measure 2 --out results/all-reduce.json  # 2 processes here: does the model hold?
 
 An iteration is the arithmetic of a process's pictures (model.forward_flops at a share of the peak that you measure with
-engine/benchmark.py), then what of the gradients' all-reduce the backward pass does not hide, then saving, spread over
-the iterations between two states. Data is a rate to be met: the page prints what a GPU reads per second.
+engine/benchmark.py), then what of the gradients' all-reduce the backward pass does not hide, then the update, which
+every GPU makes whole, at the rate of its memory. Saving is a share of the time, and data a rate to be met.
 
     all-reduce of S bytes over N processes in a ring     T = a + 2 (N - 1) / N  S / bandwidth
     DDP                                                  buckets of 25 MiB, each on its way as soon as it is complete
@@ -37,6 +37,9 @@ from engine import checkpoint, errors, machine
 BUCKET = 25 * 2**20  # bytes: DDP's default
 BYTES = 4  # of a gradient, a weight, a moment: all are fp32
 KEPT = 4  # tensors of a state: weights, their average, Adam's two moments
+# How often an update reads or writes a number of the model's size: the norm 1, clipping 2, Adam 7, the average 3,
+# zeroing 1. And the rate of an H100's memory in bytes/s, by NVIDIA's data sheet.
+TOUCHES, MEMORY = 14, 3.35e12
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,11 +76,13 @@ def iteration(size: str, side: int, world: int, mfu: float, bandwidth: float, au
     compute = own * recipe.picture_flops(shape, plan, "self_e", side, plan.factor(), aux) / rate
     tokens = recipe.image_tokens(shape, side, plan.factor())
     backward = 2 * micro * model.forward_flops(shape, tokens, plan.txt_len) / rate  # of the last micro-batch
-    exposed = exposed_seconds(BYTES * model.count_parameters(shape), backward, world, bandwidth)
+    gradients = BYTES * model.count_parameters(shape)
+    exposed, update = exposed_seconds(gradients, backward, world, bandwidth), TOUCHES * gradients / MEMORY
+    seconds = compute + exposed + update
     latent = BYTES * shape["channels"] * (side // plan.factor()) ** 2
     sample = latent + 2 * plan.txt_len * shape["txt_dim"] + BYTES * shape["vec_dim"]  # tokens are bf16 in a cache
-    return {"compute": compute, "exposed": exposed, "seconds": compute + exposed, "pictures": own, "micro_batch": micro,
-            "efficiency": compute / (compute + exposed), "bytes_per_s": own * sample / (compute + exposed)}  # fmt: skip
+    return {"compute": compute, "exposed": exposed, "update": update, "seconds": seconds, "pictures": own,
+            "micro_batch": micro, "efficiency": compute / seconds, "bytes_per_s": own * sample / seconds}  # fmt: skip
 
 
 def saving_share(size: str, disk: float, every: float = 1800.0) -> float:
@@ -92,7 +97,7 @@ def tell(args: argparse.Namespace) -> None:
           f"{recipe.H100_FLOPS / 1e12:.0f} TFLOP/s, all-reduce at {args.bandwidth:g} GB/s; a state every half hour at "
           f"{args.disk:g} GB/s takes {saving_share(args.size, 1e9 * args.disk):.1%} of the time")  # fmt: skip
     print(f"{'GPUs':>6}{'side':>6}{'pictures a GPU':>16}{'micro-batch':>13}{'compute s':>11}{'exposed s':>11}"
-          f"{'efficiency':>12}{'GPU reads MB/s':>16}")
+          f"{'update s':>10}{'efficiency':>12}{'GPU reads MB/s':>16}")
     for world in args.gpus:
         for side in sorted({side for stage in recipe.RECIPES[args.size].stages for side in stage.sides}):
             try:
@@ -101,7 +106,8 @@ def tell(args: argparse.Namespace) -> None:
                 print(f"{world:6}{side:6}  {error}")
                 continue
             print(f"{world:6}{side:6}{row['pictures']:16}{row['micro_batch']:13}{row['compute']:11.3f}"
-                  f"{row['exposed']:11.3f}{row['efficiency']:12.1%}{row['bytes_per_s'] / 1e6:16.0f}")
+                  f"{row['exposed']:11.3f}{row['update']:10.3f}{row['efficiency']:12.1%}"
+                  f"{row['bytes_per_s'] / 1e6:16.0f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
