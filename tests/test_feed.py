@@ -89,6 +89,34 @@ def test_a_batch_holds_what_the_indices_say():
             assert all(torch.equal(a, b) for a, b in zip(batch.fake, TEXT([encoders.fake_prompt(p) for p in prompts])))
 
 
+def test_an_empty_caption_is_a_null_prompt(tmp_path):
+    """Also where no prompt is dropped: it has no classifier score, so it learns as a dropped one does."""
+    captions = {"0.png": "a ring", "1.png": "", "2.png": "a cross", "3.png": " \n"}
+    for i, (name, caption) in enumerate(captions.items()):
+        Image.new("RGB", (24, 24), (60 * i, 0, 0)).save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(caption)
+    (batch,) = feed_of(plan_of((0, (24,), 4), data=(str(tmp_path),), steps=1, dropout=0.0)).stream(0)
+    assert sorted(batch.keys) == sorted(captions)
+    assert dict(zip(batch.keys, batch.is_null.tolist())) == {"0.png": False, "1.png": True, "2.png": False,
+                                                             "3.png": True}
+    for c, null in zip(batch.c, batch.null):
+        assert [torch.equal(a, b) for a, b in zip(c, null)] == batch.is_null.tolist()
+
+
+def test_larger_pictures_come_in_smaller_micro_batches():
+    """A micro-batch of 8 at side 16 has the pixels of 2 at side 32."""
+    shapes = [tuple(batch.x0.shape) for batch in feed_of(plan_of((0, (16, 32), 16), micro_batch=8, steps=4)).stream(0)]
+    assert shapes == 2 * (2 * [(8, 3, 16, 16)] + 8 * [(2, 3, 32, 32)])
+
+
+def test_the_side_that_the_plan_tells_is_that_of_the_pictures():
+    """Sides take turns by the number of the batch in the data. Here the second stage begins at iteration 2 with its
+    batch 3 = 24 / 8, one odd, the other even."""
+    plan = plan_of((0, (16,), 12), (0.5, (16, 32), 8), steps=4)
+    sides = [batch.x0.shape[-1] for batch in feed_of(plan).stream(0)]
+    assert sides == [plan.side(step) for step in range(4)] == [16, 16, 32, 16]
+
+
 def test_shards_come_in_buckets_and_their_draws_have_the_pictures_shape(tars):
     plan = plan_of((0, (16,), 4), (0.5, (16, 32), 4), data=(str(tars / "tars"),), micro_batch=2, steps=12)
     shapes = {}
@@ -135,6 +163,17 @@ def test_a_cache_of_other_encoders_is_refused_at_the_start(tars, changes, said):
         feed.Feed(plan, DRAW, 3, feed.Codec(None, None, DEVICE, patch=4))
 
 
+def test_a_cache_without_fake_prompts_is_refused_at_the_start(tars):
+    """Where the auxiliary term will join, however late; where it never does, such a cache is enough."""
+    cache.make(tars / "tars", tars / "plain", 16, (TEXT, PIXELS),
+               cache.Settings(batch_size=4, tokens="fp32", multiple=4))
+    plan = plan_of((0, (16,), 4), data=(str(tars / "plain"),), aux_from=0.9)
+    with pytest.raises(data.DataError, match="without --fake"):
+        feed.Feed(plan, DRAW, 3, feed.Codec(None, None, DEVICE, patch=4))
+    plan = recipe.replace(plan, aux_from=1.0)
+    assert len(list(feed.Feed(plan, DRAW, 3, feed.Codec(None, None, DEVICE, patch=4)).stream(0))) == plan.steps
+
+
 def test_only_the_caches_of_a_stages_sides_are_opened(tars):
     """A cache for the larger pictures of a later stage may be made for that stage's smaller batch."""
     plan = plan_of((0, (16,), 12), data=(str(tars / "cache16whole"), str(tars / "cache32")))
@@ -154,6 +193,12 @@ def test_what_the_order_follows_from_is_in_the_fingerprint(tars):
     assert len(same) == 1 and len(others | same) == 4 and data.Shapes(16).fingerprint != data.Shapes(24).fingerprint
 
 
+def test_another_batch_is_another_sequence_of_iterations():
+    """Shapes come in the same order whatever the batch, but other ones meet in an iteration: each stage says which."""
+    one, other = (feed_of(plan_of((0, (24,), 8), (0.5, (24,), batch))).fingerprints() for batch in (12, 16))
+    assert set(one) == set(other) == {"0", "1"} and one["0"] == other["0"] and one["1"] != other["1"]
+
+
 def test_other_content_under_the_same_names_is_noticed(tars, tmp_path):
     """Resuming would go on with other samples, a cache would keep the old ones."""
     before, folder = shards.Shards(tars / "tars", 16, 4, multiple=4).fingerprint, tmp_path / "tars"
@@ -167,10 +212,13 @@ def test_other_content_under_the_same_names_is_noticed(tars, tmp_path):
         shutil.rmtree(folder)
     pictures = tmp_path / "pictures"
     shutil.copytree(tars / "pictures", pictures)
-    before = data.ImageFolder(pictures, 16).fingerprint
-    assert data.ImageFolder(pictures, 16).fingerprint == before
+    found = [data.ImageFolder(pictures, side).fingerprint for side in (16, 16, 24)]
+    assert found[0] == found[1]
+    (pictures / "7.txt").write_text("picture number 8")
+    found.append(data.ImageFolder(pictures, 16).fingerprint)
     Image.new("RGB", (40, 40)).save(pictures / "3.png")
-    assert data.ImageFolder(pictures, 16).fingerprint != before
+    found.append(data.ImageFolder(pictures, 16).fingerprint)
+    assert len(set(found)) == 4
 
 
 def test_a_cache_whose_sides_do_not_fit_the_patch_is_refused(tars):

@@ -56,6 +56,15 @@ def test_data_loss_over_t_squared_is_the_flow_matching_loss(shape):
     close(losses.one_step_estimate(x_t, TIMES, V), x0_hat)
 
 
+@pytest.mark.parametrize("t", [0.2, 0.04, 1e-2, 1e-3, 1e-5])
+def test_the_weight_is_not_clamped(t):
+    """1 / t^2 down to times that s.11 draws once in 10^30, where it still makes Eq. 7 the flow matching loss."""
+    t, (x0, eps, V) = torch.full((4,), t, dtype=F64), (normal(4, 3, seed=i) for i in range(3))
+    close(losses.time_weight(t), t.reciprocal() * t.reciprocal())
+    x0_hat = losses.one_step_estimate(losses.add_noise(x0, t, eps), t, V)
+    close(losses.time_weight(t) * losses.data_loss(x0_hat, x0), (V - eps + x0).pow(2).sum(1), 1e-9)
+
+
 def test_the_minimiser_of_eq_3_gives_the_posterior_mean():
     """Eq. 4 for Gaussian data: the best linear V at x_t, fitted by least squares, yields E[x0 | x_t]."""
     mean, variance, t = 0.7, 2.3, 0.6
@@ -384,6 +393,19 @@ def test_without_s_below_t_the_step_is_flow_matching(shape):
     assert torch.equal(stats["t"], stats["s"]) and stats["loss"].shape == (B,)
     close(stats["loss"].mean(), loss)
     assert len(online.calls) == 1 and not ema.calls
+
+
+def test_at_small_times_the_step_is_still_flow_matching():
+    """The error of x0_hat shrinks like t, its square like t^2: where t is 0.02 to 0.001, a sample counts in full."""
+    b, (online, ema) = batch(p_equal=1.0), networks()
+    b = b._replace(draws=b.draws._replace(z=torch.linspace(-4.5, -7.5, B, dtype=F64)))
+    loss, stats = b.step(losses.SelfE(online, ema, mu=MU))
+    t, _ = b.times()
+    assert 0.015 < t.max() < 0.02 and t.min() < 0.001
+    x_t = torch.stack([(1 - t[i]) * b.x0[i] + t[i] * b.draws.eps[i] for i in range(B)])
+    errors = (online.velocity(x_t, t, t, b.c) - (b.draws.eps - b.x0)).pow(2).mean(1)
+    close(stats["loss"], errors, 1e-9)
+    close(loss, errors.mean(), 1e-9)
 
 
 @pytest.mark.parametrize("target", ["renorm", "tar", "sum"])
@@ -808,6 +830,17 @@ def test_exactly_half_of_any_even_micro_batch_has_s_below_t(start, size):
 @pytest.mark.parametrize("p_equal, share", [(0.0, 1.0), (0.25, 0.75), (0.5, 0.5), (0.9, 0.1), (1.0, 0.0)])
 def test_the_share_of_s_below_t_is_one_minus_p_equal(p_equal, share):
     assert len(losses.below_positions(list(range(2000)), p_equal)) == pytest.approx(2000 * share, abs=1)
+
+
+@pytest.mark.parametrize("p_equal, n, places", [
+    (0.9, 10, [9]), (0.8, 5, [4]), (0.7, 10, [3, 6, 9]), (0.6, 5, [2, 4]), (7 / 8, 8, [7]), (0.75, 4, [3]),
+    (0.5, 2, [1]), (0.1, 10, [1, 2, 3, 4, 5, 6, 7, 8, 9]),
+])  # fmt: skip
+def test_every_n_samples_have_their_share_at_the_same_places(p_equal, n, places):
+    """The places are those of whole numbers in (1 - p) g, counted by hand. In floating point 10 (1 - 0.9) is less than
+    1: rounded down as it is, the first ten samples would have no place and the next ten two."""
+    for start in (0, n, 70 * n, 710_000 * 1024 // n * n):
+        assert losses.below_positions(list(range(start, start + n)), p_equal).tolist() == places
 
 
 @pytest.mark.parametrize("cuts", [[12], [2, 10], [4, 4, 4], [6, 2, 4], [1] * 12], ids=str)

@@ -77,15 +77,6 @@ def test_the_big_sizes_have_the_parameters_of_the_paper(size, billions, total):
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(total, rel=0.03)
 
 
-def test_the_numbers_of_the_paper():
-    """S.2 (a)-(d), typed from the paper."""
-    for size, width, head, axes in [("2b", 2048, 128, (16, 56, 56)), ("0.5b", 1024, 64, (8, 28, 28))]:
-        numbers = model.SIZES[size]
-        assert (numbers["width"], numbers["width"] // numbers["heads"], tuple(numbers["axes"])) == (width, head, axes)
-        assert (numbers["heads"], numbers["double"], numbers["single"]) == (16, 8, 16)
-        assert (numbers["channels"] * numbers["patch"] ** 2, numbers["txt_dim"], numbers["vec_dim"]) == (64, 4096, 768)
-
-
 @pytest.mark.parametrize("size", model.SIZES)
 def test_width_exceeds_the_values_of_a_token(size):
     """V has to carry the noise of a whole patch through the width."""
@@ -188,6 +179,37 @@ def test_patches_are_those_of_unfold():
         expected = network.final_layer(hidden, sum(times)).transpose(1, 2)
         expected = F.fold(expected, output_size=x_t.shape[2:], kernel_size=2, stride=2)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
+
+
+# --- norms and rotations ---------------------------------------------------------------------------------------------
+def test_norms_divide_by_the_root_of_the_mean_square_and_1e_6():
+    """At values of 0.001, whose mean square is 1e-6 too, so that eps shows: FLUX's for both norms."""
+    x = 1e-3 * torch.randn(2, 3, 5, 16, generator=torch.Generator().manual_seed(0))
+    norm, (scale, shift) = model.RMSNorm(16), torch.linspace(-1, 2, 32).view(2, 16)
+    with torch.no_grad():
+        norm.scale.copy_(scale)
+    exact = x.double().numpy()
+    by_rms = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(norm(x).detach(), by_rms * scale.double().numpy(), rtol=0, atol=1e-6)
+    centred = exact - exact.mean(-1, keepdims=True)
+    normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+    expected = normed * (1 + scale.double().numpy()) + shift.double().numpy()
+    np.testing.assert_allclose(model.modulate(x, shift, scale), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotations_are_complex_products_in_fp32_whatever_comes_in(dtype):
+    """numpy's complex numbers in float64, from the angles of each token. A bf16 product would be off by 1e-2."""
+    txt_len, rows, cols, axes = 2, 3, 4, (4, 6, 6)
+    x = torch.randn(2, 3, txt_len + rows * cols, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    positions = [(0, 0, 0)] * txt_len + [(0, y, x) for y in range(rows) for x in range(cols)]
+    angles = [[p * 10000.0 ** (-2 * i / n) for p, n in zip(place, axes) for i in range(n // 2)] for place in positions]
+    out = model.rotate(x, model.rope_table(txt_len, rows, cols, axes, torch.device("cpu")))
+    pairs = x.double().numpy()[..., ::2] + 1j * x.double().numpy()[..., 1::2]
+    turned = pairs * np.exp(1j * np.array(angles))
+    assert out.dtype == torch.float32
+    np.testing.assert_allclose(out[..., ::2], turned.real, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(out[..., 1::2], turned.imag, rtol=0, atol=1e-6)
 
 
 # --- FLUX ------------------------------------------------------------------------------------------------------------

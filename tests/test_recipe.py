@@ -1,32 +1,110 @@
-"""The recipe against the paper's numbers (S.2, Sec. 4.2), and the arithmetic of positions and divisions."""
+"""The recipe against the paper's numbers, and the arithmetic of positions and divisions."""
 
+import copy
+import inspect
 import itertools
+import math
 import re
+from pathlib import Path
 
 import pytest
+import torch
 
+import losses
 import model
+import objectives
 import recipe
-from engine import errors
+import sampler
+from engine import arguments, errors, optimizers
+
+SILENCES = (Path(__file__).parent.parent / "SILENCES.md").read_text(encoding="utf-8")
+
+BIG, SMALL, LAPTOP = (recipe.RECIPES[size] for size in ("2b", "0.5b", "laptop"))
+BIG_NET, SMALL_NET = model.SIZES["2b"], model.SIZES["0.5b"]
 
 
-def test_the_2b_run_is_the_papers():
-    plan = recipe.RECIPES["2b"]
-    assert plan.begins() == [0, 500_000, 710_000]
-    assert [(stage.sides, stage.batch_size) for stage in plan.stages] == [((256,), 1024), ((256, 512), 768)]
-    assert plan.learning_rate(999) == pytest.approx(3e-4) and plan.learning_rate(0) == pytest.approx(3e-7)
-    assert plan.learning_rate(710_000) == pytest.approx(1e-5)
-    middle = plan.learning_rate(1000 + 354_500)
-    assert middle == pytest.approx((3e-4 + 1e-5) / 2)
-    assert plan.tau(0) == 0 and plan.tau(150_000) == pytest.approx(0.5) and plan.tau(300_000) == plan.tau(700_000) == 1
-    assert [plan.aux(step) for step in (0, 549_999, 550_000, 709_999)] == [False, False, True, True]
-    assert (plan.ema, plan.betas, plan.txt_len, plan.warmup) == (0.9999, (0.9, 0.95), 256, 1000)
+def default(function, name: str):
+    """What an argument is when it is not given."""
+    return inspect.signature(function).parameters[name].default
 
 
-def test_the_ablation_run():
-    plan = recipe.RECIPES["0.5b"]
-    assert plan.steps == 300_000 and [(s.sides, s.batch_size) for s in plan.stages] == [((256,), 1024)]
-    assert plan.tau(150_000) == 0.5 and plan.tau(299_999) == pytest.approx(1, abs=1e-5) and not plan.aux(299_999)
+# Every constant of the paper that training or sampling needs, typed from the paper's text, beside ours.
+PAPER = [  # section, what the paper says, its number, ours
+    ("3.4", "s_k is the next timestep t_(k+1) by default", 0.0, default(sampler.trajectory, "s_rule")),
+    ("3.4", "guidance with w = 5", 5.0, BIG.guidance),
+    ("4", "the 2B model is trained with 512 x 512 pictures", 512, max(BIG.stages[-1].sides)),
+    ("4.2", "ablations: 256 x 256 pixels", [(256,)], [stage.sides for stage in SMALL.stages]),
+    ("4.2", "ablations: batch size 1024", [1024], [stage.batch_size for stage in SMALL.stages]),
+    ("4.2", "ablations: other settings as in Sec. 4.1", (BIG.lr, BIG.lr_end, BIG.betas, BIG.ema, BIG.guidance),
+     (SMALL.lr, SMALL.lr_end, SMALL.betas, SMALL.ema, SMALL.guidance)),
+    ("4.2", "ablations: reported after 300k iterations (Table 2)", 300_000, SMALL.steps),
+    ("S.1.2", "in practice k = 0.9", 0.9, default(losses.SelfE, "k")),
+    ("S.1.2", "k = 0.9, as a flag", 0.9, arguments.parse([]).k),
+    ("S.2", "first 256^2 pixels, then also 512^2", [(256,), (256, 512)], [stage.sides for stage in BIG.stages]),
+    ("S.2", "500k iterations of the first", 500_000, BIG.begins()[1]),
+    ("S.2", "batch sizes 1024 and 768", [1024, 768], [stage.batch_size for stage in BIG.stages]),
+    ("S.2", "batch proportion 1:1", 1.0, [BIG.side(600_000 + i) for i in range(100)].count(512) / 50),
+    ("S.2", "until 710k iterations", 710_000, BIG.steps),
+    ("S.2", "the auxiliary term from 550k on", [False, True, True],
+     [BIG.aux(step) for step in (549_999, 550_000, 709_999)]),
+    ("S.2", "Adam", "adam", BIG.optimizer),
+    ("S.2", "beta1 and beta2", (0.9, 0.95), BIG.betas),
+    ("S.2", "warm-up of 1000 iterations", 1000, BIG.warmup_steps()),
+    ("S.2", "half-way through the warm-up", 1.5e-4, BIG.learning_rate(499)),
+    ("S.2", "after it the learning rate 3e-4", 3e-4, BIG.learning_rate(1000)),
+    ("S.2", "half-way through the linear decay", (3e-4 + 1e-5) / 2, BIG.learning_rate(1000 + 709_000 // 2)),
+    ("S.2", "in the end 1e-5", 1e-5, BIG.learning_rate(710_000)),
+    ("S.2", "EMA 0.9999", 0.9999, BIG.ema),
+    ("S.2 (a)", "z-channels 16", (16, 16), (BIG_NET["channels"], SMALL_NET["channels"])),
+    ("S.2 (a)", "compression 8 of height and width", (8, 8), (BIG.factor(), SMALL.factor())),
+    ("S.2 (b)", "patch size 2", (2, 2), (BIG_NET["patch"], SMALL_NET["patch"])),
+    ("S.2 (b)", "(H / 16) (W / 16) tokens", [256, 1024],
+     [recipe.image_tokens(BIG_NET, side, BIG.factor()) for side in (256, 512)]),
+    ("S.2 (b)", "each of dimension 64", 64, BIG_NET["channels"] * BIG_NET["patch"] ** 2),
+    ("S.2 (c)", "text tokens of dimension 4096", (4096, 4096), (BIG_NET["txt_dim"], SMALL_NET["txt_dim"])),
+    ("S.2 (c)", "a pooled vector of dimension 768", (768, 768), (BIG_NET["vec_dim"], SMALL_NET["vec_dim"])),
+    ("S.2 (d)", "width 2048, and 1024 for ablations", (2048, 1024), (BIG_NET["width"], SMALL_NET["width"])),
+    ("S.2 (d)", "heads of size 128 and 64", (128, 64),
+     tuple(size["width"] // size["heads"] for size in (BIG_NET, SMALL_NET))),
+    ("S.2 (d)", "16 heads", (16, 16), (BIG_NET["heads"], SMALL_NET["heads"])),
+    ("S.2 (d)", "8 double-stream blocks", (8, 8), (BIG_NET["double"], SMALL_NET["double"])),
+    ("S.2 (d)", "16 single-stream blocks", (16, 16), (BIG_NET["single"], SMALL_NET["single"])),
+    ("S.2 (d)", "RoPE over (t, y, x)", [16, 56, 56], list(BIG_NET["axes"])),
+    ("S.2 (d)", "RoPE, ablations", [8, 28, 28], list(SMALL_NET["axes"])),
+    ("S.2, s.11", "z ~ N(0, 1): t_raw at one deviation", 1 / (1 + math.exp(-1)),
+     losses.sample_times(torch.ones(1), torch.ones(1), torch.tensor([], dtype=torch.int64), 0.0, 1.0)[0].item()),
+    ("S.2, s.12", "mu 0.5 at length 512", 0.5, losses.mu_of_length(512)),
+    ("S.2, s.12", "mu 1.15 at length 4096", 1.15, losses.mu_of_length(4096)),
+    ("S.2", "s = t with p = 0.5", 0.5, objectives.OBJECTIVES["self_e"].draw.keywords["p_equal"]),
+    ("S.2, s.13", "tau from 0 to 1 over 300,000 iterations", [0, 0.5, 1, 1],
+     [BIG.tau(step) for step in (0, 150_000, 300_000, 700_000)]),
+    ("S.2", "w_(s,t) = 1 / t^2: the exponent", -2.0, math.log(losses.time_weight(torch.tensor(0.01).double()), 0.01)),
+    ("S.2", "eta = 1 at inference", 1.0, default(sampler.trajectory, "eta")),
+]
+
+# Constants on which the paper is silent: ours, and the row of SILENCES.md that says so.
+SILENT = [  # row, what, our number, ours, how the row writes it
+    (3, "share of prompts dropped", (0.1, 0.1, 0.1), (BIG.dropout, SMALL.dropout, LAPTOP.dropout), "0.1"),
+    (13, "ablations: tau rises over the whole run", 300_000, SMALL.tau_until * SMALL.steps, "300k"),
+    (13, "ablations: the auxiliary term never joins", False, SMALL.aux(SMALL.steps - 1), "300k"),
+    (18, "tokens of a caption", (256, 256), (BIG.txt_len, SMALL.txt_len), "256"),
+    (18, "tokens of a caption of the laptop's", 14, LAPTOP.txt_len, "14"),
+    (19, "Adam of the laptop", (0.9, 0.99), LAPTOP.betas, "0.99"),
+    (25, "largest norm of a gradient", (1.0, 1.0, 1.0), (BIG.clip, SMALL.clip, LAPTOP.clip), "1.0"),
+    (26, "guidance of the laptop model", 1.5, LAPTOP.guidance, "1.5"),
+]
+
+
+@pytest.mark.parametrize("section, what, papers, ours", PAPER, ids=[f"{line[0]}: {line[1]}" for line in PAPER])
+def test_the_constants_of_the_paper(section, what, papers, ours):
+    assert ours == (pytest.approx(papers) if isinstance(papers, float) else papers)
+
+
+@pytest.mark.parametrize("row, what, number, ours, written", SILENT, ids=[line[1] for line in SILENT])
+def test_the_constants_that_the_paper_leaves_open(row, what, number, ours, written):
+    assert ours == number
+    (line,) = [line for line in SILENCES.splitlines() if line.startswith(f"| {row} |")]
+    assert written in re.findall(r"\d+(?:\.\d+)?k?", line.split("|", 2)[2])
 
 
 def test_sides_take_turns_batch_by_batch():
@@ -117,6 +195,24 @@ def test_the_price_of_the_paper():
                                      + model.forward_flops(model.SIZES["2b"], 1024, 256)) / 2
     assert rest == pytest.approx(by_hand) and rest < whole
     assert recipe.run_flops(model.SIZES["2b"], recipe.make("2b", aux_from=1.0), "flow_matching", 8) < 0.75 * whole
+
+
+def test_the_state_is_what_torch_keeps():
+    """Counted on a small layer after a step of the run's own Adam, and as float32 throughout."""
+    layer = torch.nn.Linear(30, 7)
+    ema, adam = copy.deepcopy(layer), optimizers.build("adam", layer, 1e-3, (0.9, 0.95))
+    layer(torch.ones(2, 30)).sum().backward()
+    adam.step()
+
+    def size(tensors) -> int:
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    moments = [x for own in adam.state.values() for x in own.values() if x.dim()]  # all but the number of the step
+    kept = {"weights": size(layer.parameters()), "gradients": size(p.grad for p in layer.parameters()),
+            "Adam": size(moments), "EMA": size(ema.parameters())}  # fmt: skip
+    parameters = sum(p.numel() for p in layer.parameters())
+    assert recipe.state_bytes(parameters, 1, False) == recipe.state_bytes(parameters, 4, False) == kept
+    assert recipe.state_bytes(parameters, 4, True) == kept | {"Adam": kept["Adam"] / 4}
 
 
 def test_state_of_the_2b_model_fits():

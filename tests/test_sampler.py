@@ -43,6 +43,17 @@ def test_fewer_than_one_step_is_refused(steps):
         sampler.sample(lambda x, *_: x, torch.zeros(1, 1), (), steps=steps)
 
 
+@pytest.mark.parametrize("choices", [dict(eta=1.01), dict(eta=-0.1), dict(eta=math.nan), dict(s_rule=1.5),
+                                     dict(s_rule=-0.5)], ids=str)  # fmt: skip
+def test_eta_and_s_rule_outside_of_0_to_1_are_refused(choices):
+    """Above 1 the fresh noise alone would be more than sigma_s allows; an s_k off the step is no level of it. The
+    network is not asked first."""
+    V = Spy()
+    with pytest.raises(ValueError, match="eta must be .* s_rule in"):
+        sampler.sample(V, normal(2, 3), prompts(2, 3)[0], steps=2, **choices)
+    assert not V.calls
+
+
 # =====================================================================================================================
 # One step
 # =====================================================================================================================

@@ -454,6 +454,24 @@ def test_recomputing_keeps_fewer_activations():
     assert saved[4] < 0.3 * saved[0]
 
 
+@pytest.mark.parametrize("recompute, runs_of", [(0, [1, 1, 1, 1]), (1, [2, 1, 1, 1]), (3, [2, 2, 2, 1]),
+                                                (4, [2, 2, 2, 2]), (9, [2, 2, 2, 2])])  # fmt: skip
+def test_as_many_blocks_run_twice_as_are_asked_for(recompute, runs_of):
+    """Of two blocks with two streams and two with one, the first so many, once forwards and once in the backward pass;
+    without gradient none."""
+    network = model.Denoiser(**SIZE)
+    network.recompute = recompute
+    runs = [0] * 4
+    for i, block in enumerate([*network.double_blocks, *network.single_blocks]):
+        block.register_forward_pre_hook(lambda *_, i=i: runs.__setitem__(i, runs[i] + 1))
+    inputs = torch.randn(2, 3, 8, 8), torch.rand(2), torch.zeros(2), torch.randn(2, 5, 8), torch.randn(2, 8)
+    network(*inputs).sum().backward()
+    assert runs == runs_of
+    with torch.no_grad():
+        network(*inputs)
+    assert runs == [n + 1 for n in runs_of]
+
+
 def test_the_rehearsal_meets_every_stage_and_leaves_nothing_behind(monkeypatch):
     plan = recipe.replace(recipe.make("laptop", steps=10, aux_from=0.8, micro_batch=4), txt_len=5,
                           stages=(recipe.Stage(0, (16,), 8), recipe.Stage(0.5, (16, 32), 8)))  # fmt: skip
