@@ -39,7 +39,7 @@ def regular(path: Path, kind: type[UserError] = UserError) -> Path:
 
 def whole_number(text: str) -> int:
     """The type of whole-number flags: below 2^63, because what is larger is a slip, and overflows further on."""
-    value = int(text) if len(text) < 40 else 2**63
+    value = int(text)
     if abs(value) >= 2**63:
         raise argparse.ArgumentTypeError("must be a whole number below 2^63")
     return value

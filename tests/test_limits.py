@@ -286,6 +286,12 @@ def test_a_number_that_would_become_memory(change, run, tmp_path, monkeypatch, c
     assert next(iter(change)) in refused(train, [*RESUME, "--out", run], monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("axes", [(2, 2, 2, 2), (4, 4), (1, 3, 4), (2, 2, 2)], ids=str)
+def test_a_network_turns_pairs_along_three_axes(axes):
+    with pytest.raises(ValueError, match="RoPE axes"):
+        model.Denoiser(**TINY | {"axes": axes})
+
+
 def test_no_memory_is_taken_for_a_model_that_the_weights_are_not(run, monkeypatch):
     """A hundred blocks of width 16,384 would be 300 GB: the header of the weights' file says that it is another."""
     edit(run / "config.json", **{"model.width": 16384, "model.heads": 2048 // 2, "model.axes": [4, 6, 6],
