@@ -127,7 +127,8 @@ def load_weights(path: Path, module: nn.Module) -> None:
     if wrong:
         raise CheckpointError(f"{path} holds a model of another shape than its config.json says: {len(wrong)} tensors "
                               f"differ, first {wrong[0]!r}")  # fmt: skip
-    state = {name: tensor.float() for name, tensor in read_weights(path).items()}
+    # Copies: what is read is a mapping of the file, which may change under a module that lives long
+    state = {name: tensor.to(torch.float32, copy=True) for name, tensor in read_weights(path).items()}
     if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise CheckpointError(f"{path} holds numbers that are not finite, first in {broken[0]!r}: it is damaged")
     module.load_state_dict(state, assign=next(iter(own.values())).is_meta)

@@ -223,6 +223,13 @@ def test_weights_of_another_model_are_refused(tmp_path):
     checkpoint.load_weights(path, empty)
     assert not empty.weight.is_meta and empty.weight.dtype == torch.float32 and empty.weight.requires_grad
     assert torch.equal(empty.weight, network.weight)
+    save_file({name: tensor + 0.5 for name, tensor in own.items()}, path)
+    with torch.device("meta"):
+        empty = nn.Linear(3, 2)
+    checkpoint.load_weights(path, empty)
+    with open(path, "r+b") as file:  # written over in place, as by cp
+        file.write(bytes(path.stat().st_size))
+    assert (empty.weight == 2.5).all() and (empty.bias == 2.5).all()
 
 
 def test_a_file_in_one_piece_has_the_rights_of_any_other(tmp_path):
