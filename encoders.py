@@ -174,19 +174,23 @@ class WordVectors(TextEncoder):
         self.name, self.txt_len, self.device = "words", txt_len, device
         self.position = np.stack([hashed_signs(b"position", str(i))[:32] for i in range(txt_len)])
         self.end, self.beyond = hashed_signs(b"mark", "end"), hashed_signs(b"mark", "beyond")
+        self.states = functools.lru_cache(maxsize=1024)(self.states)  # the same prompts come again and again
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        tokens = np.zeros((len(prompts), self.txt_len, self.d_txt), np.float32)
-        pooled = np.zeros((len(prompts), self.d_vec), np.float32)
-        for b, prompt in enumerate(prompts):
-            words = [hashed_signs(b"word", word) for word in split_words(prompt)[: self.txt_len - 1]]
-            v = np.stack([self.beyond, *words, self.end, self.beyond])  # [1 + n + 1, 128]
-            n = len(v) - 2  # tokens, the end included
-            tokens[b, :n] = np.concatenate([v[1:-1], v[:-2, :48], v[2:, :48], self.position[:n]], axis=1)
-            place = 2 * np.arange(n, dtype=np.float32) - (n - 1)  # -(n-1), -(n-3), .. n-1: centred, integers
-            pooled[b, :128] = v[1:-1].sum(axis=0) * near_root(n)
-            pooled[b, 128:] = (place[:, None] * v[1:-1]).sum(axis=0) * near_root(n * (n * n - 1) // 3)
-        return torch.from_numpy(tokens).to(self.device), torch.from_numpy(pooled).to(self.device)
+        tokens, pooled = (torch.from_numpy(np.stack(rows)) for rows in zip(*map(self.states, prompts)))
+        return tokens.to(self.device), pooled.to(self.device)
+
+    def states(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:
+        """(token states [txt_len, 256], pooled [256]) of one prompt."""
+        tokens = np.zeros((self.txt_len, self.d_txt), np.float32)
+        words = [hashed_signs(b"word", word) for word in split_words(prompt)[: self.txt_len - 1]]
+        v = np.stack([self.beyond, *words, self.end, self.beyond])  # [1 + n + 1, 128]
+        n = len(v) - 2  # tokens, the end included
+        tokens[:n] = np.concatenate([v[1:-1], v[:-2, :48], v[2:, :48], self.position[:n]], axis=1)
+        place = 2 * np.arange(n, dtype=np.float32) - (n - 1)  # -(n-1), -(n-3), .. n-1: centred, integers
+        bag = v[1:-1].sum(axis=0) * near_root(n)
+        moment = (place[:, None] * v[1:-1]).sum(axis=0) * near_root(n * (n * n - 1) // 3)
+        return tokens, np.concatenate([bag, moment])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

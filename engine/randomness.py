@@ -9,6 +9,7 @@ the same noise, the same times, the same dropout. There is no generator state to
 NumPy's Philox generator makes the numbers on the CPU, so they are the same on every device.
 """
 
+import functools
 import hashlib
 
 import numpy as np
@@ -16,13 +17,18 @@ import torch
 from torch import Tensor
 
 
+@functools.cache
+def number_of(purpose: str) -> int:
+    """64 bits of the hash of a purpose's name."""
+    return int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
+
+
 def rng(seed: int, purpose: str, *key: int) -> np.random.Generator:
     """A fresh generator that depends on (seed, purpose, *key) and on nothing else. All integers must be >= 0.
 
     Give one purpose keys of one length: a short key and the same key with zeros after it are one stream.
     """
-    word = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, word, *key])))
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, number_of(purpose), *key])))
 
 
 def normal(seed: int, purpose: str, keys: list[tuple[int, ...]], shape: tuple[int, ...]) -> Tensor:
