@@ -102,10 +102,11 @@ def write_table(rows: dict, out: Path, steps: tuple[int, ...]) -> None:
 # The figures
 # ---------------------------------------------------------------------------------------------------------------------
 def style_of(row: str) -> dict:
-    """Colour and line of a row, the same in all figures. Guided targets are dashed, in their objective's colour."""
+    """Colour and line of a row, the same in all figures. Guided targets and IMM at k = 3 are dashed, in the colour of
+    the row that they vary."""
     families = ("", "matching", "shortcut", "", "meanflow", "improved_meanflow", "tim")  # C0, C3 are in both figures
-    family = row.removesuffix("_guided")
-    number = families.index(family) if row in GALLERY else GROUPS["table2"].index(row)
+    family = {"imm_coarsest": "imm_coarse"}.get(row, row.removesuffix("_guided"))
+    number = families.index(family) if row in GALLERY else GROUPS["table2"].index(family)
     return {"color": f"C{number}", "linestyle": "-" if row == family else "--"}
 
 

@@ -17,6 +17,7 @@ ROWS = {
     "self_e_ema": ("Self-E, both branches by the EMA", ["--aux-from", "1", "--null-branch", "ema"], None),
     "aux_throughout": ("w/ aux. term throughout", ["--aux-from", "0"], (0.3307, 0.4304, 0.5153, 0.6166)),
     "aux_late": ("Self-E, aux. term late", ["--aux-from", f"{recipe.AUX_FROM:.4f}"], None),
+    "imm_coarsest": ("IMM, coarser still (k = 3)", ["--objective", "imm", "--imm-k", "3"], None),
     # The gallery: other any-step objectives (peers/), without and with guidance in their targets.
     "matching": ("Distribution matching (Self-E, k = 0)", ["--aux-from", "0", "--k", "0"], None),
     "shortcut": ("Shortcut models", ["--objective", "shortcut"], None),
@@ -33,7 +34,7 @@ GALLERY = ("matching", "shortcut", "shortcut_guided", "meanflow", "meanflow_guid
 GROUPS = {"table2": tuple(row for row in ROWS if row not in GALLERY), "gallery": GALLERY}
 # The differences of rows that decide claims.
 DIFFERENCES = (("self_e", "flow_matching"), ("self_e", "control"), ("control", "flow_matching"), ("self_e", "imm"),
-               ("self_e", "imm_coarse"),
+               ("self_e", "imm_coarse"), ("self_e", "imm_coarsest"),
                ("self_e", "eq16"), ("self_e", "eq18"), ("self_e", "aux_throughout"), ("aux_late", "self_e"),
                ("aux_late", "flow_matching"), ("aux_late", "control"), ("self_e_ema", "self_e"),
                ("self_e_ema", "control"), *((row, "self_e") for row in GALLERY))  # fmt: skip
