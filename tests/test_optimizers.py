@@ -48,6 +48,7 @@ def test_muon_moves_the_blocks_matrices_with_equal_singular_values_and_adam_the_
 
 @needs_muon
 def test_a_run_with_muon_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setitem(model.SIZES, "laptop", model.SIZES["laptop"] | {"width": 32, "heads": 2, "axes": (4, 6, 6)})
     run(monkeypatch, "--steps", 4, "--optimizer", "muon", "--out", tmp_path / "whole", *QUICK)
     run(monkeypatch, "--steps", 4, "--optimizer", "muon", "--out", tmp_path / "halves", *QUICK, "--save-every", 2)
     for state in checkpoint.complete_states(tmp_path / "halves")[1:]:
