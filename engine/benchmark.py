@@ -214,29 +214,33 @@ def on_real_data(args, setting: Setting, step: Step) -> dict:
             "compiled_after": stats["unique_graphs"] - graphs[1]}  # fmt: skip
 
 
-def diffusers_flux(size: dict, device: torch.device):
+def positions(setting: Setting) -> torch.Tensor:
+    """(0, y, x) of each image token, row by row, as FLUX's own programs lay them out: [image tokens, 3]."""
+    rows, cols = (n // setting.size["patch"] for n in setting.latents[1:])
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+    return torch.stack([torch.zeros_like(y), y, x], dim=-1).reshape(-1, 3).float().to(setting.device)
+
+
+def diffusers_flux(setting: Setting):
     """diffusers' FluxTransformer2DModel of the same size, and how to call it
     with our inputs; None without diffusers."""
     try:
         from diffusers import FluxTransformer2DModel
     except ImportError:
         return None
+    size, device = setting.size, setting.device
     values = size["channels"] * size["patch"] ** 2
     flux = FluxTransformer2DModel(
         patch_size=1, in_channels=values, num_layers=size["double"], num_single_layers=size["single"],
         attention_head_dim=size["width"] // size["heads"], num_attention_heads=size["heads"],
         joint_attention_dim=size["txt_dim"], pooled_projection_dim=size["vec_dim"], guidance_embeds=False,
         axes_dims_rope=size["axes"]).to(device)  # fmt: skip
+    img_ids, txt_ids = positions(setting), torch.zeros(setting.text_tokens, 3, device=device)
 
-    def call(tokens, t, txt, vec, precision):
-        ids = torch.zeros(tokens.shape[1], 3, device=device)
-        side = int(tokens.shape[1] ** 0.5)
-        ids[:, 1], ids[:, 2] = (axis.flatten().to(device) for axis in
-                                torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))  # fmt: skip
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+    def call(tokens, t, txt, vec):
+        with torch.autocast(device.type, setting.precision, enabled=setting.precision != torch.float32):
             return flux(hidden_states=tokens, encoder_hidden_states=txt, pooled_projections=vec, timestep=t,
-                        img_ids=ids,
-                        txt_ids=torch.zeros(txt.shape[1], 3, device=device), return_dict=False)[0]  # fmt: skip
+                        img_ids=img_ids, txt_ids=txt_ids, return_dict=False)[0]  # fmt: skip
 
     return flux, call
 
@@ -244,7 +248,7 @@ def diffusers_flux(size: dict, device: torch.device):
 def against_diffusers(setting: Setting, network: model.Denoiser, repeats: int) -> dict | None:
     """Seconds of forward + backward of our network and of diffusers' of the
     same size, in turns; None without diffusers."""
-    other = diffusers_flux(setting.size, setting.device)
+    other = diffusers_flux(setting)
     if other is None:
         return None
     flux, call = other
@@ -261,7 +265,7 @@ def against_diffusers(setting: Setting, network: model.Denoiser, repeats: int) -
         network.zero_grad(set_to_none=True)
 
     def theirs():
-        call(tokens, t, *c, setting.precision).float().square().mean().backward()
+        call(tokens, t, *c).float().square().mean().backward()
         flux.zero_grad(set_to_none=True)
 
     return in_turns({"ours": ours, "diffusers": theirs}, setting.device, repeats)
