@@ -374,7 +374,8 @@ class Blocks:
 
 
 class Shards:
-    """The captioned pictures of a folder of tars, in blocks of batch_size pictures of one size (the text on top).
+    """The captioned pictures of a folder of tars, or of an Index, in blocks of batch_size pictures of one size (the
+    text on top).
 
     side        of the square bucket, in pixels; all buckets have about its area
     batch_size  the global one, over all processes and micro-batches: batch i is g = i * batch_size and what follows
@@ -386,11 +387,12 @@ class Shards:
     buckets     [(height, width)] those in use; `skipped` key -> reason, and len(source) pictures are not
     """
 
-    def __init__(self, folder: str | Path, side: int, batch_size: int, *, multiple: int = 16, widest: float = 2.0,
-                 enlarge: float | None = None, index: str | Path | None = None):  # fmt: skip
-        self.name, self.side, self.batch_size = str(folder), side, batch_size
+    def __init__(self, folder: str | Path | Index, side: int, batch_size: int, *, multiple: int = 16,
+                 widest: float = 2.0, enlarge: float | None = None, index: str | Path | None = None):  # fmt: skip
+        read = isinstance(folder, Index)
+        self.name, self.side, self.batch_size = "an index" if read else str(folder), side, batch_size
         buckets = bucket_sides(side, multiple, widest)
-        self.tars, self.shard, self.rows, self.keys, skipped = read_index(folder, index)
+        self.tars, self.shard, self.rows, self.keys, skipped = folder if read else read_index(folder, index)
         self.skipped = dict(skipped)
         keep = np.arange(len(self.rows))
         if enlarge is not None:
@@ -399,7 +401,7 @@ class Shards:
             keep = np.flatnonzero(factor <= enlarge)
         log_skipped(self.name, self.skipped, len(self.rows) + len(self.skipped))
         if len(keep) < batch_size:
-            raise DataError(f"{folder} has {len(keep)} usable pictures, fewer than one batch of {batch_size}: "
+            raise DataError(f"{self.name} has {len(keep)} usable pictures, fewer than one batch of {batch_size}: "
                             "lower the batch size or add shards")  # fmt: skip
         self.buckets, bucket = choose_buckets(self.rows[keep], buckets, batch_size)
         self.members = [keep[bucket == k] for k in range(len(self.buckets))]

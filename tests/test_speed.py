@@ -12,7 +12,7 @@ import torch
 
 import model
 import recipe
-from engine import errors, loop_speed, scaling
+from engine import cache, data_speed, errors, loop_speed, scaling, shards
 
 ROOT = Path(__file__).parent.parent
 
@@ -138,3 +138,43 @@ def test_nothing_stays_patched():
         loop_speed.watch_parts(loop_speed.Clock(), closing)
         assert model.Denoiser.forward is not before[0]
     assert (model.Denoiser.forward, torch.Tensor.backward, torch.optim.Adam.step) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How fast data come
+# ---------------------------------------------------------------------------------------------------------------------
+def test_the_speed_of_data(tmp_path, monkeypatch):
+    """Each rate is positive, each ratio is that of its rates, and what is read is what training would read."""
+    monkeypatch.setattr(data_speed, "SIZES", ((320, 240), (240, 320)))
+    read, cached = [], []
+    right, sample = shards.Shards.read, cache.CachedShards.sample
+    monkeypatch.setattr(shards.Shards, "read", lambda self, n, *box: read.append(n) or right(self, n, *box))
+    monkeypatch.setattr(cache.CachedShards, "sample", lambda self, g: cached.append(g) or sample(self, g))
+    monkeypatch.setattr(sys, "argv", ["data_speed.py", "--pictures", "16", "--index-size", "20000", "--rounds", "1",
+                                      "--out", str(tmp_path / "out.json")])  # fmt: skip
+    data_speed.main()
+    report = json.loads((tmp_path / "out.json").read_text())
+    pictures, index = report["pictures"], report["index"]
+    assert pictures["from tars / pillow"] == pytest.approx(pictures["from tars"] / pictures["pillow"]) and read
+    for state in {"cold", "warm"} & set(report["cache"]):
+        rates = report["cache"][state]
+        assert rates["samples / plain"] == pytest.approx(rates["samples"] / rates["plain"]) and min(rates.values()) > 0
+    assert set(cached) == set(range(16)) and report["cache"]["bytes_of_a_sample"] > 2 * 256 * 4096 + 4 * 16 * 32 * 32
+    assert index["samples"] == 20_000 and index["bytes"] >= index["index_bytes"] > 20_000 * shards.ROW.itemsize
+    assert index["far_seconds"] > 0 and index["start_seconds"] > 0
+
+
+def test_a_source_from_an_index_is_that_of_its_tars(tmp_path, monkeypatch):
+    """The same order, buckets and fingerprint, whether a folder is named or its index given."""
+    monkeypatch.setattr(data_speed, "SIZES", ((320, 240), (240, 320)))
+    tars = data_speed.make_tars(tmp_path, 16)
+    by_name, by_index = (shards.Shards(place, 64, 4) for place in (tars, shards.read_index(tars)))
+    assert by_name.fingerprint == by_index.fingerprint and by_name.buckets == by_index.buckets
+    assert [by_name.sample(g).key for g in range(40)] == [by_index.sample(g).key for g in range(40)]
+
+
+def test_a_photograph_is_one(tmp_path):
+    """The same bytes every time, of the size that is said, and not smooth to the last bit."""
+    content = data_speed.photograph(3)
+    assert content == data_speed.photograph(3) != data_speed.photograph(11)
+    assert shards.picture_size(content) == data_speed.SIZES[3] and len(content) > 50_000
