@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import errors, machine
+from engine import checkpoint, errors, machine
 from engine.randomness import rng
 
 
@@ -71,9 +71,12 @@ class DataError(errors.UserError):
 def read_text(path: Path) -> str:
     """A UTF-8 text file, with or without a byte-order mark. Raises DataError for one that is something else."""
     try:
-        return errors.regular(path, DataError).read_text(encoding="utf-8-sig")
+        text = errors.regular(path, DataError).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
+    if "\0" in text:  # UTF-16 without a mark would pass
+        raise DataError(f"{path} is not UTF-8 text (it holds zero bytes): save it as UTF-8")
+    return text
 
 
 def whole(text: str) -> str:
@@ -520,7 +523,10 @@ class WrongCaptions:
 
 
 def label_grid(rows: list[list[np.ndarray]], columns: list[str], captions: list[str], scale: int = 1) -> Image.Image:
-    """A sheet: one row per caption, one column per label; rows[r][c] is a uint8 picture, enlarged `scale` times."""
+    """A sheet: one row per caption, one column per label; rows[r][c] is a uint8 picture, enlarged `scale` times.
+
+    A caption is one line, of no more letters than the sheet has pixels.
+    """
     h, w = (side * scale for side in rows[0][0].shape[:2])
     pad, top, line = 6, 18, 13
     width, height = len(columns) * (w + pad) + pad, top + len(rows) * (h + line + pad) + pad
@@ -533,21 +539,21 @@ def label_grid(rows: list[list[np.ndarray]], columns: list[str], captions: list[
         for c, picture in enumerate(pictures):
             enlarged = Image.fromarray(picture).resize((w, h), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (pad + c * (w + pad), y))
-        pen.text((pad, y + h), caption, fill="black")
+        pen.text((pad, y + h), " ".join(caption.split())[:width], fill="black")
     return sheet
 
 
 def main() -> None:
     parser = errors.Parser("data.py", "Draw a sheet of training pictures with their captions.")
-    parser.add_argument("--data", metavar="DIR", default="one-shape",
+    parser.add_argument("--data", metavar="DIR", type=errors.name, default="one-shape",
                         help=f"{', '.join(SETS)} or a folder of captioned pictures (default: one-shape)")
     parser.add_argument("--side", metavar="N", type=int, default=16, help="of the pictures, in pixels (default: 16)")
     parser.add_argument("--seed", type=int, default=0, help="which pictures (default: 0)")
-    parser.add_argument("--out", default="data.png", help="where to write the sheet (default: data.png)")
+    parser.add_argument("--out", type=errors.file_to_write, default="data.png",
+                        help="where to write the sheet (default: data.png)")
     args = parser.parse_args()
-    if not 1 <= args.side <= 2**13 or args.seed < 0:
-        parser.error("--side must lie between 1 and 8192, --seed not be negative")
-    if Path(args.out).suffix.lower() != ".png":
+    parser.check_ranges(args, side=(1, 1024), seed=(0, 2**63 - 1))
+    if args.out.suffix.lower() != ".png":
         parser.error(f"--out must name a .png file, not {args.out}")
     source = Shapes(args.side, args.data) if args.data in SETS else ImageFolder(args.data, args.side)
     samples = [source.sample(g, args.seed) for g in range(24)]
@@ -557,7 +563,8 @@ def main() -> None:
     whole = Image.new("RGB", (sum(sheet.width for sheet in sheets), sheets[0].height), "white")
     for i, sheet in enumerate(sheets):
         whole.paste(sheet, (i * sheet.width, 0))
-    whole.save(args.out)
+    with checkpoint.in_one_piece(args.out) as partial:
+        whole.save(partial, format="PNG")
     print(f"wrote {args.out}")
 
 

@@ -183,7 +183,8 @@ class WordVectors(TextEncoder):
     def states(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:
         """(token states [txt_len, 256], pooled [256]) of one prompt."""
         tokens = np.zeros((self.txt_len, self.d_txt), np.float32)
-        words = [hashed_signs(b"word", word) for word in split_words(prompt)[: self.txt_len - 1]]
+        read = split_words(prompt[: 64 * self.txt_len])  # NFKC takes n^2 time for n accents on one letter
+        words = [hashed_signs(b"word", word) for word in read[: self.txt_len - 1]]
         v = np.stack([self.beyond, *words, self.end, self.beyond])  # [1 + n + 1, 128]
         n = len(v) - 2  # tokens, the end included
         tokens[:n] = np.concatenate([v[1:-1], v[:-2, :48], v[2:, :48], self.position[:n]], axis=1)
@@ -393,6 +394,9 @@ class KLAutoencoder:
         self.channels = vae.config.latent_channels
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # each level but the last halves the side
         self.shift, self.scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
+        if not all(isinstance(x, (int, float)) and abs(x) < 1e6 for x in (self.shift, self.scale)) or not self.scale:
+            raise EncoderError(f"{place}: its config.json says scaling_factor {self.scale!r} and shift_factor "
+                               f"{self.shift!r}, which must be numbers, the first not 0")  # fmt: skip
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from engine import checkpoint, errors, limits, machine
 from engine.randomness import normal
 
 STEP_COUNTS = (1, 2, 4, 8, 50)  # of picture grids and tables
+SHEET = 2**28  # most pixels of a sheet, 0.8 GB
 S_RULES = {"next": 0.0, "same": 1.0}  # names for s_k = t_{k+1} and s_k = t_k (S.3.1)
 
 
@@ -157,7 +158,8 @@ def fraction_or_name(names: dict):
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = errors.Parser("sample.py", "Make pictures from prompts.")
     a = parser.add_argument_group("what").add_argument
-    a("--checkpoint", default="checkpoints/laptop", help="folder of a run (default: checkpoints/laptop)")
+    a("--checkpoint", type=errors.name, default="checkpoints/laptop",
+      help="folder of a run (default: checkpoints/laptop)")
     a("--prompt", action="append", default=[], help="what to draw; may be given several times")
     a("--prompts", type=Path, help="a text file with one prompt per line")
     a("--images", type=int, default=1, help="pictures per prompt (default: 1)")
@@ -179,12 +181,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         args.prompt += [line.strip() for line in data.read_text(args.prompts).splitlines() if line.strip()]
     if not args.prompt:
         parser.error("give at least one --prompt, or --prompts FILE")
-    if not 1 <= min(args.steps) <= max(args.steps) <= 10**6:
-        parser.error("--steps must lie between 1 and 1000000")
-    if args.guidance is not None and not 0 <= args.guidance <= 100:
-        parser.error("--guidance must lie between 0 and 100")
-    if not 1 <= args.images <= 10**6 or not 0 <= args.scale <= 64 or args.seed < 0:
-        parser.error("--images must lie between 1 and 1000000, --scale between 0 and 64, --seed not be negative")
+    args.prompt = list(map(data.whole, args.prompt))  # the shell may hand over what is not UTF-8
+    parser.check_ranges(args, steps=(1, 10**6), guidance=(0, 100), images=(1, 10**6), scale=(0, 64),
+                        seed=(0, 2**63 - 1))  # fmt: skip
     return args
 
 
@@ -194,13 +193,17 @@ def main() -> None:
     if not args.out.parent.is_dir() or args.out.is_dir() or args.out.suffix.lower() != ".png":
         raise errors.UserError(f"--out must name a .png file in a folder that exists, not {args.out}")
     loaded = load(Path(args.checkpoint), machine.pick_device(args.device))
+    side = loaded.config["side"]
+    scale = args.scale or max(1, 128 // side)
+    pixels = len(args.prompt) * args.images * len(args.steps) * (side * scale) ** 2
+    if pixels > SHEET:  # now, not after all of them are made
+        raise errors.UserError(f"a sheet of {pixels / 1e6:,.0f} million pixels is more than a viewer can open: fewer "
+                               f"prompts, --images or --steps, or a smaller --scale than {scale}")  # fmt: skip
     prompts = [p for p in args.prompt for _ in range(args.images)]
     # Picture i of every prompt starts from the same noise, at every step count, so that columns compare.
     keys = [(i,) for _ in args.prompt for i in range(args.images)]
     columns = [generate(loaded, prompts, keys, seed=args.seed, steps=n, guidance=args.guidance, eta=args.eta,
                         s_rule=args.s_rule, space=args.space) for n in args.steps]  # fmt: skip
-    side = columns[0][0].shape[0]
-    scale = args.scale or max(1, 128 // side)
     if len(columns) == len(prompts) == 1:
         picture = Image.fromarray(columns[0][0]).resize((side * scale,) * 2, Image.Resampling.NEAREST)
     else:

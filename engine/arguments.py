@@ -22,7 +22,7 @@ from peers import meanflow
 OWN = {"target": "renorm", "k": 0.9, "delta_scale": 1.0, "null_branch": "online", "aux_from": None,
        "imm_k": baselines.K, "train_guidance": 1.0, "derivative": "difference", "loss_power": 1.0}  # fmt: skip
 # What a run keeps for its whole life, and what changes the recipe.
-FIXED = ("size", "objective", *OWN, "text", "txt_len", "autoencoder", "wrong_captions", "optimizer")
+FIXED = ("size", "objective", *OWN, "text", "txt_len", "autoencoder", "wrong_captions", "optimizer", "init")
 RECIPE = ("steps", "batch_size", "lr", "side", "text", "txt_len", "autoencoder", "micro_batch", "wrong_captions",
           "optimizer")
 
@@ -33,15 +33,16 @@ RECIPE = ("steps", "batch_size", "lr", "side", "text", "txt_len", "autoencoder",
 def what_is_trained(parser: argparse.ArgumentParser) -> None:
     a = parser.add_argument_group("the run").add_argument
     a("--size", default="laptop", choices=list(SIZES), help="model and recipe (default: laptop)")
-    a("--data", metavar="DIR", nargs="+",
+    a("--data", metavar="DIR", type=errors.name, nargs="+",
       help="one-shape, shapes, a folder of captioned pictures or of tar shards, or caches")
     a("--wrong-captions", metavar="X", type=float, default=0.0,
       help="share of samples with the caption of another; 0 is off (default: 0)")
-    a("--out", metavar="DIR", default="runs/laptop", help="folder of the run (default: runs/laptop)")
-    a("--init", metavar="DIR", help="begin with the weights of another run or checkpoint (default: random ones)")
+    a("--out", metavar="DIR", type=errors.name, default="runs/laptop", help="folder of the run (default: runs/laptop)")
+    a("--init", metavar="DIR", type=errors.name,
+      help="begin with the weights of another run or checkpoint (default: random ones)")
     a("--resume", action="store_true", help="go on from the last state in --out, with its flags")
     a("--dry-run", action="store_true", help="print the plan, memory and price of the run and end")
-    a("--index", metavar="DIR", help="folder of the index of tar shards (default: beside the tars)")
+    a("--index", metavar="DIR", type=errors.name, help="folder of the index of tar shards (default: beside the tars)")
     a("--seed", metavar="N", type=int, default=0, help="of everything random (default: 0)")
     a = parser.add_argument_group("the recipe").add_argument
     a("--steps", metavar="N", type=int, help="iterations")
@@ -127,12 +128,17 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
+def refuse(flags: list[str], own: tuple[str, ...]) -> None:
+    """Raise UserError for one of `own` among flags that are meant for train.py, in full or cut short."""
+    for word in flags:
+        name = word.partition("=")[0]
+        if found := [flag for flag in own if name.startswith("-") and flag.startswith(name)]:
+            raise errors.UserError(f"{found[0]} is this program's to choose: leave out {word}")
+
+
 def check_numbers(parser: errors.Parser, args: argparse.Namespace) -> None:
     """Raise UserError for a whole number out of its range."""
-    for name, (least, most) in limits.RANGES.items():
-        value = getattr(args, name)
-        if value is not None and not least <= value <= most:
-            parser.error(f"--{name.replace('_', '-')} must lie between {least} and {most}")
+    parser.check_ranges(args, **limits.RANGES)
     for name in ("batch_size", "micro_batch"):
         if getattr(args, name) is not None and getattr(args, name) % 2:
             parser.error(f"--{name.replace('_', '-')} must be even: every second sample has s < t (s.13)")
@@ -166,8 +172,6 @@ def check_choices(parser: errors.Parser, args: argparse.Namespace) -> None:
         owners = [name for name, objective in OBJECTIVES.items() if foreign[0] in objective.flags]
         parser.error(f"--{foreign[0].replace('_', '-')} is a choice of {' and '.join(owners)}; "
                      f"{args.objective} has none of it")  # fmt: skip
-    if not args.out:
-        parser.error("--out must name the folder of the run")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

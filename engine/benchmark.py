@@ -28,10 +28,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import data
 import losses
 import model
 import recipe
-from engine import checkpoint, errors, machine, preparation
+from engine import checkpoint, errors, limits, machine, preparation
 from engine.feed import Feed, Reading
 from objectives import AUX_FORWARDS, OBJECTIVES
 
@@ -281,7 +282,7 @@ def parse_arguments():
     a("--blocks", metavar="N", type=int, nargs=2, help="double and single blocks instead of the size's own")
     a("--batch", metavar="N", type=int, default=64, help="pictures a step, even (default: 64)")
     a("--side", metavar="N", type=int, help="side of the pictures in pixels (default: the recipe's)")
-    a("--data", metavar="DIR", nargs="+",
+    a("--data", metavar="DIR", type=errors.name, nargs="+",
       help="what training would read (default: one-shape for laptop, else not measured)")
     a("--txt-len", metavar="N", type=int, help="text tokens (default: the recipe's)")
     a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="inside the network (default: the faster)")
@@ -289,14 +290,16 @@ def parse_arguments():
     a("--recompute", metavar="N", type=int, default=0, help="blocks that recompute their activations (default: 0)")
     a("--repeats", metavar="N", type=int, default=7, help="measured rounds (default: 7)")
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
-    a("--out", metavar="FILE", type=Path, help="write the figures as JSON")
+    a("--out", metavar="FILE", type=errors.file_to_write, help="write the figures as JSON")
     args = parser.parse_args()
-    if args.batch < 2 or args.batch % 2 or args.repeats < 1 or (1 if args.txt_len is None else args.txt_len) < 1:
-        parser.error("--batch must be even and at least 2, --repeats and --txt-len at least 1")
-    if args.recompute < 0 or min(args.blocks or [0]) < 0 or sum(args.blocks or [1]) < 1:
-        parser.error("--recompute and --blocks must not be negative, and there must be a block")
-    if args.out and not args.out.parent.is_dir():
-        parser.error(f"--out: no such folder: {args.out.parent}")
+    ranges = {name: limits.RANGES[name] for name in ("side", "txt_len", "recompute")}
+    parser.check_ranges(args, **ranges, batch=limits.RANGES["batch_size"], blocks=limits.MODEL["double"],
+                        repeats=(1, 10**6))  # fmt: skip
+    if args.batch % 2 or sum(args.blocks or [1]) < 1:
+        parser.error("--batch must be even, and there must be a block")
+    for name in args.data or []:  # now, not after the steps are measured
+        if name not in data.SETS and not Path(name).is_dir():
+            parser.error(f"--data: no such folder: {name}")
     plan = recipe.RECIPES[args.size]
     multiple = model.SIZES[args.size]["patch"] * plan.factor()
     if args.side is not None and (args.side < multiple or args.side % multiple):

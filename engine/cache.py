@@ -35,7 +35,7 @@ if __name__ == "__main__":  # started as a file: modules are found from the proj
 
 import data
 import encoders
-from engine import checkpoint, errors, machine, shards
+from engine import checkpoint, errors, limits, machine, shards
 from engine.checkpoint import in_one_piece
 from data import DataError
 
@@ -181,14 +181,21 @@ class CachedShards:
         self.buckets = [(height, width) for height, width, _ in self.spec["buckets"]]
         self.blocks = shards.Blocks([count for _, _, count in self.spec["buckets"]], batch_size, self.spec["side"])
         self.paths: list[list[Path]] = [[] for _ in self.buckets]
-        for path, k, _ in plan:
-            self.paths[k].append(path)
-            with opened(path) as file:
-                self.skipped |= json.loads(file.metadata()["skipped"])
-        shards.log_skipped(self.name, self.skipped, len(self))
+        sizes, factor = cached_sizes(self.folder)
+        texts = {"tokens": (self.spec["txt_len"], sizes["txt_dim"]), "pooled": (sizes["vec_dim"],)}
+        fakes = {f"fake_{name}": shape for name, shape in texts.items()}
         with opened(self.folder / "null.safetensors") as file:
-            self.null = tuple(file.get_tensor(name).float() for name in ("tokens", "pooled"))
-            self.null_fake = tuple(file.get_tensor(name).float() for name in ("fake_tokens", "fake_pooled"))
+            check_tensors(file, 1, texts | fakes)
+            self.null = tuple(file.get_tensor(name).float() for name in texts)
+            self.null_fake = tuple(file.get_tensor(name).float() for name in fakes)
+        for path, k, rows in plan:
+            self.paths[k].append(path)
+            latent = {"latent": (sizes["channels"], *(side // factor for side in self.buckets[k]))}
+            with opened(path) as file:
+                check_tensors(file, len(rows), latent | texts | (fakes if self.fake else {}))
+                check_texts(file, len(rows))
+                self.skipped |= {key: str(why) for key, why in json.loads(file.metadata()["skipped"]).items()}
+        shards.log_skipped(self.name, self.skipped, len(self))
 
     def check(self, text: str, txt_len: int, autoencoder: str) -> None:
         """Raise DataError unless the encoders of these names are those that the cache was made with."""
@@ -219,10 +226,14 @@ class CachedShards:
 
 
 def spec_of(folder: str | Path) -> dict | None:
-    """What cache.json says of a cache; None where there is none, or that of another program."""
+    """What cache.json says of a cache; None where there is none, or that of another program. Raises CheckpointError for
+    a damaged one."""
     path = Path(folder) / "cache.json"
     spec = checkpoint.read_json(path) if path.exists() else None
-    return spec if isinstance(spec, dict) and "buckets" in spec else None
+    if not isinstance(spec, dict) or "buckets" not in spec:
+        return None
+    limits.check(path, spec, limits.CACHE)
+    return spec
 
 
 def is_cache(folder: str | Path) -> bool:
@@ -232,14 +243,15 @@ def is_cache(folder: str | Path) -> bool:
 def cached_sizes(folder: Path) -> tuple[dict, int]:
     """What a cache says of the encoders without loading them: ({channels,
     txt_dim, vec_dim} for model.SIZES, factor)."""
-    spec = checkpoint.read_json(folder / "cache.json")
+    spec = spec_of(folder)
     path, k, _ = next(shard_plan(folder, spec))
     with opened(path) as file:
         _, channels, height, _ = file.get_slice("latent").get_shape()
+        factor = spec["buckets"][k][0] // height
     with opened(folder / "null.safetensors") as file:
         sizes = {"channels": channels, "txt_dim": file.get_slice("tokens").get_shape()[-1],
                  "vec_dim": file.get_slice("pooled").get_shape()[-1]}  # fmt: skip
-    return sizes, spec["buckets"][k][0] // height
+    return sizes, factor
 
 
 def collate(samples: list[CachedSample], dropped: list[bool], null: tuple, null_fake: tuple, with_fake: bool):
@@ -258,12 +270,31 @@ def collate(samples: list[CachedSample], dropped: list[bool], null: tuple, null_
 
 @contextlib.contextmanager
 def opened(path: Path):
-    """A safetensors file, mapped and not read. Raises DataError naming one that is damaged."""
+    """A safetensors file, mapped and not read. Raises DataError naming one that is damaged, also where what is read of
+    it is not what it should be."""
     try:
         with safe_open(errors.regular(path, DataError), framework="pt") as file:
             yield file
-    except (SafetensorError, FileNotFoundError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise DataError(f"{path} is damaged or missing ({error}): remove it and cache again") from error
+
+
+def check_tensors(file, rows: int, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError unless each tensor of an opened file has so many rows of its shape; only its header is read."""
+    for name, shape in shapes.items():
+        part = file.get_slice(name)
+        if part.get_shape() != [rows, *shape] or part.get_dtype() not in ("F32", "BF16"):
+            raise ValueError(f"{name} is {part.get_dtype()} {part.get_shape()}, not numbers {[rows, *shape]}")
+
+
+def check_texts(file, rows: int) -> None:
+    """Raise ValueError unless the ends of the texts of an opened shard are in order and within them."""
+    ends, letters = file.get_tensor("text_end"), file.get_slice("text")
+    told = ends.tolist()
+    if (ends.dtype, letters.get_dtype()) != (torch.int64, "U8") or len(told) != rows + 1 or told != sorted(told):
+        raise ValueError("its captions have no order")
+    if [told[:1], told[-1:]] != [[0], letters.get_shape()]:
+        raise ValueError("its captions are not whole")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,8 +311,9 @@ def share(text: str) -> tuple[int, int]:
 def main() -> None:
     parser = errors.Parser("engine/cache.py FOLDER OUT", "Encode tar shards once: pictures and captions.")
     a = parser.add_argument
-    a("folder", metavar="FOLDER", help="a folder of .tar")
-    a("out", metavar="OUT", help="the folder of the cache; one that was begun with the same settings is gone on with")
+    a("folder", metavar="FOLDER", type=errors.name, help="a folder of .tar")
+    a("out", metavar="OUT", type=errors.name,
+      help="the folder of the cache; one that was begun with the same settings is gone on with")  # fmt: skip
     a("--side", metavar="N", type=shards.positive, required=True, help="side of the square bucket in pixels")
     a("--text", metavar="SPEC", default="flux", help="frozen text encoder, see encoders.py (default: flux)")
     a("--txt-len", metavar="N", type=shards.positive, help="tokens a caption (default: the encoder's)")
@@ -295,9 +327,10 @@ def main() -> None:
     a("--per-shard", metavar="N", type=shards.positive, default=256, help="samples a cached shard (default: 256)")
     a("--encode-batch", metavar="N", type=shards.positive, default=16, help="pictures encoded at once (default: 16)")
     a("--part", metavar="I/N", type=share, default=(0, 1), help="every N-th shard from the I-th on (default: 0/1, all)")
-    a("--index", metavar="DIR", help="folder of the index (default: FOLDER)")
+    a("--index", metavar="DIR", type=errors.name, help="folder of the index (default: FOLDER)")
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     args = parser.parse_args()
+    parser.check_ranges(args, side=limits.RANGES["side"], txt_len=limits.RANGES["txt_len"])
     device = machine.pick_device(args.device)
     text = encoders.text_encoder(args.text, args.txt_len, device)
     autoencoder = encoders.autoencoder(args.autoencoder, device)

@@ -6,7 +6,7 @@
         config.json  model.safetensors (EMA)  network.safetensors  adam.pt  state.json
     RUN/metrics.jsonl  RUN/grids/       what happened on the way
 
-    python engine/checkpoint.py runs/laptop checkpoints/laptop --dtype fp16   # the part of a run worth giving away
+    python engine/checkpoint.py runs/laptop model/ --dtype fp16   # the part of a run worth giving away
 
 Every file or folder is written beside its final name, brought to the disk and then renamed, so what has the final name
 is complete: a run may be killed at any moment, a disk may fill up, and the last complete state is still there.
@@ -96,10 +96,20 @@ def save_weights(path: Path, module: nn.Module) -> None:
         save_file({name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}, partial)
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file. Raises CheckpointError when it is missing or damaged."""
+def read_weights(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, as `dtype`. Raises CheckpointError when it is missing, damaged, or holds what
+    is no number of that type."""
     with reading(path):
-        return load_file(path)
+        weights = load_file(path)
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{path} holds {tensor.dtype} in {name!r}: these are no weights of a model")
+        # A copy: what is read is a mapping of the file, which may change under a network that lives long
+        weights[name] = tensor.to(dtype, copy=True)
+        if not weights[name].isfinite().all():
+            damaged = "it is damaged" if dtype == torch.float32 else f"it is damaged, or too large for {dtype}"
+            raise CheckpointError(f"{path} holds numbers that are not finite, first in {name!r}: {damaged}")
+    return weights
 
 
 @contextlib.contextmanager
@@ -127,20 +137,30 @@ def load_weights(path: Path, module: nn.Module) -> None:
     if wrong:
         raise CheckpointError(f"{path} holds a model of another shape than its config.json says: {len(wrong)} tensors "
                               f"differ, first {wrong[0]!r}")  # fmt: skip
-    # Copies: what is read is a mapping of the file, which may change under a module that lives long
-    state = {name: tensor.to(torch.float32, copy=True) for name, tensor in read_weights(path).items()}
-    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-        raise CheckpointError(f"{path} holds numbers that are not finite, first in {broken[0]!r}: it is damaged")
+    state = read_weights(path)
     module.load_state_dict(state, assign=next(iter(own.values())).is_meta)
 
 
+FOLDERS = ("state", "grids")  # of a run; the others are files
+FILES = ("config.json", "metrics.jsonl", "model.safetensors", "lock")
+
+
 def check_writable(folder: Path) -> None:
-    """Raise CheckpointError unless the folder can be written, or made: asked at once, not after the data is read."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    """Raise CheckpointError unless the folder can be written, or made, as that of a run: asked at once, not after the
+    data is read."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     if not there.is_dir():
-        raise CheckpointError(f"{folder} cannot be a folder: {there} is a file; choose another --out")
+        raise CheckpointError(f"{folder} cannot be a folder: {there} is a file or a broken link; choose another --out")
     if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise CheckpointError(f"{there} cannot be written by this user: choose another --out")
+    for path in (folder / name for name in FOLDERS + FILES):
+        if path.exists() and path.is_dir() != (path.name in FOLDERS):
+            kind = "folder" if path.is_dir() else "file"
+            raise CheckpointError(f"{path} is a {kind}, which it is not in a run: remove it, or choose another --out")
+    config = folder / "config.json"
+    told = read_json(config) if config.exists() else {"arguments": {}}
+    if not (isinstance(told, dict) and isinstance(told.get("arguments"), dict)):
+        raise CheckpointError(f"{config} is not that of a run that train.py began: choose another --out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,7 +168,8 @@ def check_writable(folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 def complete_states(run: Path) -> list[Path]:
     """The complete training states of a run, oldest first."""
-    return sorted(p for p in (run / "state").glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name) and p.is_dir())
+    return sorted((p for p in (run / "state").glob("step_*") if re.fullmatch(r"step_[0-9]{8,}", p.name) and p.is_dir()),
+                  key=step_of)  # not by name: 100,000,000 has a digit more
 
 
 def step_of(state: Path) -> int:
@@ -245,9 +266,10 @@ def load_state(folder: Path, network: nn.Module, ema: nn.Module, optimizer: torc
         optimizer.load_state_dict(checked(adam, optimizer))
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError,
             AttributeError, IndexError) as error:
+        if errors.out_of_memory(error):
+            raise
         reason = errors.shortened(str(error).strip().partition("\n")[0])[:200]
-        raise CheckpointError(f"{path} is not Adam's state of this model ({type(error).__name__}: {reason}); delete "
-                              f"{folder} to go on from an older one") from error
+        raise CheckpointError(f"{path} is not Adam's state of this model ({type(error).__name__}: {reason})") from error
     # ZeRO-1 leaves Adam's count on the CPU, where the
     for p, own in getattr(optimizer, "optim", optimizer).state.items():
         if "step" in own:  # Muon keeps none
@@ -319,20 +341,23 @@ def export(source: Path, out: Path, dtype: torch.dtype, lines: int = 200) -> Non
     """Copy what sample.py needs of a run or state, its weights as `dtype`, and at most `lines` lines of its metrics.
 
     fp16 halves the file and keeps 11 bits of every weight; the model still computes in what sample.py chooses. Raises
-    CheckpointError when `source` holds no model.
+    CheckpointError when `source` holds no model, and when `out` holds one.
     """
-    config, weights = read_json(source / "config.json"), read_weights(source / "model.safetensors")
-    if out.resolve() == source.resolve() or (out / "state").exists():
-        raise CheckpointError(f"{out} is a run: choose another folder, or its model would be overwritten")
+    from engine import limits  # it builds on this module
+
+    config, weights = limits.config(source), read_weights(source / "model.safetensors", dtype)
+    metrics = source / "metrics.jsonl"
+    rows = metrics.read_bytes().splitlines() if metrics.exists() else []
+    if (out / "model.safetensors").exists() or (out / "state").exists():
+        raise CheckpointError(f"{out} holds a model already: choose another folder, or it would be overwritten")
     out.mkdir(parents=True, exist_ok=True)
-    with in_one_piece(out / "model.safetensors") as partial:
-        save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, partial)
     write_json(out / "config.json", config)
-    if (source / "metrics.jsonl").exists():
-        rows = (source / "metrics.jsonl").read_bytes().splitlines()
+    if rows:
         kept = rows[:: max(1, -(-len(rows) // lines))]
         with in_one_piece(out / "metrics.jsonl") as partial:
             partial.write_bytes(b"\n".join(dict.fromkeys([*kept, *rows[-1:]])) + b"\n")
+    with in_one_piece(out / "model.safetensors") as partial:  # the last: with it the folder is a model
+        save_file(weights, partial)
 
 
 def main() -> None:

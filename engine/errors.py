@@ -3,6 +3,8 @@
     raise errors.UserError("no such folder: pictures/")
     content = errors.regular(path).read_bytes()      # no pipe, no device: these would be waited for
     parser = errors.Parser("train.py", "Train Self-E.")
+    parser.add_argument("--out", type=errors.file_to_write)
+    parser.check_ranges(args, steps=(1, 10**6))
     errors.run(main)
 
 Programs raise UserError at their edges, where arguments and files come in; every other exception is a defect of ours
@@ -10,6 +12,7 @@ and keeps its traceback.
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -45,33 +48,75 @@ def whole_number(text: str) -> int:
     return value
 
 
+def name(text: str) -> str:
+    """The type of flags that name a file, folder or data set: an empty one would mean the folder we are in."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def file_to_write(text: str) -> Path:
+    """The type of flags that name a file to write: what cannot be one is refused now, not after the work."""
+    path = Path(name(text))
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must name a file in a folder that exists, not {text}")
+    return path
+
+
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are one line, whose whole numbers have an end, and whose help fits a
-    screen."""
+    """An argparse parser whose complaints are one line, whose whole numbers have an end, whose paths are not empty, and
+    whose help fits a screen."""
 
     def __init__(self, program: str, description: str):
         super().__init__(prog=program, description=description, usage=f"python {program} [options]",
                          formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=128))
         self.register("type", int, whole_number)
+        self.register("type", Path, lambda text: Path(name(text)))
 
     def error(self, message: str):
         raise UserError(shortened(message, 200))
+
+    def check_ranges(self, args: argparse.Namespace, **ranges: tuple[float, float]) -> None:
+        """Complain about a number, or one of a list, that does not lie in its range; None passes."""
+        for flag, (least, most) in ranges.items():
+            value = getattr(args, flag)
+            for number in value if isinstance(value, list) else [value]:
+                if number is not None and not least <= number <= most:
+                    self.error(f"--{flag.replace('_', '-')} must lie between {least} and {most}")
+
+
+def end_output() -> None:
+    """Leave nothing to be printed at the interpreter's end, where a full disk or a closed pipe would be told again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory is full: no defect of ours, and no damage of a file."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def run(main: Callable[[], None], stopped: str = "") -> None:
     """Run a program's main function; a UserError, a failing file operation or a full memory becomes one line and exit
     code 2.
 
-    With `stopped`, which says what a Ctrl-C leaves, that ends in this line and exit code 130.
+    With `stopped`, which says what a Ctrl-C leaves, that ends in this line and exit code 130. Letters that the terminal
+    does not have are printed as their codes.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # not where a test has put something else in its place
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
     except (UserError, OSError, MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        full = out_of_memory(error)
         if isinstance(error, RuntimeError) and not full:
             raise  # a defect of ours
         said = ("out of memory: " if full else "") + (str(error) or "ask for less at once")
         print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {' '.join(said.split())}", file=sys.stderr)
+        end_output()
         sys.exit(2)
     except KeyboardInterrupt:
         if not stopped:

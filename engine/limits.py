@@ -1,8 +1,10 @@
-"""What may stand in config.json and state.json, and how large a number may be: read here before anything relies on it.
+"""What may stand in config.json, state.json and cache.json, and how large a number may be: read here before anything
+relies on it.
 
     config = limits.config(folder)                   # what sampling needs; for sample.py and all that score pictures
     state = limits.state(folder)                     # of a training state, for train.py --resume
     limits.flags(path, arguments, parser)            # the flags in config.json that --resume goes on with
+    limits.check(path, spec, limits.CACHE)           # of a cache of encoded shards (engine/cache.py)
 
 These files may have been edited, damaged, or written by another version. Each of the functions raises CheckpointError,
 one line with the file, the name, and what was expected. RANGES serves train.py's own flags too: a number that becomes
@@ -48,6 +50,13 @@ def three_axes(value) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(map(whole(0, 2**15), value))
 
 
+def buckets(value) -> bool:
+    """[[height, width, pictures], ...]"""
+    rows = value if isinstance(value, list) else []
+    return bool(rows) and all(isinstance(row, list) and len(row) == 3 and all(map(whole(1, 2**40), row))
+                              for row in rows)  # fmt: skip
+
+
 # What sampling reads of config.json, and what it must be; engine/arguments.py writes it.
 CONFIG = {
     "model": ("an object", lambda value: isinstance(value, dict)),
@@ -62,6 +71,13 @@ CONFIG = {
 MODEL_CONFIG = {name: (f"a whole number from {low} to {high}", whole(low, high)) for name, (low, high) in MODEL.items()}
 MODEL_CONFIG["axes"] = ("three whole numbers, for t, y and x", three_axes)
 FACTOR = {"time_factor": ("a number from 0 up", number(0, 10**6))}  # may be missing: FLUX's
+# What a cache's cache.json says of it.
+CACHE = {
+    "text": ("a name", text), "txt_len": ("a whole number", whole(*RANGES["txt_len"])), "autoencoder": ("a name", text),
+    "side": ("a whole number", whole(*RANGES["side"])), "source": ("a fingerprint", text),
+    "per_shard": ("a whole number", whole(1, 2**63 - 1)), "fake": ("true or false", lambda value: value in (0, 1)),
+    "buckets": ("lists of height, width and pictures", buckets),
+}  # fmt: skip
 # What a resumed run reads of state.json, and what may be missing in that of an older version.
 STATE = {"step": ("a whole number", whole(0, 10**9)), "seed": ("a whole number", whole(*RANGES["seed"])),
          "elapsed": ("a number of seconds", number(0, 10**12))}  # fmt: skip
@@ -107,11 +123,10 @@ def state(folder: Path) -> dict:
     path = folder / "state.json"
     found = checkpoint.read_json(path)
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is not that of a training state; delete {folder} to go on from an older one")
+        raise CheckpointError(f"{path} is not that of a training state")
     check(path, found, STATE, STATE_LATER)
     if found["step"] != checkpoint.step_of(folder):
-        raise CheckpointError(f"{path} is that of iteration {found['step']}, which its folder's name contradicts; "
-                              f"delete {folder} to go on from an older one")  # fmt: skip
+        raise CheckpointError(f"{path} is that of iteration {found['step']}, which its folder's name contradicts")
     return found
 
 

@@ -200,14 +200,10 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     a("--threads", metavar="N", type=int, help="of torch (default: as many as it takes)")
     a("--iterations", metavar="N", type=int, default=20, help="in a round (default: 20)")
     a("--rounds", metavar="N", type=int, default=15, help="turns of each objective (default: 15)")
-    a("--out", metavar="FILE", type=Path, help="write the figures as JSON")
+    a("--out", metavar="FILE", type=errors.file_to_write, help="write the figures as JSON")
     args, flags = parser.parse_known_args()
-    if min(args.iterations, args.rounds, args.threads or 1) < 1 or max(args.iterations, args.rounds) > 10**6:
-        parser.error("--iterations, --rounds and --threads must be at least 1")
-    if args.out and not args.out.parent.is_dir():
-        parser.error(f"--out: no such folder: {args.out.parent}")
-    if {"--out", "--objective", "--aux-from", "--steps"} & {flag.partition("=")[0] for flag in flags}:
-        parser.error("objective, auxiliary term and steps are this program's to choose")
+    parser.check_ranges(args, iterations=(1, 10**6), rounds=(1, 10**6), threads=(1, 1024))
+    arguments.refuse(flags, ("--out", "--objective", "--aux-from", "--steps", "--resume", "--dry-run"))
     return args, flags
 
 

@@ -199,6 +199,12 @@ def begin_from(folder: Path, network: model.Denoiser, plan: recipe.Recipe) -> No
         if config[name] != own:
             raise errors.UserError(f"--init {folder}: it was trained with another {name} than {own}: "
                                    "begin without --init, or choose that one")  # fmt: skip
+    # What the shapes of weights do not show: how heads see places, and the scale of times (objectives.py).
+    axes, factor = config["model"]["axes"], config["model"].get("time_factor", 1000)
+    if (tuple(axes), factor) != (network.axes, network.time_factor):
+        raise errors.UserError(f"--init {folder}: it was trained with axes {axes} and time factor {factor:g}, and this "
+                               f"model has {list(network.axes)} and {network.time_factor:g}: begin without --init, or "
+                               "with a run of the same kind of objective")  # fmt: skip
     checkpoint.load_weights(folder / "model.safetensors", network)
 
 
@@ -208,14 +214,23 @@ def take_place(run: Run, states: list[Path], closing: contextlib.ExitStack) -> N
         (run.folder / "grids").mkdir(parents=True, exist_ok=True)
         closing.enter_context(checkpoint.locked(run.folder))
     if run.args.resume:
-        state = limits.state(states[-1])
-        check_resume(run, state)
-        checkpoint.load_state(states[-1], run.network, run.ema, run.adam)
-        run.elapsed_before, run.nonfinite = state["elapsed"], state.get("nonfinite", 0)
+        load_last(run, states)
     if run.ranks.is_first:
         checkpoint.cut_metrics(run.folder / "metrics.jsonl", run.start)
         if run.args.resume:
             checkpoint.publish(run.folder, states[-1])  # a process killed while it saved may not have got so far
+
+
+def load_last(run: Run, states: list[Path]) -> None:
+    """The newest state. Raises CheckpointError for a damaged one, with what to do: older ones are not taken unasked."""
+    try:
+        state = limits.state(states[-1])
+        check_resume(run, state)
+        checkpoint.load_state(states[-1], run.network, run.ema, run.adam)
+    except (checkpoint.CheckpointError, OSError) as error:
+        older = f"delete {states[-1]} to go on from {states[-2].name}" if len(states) > 1 else "there is no older one"
+        raise checkpoint.CheckpointError(f"{error}; {older}") from error
+    run.elapsed_before, run.nonfinite = state["elapsed"], state.get("nonfinite", 0)
 
 
 def check_resume(run: Run, state: dict) -> None:

@@ -11,6 +11,7 @@ Every method of Ranks but `is_first` must be called by all processes together.
 import contextlib
 import datetime
 import os
+import re
 import signal
 from typing import NamedTuple
 
@@ -28,7 +29,13 @@ class Ranks(NamedTuple):
 
     @classmethod
     def of_environment(cls) -> "Ranks":
-        return cls(int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)))
+        """What torchrun says. Raises UserError where something else has set it."""
+        told = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
+        world, rank = (int(text) if re.fullmatch("[0-9]{1,9}", text) else -1 for text in told)
+        if not 0 <= rank < world:
+            raise errors.UserError(f"there is no process of RANK {told[1]!r} among WORLD_SIZE {told[0]!r}: start them "
+                                   "with torchrun, or a single one without these variables")  # fmt: skip
+        return cls(world, rank)
 
     @property
     def is_first(self) -> bool:
@@ -39,7 +46,12 @@ class Ranks(NamedTuple):
         """The processes can talk while the block lasts."""
         if self.world > 1:
             # Saving the state and drawing pictures keep the other processes waiting; an hour is longer than either.
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            try:
+                dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
+            except (ValueError, dist.DistError) as error:  # no such address, or a process that never came
+                raise errors.UserError(f"the {self.world} processes cannot meet ({str(error).splitlines()[0]}); start "
+                                       "them with torchrun") from error  # fmt: skip
         yield
         if self.world > 1:  # not after an error: the other processes may be waiting in a reduction, and so would this
             dist.destroy_process_group()

@@ -171,14 +171,11 @@ def parse_arguments() -> argparse.Namespace:
     a("--bandwidth", metavar="GB", type=float, default=100.0, help="of the ring, GB/s (default: 100)")
     a("--disk", metavar="GB", type=float, default=1.0, help="that states are written to, GB/s (default: 1)")
     a("--measure", metavar="N", type=int, help="time the all-reduce of N processes here instead, over gloo")
-    a("--out", metavar="FILE", type=Path, help="write what was measured as JSON")
+    a("--out", metavar="FILE", type=errors.file_to_write, help="write what was measured as JSON")
     args = parser.parse_args()
-    if min(args.gpus) < 1 or not 0 < args.mfu <= 1 or not min(args.bandwidth, args.disk) > 0:
-        parser.error("--gpus, --bandwidth and --disk must be above 0, --mfu between 0 and 1")
-    if args.measure is not None and not 2 <= args.measure <= 64:
-        parser.error("--measure takes 2 to 64 processes")
-    if args.out and (not args.measure or not args.out.parent.is_dir()):
-        parser.error(f"--out goes with --measure, and names a file in a folder that exists, not {args.out}")
+    parser.check_ranges(args, gpus=(1, 2**20), mfu=(1e-4, 1), bandwidth=(1e-3, 1e6), disk=(1e-3, 1e6), measure=(2, 64))
+    if args.out and not args.measure:
+        parser.error("--out goes with --measure")
     return args
 
 

@@ -53,7 +53,7 @@ if __name__ == "__main__":  # started as a file: modules are found from the proj
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import data
-from engine import errors
+from engine import errors, limits
 from engine.checkpoint import in_one_piece
 from data import DataError
 from engine.randomness import rng
@@ -61,6 +61,7 @@ from engine.randomness import rng
 SUFFIXES = ("jpg", "jpeg", "png", "webp")
 FORMATS = ("JPEG", "PNG", "WEBP")  # the only decoders of Pillow's that data from the web may reach
 HEAD = 2**16  # bytes of a picture that nearly always hold its header
+LONGEST_NAME = 1000  # letters: the index gives every key the room of the longest
 
 
 # =====================================================================================================================
@@ -84,6 +85,8 @@ def read_at(file, offset: int, size: int) -> bytes:
 def parse_caption(content: bytes, is_json: bool) -> str:
     """The caption in a .txt or .json member. Raises Unusable when there is none or it cannot be read."""
     try:
+        if b"\0" in content:  # UTF-16 without a mark would pass
+            raise Unusable("its caption is not UTF-8")
         text = content.decode("utf-8-sig")  # with or without a byte-order mark
         if is_json:
             entry = json.loads(text)
@@ -112,6 +115,8 @@ def picture_size(content: bytes) -> tuple[int, int]:
                 width, height = height, width
     if width * height > data.MAX_PIXELS:
         raise Unusable("more than 67 million pixels")
+    if not width * height:
+        raise Unusable("broken picture")
     return width, height
 
 
@@ -154,6 +159,8 @@ def scan(tar: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
         try:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
+                    if member.size < 0:  # or tarfile would read the same header for ever
+                        raise tarfile.TarError(f"a member of {member.size} bytes")
                     folder, slash, name = member.name.rpartition("/")
                     stem, _, suffix = name.partition(".")
                     suffix = suffix.lower()
@@ -161,13 +168,17 @@ def scan(tar: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
                         dotted.append((folder + slash + stem, member.name))
                     if not member.isreg() or not stem or suffix not in (*SUFFIXES, "txt", "json"):
                         continue
+                    if member.issparse() or len(member.name) > LONGEST_NAME:  # not one piece of the tar; see there
+                        why = "sparse" if member.issparse() else f"a name of more than {LONGEST_NAME} letters"
+                        skipped[f"{tar.stem}/{(folder + slash + stem)[:LONGEST_NAME]}"] = why
+                        continue
                     own = samples.setdefault(folder + slash + stem, {})
                     if suffix in own or (suffix in SUFFIXES and own.keys() & set(SUFFIXES)):
                         skipped[f"{tar.stem}/{member.name} at byte {member.offset}"] = "a second file for its key"
                     else:
                         own[suffix] = member.offset_data, member.size
                 end = archive.offset
-        except tarfile.TarError as error:
+        except (tarfile.TarError, ValueError, OverflowError, OSError) as error:  # not all of them are tarfile's own
             raise DataError(f"{tar} is truncated or not a tar ({error}): fetch or make it again") from error
         if read_at(file, end, 512) != bytes(512):  # tarfile takes a tar cut between two members for a whole one
             raise DataError(f"{tar} is truncated or damaged at byte {end}, it has no end mark: fetch or make it again")
@@ -202,14 +213,18 @@ def index_of(tar: Path, index_folder: Path) -> tuple[np.ndarray, np.ndarray, dic
 
     An index holds while the tar's size and modification time stay what they were.
     """
-    path, stat = index_folder / f"{tar.name}.index", tar.stat()
-    stamp = [3, data.MAX_PIXELS, stat.st_size, stat.st_mtime_ns]  # the 3 counts the versions of this format
+    path, stat = index_folder / f"{tar.name}.index", errors.regular(tar, DataError).stat()
+    if tar.is_dir():
+        raise DataError(f"{tar} is a folder, not a tar: give it another name")
+    stamp = [4, data.MAX_PIXELS, stat.st_size, stat.st_mtime_ns]  # the 4 counts the versions of this format
     if errors.regular(path, DataError).exists():
         try:
             with np.load(path, allow_pickle=False) as stored:
-                if stored["stamp"].tolist() == stamp and stored["rows"].dtype == ROW:
-                    return stored["rows"], stored["keys"], json.loads(stored["skipped"].tobytes())
-        except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+                if stored["stamp"].tolist() == stamp:
+                    found = stored["rows"], stored["keys"], json.loads(stored["skipped"].tobytes())
+                    check_index(*found, stat.st_size)
+                    return found
+        except (ValueError, EOFError, KeyError, TypeError, AttributeError, MemoryError, zipfile.BadZipFile) as error:
             print(f"{path} is damaged ({error}); reading {tar} again", file=sys.stderr)
     rows, keys, skipped = scan(tar)
     packed = np.array([key.encode("utf-8", "surrogateescape") for key in keys])
@@ -221,6 +236,20 @@ def index_of(tar: Path, index_folder: Path) -> tuple[np.ndarray, np.ndarray, dic
         raise DataError(f"cannot write {path} ({error.strerror}): name a folder for the index that can be written "
                         "(--index)") from error
     return rows, packed, skipped
+
+
+def check_index(rows: np.ndarray, keys: np.ndarray, skipped: dict[str, str], size: int) -> None:
+    """Raise ValueError unless an index could be that of a tar of `size` bytes."""
+    if rows.dtype != ROW or rows.shape != keys.shape or rows.ndim != 1 or not len(rows) or keys.dtype.kind != "S":
+        raise ValueError("not one key for each of its rows")
+    for offset, length in (("offset", "size"), ("text_offset", "text_size")):
+        begin, end = rows[offset], rows[offset] + rows[length]
+        if begin.min() < 0 or end.max() > size or (end < begin).any():
+            raise ValueError("places outside the tar")
+    if min(rows["width"].min(), rows["height"].min()) < 1:
+        raise ValueError("pictures of no size")
+    if not all(isinstance(reason, str) for reason in skipped.values()):
+        raise ValueError("no reasons")
 
 
 class Index(NamedTuple):
@@ -274,7 +303,7 @@ def fingerprint(index: Index, buckets: list[tuple[int, int, int]]) -> str:
 
 def log_skipped(name: str, skipped: dict[str, str], total: int, first: int = 10) -> None:
     """Name what is skipped on stderr, the first few by key; one process of a run speaks for all."""
-    if not skipped or int(os.environ.get("RANK", 0)):
+    if not skipped or os.environ.get("RANK", "0") != "0":
         return
     for key, reason in list(skipped.items())[:first]:
         print(f"skipped {key}: {reason}", file=sys.stderr)
@@ -585,7 +614,7 @@ def pack(folder: str | Path, out: str | Path, per_shard: int = 1000) -> tuple[in
     for name in sorted(captions):
         if Path(name).suffix.lower().removeprefix(".") not in SUFFIXES:
             skipped[name] = "not a .jpg, .png or .webp"
-        elif not (folder / name).is_file():
+        elif not os.path.isfile(folder / name):  # unlike Path's it takes any text for a name
             skipped[name] = "no such file"
         elif reason := why_not(name):
             skipped[name] = reason
@@ -594,7 +623,9 @@ def pack(folder: str | Path, out: str | Path, per_shard: int = 1000) -> tuple[in
     if not usable:
         raise DataError(f"{folder}: none of its {len(captions)} captioned pictures can be packed ({summary(skipped)})")
     partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    if partial.is_dir() and any(path.suffix != ".tar" for path in partial.iterdir()):
+        raise DataError(f"{partial} would be overwritten: move it away, or choose another folder for the shards")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir(parents=True)
     try:
         for shard, first in enumerate(range(0, len(usable), per_shard)):
@@ -624,8 +655,8 @@ def positive(text: str) -> int:
 def pack_command(argv: list[str]) -> None:
     parser = errors.Parser("engine/shards.py pack FOLDER OUT", "Put a folder of captioned pictures in tar shards.")
     a = parser.add_argument
-    a("folder", metavar="FOLDER", help="pictures with metadata.jsonl, or a .txt beside each")
-    a("out", metavar="OUT", help="a new folder for the tars")
+    a("folder", metavar="FOLDER", type=errors.name, help="pictures with metadata.jsonl, or a .txt beside each")
+    a("out", metavar="OUT", type=errors.name, help="a new folder for the tars")
     a("--per-shard", metavar="N", type=positive, default=1000, help="pictures a tar, at most 10000 (default: 1000)")
     args = parser.parse_args(argv)
     if args.per_shard > 10000:
@@ -638,14 +669,17 @@ def pack_command(argv: list[str]) -> None:
 def report_command(argv: list[str]) -> None:
     parser = errors.Parser("engine/shards.py report FOLDER", "Index tar shards and say what they hold.")
     a = parser.add_argument
-    a("folder", metavar="FOLDER", help="a folder of .tar")
+    a("folder", metavar="FOLDER", type=errors.name, help="a folder of .tar")
     a("--sides", metavar="N", type=positive, nargs="+", default=[256, 512], help="stages to show (default: 256 512)")
     a("--multiple", metavar="N", type=positive, default=16, help="of which all sides are multiples (default: 16)")
-    a("--index", metavar="DIR", help="folder of the index (default: FOLDER)")
+    a("--index", metavar="DIR", type=errors.name, help="folder of the index (default: FOLDER)")
     a("--workers", metavar="N", type=positive, default=1, help="processes that read the tars (default: 1)")
     a("--skipped", action="store_true", help="name every skipped sample with its reason (default: off)")
     a("--json", action="store_true", help="print JSON (default: off)")
     args = parser.parse_args(argv)
+    parser.check_ranges(args, sides=limits.RANGES["side"], workers=limits.RANGES["workers"])
+    for side in args.sides:
+        bucket_sides(side, args.multiple)  # refused before the tars are read
     index = read_index(args.folder, args.index, args.workers)
     result = report(index, args.sides, args.multiple)
     if args.json:

@@ -114,12 +114,11 @@ def parse_arguments():
     a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="inside the network (default: the faster)")
     a("--repeats", metavar="N", type=int, default=15, help="measured rounds (default: 15)")
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
-    a("--out", metavar="FILE", type=Path, help="write the figures as JSON")
+    a("--out", metavar="FILE", type=errors.file_to_write, help="write the figures as JSON")
     args = parser.parse_args()
-    if args.batch < 8 or args.batch % 8 or args.repeats < 1:
-        parser.error("--batch must be a multiple of 8, --repeats at least 1")
-    if args.out and not args.out.parent.is_dir():
-        parser.error(f"--out: no such folder: {args.out.parent}")
+    parser.check_ranges(args, batch=(8, 2**20), repeats=(1, 10**6))
+    if args.batch % 8:
+        parser.error("--batch must be a multiple of 8")
     return args
 
 

@@ -146,10 +146,9 @@ def measure(loaded: sample.Loaded, asked: list[dict], images: int, steps: int, *
     asked: metadata, as from `prompts`. choices: guidance, eta, s_rule, space of sample.generate. The noise of a picture
     is a function of (seed, stream, position of the prompt, number of the image), so models are compared on one noise.
     """
-    jobs = [(i, j) for i in range(len(asked)) for j in range(images)]
+    jobs = itertools.product(range(len(asked)), range(images))
     right = [0] * len(asked)
-    for first in range(0, len(jobs), 64):
-        part = jobs[first : first + 64]
+    while part := list(itertools.islice(jobs, 64)):
         pictures = sample.generate(loaded, [asked[i]["prompt"] for i, _ in part], [(stream, i, j) for i, j in part],
                                    seed=seed, steps=steps, **choices)  # fmt: skip
         for (i, _), picture in zip(part, pictures):
@@ -256,7 +255,7 @@ def read_prompt_file(path: Path) -> list[dict]:
             raise errors.UserError(f"{path}, entry {number} is not JSON ({error})") from error
         if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
             raise errors.UserError(f'{path}, entry {number} has no "prompt"; GenEval\'s evaluation_metadata.jsonl has')
-        found.append(metadata)
+        found.append(metadata | {"prompt": data.whole(metadata["prompt"])})
     if not found:
         raise errors.UserError(f"{path} is empty")
     return found
@@ -313,7 +312,7 @@ def open_pipeline(name: str, device: torch.device):
         with warnings.catch_warnings():  # the argument's name differs between versions; newer ones take this, and warn
             warnings.simplefilter("ignore", FutureWarning)
             pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # diffusers, transformers and safetensors have errors of many kinds
         raise errors.UserError(f"cannot load the pipeline {name!r}: {' '.join(str(error).split())[:300]}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
@@ -328,7 +327,11 @@ def draw_with_pipeline(pipeline, asked: list[dict], seed: int, steps: int, guida
         texts = [asked[i]["prompt"] for i, _ in jobs]
         seeds = [int.from_bytes(hashlib.sha256(f"{seed} {i} {j}".encode()).digest()[:7], "little") for i, j in jobs]
         generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]  # on the CPU: the same on every device
-        return pipeline(texts, num_inference_steps=steps, generator=generators, **options).images
+        try:
+            return pipeline(texts, num_inference_steps=steps, generator=generators, **options).images
+        except (ValueError, TypeError) as error:  # a side that it cannot draw, an option that it does not have
+            raise errors.UserError(f"the pipeline refuses {options or 'its own options'}: "
+                                   f"{' '.join(str(error).split())[:300]}") from error  # fmt: skip
 
     return draw
 
@@ -360,24 +363,20 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a = parser.add_argument_group("pictures for GenEval's scorer instead of scores").add_argument
     a("--export", metavar="DIR", type=Path, help="folder for 00000/samples/0000.png ...; goes on where it stopped")
     a("--prompts", metavar="FILE", type=Path, help="a file of GenEval's format, one JSON object with a prompt per line")
-    a("--pipeline", metavar="NAME", help="a diffusers text-to-image pipeline, by name or folder, not --checkpoint")
+    a("--pipeline", metavar="NAME", type=errors.name, help="a diffusers text-to-image pipeline, by name or folder, not --checkpoint")
     a("--side", metavar="N", type=int, help="side of the pipeline's pictures in pixels (default: the pipeline's)")
     a("--batch-size", metavar="N", type=int, default=8, help="pictures at once in an export (default: 8)")
     args = parser.parse_args(argv)
-    if min(args.steps) < 1:
-        parser.error("--steps must be at least 1")
-    if min(args.images, args.per_tag, args.batch_size) < 1 or args.seed < 0:
-        parser.error("--images, --per-tag and --batch-size must be at least 1, --seed not negative")
-    if args.guidance is not None and not 0 <= args.guidance <= 100:
-        parser.error("--guidance must lie between 0 and 100")
+    parser.check_ranges(args, steps=(1, 10**6), images=(1, 10**4), per_tag=(1, 10**6), batch_size=(1, 2**16),
+                        seed=(0, 2**63 - 1), guidance=(0, 100), side=(1, 2**13))  # fmt: skip
     if (args.export is None) != (args.prompts is None):
         parser.error("--export and --prompts go together")
     if args.export is None and (args.pipeline or args.side):
         parser.error("--pipeline and --side need --export: GenEval's own scorer judges photographs")
     if args.export is not None and len(args.steps) != 1:
         parser.error("--export takes one step count: give --steps N, and a folder for each N")
-    if args.side is not None and (not args.pipeline or args.side < 1):
-        parser.error("--side needs --pipeline, and must be at least 1")
+    if args.side is not None and not args.pipeline:
+        parser.error("--side needs --pipeline")
     if args.pipeline and any(value is not None for value in (args.eta, args.s_rule, args.space)):
         parser.error("--eta, --s-rule and --space are choices of our sampler; a pipeline has its own")
     args.steps = list(dict.fromkeys(args.steps))

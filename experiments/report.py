@@ -24,13 +24,35 @@ PAPER_STEPS = (2, 4, 8, 50)  # those that the paper scores
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 
+def measured(path: Path, *names: str) -> dict:
+    """What experiments/tables.py has written, an object with entries of these names. Raises UserError."""
+    found = checkpoint.read_json(path)
+    if not isinstance(found, dict) or any(name not in found for name in names):
+        raise errors.UserError(f"{path} has no {' or no '.join(names)}: it is damaged; delete it to measure again")
+    return found
+
+
+def read_row(path: Path) -> dict:
+    """What measure_row wrote. Raises UserError where it lacks what tables and figures are made of."""
+    found = measured(path, "seed", "training", "splits")
+    try:
+        told = [score_of(found, int(n)) for n in found["splits"]["test"]]
+        sound = told and all(isinstance(x, (int, float)) for x in (found["seed"], *told))
+        sound = sound and found["training"]["precision"] in SHORT
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise errors.UserError(f"{path} does not tell its scores: it is damaged; delete it to measure again")
+    return found
+
+
 def read_rows(out: Path) -> dict[str, dict[int, dict]]:
     """row -> seed -> what measure_row wrote, in the order of ROWS."""
     found = {}
     for row in ROWS:
         files = sorted((out / "rows").glob(f"{row}-[0-9]*.json"))
         if files:
-            found[row] = {r["seed"]: r for r in map(checkpoint.read_json, files)}
+            found[row] = {r["seed"]: r for r in map(read_row, files)}
     return found
 
 
@@ -136,7 +158,7 @@ def draw_progress(out: Path, steps: tuple[int, ...]) -> None:
     figure, panels = plt.subplots(1, len(steps), figsize=(2.4 * len(steps), 2.8), sharey=True, squeeze=False)
     for panel, n in zip(panels[0], steps):
         for row in PROGRESS:
-            for i, points in enumerate(checkpoint.read_json(file)["points"] for file in files[row]):
+            for i, points in enumerate(measured(file, "points")["points"] for file in files[row]):
                 panel.plot([p["step"] for p in points], [p["overall"][str(n)] for p in points], marker=".", alpha=0.8,
                            label=None if i else ROWS[row][0], **style_of(row))  # fmt: skip
         panel.set(title=f"{n} step{'s' * (n > 1)}", xlabel="iteration")

@@ -39,6 +39,10 @@ from engine import arguments, checkpoint, errors, machine
 from experiments import evaluate, report, scorer
 from experiments.rows import BUDGET, GRID, GROUPS, PROGRESS, ROWS, SEEDS
 
+# What this program or a row says: in a budget it would make another row of every row, or train elsewhere.
+NOT_IN_A_BUDGET = ("-h", "--help", "--out", "--seed", "--resume", "--dry-run", "--device", "--milestone-every",
+                   "--objective", *(f"--{name.replace('_', '-')}" for name in arguments.OWN))  # fmt: skip
+
 
 def settings_of(row: str) -> list[dict]:
     """The settings that the search tries for a row: the grid, less what the row's model has not learned."""
@@ -116,10 +120,14 @@ def measure_row(row: str, seed: int, run: Path, args: argparse.Namespace, device
             "per_tag": args.per_tag,
             "chosen": search(loaded, row, args.search_images, args.per_tag, args.sample_steps),
             "seconds": round(time.perf_counter() - began, 1)} | machine.provenance(device))  # fmt: skip
-    chosen = checkpoint.read_json(search_path)["chosen"]
+    chosen = report.measured(search_path, "chosen")["chosen"]
+    names, wanted = set(settings_of(row)[0]), set(map(str, args.sample_steps))
+    if not isinstance(chosen, dict) or any(set(chosen.get(n, {}).get("settings", {})) != names for n in wanted):
+        raise errors.UserError(f"{search_path} does not tell the settings of {', '.join(sorted(wanted))} steps: it is "
+                               "damaged; delete it to search again")  # fmt: skip
     result = machine.provenance(device) | {
         "row": row, "seed": seed, "train": loaded.config["command"], "training": loaded.config, "images": args.images,
-        "training_seconds": checkpoint.read_json(run / "done.json")["seconds"], "splits": {}}  # fmt: skip
+        "training_seconds": report.measured(run / "done.json", "seconds")["seconds"], "splits": {}}  # fmt: skip
     for split in ("test", "pairs"):
         asked = evaluate.prompts(split, args.per_tag, evaluate.tags_of(loaded.config))
         result["splits"][split] = {}
@@ -140,7 +148,7 @@ def measure_progress(row: str, seed: int, run: Path, args: argparse.Namespace, d
     began = time.perf_counter()
     config = checkpoint.read_json(run / "config.json")
     every = config["arguments"]["milestone_every"]
-    chosen = checkpoint.read_json(args.out / "rows" / f"{row}-search.json")["chosen"]
+    chosen = report.measured(args.out / "rows" / f"{row}-search.json", "chosen")["chosen"]
     asked, points = evaluate.prompts("test", args.per_tag, evaluate.tags_of(config)), []
     states = [state for state in checkpoint.complete_states(run) if every and checkpoint.step_of(state) % every == 0]
     if not states:
@@ -181,10 +189,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         args.seeds, args.images, args.per_tag, args.sample_steps, args.milestones = args.seeds[:2], 1, 1, [1, 2], 2
         for name in ("out", "runs"):
             setattr(args, name, getattr(args, name).with_name(getattr(args, name).name + "-quick"))
-    if min(args.images, args.search_images, args.per_tag, *args.sample_steps) < 1:
-        parser.error("counts must be at least 1")
-    if min(args.milestones, *args.seeds) < 0:
-        parser.error("--milestones and --seeds must not be negative")
+    parser.check_ranges(args, images=(1, 10**4), search_images=(1, 10**4), per_tag=(1, 10**6), milestones=(0, 10**6),
+                        sample_steps=(1, 10**6), seeds=(0, 2**63 - 1))  # fmt: skip
     args.sample_steps = sorted(args.sample_steps)
     args.rows = [row for name in args.rows for row in GROUPS.get(name, (name,))]
     return args
@@ -202,6 +208,7 @@ def budget_of(row: str, budget: list[str], equal_cost: bool) -> list[str]:
 
 def check_budget(args: argparse.Namespace, budget: list[str]) -> recipe.Recipe:
     """The recipe of a budget. UserError where train.py would refuse it in some row, or nothing scores its pictures."""
+    arguments.refuse(budget, NOT_IN_A_BUDGET)
     for row in args.rows:
         flags = arguments.parse([*budget, *ROWS[row][1]])
         plan = arguments.plan_of(flags)
@@ -231,10 +238,10 @@ def keep_settings(args: argparse.Namespace) -> None:
 
 def measure_all(args: argparse.Namespace, device: torch.device) -> None:
     """Train and score every row and seed that has not been measured yet."""
-    (args.out / "rows").mkdir(parents=True, exist_ok=True)
     budget = args.budget.split()
     plan = check_budget(args, budget)
     keep_settings(args)
+    (args.out / "rows").mkdir(parents=True, exist_ok=True)
     for seed, row in itertools.product(args.seeds, args.rows):
         run = args.runs / f"{row}-{seed}"
         along = args.milestones and row in PROGRESS and seed == min(args.seeds)  # Fig. 5 shows one run of each

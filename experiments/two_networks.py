@@ -32,8 +32,11 @@ FIRST = 10_000_000  # index of the first picture: no run of ours gets so far
 
 @torch.no_grad()
 def measure(state: Path, pictures: int) -> dict[str, float]:
-    """The three root mean squares of one state."""
+    """The three root mean squares of one state. Raises UserError for one of a run on other data."""
     loaded = sample.load(state, torch.device("cpu"))
+    if loaded.config.get("data") not in [[name] for name in data.SETS]:
+        raise errors.UserError(f"{state} was trained on {loaded.config.get('data')}; new pictures can be made of the "
+                               f"built-in shapes alone ({', '.join(data.SETS)})")  # fmt: skip
     ema, network = loaded.network, copy.deepcopy(loaded.network)
     checkpoint.load_weights(state / "network.safetensors", network)
     source = data.Shapes(loaded.config["side"], loaded.config["data"][0])
@@ -55,8 +58,9 @@ def main() -> None:
     parser = errors.Parser("experiments/two_networks.py", "How much of Delta is the difference of two networks.")
     parser.add_argument("run", metavar="RUN", type=Path, help="a run on the built-in shapes, with milestones")
     parser.add_argument("--pictures", metavar="N", type=int, default=256, help="new pictures (default: 256)")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="write the figures as JSON")
+    parser.add_argument("--out", metavar="FILE", type=errors.file_to_write, help="write the figures as JSON")
     args = parser.parse_args()
+    parser.check_ranges(args, pictures=(1, 2**16))
     states = checkpoint.complete_states(args.run)
     if not states:
         raise errors.UserError(f"{args.run} holds no states of a run")

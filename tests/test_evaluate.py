@@ -610,7 +610,7 @@ def test_the_command_prints_the_table_and_writes_json_and_figure(tiny, tmp_path)
 
 @pytest.mark.parametrize("arguments, complaint", [
     (["--checkpoint", "nowhere"], "no such checkpoint folder: nowhere"),
-    (["--steps", "0"], "--steps must be at least 1"),
+    (["--steps", "0"], "--steps must lie between 1 and"),
     (["--split", "holdout"], "invalid choice"),
     (["--export", "out"], "--export and --prompts go together"),
     (["--pipeline", "somebody/something"], "--pipeline and --side need --export"),

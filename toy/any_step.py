@@ -141,11 +141,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.study not in (None, "list", *studies.STUDIES):
         parser.error(f"--study: no {args.study!r}; choose from {', '.join(studies.STUDIES)}")
-    for name in ("steps", "jobs"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if args.seed < 0:
-        parser.error(f"--seed must be at least 0, not {args.seed}")
+    parser.check_ranges(args, steps=(1, 10**9), jobs=(1, 1024), seed=(0, 2**63 - 1))
     if args.out is None:  # what the README shows is replaced by its like only
         usual = args.steps == STEPS and (args.study or (args.layout == "all" and args.seed == 0))
         args.out = ROOT / ("toy/results" if usual else "runs/any_step")

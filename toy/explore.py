@@ -94,10 +94,16 @@ def world(page: Path) -> dict:
 
 
 def embedded(page: Path) -> dict:
-    """The data block of a page that was written before."""
-    text = page.read_text(encoding="utf-8")
+    """The data block of a page that was written before. Raises UserError for a file that is no such page."""
+    text = page.read_text(encoding="utf-8", errors="replace")
     found = re.search(r'<script type="application/json" id="world">(.*?)</script>', text, re.S)
-    return json.loads(found[1]) if found else {}
+    try:
+        block = json.loads(found[1]) if found else None
+    except ValueError:
+        block = None
+    if not isinstance(block, dict):
+        raise errors.UserError(f"{page} is not a page of this program: remove it, or choose another --out")
+    return block
 
 
 def settings(label: str) -> tuple[dict, dict]:
@@ -265,13 +271,13 @@ def spread(times: list[float]) -> dict:
 
 def main() -> None:
     parser = errors.Parser("toy/explore.py", __doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=PAGE, help="the page to write (toy/explore.html)")
+    parser.add_argument("--out", type=errors.file_to_write, default=PAGE, help="the page to write (toy/explore.html)")
     parser.add_argument("--no-open", action="store_true", help="write the page, do not open it")
     parser.add_argument("--measure", action="store_true",
                         help="also time the dragging in headless Chromium: results/explore.json and .png")
     args = parser.parse_args()
-    if args.out.is_dir() or not args.out.parent.is_dir():
-        parser.error(f"--out must be a file in a folder that exists, not {args.out}")
+    if args.out.exists():
+        embedded(args.out)  # or it would be lost
     torch.set_num_threads(1)
     build(args.out)
     if args.measure:

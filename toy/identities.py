@@ -14,7 +14,6 @@ each. q is the data. p is the distribution of the one-line model x0_hat = a x_t 
 closed forms of its own.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -24,27 +23,26 @@ import torch
 if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from engine import checkpoint, machine
+from engine import checkpoint, errors, machine
 from toy.checks.stage import CHECKS, SEED  # isort: skip  the list; the files below fill it, in the order of the table
 from toy.checks import flow_matching, scores, self_evaluation, objective, step, peers  # noqa: F401  # isort: skip
 from toy.checks.inference import BUDGETS, ETAS, std_of_the_sampler  # isort: skip
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """The exit code: 1 where a line fails. Raises UserError."""
+    parser = errors.Parser("toy/identities.py", __doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="run the lines whose equation contains this text; empty runs all")
     parser.add_argument("--seed", type=int, default=0,
                         help="other points and other samples for every line (default: 0)")
-    parser.add_argument("--out", type=Path, help="write the table as JSON, too, with commit and hardware")
+    parser.add_argument("--out", type=errors.file_to_write,
+                        help="write the table as JSON, too, with commit and hardware")
     args = parser.parse_args()
-    if args.seed < 0 or (args.out and not args.out.parent.is_dir()):
-        print("--seed must not be negative, and the folder of --out must exist", file=sys.stderr)
-        return 2
+    parser.check_ranges(args, seed=(0, 2**53))
     SEED[0] = 1000 * args.seed
     chosen = [line for line in CHECKS if args.only in line[0]]
     if not chosen:
-        print(f"no line has {args.only!r} in its equation; run without --only to see them all", file=sys.stderr)
-        return 2
+        raise errors.UserError(f"no line has {args.only!r} in its equation; run without --only to see them all")
 
     start, failed, table = time.perf_counter(), 0, []
     print(f"{'equation':22s} {'what equals what':82s} {'error':>9s}   {'bound':>8s}  verdict")
@@ -74,4 +72,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    errors.run(lambda: sys.exit(main()))

@@ -215,11 +215,20 @@ def trained(members: list[Member], steps: int, changes: dict):
     return assemble(members, [torch.load(files[m], weights_only=True) for m in members])
 
 
+def records_of(path: Path) -> dict:
+    """What a study has measured so far. Raises UserError for another program's file."""
+    kept, names = checkpoint.read_json(path), {"label", "layout", "seed", "setting", "results"}
+    records = kept.get("records") if isinstance(kept, dict) else None
+    if not isinstance(records, list) or not all(isinstance(r, dict) and names <= set(r) for r in records):
+        raise errors.UserError(f"{path} holds no records of a study: choose another --out")
+    return kept
+
+
 def run(name: str, out: Path, seeds=SEEDS, steps: int = STEPS, say=print) -> dict:
     """Fill toy/results/NAME.json, setting by setting, and return it."""
     study, path = STUDIES[name], out / f"{name}.json"
     made_by = machine.provenance(torch.device("cpu"))
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"records": []}
+    kept = records_of(path) if path.exists() else {"records": []}
     kept |= {"study": name, "question": study.question, "command": f"python toy/any_step.py --study {name}"}
     settings = {label: {"training": changes, "sampling": sampling, "steps": steps}
                 for label, (changes, sampling) in rows_of(study)}
