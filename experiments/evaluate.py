@@ -363,7 +363,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a = parser.add_argument_group("pictures for GenEval's scorer instead of scores").add_argument
     a("--export", metavar="DIR", type=Path, help="folder for 00000/samples/0000.png ...; goes on where it stopped")
     a("--prompts", metavar="FILE", type=Path, help="a file of GenEval's format, one JSON object with a prompt per line")
-    a("--pipeline", metavar="NAME", type=errors.name, help="a diffusers text-to-image pipeline, by name or folder, not --checkpoint")
+    a("--pipeline", metavar="NAME", type=errors.name,
+      help="a diffusers text-to-image pipeline, by name or folder, not --checkpoint")
     a("--side", metavar="N", type=int, help="side of the pipeline's pictures in pixels (default: the pipeline's)")
     a("--batch-size", metavar="N", type=int, default=8, help="pictures at once in an export (default: 8)")
     args = parser.parse_args(argv)
