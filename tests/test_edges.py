@@ -1,0 +1,514 @@
+"""What an attack found: odd flags, caches, indices, tars, captions, weights, results and variables of the environment.
+
+Each case once ended in a traceback, a wait, a silent wrong result or more than one line. Now it is one line and exit
+code 2 with the disk as it was, or a sample that is skipped and counted.
+"""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import data
+import encoders
+import model
+import sample
+import train
+from engine import benchmark, cache, checkpoint, errors, loop_speed, scaling, shards
+from engine.processes import Ranks
+from experiments import cost, evaluate, tables, two_networks
+from toy import any_step, explore, identities
+
+ROOT = Path(__file__).parent.parent
+TINY = dict(width=16, heads=2, double=1, single=1, axes=(2, 2, 4), channels=3, patch=4, txt_dim=256, vec_dim=256)
+CPU = ["--device", "cpu", "--precision", "fp32"]
+QUICK = ["--batch-size", "4", *CPU, "--no-compile", "--grid-every", "0"]
+
+
+def refused(program, words, monkeypatch, capsys) -> str:
+    """The one line with which a program refuses its arguments; it must end with exit code 2."""
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        errors.run(program.main)
+    lines = [line for line in capsys.readouterr().err.strip().splitlines() if "it/s" not in line]
+    assert stopped.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two iterations of a tiny network, with a state of each."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.SIZES, "laptop", TINY)
+        patch.setattr(sys, "argv", ["train.py", "--steps", "2", "--save-every", "1", "--out", str(out), *QUICK])
+        train.main()
+    return out
+
+
+@pytest.fixture
+def run(trained, tmp_path, monkeypatch):
+    """A copy of the run, in a folder of its own that we are in."""
+    monkeypatch.setitem(model.SIZES, "laptop", TINY)
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(trained, "r"))
+
+
+def edit(path: Path, **changes) -> None:
+    """Change entries of a JSON file; ... takes one out."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
+
+
+def tree(folder: Path) -> dict:
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+# ---------------------------------------------------------------------------------------------------------------------
+HUGE = 2**62
+FLAGS = [
+    (train, ["--data", ""]), (train, ["--init", ""]), (train, ["--index", "", "--data", "one-shape"]),
+    (train, ["--out", "a" * 300]), (sample, ["--checkpoint", "", "--prompt", "x"]),
+    (sample, ["--prompt", "x", "--images", 20000, "--scale", 64]), (data, ["--out", ""]), (data, ["--data", ""]),
+    (benchmark, ["--batch", HUGE]), (benchmark, ["--txt-len", HUGE]), (benchmark, ["--blocks", 10**15, 0]),
+    (benchmark, ["--side", 2**40]), (benchmark, ["--repeats", 10**15]), (benchmark, ["--out", "."]),
+    (benchmark, ["--data", "absent", "--repeats", 1, "--batch", 2]), (cost, ["--repeats", 10**15]),
+    (cost, ["--out", "."]), (loop_speed, ["--threads", 10**18]), (loop_speed, ["--out", "."]),
+    (loop_speed, ["--objec", "imm"]), (loop_speed, ["--resume"]), (scaling, ["--measure", 2, "--out", "."]),
+    (two_networks, ["r", "--pictures", 0]), (two_networks, ["r", "--pictures", 10**15]),
+    (cache, ["", "c", "--side", 32]),
+    (cache, ["t", "", "--side", 32]), (evaluate, ["--images", 10**18, "--per-tag", 1]),
+    (evaluate, ["--pipeline", "", "--prompts", "p", "--export", "o"]), (tables, ["--images", 10**18]),
+    (tables, ["--sample-steps", 10**18]), (tables, ["--seeds", -1]), (any_step, ["--jobs", 2**32]),
+    (explore, ["--out", ""]), (identities, ["--seed", "x"]), (identities, ["--seed", 10**30]),
+    (identities, ["--out", "."]),
+]  # fmt: skip
+
+
+def called(x) -> str:
+    return getattr(x, "__name__", None) or " ".join(map(str, x))[:40]
+
+
+@pytest.mark.parametrize("program, words", FLAGS, ids=called)
+def test_odd_flags(program, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    refused(program, words, monkeypatch, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+BUDGET = "--steps 2 --batch-size 4 --grid-every 0 --no-compile --precision fp32"
+SMALL = ["--rows", "flow_matching", "--seeds", 0, "--images", 1, "--search-images", 1, "--per-tag", 1,
+         "--sample-steps", 1, "--milestones", 0, "--out", "o", "--runs", "u", "--device", "cpu"]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", ["--out x", "--resume", "--dry-run", "--seed 5", "--se 0", "--objective imm",
+                                  "--data absent", "--steps x"])  # fmt: skip
+def test_a_budget_has_no_flags_that_tables_chooses(more, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    refused(tables, ["--budget", f"{BUDGET} {more}", *SMALL], monkeypatch, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("variables", [
+    {"WORLD_SIZE": "two"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "-1"}, {"RANK": "1"}, {"RANK": "x"},
+    {"WORLD_SIZE": "2", "RANK": "5"}, {"WORLD_SIZE": "2", "RANK": "-1"}, {"WORLD_SIZE": "1", "RANK": "3"},
+], ids=str)  # fmt: skip
+def test_an_environment_that_torchrun_did_not_make(variables, monkeypatch):
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert Ranks.of_environment() == Ranks(1, 0)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(errors.UserError, match="torchrun"):
+        Ranks.of_environment()
+
+
+@pytest.mark.parametrize("variables", [{}, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"},
+                                       {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"}], ids=str)  # fmt: skip
+def test_processes_without_a_place_to_meet(variables, monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items() | {("WORLD_SIZE", "2"), ("RANK", "0")}:
+        monkeypatch.setenv(name, value)
+    with pytest.raises(errors.UserError, match="cannot meet"), Ranks(2, 0).connected(torch.device("cpu")):
+        pass
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no full device")
+def test_a_full_disk_behind_stdout_is_one_line(tmp_path):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, str(ROOT / "data.py"), "--out", str(tmp_path / "x.png")], stdout=full,
+                                stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders, captions, tars
+# ---------------------------------------------------------------------------------------------------------------------
+def png(size=(32, 32), color=(200, 0, 0)) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", size, color).save(content, "PNG")
+    return content.getvalue()
+
+
+GOOD = [(f"g{i}.{kind}", png(color=(20 * i, 0, 0)) if kind == "png" else f"good {i}".encode())
+        for i in range(8) for kind in ("png", "txt")]  # fmt: skip
+
+
+def tar(path: Path, members, more: bytes = b"") -> Path:
+    """A tar of (name, content), with raw blocks behind them."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        end = archive.offset
+    if more:
+        path.write_bytes(path.read_bytes()[:end] + more + bytes(1024))
+    return path
+
+
+def header(name: str, size: bytes, kind: bytes = b"0", content: bytes = b"") -> bytes:
+    """A tar member with any 12 bytes for its size."""
+    block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
+    block[124:136], block[156:157], block[148:156] = size, kind, b" " * 8
+    block[148:156] = b"%06o\0 " % (sum(block) & 0o777777)
+    return bytes(block) + content + bytes(-len(content) % 512)
+
+
+def sparse(**fields) -> bytes:
+    """The extended header that calls the next member sparse."""
+    body = b""
+    for name, value in fields.items():
+        record = f" GNU.sparse.{name}={value}\n".encode()
+        length = len(record) + 2 if len(record) < 97 else len(record) + 3
+        body += str(length).encode() + record
+    return header("pax", b"%011o\0" % len(body), b"x", body)
+
+
+@pytest.mark.parametrize("more", [
+    header("a.png", b"\xff" + (256**11 - 512).to_bytes(11, "big"), content=b"x"),
+    header("a.png", b"\x80" + (2**80).to_bytes(11, "big"), content=b"x"),
+    sparse(map="a,b", size=1000) + header("s.txt", b"%011o\0" % 4, content=b"abcd"),
+    sparse(map="0,4", size="x", name="s.txt") + header("s.txt", b"%011o\0" % 4, content=b"abcd"),
+], ids=["negative size", "size 2^80", "sparse map of letters", "sparse size of letters"])  # fmt: skip
+def test_a_tar_with_an_odd_header_is_named(more, tmp_path):
+    tar(tmp_path / "0.tar", GOOD, more)
+    with pytest.raises(errors.UserError, match="0.tar"):
+        shards.read_index(tmp_path)
+
+
+@pytest.mark.parametrize("caption", [b"a\0b", "a cat".encode("utf-16-le")], ids=["zero bytes", "UTF-16 without a mark"])
+def test_captions_of_zero_bytes(caption, tmp_path):
+    """In a tar the sample is skipped and counted; in a folder the file is named."""
+    tar(tmp_path / "0.tar", [*GOOD, ("o.png", png()), ("o.txt", caption)])
+    assert len(shards.read_index(tmp_path).skipped) == 1
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png())
+    (folder / "a.txt").write_bytes(caption)
+    with pytest.raises(errors.UserError, match="a.txt is not UTF-8"):
+        data.ImageFolder(folder, 16)
+
+
+def test_a_million_accents_take_no_hour(tmp_path):
+    text = encoders.text_encoder("words", 14)
+    tokens, _ = text(["a" + "\u0300\u0316" * 500_000])
+    assert torch.equal(tokens, text(["a" + "\u0300\u0316" * 5000])[0])
+
+
+@pytest.mark.parametrize("caption", ["x" * 200_000, "two\nlines\tand more", "\u202e\U0001f600"])
+def test_any_caption_fits_on_a_sheet(caption):
+    sheet = data.label_grid([[np.zeros((16, 16, 3), np.uint8)] * 2], ["a", "b"], [caption], 4)
+    assert sheet.height < 120
+
+
+def test_packing_spares_what_is_called_partial(tmp_path):
+    for name, content in GOOD:
+        (tmp_path / name).write_bytes(content)
+    theirs = tmp_path / "tars.partial"
+    theirs.mkdir()
+    (theirs / "notes").write_text("theirs")
+    try:
+        shards.pack(tmp_path, tmp_path / "tars")
+    except errors.UserError:
+        pass
+    assert (theirs / "notes").read_text() == "theirs"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The index of a tar: an odd one is made again
+# ---------------------------------------------------------------------------------------------------------------------
+def rows_with(**values):
+    def change(stored):
+        stored["rows"] = stored["rows"].copy()
+        for name, value in values.items():
+            stored["rows"][name] = value
+
+    return change
+
+
+INDICES = {
+    "offset negative": rows_with(offset=-1000), "offset past the end": rows_with(offset=10**12),
+    "size huge": rows_with(size=2**62), "size negative": rows_with(size=-1),
+    "caption huge": rows_with(text_size=2**31 - 1),
+    "caption negative": rows_with(text_size=-7), "width 0": rows_with(width=0),
+    "one row": lambda stored: stored.update(rows=stored["rows"][0]),
+    "rows of rows": lambda stored: stored.update(rows=stored["rows"][None]),
+    "keys too few": lambda stored: stored.update(keys=stored["keys"][:5]),
+    "no rows": lambda stored: stored.update(rows=stored["rows"][:0], keys=stored["keys"][:0]),
+    "keys of numbers": lambda stored: stored.update(keys=np.arange(8)),
+    "keys of text": lambda stored: stored.update(keys=stored["keys"].astype(str)),
+    "skipped a list": lambda stored: stored.update(skipped=np.frombuffer(b"[1]", np.uint8)),
+    "skipped null": lambda stored: stored.update(skipped=np.frombuffer(b"null", np.uint8)),
+    "skipped of numbers": lambda stored: stored.update(skipped=np.frombuffer(b'{"a": [1]}', np.uint8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", INDICES)
+def test_an_odd_index_is_made_again(what, tmp_path, capsys):
+    tar(tmp_path / "0.tar", GOOD)
+    right, path = shards.read_index(tmp_path), tmp_path / "0.tar.index"
+    with np.load(path) as stored:
+        content = dict(stored)
+    INDICES[what](content)
+    with open(path, "wb") as file:
+        np.savez(file, **content)
+    again = shards.read_index(tmp_path)
+    assert np.array_equal(again.rows, right.rows) and np.array_equal(again.keys, right.keys)
+    assert again.skipped == right.skipped and "damaged" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A cache
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "t").mkdir()
+    tar(folder / "t/0.tar", GOOD)
+    encoders_used = encoders.text_encoder("words", 14), encoders.autoencoder("pixels")
+    cache.make(folder / "t", folder / "c", 16, encoders_used,
+               cache.Settings(batch_size=4, per_shard=4, multiple=4, tokens="fp32"))  # fmt: skip
+    return folder / "c"
+
+
+SPECS = [{"per_shard": ...}, {"per_shard": 0}, {"per_shard": "4"}, {"side": ...}, {"side": [16]}, {"buckets": None},
+         {"buckets": []}, {"buckets": [[16, 16]]}, {"buckets": [["a", 16, 8]]}, {"buckets": [[16, 16, -8]]},
+         {"buckets": [[16, 16, 7]]}, {"source": None}, {"fake": "yes"}, {"fake": True}, {"text": ...},
+         {"txt_len": "14"}, {"txt_len": 8}]  # fmt: skip
+
+
+def opened_and_checked(folder: Path) -> None:
+    """What training does with a cache before its first iteration."""
+    cache.cached_sizes(folder)
+    cache.CachedShards(folder, 4).check("words", 14, "pixels")
+
+
+@pytest.mark.parametrize("change", SPECS, ids=str)
+def test_a_cache_whose_json_is_odd(change, cached, tmp_path):
+    folder = Path(shutil.copytree(cached, tmp_path / "c"))
+    opened_and_checked(folder)
+    edit(folder / "cache.json", **change)
+    with pytest.raises(errors.UserError):
+        opened_and_checked(folder)
+
+
+def replaced(**tensors):
+    return lambda stored: stored.update(tensors)
+
+
+SHARDS = {
+    "no latent": lambda stored: stored.pop("latent"), "no tokens": lambda stored: stored.pop("tokens"),
+    "no text_end": lambda stored: stored.pop("text_end"),
+    "another side": replaced(latent=torch.zeros(4, 3, 8, 8)), "channels": replaced(latent=torch.zeros(4, 4, 16, 16)),
+    "flat": replaced(latent=torch.zeros(4)), "fewer rows": replaced(latent=torch.zeros(2, 3, 16, 16)),
+    "whole numbers": replaced(latent=torch.zeros(4, 3, 16, 16, dtype=torch.int64)),
+    "longer tokens": replaced(tokens=torch.zeros(4, 9, 256)),
+    "narrower tokens": replaced(tokens=torch.zeros(4, 14, 128)),
+    "another pooled": replaced(pooled=torch.zeros(4, 5)),
+    "texts out of order": lambda stored: stored.update(text_end=stored["text_end"].flip(0)),
+    "texts past the end": lambda stored: stored.update(text_end=stored["text_end"] + 10**6),
+    "texts before the start": lambda stored: stored.update(text_end=stored["text_end"] - 10),
+    "ends of floats": lambda stored: stored.update(text_end=stored["text_end"].float()),
+    "texts of floats": lambda stored: stored.update(text=stored["text"].float()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", [*SHARDS, "no metadata", "metadata a list", "metadata not JSON"])
+def test_a_cache_whose_tensors_are_odd(what, cached, tmp_path):
+    folder = Path(shutil.copytree(cached, tmp_path / "c"))
+    path = folder / "16x16_00001.safetensors"
+    stored = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    if what in SHARDS:
+        SHARDS[what](stored)
+    else:
+        odd = {"no metadata": None, "metadata a list": {"skipped": "[1]"}, "metadata not JSON": {"skipped": "{"}}
+        metadata = odd[what]
+    save_file(stored, path, metadata)
+    with pytest.raises(errors.UserError, match="16x16_00001.safetensors"):
+        cache.CachedShards(folder, 4)
+
+
+def test_captions_that_are_no_json_are_named_when_they_are_read(cached, tmp_path):
+    folder = Path(shutil.copytree(cached, tmp_path / "c"))
+    path = folder / "16x16_00001.safetensors"
+    stored = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    with safe_open(path, "pt") as file:
+        save_file(stored | {"text": torch.full_like(stored["text"], 65)}, path, file.metadata())
+    source = cache.CachedShards(folder, 4)
+    with pytest.raises(errors.UserError, match="16x16_00001.safetensors"):
+        [source.sample(g) for g in range(8)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs and their weights
+# ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.int8, torch.complex64], ids=str)
+def test_weights_are_numbers_with_a_point(dtype, run, monkeypatch, capsys):
+    path = run / "model.safetensors"
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    path.unlink()
+    save_file(weights, path)
+    for program, words in ((sample, ["--checkpoint", "r", "--prompt", "x", "--device", "cpu", "--out", "x.png"]),
+                           (checkpoint, ["r", "m"]), (train, ["--init", "r", "--out", "n", *QUICK])):  # fmt: skip
+        assert "model.safetensors" in refused(program, words, monkeypatch, capsys)
+    assert sorted(path.name for path in Path(".").iterdir()) == ["r"]
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda run: None, ["r", "r/state/step_00000001"]), (lambda run: None, ["r", ""]),
+    (lambda run: (run / "config.json").write_text("null"), ["r", "m"]),
+    (lambda run: (run / "config.json").write_text('{"a": 1}'), ["r", "m"]),
+    (lambda run: [(run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()], ["r", "m"]),
+], ids=["onto its own state", "to nowhere", "no config", "another's config", "metrics a folder"])  # fmt: skip
+def test_exports_that_would_lose_something(spoil, words, run, monkeypatch, capsys):
+    spoil(run)
+    before = tree(Path("."))
+    refused(checkpoint, words, monkeypatch, capsys)
+    assert tree(Path(".")) == before
+
+
+def test_a_weight_too_large_for_fp16_is_not_given_away_as_infinity(run, monkeypatch, capsys):
+    path = run / "model.safetensors"
+    weights = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    weights["img_in.weight"][0, 0] = 1e6
+    path.unlink()
+    save_file(weights, path)
+    assert "too large for torch.float16" in refused(checkpoint, ["r", "m", "--dtype", "fp16"], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("words", [["--objective", "meanflow"], ["--init", "r", "--resume", "--out", "r"]], ids=str)
+def test_weights_that_mean_something_else_in_this_run(words, run, monkeypatch, capsys):
+    """Shapes agree where the scale of times does not; and a run that goes on has begun already."""
+    refused(train, ["--init", "r", "--steps", 3, "--out", "n", *QUICK, *words], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("name", ["network.safetensors", "model.safetensors", "adam.pt", "state.json"])
+@pytest.mark.parametrize("how", ["missing", "garbage", "a folder"])
+def test_a_damaged_state_says_what_to_delete(name, how, run, monkeypatch, capsys):
+    path = run / "state/step_00000002" / name
+    path.unlink()
+    if how == "garbage":
+        path.write_bytes(b"garbage")
+    elif how == "a folder":
+        path.mkdir()
+    words = ["--resume", "--out", "r", "--steps", 4, "--device", "cpu"]
+    line = refused(train, words, monkeypatch, capsys)
+    assert "delete r/state/step_00000002 to go on from step_00000001" in line
+    shutil.rmtree(run / "state/step_00000001")
+    assert "no older" in refused(train, words, monkeypatch, capsys)
+
+
+def test_the_hundred_millionth_iteration_is_newer_than_the_one_before(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        (tmp_path / "state" / f"step_{step}").mkdir(parents=True)
+    assert [checkpoint.step_of(state) for state in checkpoint.complete_states(tmp_path)] == [99_999_999, 100_000_000]
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("state", "file"), ("grids", "file"), ("metrics.jsonl", "folder"), ("config.json", "folder"), ("lock", "folder"),
+    ("config.json", "theirs"),
+])  # fmt: skip
+def test_a_folder_in_which_no_run_can_lie(name, kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(model.SIZES, "laptop", TINY)
+    place = tmp_path / "r" / name
+    place.parent.mkdir()
+    place.mkdir() if kind == "folder" else place.write_text('{"theirs": 1}')
+    before = tree(tmp_path)
+    refused(train, ["--steps", 4, "--out", tmp_path / "r", *QUICK], monkeypatch, capsys)
+    assert tree(tmp_path) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results of other programs
+# ---------------------------------------------------------------------------------------------------------------------
+ROW = {"seed": 0, "training": {"precision": "float32", "data": ["one-shape"]},
+       "splits": {"test": {"1": {"overall": {"score": 0.5}, "settings": {}}}}}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [
+    {"seed": ...}, {"seed": [0]}, {"splits": ...}, {"splits": []}, {"training": ...},
+    {"splits": {"test": {"1": {"overall": {"score": "x"}}}}}, {"splits": {"test": {"one": {}}}}, None,
+], ids=str)  # fmt: skip
+def test_a_row_that_was_not_measured(change, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("o/rows").mkdir(parents=True)
+    path = Path("o/rows/flow_matching-0.json")
+    path.write_text(json.dumps(ROW))
+    path.write_text("null") if change is None else edit(path, **change)
+    assert str(path) in refused(tables, ["--report", "--out", "o", "--runs", "u"], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("done.json", "null"), ("done.json", "{}"), ("search", "null"), ("search", '{"chosen": null}'),
+    ("search", '{"chosen": {"1": {"settings": {"colour": 1}}}}'),
+    ("search", '{"chosen": {"1": {"settings": {"guidance": "x"}}}}'),
+])  # fmt: skip
+def test_what_tables_goes_on_from(name, content, run, monkeypatch, capsys):
+    Path("u").mkdir()
+    shutil.move("r", "u/flow_matching-0")
+    Path("u/flow_matching-0/done.json").write_text('{"seconds": 1}' if name == "search" else content)
+    if name == "search":
+        Path("o/rows").mkdir(parents=True)
+        Path("o/rows/flow_matching-search.json").write_text(content)
+    line = refused(tables, ["--budget", BUDGET, *SMALL], monkeypatch, capsys)
+    assert (name if name == "done.json" else "flow_matching-search.json") in line
+    assert not Path("o/rows/flow_matching-0.json").exists()
+
+
+@pytest.mark.parametrize("value", [["pictures/"], [], ...], ids=str)
+def test_new_pictures_can_be_made_of_the_shapes_alone(value, run, monkeypatch, capsys):
+    for state in (run / "state").iterdir():
+        edit(state / "config.json", data=value)
+    assert "built-in shapes" in refused(two_networks, ["r", "--pictures", 2], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("content", ["null", "{", '{"records": [{"label": 1}]}', "{}"])
+def test_records_of_another_study(content, tmp_path, monkeypatch, capsys):
+    (tmp_path / "s_rule.json").write_text(content)
+    line = refused(any_step, ["--study", "s_rule", "--out", tmp_path, "--steps", 1], monkeypatch, capsys)
+    assert "s_rule.json" in line and (tmp_path / "s_rule.json").read_text() == content
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\xff\xfe", b"my notes",
+                                     b'<script type="application/json" id="world">{</script>'])  # fmt: skip
+def test_a_file_that_is_no_page_is_not_written_over(content, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "x.html"
+    path.write_bytes(content)
+    refused(explore, ["--out", path, "--no-open"], monkeypatch, capsys)
+    assert path.read_bytes() == content
