@@ -183,7 +183,7 @@ class WordVectors(TextEncoder):
     def states(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:
         """(token states [txt_len, 256], pooled [256]) of one prompt."""
         tokens = np.zeros((self.txt_len, self.d_txt), np.float32)
-        read = split_words(prompt[: 64 * self.txt_len])  # NFKC takes n^2 time for n accents on one letter
+        read = split_words(prompt[: 2**16])  # NFKC takes n^2 time for n accents on one letter
         words = [hashed_signs(b"word", word) for word in read[: self.txt_len - 1]]
         v = np.stack([self.beyond, *words, self.end, self.beyond])  # [1 + n + 1, 128]
         n = len(v) - 2  # tokens, the end included

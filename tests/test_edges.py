@@ -226,7 +226,7 @@ def test_captions_of_zero_bytes(caption, tmp_path):
 def test_a_million_accents_take_no_hour(tmp_path):
     text = encoders.text_encoder("words", 14)
     tokens, _ = text(["a" + "\u0300\u0316" * 500_000])
-    assert torch.equal(tokens, text(["a" + "\u0300\u0316" * 5000])[0])
+    assert torch.equal(tokens, text(["a" + "\u0300\u0316" * 2**15])[0])  # as far as prompts are read
 
 
 @pytest.mark.parametrize("caption", ["x" * 200_000, "two\nlines\tand more", "\u202e\U0001f600"])
