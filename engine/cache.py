@@ -43,7 +43,8 @@ from data import DataError
 class CachedSample(NamedTuple):
     """One encoded sample: latent [C, h, w], (tokens [L, d_txt], pooled [d_vec]) of its caption and of its fake prompt.
 
-    All tensors are fp32; `fake` is None where the cache was made without --fake.
+    Tensors are as they are stored: fp32, and tokens perhaps bf16. `fake` is None where the cache was made without
+    --fake.
     """
 
     latent: Tensor
@@ -186,8 +187,8 @@ class CachedShards:
         fakes = {f"fake_{name}": shape for name, shape in texts.items()}
         with opened(self.folder / "null.safetensors") as file:
             check_tensors(file, 1, texts | fakes)
-            self.null = tuple(file.get_tensor(name).float() for name in texts)
-            self.null_fake = tuple(file.get_tensor(name).float() for name in fakes)
+            self.null = tuple(file.get_tensor(name) for name in texts)
+            self.null_fake = tuple(file.get_tensor(name) for name in fakes)
         for path, k, rows in plan:
             self.paths[k].append(path)
             latent = {"latent": (sizes["channels"], *(side // factor for side in self.buckets[k]))}
@@ -221,7 +222,8 @@ class CachedShards:
             begin, end = file.get_slice("text_end")[row : row + 2].tolist()
             caption, key = json.loads(file.get_slice("text")[begin:end].numpy().tobytes())
             names = ["latent", "tokens", "pooled"] + ["fake_tokens", "fake_pooled"] * self.fake
-            latent, tokens, pooled, *fake = (file.get_slice(name)[row].float() for name in names)
+            # Copies: a slice is a mapping, and would be read from the disk where it is used, not here on a thread
+            latent, tokens, pooled, *fake = (file.get_slice(name)[row].clone() for name in names)
         return CachedSample(latent, caption, tokens, pooled, key, tuple(fake) or None)
 
 
@@ -257,8 +259,8 @@ def cached_sizes(folder: Path) -> tuple[dict, int]:
 def collate(samples: list[CachedSample], dropped: list[bool], null: tuple, null_fake: tuple, with_fake: bool):
     """(x0 [B, C, h, w], c, fake): what the loss takes, with the prompts of `dropped` samples replaced by "".
 
-    c and fake are (tokens [B, L, d_txt], pooled [B, d_vec]); fake is None unless asked for. Raises DataError when it is
-    asked for and was not cached.
+    c and fake are (tokens [B, L, d_txt], pooled [B, d_vec]), as they are stored: feed.py makes them fp32 where the
+    network runs. fake is None unless asked for. Raises DataError when it is asked for and was not cached.
     """
     if with_fake and any(s.fake is None for s in samples):
         raise DataError("the auxiliary term needs the encoded fake prompts: cache with --fake")

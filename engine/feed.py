@@ -201,8 +201,11 @@ class Feed:
         # Not on MPS, where a copy may still read its source after that is gone (pytorch issue 139550).
         non_blocking = self.codec.device.type == "cuda"
 
-        def put(x):
-            return tuple(map(put, x)) if isinstance(x, tuple) else x.to(self.codec.device, non_blocking=non_blocking)
+        def put(x):  # tokens of a cache travel in bf16; all that comes out of here is fp32, or the places of s < t
+            if isinstance(x, tuple):
+                return tuple(map(put, x))
+            x = x.to(self.codec.device, non_blocking=non_blocking)
+            return x.float() if x.is_floating_point() else x
 
         fake = None
         if f.pictures is None:
