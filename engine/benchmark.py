@@ -89,7 +89,8 @@ class Step:
     """A training step as train.py makes it: the objective, Adam and the average."""
 
     def __init__(self, setting: Setting):
-        self.network = model.Denoiser(**setting.size, precision=setting.precision).to(setting.device)
+        with setting.device:  # drawn where it runs: two billion numbers take a processor half a minute
+            self.network = model.Denoiser(**setting.size, precision=setting.precision)
         self.network.recompute = setting.recompute
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
         if setting.compile:
@@ -183,6 +184,24 @@ def measure_steps(setting: Setting, step: Step, repeats: int) -> dict:
     } | memory  # fmt: skip
 
 
+def kernels(setting: Setting, step: Step, most: int = 20) -> list[dict]:
+    """What one Self-E step computes, by torch's profiler: the `most` kernels (operators on a CPU) that take longest."""
+    inputs, on_gpu = made_up_inputs(setting)["Self-E"], setting.device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
+    with torch.profiler.profile(activities=activities) as profile:
+        step(*inputs)
+        wait(setting.device)
+    spent = {}
+    for event in profile.key_averages():
+        own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if own and (not on_gpu or event.device_type == torch.autograd.DeviceType.CUDA):
+            spent[event.key] = (own / 1e3, event.count)
+    whole = sum(own for own, _ in spent.values())
+    longest = sorted(spent.items(), key=lambda item: -item[1][0])[:most]
+    return [{"name": name[:120], "milliseconds": own, "share": own / whole, "calls": calls}
+            for name, (own, calls) in longest]  # fmt: skip
+
+
 def on_real_data(args, setting: Setting, step: Step) -> dict:
     """Self-E steps on batches as training reads them: what the loop waits for, and what is compiled late.
 
@@ -231,11 +250,12 @@ def diffusers_flux(setting: Setting):
         return None
     size, device = setting.size, setting.device
     values = size["channels"] * size["patch"] ** 2
-    flux = FluxTransformer2DModel(
-        patch_size=1, in_channels=values, num_layers=size["double"], num_single_layers=size["single"],
-        attention_head_dim=size["width"] // size["heads"], num_attention_heads=size["heads"],
-        joint_attention_dim=size["txt_dim"], pooled_projection_dim=size["vec_dim"], guidance_embeds=False,
-        axes_dims_rope=size["axes"]).to(device)  # fmt: skip
+    with device:
+        flux = FluxTransformer2DModel(
+            patch_size=1, in_channels=values, num_layers=size["double"], num_single_layers=size["single"],
+            attention_head_dim=size["width"] // size["heads"], num_attention_heads=size["heads"],
+            joint_attention_dim=size["txt_dim"], pooled_projection_dim=size["vec_dim"], guidance_embeds=False,
+            axes_dims_rope=size["axes"])  # fmt: skip
     img_ids, txt_ids = positions(setting), torch.zeros(setting.text_tokens, 3, device=device)
 
     def call(tokens, t, txt, vec):
@@ -289,6 +309,7 @@ def parse_arguments():
     a("--compile", action="store_true", help="torch.compile each block")
     a("--recompute", metavar="N", type=int, default=0, help="blocks that recompute their activations (default: 0)")
     a("--repeats", metavar="N", type=int, default=7, help="measured rounds (default: 7)")
+    a("--profile", action="store_true", help="also list the kernels of a Self-E step that take longest")
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     a("--out", metavar="FILE", type=errors.file_to_write, help="write the figures as JSON")
     args = parser.parse_args()
@@ -352,6 +373,10 @@ def main() -> None:
         "recompute": setting.recompute,
     } | measure_steps(setting, step, args.repeats)  # fmt: skip
     print_steps(setting, args, report)
+    if args.profile:
+        report["kernels"] = kernels(setting, step)
+        for row in report["kernels"]:
+            print(f"{row['milliseconds']:9.2f} ms {row['share']:6.1%} {row['calls']:5} x {row['name'][:80]}")
 
     if args.data or recipe.RECIPES[args.size].text == "words":
         report["real_data"] = real = on_real_data(args, setting, step)

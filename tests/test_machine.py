@@ -68,7 +68,7 @@ def test_the_benchmark_counts_forward_passes(tmp_path):
     """A Self-E step makes two evaluations of half a batch, the auxiliary stage one more; the report says so."""
     result = subprocess.run([sys.executable, "engine/benchmark.py", "--batch", "4", "--repeats", "1", "--blocks", "1",
                              "0",
-                             "--device", "cpu", "--precision", "fp32", "--out", str(tmp_path / "b.json")],
+                             "--device", "cpu", "--precision", "fp32", "--profile", "--out", str(tmp_path / "b.json")],
                             cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
                             text=True)  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -76,4 +76,8 @@ def test_the_benchmark_counts_forward_passes(tmp_path):
     assert [row["forwards"] for row in report["steps"].values()] == [1.0, 2.0, 2.5]
     real = report["real_data"]
     assert real["picture_sizes"] == 1 and 0 <= real["waited"] < real["seconds"]
+    calls = {row["name"]: row["calls"] for row in report["kernels"]}
+    spent = [row["milliseconds"] for row in report["kernels"]]
+    assert calls["aten::_fused_adam_"] == 1 and spent == sorted(spent, reverse=True)  # one step, the longest first
+    assert 0.5 < sum(row["share"] for row in report["kernels"]) <= 1
     assert report["forward_backward"]["diffusers"] > 0 and report["peak_tflops"]["float32"] > 0

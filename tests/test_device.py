@@ -1,0 +1,148 @@
+"""The accelerator against the CPU: one code path, the same numbers. Needs CUDA or MPS; without one these are skipped.
+
+On a machine with a GPU run the whole suite: train.py, sample.py and the rest pick the device themselves.
+"""
+
+import copy
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import losses
+import model
+import sampler
+from engine import checkpoint, machine
+
+ROOT = Path(__file__).parent.parent
+NAME = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(NAME == "cpu", reason="this machine has no CUDA or MPS device")
+only_cuda = pytest.mark.skipif(NAME != "cuda", reason="of CUDA alone")
+SIZE = dict(width=64, heads=2, double=2, single=2, axes=(8, 12, 12), channels=3, patch=4, txt_dim=16, vec_dim=8)
+
+
+def network(precision=torch.float32) -> model.Denoiser:
+    """Weights away from zero, drawn on the CPU."""
+    torch.manual_seed(0)
+    made = model.Denoiser(**SIZE, precision=precision)
+    for p in made.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    return made
+
+
+def gradient(device: str, precision=torch.float32, compiled=False, recompute=0, aux=True) -> torch.Tensor:
+    """All gradients of one Self-E step, as one vector on the CPU."""
+    V = network(precision).to(device)
+    ema, V.recompute = copy.deepcopy(V).requires_grad_(False), recompute
+    if compiled:
+        V.compile_blocks()
+        ema.compile_blocks()
+    g, B, shape = torch.Generator().manual_seed(1), 8, (3, 16, 24)
+    x0 = torch.randn(B, *shape, generator=g)
+    c, null, fake = ((torch.randn(B, 5, 16, generator=g), torch.randn(B, 8, generator=g)) for _ in range(3))
+    x0, c, null, fake = x0.to(device), *(tuple(x.to(device) for x in pair) for pair in (c, null, fake))
+    is_null = torch.zeros(B, dtype=torch.bool, device=device)
+    draws = losses.draw(0, 0, list(range(B)), shape, device=device)
+    losses.SelfE(V, ema, mu=0.4)(x0, c, null, fake, is_null, draws, 0.7, aux)[0].backward()
+    return torch.cat([p.grad.flatten().cpu() for p in V.parameters()])
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return gradient("cpu")
+
+
+@pytest.mark.parametrize("choices, close", [
+    (dict(), 1e-4), (dict(recompute=3), 1e-4), (dict(precision=torch.bfloat16), 0.05),
+    pytest.param(dict(compiled=True), 1e-4, marks=only_cuda),
+    pytest.param(dict(compiled=True, precision=torch.bfloat16, recompute=2), 0.05, marks=only_cuda),
+])  # fmt: skip
+def test_a_step_has_the_gradients_of_the_cpu(exact, choices, close):
+    other = gradient(NAME, **choices)
+    torch._dynamo.reset()
+    assert ((other - exact).norm() / exact.norm()).item() < close
+
+
+@pytest.mark.parametrize("steps, guidance, eta", [(1, 1.0, 1.0), (4, 3.0, 1.0), (4, 1.5, 0.0)])
+def test_sampling_gives_the_pictures_of_the_cpu(steps, guidance, eta):
+    g = torch.Generator().manual_seed(2)
+    x1, shape = torch.randn(4, 3, 16, 16, generator=g), (4, 5, 16)
+    c, null = ((torch.randn(shape, generator=g), torch.randn(4, 8, generator=g)) for _ in range(2))
+
+    def made(device):
+        V = network().to(device).requires_grad_(False)
+        noise = [torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(k)).to(device) for k in range(steps)]
+        there = [tuple(x.to(device) for x in pair) for pair in (c, null)]
+        return sampler.sample(V, x1.to(device), *there, steps=steps, guidance=guidance, eta=eta,
+                              draw_noise=noise.__getitem__).cpu()  # fmt: skip
+
+    torch.testing.assert_close(made(NAME), made("cpu"), atol=1e-3, rtol=1e-3)
+
+
+def call(*words, code: int = 0, **environment) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env=os.environ | environment)  # fmt: skip
+    assert done.returncode == code, done.stderr[-2000:]
+    return done
+
+
+@pytest.mark.parametrize("flags", [(), pytest.param(("--compile",), marks=only_cuda)])
+def test_it_trains_stops_resumes_and_samples_there(tmp_path, flags):
+    """30 and 30 iterations end near 60 in one piece: sums on a GPU may be taken in another order."""
+    own = ["--device", NAME, "--batch-size", 8, "--grid-every", 0, *flags]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    call("train.py", *own, "--steps", 60, "--out", whole)
+    call("train.py", *own, "--steps", 60, "--out", halves, "--save-every", 30)
+    last = halves / "state" / "step_00000060"
+    for file in last.iterdir():
+        file.unlink()
+    last.rmdir()
+    call("train.py", "--resume", "--out", halves, "--device", NAME)
+    a, b = (checkpoint.read_json(folder / "config.json") for folder in (whole, halves))
+    assert a["precision"] == b["precision"] and a["steps"] == b["steps"] == 60
+    weights = [load_file(folder / "model.safetensors") for folder in (whole, halves)]
+    off = sum(float((weights[0][k].float() - weights[1][k].float()).square().sum()) for k in weights[0])
+    size = sum(float(w.float().square().sum()) for w in weights[0].values())
+    assert (off / size) ** 0.5 < 0.02
+    call("sample.py", "--checkpoint", whole, "--prompt", "a photo of a red circle", "--device", NAME, "--out",
+         tmp_path / "x.png")  # fmt: skip
+    assert (tmp_path / "x.png").stat().st_size > 100
+
+
+@only_cuda
+def test_what_does_not_fit_is_one_line_before_the_first_iteration(tmp_path):
+    done = call("train.py", "--device", "cuda", "--batch-size", 2**14, "--side", 64, "--steps", 10, "--no-compile",
+                "--grid-every", 0, "--out", tmp_path / "r", code=2)  # fmt: skip
+    assert "do not fit into the device's memory: a smaller --micro-batch" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@only_cuda
+def test_one_process_of_torchrun_over_nccl(tmp_path):
+    """The reductions themselves, by NCCL, in a group of one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = ("import torch, torch.distributed as dist; torch.cuda.set_device(0); dist.init_process_group('nccl'); "
+              "import copy, losses, model; from torch.nn.parallel import DistributedDataParallel as DDP; "
+              f"V = model.Denoiser(**{SIZE!r}).cuda(); step = losses.SelfE(V, copy.deepcopy(V).requires_grad_(False)); "
+              "ddp = DDP(step, gradient_as_bucket_view=True); "
+              "c = torch.randn(4, 5, 16).cuda(), torch.zeros(4, 8).cuda(); x = torch.randn(4, 3, 16, 16).cuda(); "
+              "draws = losses.draw(0, 0, [0, 1, 2, 3], (3, 16, 16), device='cuda'); "
+              "ddp(x, c, c, c, torch.zeros(4, dtype=torch.bool).cuda(), draws, 0.5, True)[0].backward(); "
+              "n = sum(p.grad is not None for p in V.parameters()); told = torch.ones(1).cuda(); "
+              "dist.all_reduce(told); dist.destroy_process_group(); print(n, int(told))")  # fmt: skip
+    done = call("-c", script, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port))  # fmt: skip
+    assert done.stdout.split() == [str(len(list(network().parameters()))), "1"]
+
+
+def test_the_precision_chosen_is_one_that_works_there():
+    device = machine.pick_device(NAME)
+    assert machine.pick_precision(device) in (torch.bfloat16, torch.float32)
+    assert machine.peak_flops(device, torch.float32) > 0
