@@ -42,6 +42,11 @@ def whole(low: int, high: int):
     return lambda value: isinstance(value, int) and number(low, high)(value)
 
 
+def entry(low: int, high: int) -> tuple:
+    """What a message says of such a number, and the check itself."""
+    return f"a whole number from {low} to {high}", whole(low, high)
+
+
 def text(value) -> bool:
     return isinstance(value, str)
 
@@ -62,27 +67,27 @@ CONFIG = {
     "model": ("an object", lambda value: isinstance(value, dict)),
     "precision": ("float32 or bfloat16", lambda value: value in ("float32", "bfloat16")),
     "objective": (" or ".join(objectives.OBJECTIVES), lambda value: text(value) and value in objectives.OBJECTIVES),
-    "side": ("a whole number", whole(*RANGES["side"])), "mu": ("a number", number(-10, 10)),
-    "text_encoder": ("a name", text), "txt_len": ("a whole number", whole(*RANGES["txt_len"])),
+    "side": entry(*RANGES["side"]), "mu": ("a number", number(-10, 10)),
+    "text_encoder": ("a name", text), "txt_len": entry(*RANGES["txt_len"]),
     "autoencoder": ("a name", text), "guidance": ("from 0 to 100", number(0, 100)),
     "eta": ('from 0 to 1, or "renoise"', lambda value: value == "renoise" or number(0, 1)(value)),
     "s_rule": ("from 0 to 1", number(0, 1)), "guidance_space": ("v or x0", lambda value: value in ("v", "x0")),
 }  # fmt: skip
-MODEL_CONFIG = {name: (f"a whole number from {low} to {high}", whole(low, high)) for name, (low, high) in MODEL.items()}
+MODEL_CONFIG = {name: entry(*bounds) for name, bounds in MODEL.items()}
 MODEL_CONFIG["axes"] = ("three whole numbers, for t, y and x", three_axes)
 FACTOR = {"time_factor": ("a number from 0 up", number(0, 10**6))}  # may be missing: FLUX's
 # What a cache's cache.json says of it.
 CACHE = {
-    "text": ("a name", text), "txt_len": ("a whole number", whole(*RANGES["txt_len"])), "autoencoder": ("a name", text),
-    "side": ("a whole number", whole(*RANGES["side"])), "source": ("a fingerprint", text),
-    "per_shard": ("a whole number", whole(1, 2**63 - 1)), "fake": ("true or false", lambda value: value in (0, 1)),
+    "text": ("a name", text), "txt_len": entry(*RANGES["txt_len"]), "autoencoder": ("a name", text),
+    "side": entry(*RANGES["side"]), "source": ("a fingerprint", text),
+    "per_shard": entry(1, 2**63 - 1), "fake": ("true or false", lambda value: value in (0, 1)),
     "buckets": ("lists of height, width and pictures", buckets),
 }  # fmt: skip
 # What a resumed run reads of state.json, and what may be missing in that of an older version.
-STATE = {"step": ("a whole number", whole(0, 10**9)), "seed": ("a whole number", whole(*RANGES["seed"])),
+STATE = {"step": entry(0, 10**9), "seed": entry(*RANGES["seed"]),
          "elapsed": ("a number of seconds", number(0, 10**12))}  # fmt: skip
 STATE_LATER = {
-    "steps": ("a whole number", whole(*RANGES["steps"])), "nonfinite": ("a whole number", whole(0, 10**9)),
+    "steps": entry(*RANGES["steps"]), "nonfinite": entry(0, 10**9),
     "data": ("an object of texts", lambda value: isinstance(value, dict) and all(map(text, value.values()))),
 }  # fmt: skip
 
