@@ -525,6 +525,7 @@ def test_no_picture_size_is_compiled_twice():
 def test_the_meter_says_what_the_samples_say():
     torch.manual_seed(1)
     t, u = torch.rand(64), torch.rand(64)
+    t[0] = 1.0  # s = t there; pure noise belongs to the last quarter
     s = torch.where(torch.arange(64) % 2 == 0, t, t * u)
     rows = [{"t": t[i : i + 16], "s": s[i : i + 16], "loss": t[i : i + 16] ** 2 + 1, "mix": torch.full((8,), 0.25),
              "delta_norm": torch.full((8,), 3.0)}
@@ -539,13 +540,29 @@ def test_the_meter_says_what_the_samples_say():
     assert record["loss"] == pytest.approx((t**2 + 1).mean().item()) and record["share_jump"] == 0.5
     assert record["grad_norm"] == 2
     for b in range(4):
-        inside = (t >= b / 4) & (t < (b + 1) / 4)
+        inside = (t >= b / 4) & ((t < (b + 1) / 4) | (b == 3))
         assert record[f"loss_t{b}"] == pytest.approx((t[inside] ** 2 + 1).mean().item())
     odd = s < t
     assert record["lambda"] == pytest.approx((t / (1 - t) - s / (1 - s))[odd].log().mean().exp().item(), rel=1e-4)
     assert (record["w"], record["delta_norm"]) == (0.25, 3.0) and "fake_loss" not in record
     assert record["mfu"] * 1e12 / record["iterations_per_s"] == pytest.approx(5e9)
     assert meter.sums.sum() == 0 and meter.record(1, 1e12, 0.0) == {}
+
+
+def test_two_processes_that_see_the_same_tell_what_one_tells(monkeypatch):
+    """All means, and the share of the peak: twice the operations on twice the machine."""
+    t = torch.rand(8)
+    row = {"t": t, "s": t / 2, "loss": t, "mix": t, "delta_norm": t, "fake_loss": t}
+    records = []
+    for world in (1, 2):
+        monkeypatch.setattr(monitor.dist, "all_reduce", lambda sums: sums.mul_(2))
+        monkeypatch.setattr(monitor.time, "perf_counter", iter([0.0, 10.0, 10.0]).__next__)
+        meter = monitor.Meter(torch.device("cpu"))
+        meter.add(row, 5e12)
+        meter.keep(torch.tensor(2.0))
+        records.append(meter.record(world, 1e12, 4.0))
+    assert records[0] == pytest.approx(records[1])
+    assert (records[0]["mfu"], records[0]["data_wait"], records[0]["iterations_per_s"]) == pytest.approx((0.5, 0.4, 0.1))
 
 
 def test_every_record_has_its_columns(runs):
