@@ -245,17 +245,17 @@ def describe(size: dict, plan: Recipe, objective: str, factor: int, world: int) 
     """The recipe of a run in lines, as printed at its start."""
     begins, lines = plan.begins(), []
     for stage, begin, end in zip(plan.stages, begins, begins[1:]):
-        sides = " and ".join(f"{side} x {side}" for side in stage.sides) + (" in turns" if len(stage.sides) > 1 else "")
+        sides = " and ".join(f"{side} x {side}" for side in stage.sides)
+        turns = " in turns" * (len(stage.sides) > 1)
         micro = {side: plan.micro_batch_of(stage, side, world) for side in stage.sides}
         parts = ", ".join(f"{stage.batch_size // world // m} x {m}" + (f" at {side}" if len(micro) > 1 else "")
                           for side, m in micro.items())
         mu = ", ".join(f"{losses.mu_of_length(image_tokens(size, side, factor)):.2f}" for side in stage.sides)
-        lines.append(f"iterations {begin:,} to {end:,}: {sides} pixels, {stage.batch_size} pictures each "
-                     f"({world} process{'es' * (world > 1)} x {parts}), mu {mu}")  # fmt: skip
+        lines.append(f"iterations {begin:,} to {end:,}: {sides} pixels{turns}, {stage.batch_size} pictures "
+                     f"each ({world} process{'es' * (world > 1)} x {parts}), mu {mu}")  # fmt: skip
     name = {"adam": "Adam", "muon": "Muon and Adam"}[plan.optimizer]
     lines.append(f"{name} {plan.betas}, learning rate {plan.lr:g} after {plan.warmup_steps():,} iterations, down to "
-                 f"{plan.lr_end:g}; gradients clipped "
-                 f"at {plan.clip:g}; EMA {plan.ema:g}; {plan.dropout:.0%} of prompts dropped"
+                 f"{plan.lr_end:g}; gradients clipped at {plan.clip:g}; EMA {plan.ema:g}; {plan.dropout:.0%} of prompts dropped"
                  + (f"; {plan.wrong_captions:.3g} of captions wrong" if plan.wrong_captions else ""))  # fmt: skip
     if objective == "self_e":
         aux = "no auxiliary term"

@@ -4,6 +4,7 @@ First the mathematics: a broken line must end at other weights. Then the rules a
 left out, and when. What several processes do together (DDP's one reduction, `ranks.any`) is in tests/test_scale.py.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -21,7 +22,7 @@ import encoders
 import losses
 import model
 import recipe
-from engine import checkpoint, errors
+from engine import checkpoint, errors, machine
 from engine.preparation import Run
 from engine.randomness import rng
 from engine.watch import Watch
@@ -227,6 +228,22 @@ def given_up(source, out, patch):
     return saved(out)
 
 
+def not_given_up(source, out, patch):
+    """The last state of a run with four such iterations, one good one, and four more."""
+    spoil(patch, lambda call, loss, zero: loss if call == 5 else loss + zero)
+    with contextlib.suppress(errors.UserError):  # given up
+        train_py(source, out, patch, steps=9)
+    return saved(out)
+
+
+def operations(source, out, patch):
+    """Those of an iteration, as metrics.jsonl tells them: the share of a machine's peak that is known here."""
+    patch.setattr(machine, "peak_flops", lambda *_: 1e12)
+    train_py(source, out, patch, steps=2, stages=[(0, (16,))])
+    last = records(out)[-1]
+    return round(last["mfu"] * 1e12 / last["iterations_per_s"])
+
+
 def logged(source, out, patch):
     """The lines of metrics.jsonl, and whether they hold the loss and the norm of its gradient."""
     train_py(source, out, patch, (*NEVER, "--log-every", "2"), steps=3)
@@ -310,6 +327,9 @@ RULES = [  # (the rule, what it should find, what breaks it: a text of train.py 
      ("stopping |= watch.left_out", "update(run, step)\n            stopping |= watch.left_out"),
      ("        if bad:", "        if False:")),
     (given_up, [5], ("stopping |= watch.left_out", "watch.left_out")),
+    (not_given_up, [9], ("            watch.updated(norm)", "            pass")),
+    # One pass forward, one backward (that is two), and two evaluations of every second picture
+    (operations, 4 * B * model.forward_flops(TINY, 16, 10), ("seen(batch, stats, aux)", "seen(batch, stats, True)")),
     (logged, [(2, True, True), (3, True, True)], ("        watch.log(step)", "        pass"),
      ("        watch.seen(batch, stats, aux)", "        pass"),
      ("            watch.updated(norm)", "            pass")),
