@@ -255,7 +255,8 @@ def describe(size: dict, plan: Recipe, objective: str, factor: int, world: int) 
                      f"each ({world} process{'es' * (world > 1)} x {parts}), mu {mu}")  # fmt: skip
     name = {"adam": "Adam", "muon": "Muon and Adam"}[plan.optimizer]
     lines.append(f"{name} {plan.betas}, learning rate {plan.lr:g} after {plan.warmup_steps():,} iterations, down to "
-                 f"{plan.lr_end:g}; gradients clipped at {plan.clip:g}; EMA {plan.ema:g}; {plan.dropout:.0%} of prompts dropped"
+                 f"{plan.lr_end:g}; gradients clipped at {plan.clip:g}; "
+                 f"EMA {plan.ema:g}; {plan.dropout:.0%} of prompts dropped"
                  + (f"; {plan.wrong_captions:.3g} of captions wrong" if plan.wrong_captions else ""))  # fmt: skip
     if objective == "self_e":
         aux = "no auxiliary term"

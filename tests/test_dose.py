@@ -29,11 +29,11 @@ def test_the_quick_form_measures_every_share_and_draws(tmp_path):
 
 
 def test_paired_differences_against_students_t():
-    """Three pairs of scores, the interval by hand: mean -+ 4.303 s / sqrt(3)."""
+    """Three pairs of scores and two without partner, the interval by hand: mean -+ 4.303 s / sqrt(3)."""
     def result(score):
         return {"splits": {"test": {"2": {"overall": {"score": score}}}}}
 
-    rows = {"a": {2: result(0.5), 3: result(0.7), 4: result(0.9)},
+    rows = {"a": {1: result(0), 2: result(0.5), 3: result(0.7), 4: result(0.9)},
             "b": {2: result(0.4), 3: result(0.4), 4: result(0.4), 5: result(0)}}
     mean, half = report.difference(rows, "a", "b", 2)
     assert mean == pytest.approx(0.3) and half == pytest.approx(4.303 * 0.2 / 3**0.5)

@@ -534,6 +534,14 @@ class Painter:
             return picture_of(*((s, c, *p) for s, c, p in zip(shapes, colors, places)))
 
 
+@pytest.mark.parametrize("apart, right", [(11.5, True), (10.0, False)])
+def test_two_whole_circles_must_not_share_ground(apart, right):
+    """So little of one is hidden that it still is a circle; both are 11 wide."""
+    first, second = Object("circle", "red", 11.0, 16.0, 11.0), Object("circle", "blue", 11.0 + apart, 16.0, 11.0)
+    metadata = data.prompt_metadata("color_attr", ["circle"] * 2, ["red", "blue"])
+    assert scorer.score(data.render(Scene((first, second), 120, metadata), 32), metadata) == right
+
+
 def test_measure_counts_the_right_pictures_of_each_prompt(monkeypatch):
     asked = evaluate.prompts("test", 6)
     painter = Painter(lambda key: key[2] < 3 and asked[key[1]]["tag"] != "counting")
@@ -547,6 +555,9 @@ def test_measure_counts_the_right_pictures_of_each_prompt(monkeypatch):
     assert scores["tags"]["position"] == {"score": 0.75, "right": 18, "total": 24,
                                           **dict(zip(("low", "high"), evaluate.wilson(18, 24)))}  # fmt: skip
     assert set(scores["unseen"]["tags"]) == {"two_object", "position", "color_attr", "counting"}
+    splits = ("train", "validation", "test", "pairs")
+    of_each = [m for split in splits for m in evaluate.prompts(split, 2, ("position",))]
+    assert evaluate.summary(of_each, [1] * 8, 1)["unseen"]["tags"]["position"]["total"] == 6
     text = evaluate.table("test", {2: scores})
     assert "Attribute Binding" in text and "0.625 [" in text and "0.750 [" in text
 

@@ -224,6 +224,17 @@ def test_same_seed_same_picture_whatever_stands_beside_it(trained, tmp_path, mon
     assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
 
 
+def test_prompts_share_their_noises(trained, tmp_path, monkeypatch):
+    """Picture i of one prompt starts where picture i of another does, so that rows compare."""
+    asked, right = [], sample.generate
+    monkeypatch.setattr(sample, "generate", lambda loaded, prompts, keys, **how: asked.append((prompts, keys))
+                        or right(loaded, prompts, keys, **how))  # fmt: skip
+    run(monkeypatch, sample, "--checkpoint", trained[0], "--prompt", "a", "--prompt", "b", "--images", 2, "--steps", 1,
+        "--device", "cpu", "--out", tmp_path / "x.png")  # fmt: skip
+    (prompts, keys), = asked
+    assert prompts == ["a", "a", "b", "b"] and keys[:2] == keys[2:] and keys[0] != keys[1]
+
+
 def test_several_step_counts_make_a_sheet(trained, tmp_path):
     (tmp_path / "prompts.txt").write_text("a photo of a ring\n\na photo of a cross\n")
     result = command("sample.py", "--checkpoint", trained[0], "--prompts", tmp_path / "prompts.txt", "--steps", 1, 2, 4,
