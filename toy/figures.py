@@ -272,8 +272,9 @@ def along_shares(kept: dict, path: Path, steps=(2, 4, 50)) -> None:
                 shift = np.array(shares) + 0.006 * (j - len(names) / 2)  # so that bars do not hide one another
                 axis.errorbar(shift, mean, yerr=spread, marker="o", markersize=3, linewidth=1.2, label=name)
             axis.set(title=f"{layout}, N = {n}", xticks=shares)
-    figure.supxlabel("share of wrong labels in training", fontsize=9)
-    figure.supylabel("samples off the modes of their condition", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("share of wrong labels in training", fontsize=9)
+    figure.supylabel("share of samples off the modes of their condition", fontsize=9)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncol=3, frameon=False,
                   fontsize=8)
     save(figure, path)
