@@ -553,9 +553,9 @@ def test_two_processes_that_see_the_same_tell_what_one_tells(monkeypatch):
     """All means, and the share of the peak: twice the operations on twice the machine."""
     t = torch.rand(8)
     row = {"t": t, "s": t / 2, "loss": t, "mix": t, "delta_norm": t, "fake_loss": t}
+    monkeypatch.setattr(monitor.dist, "all_reduce", lambda sums: sums.mul_(2))
     records = []
     for world in (1, 2):
-        monkeypatch.setattr(monitor.dist, "all_reduce", lambda sums: sums.mul_(2))
         monkeypatch.setattr(monitor.time, "perf_counter", iter([0.0, 10.0, 10.0]).__next__)
         meter = monitor.Meter(torch.device("cpu"))
         meter.add(row, 5e12)
