@@ -101,11 +101,13 @@ def write_table(rows: dict, out: Path, steps: tuple[int, ...]) -> None:
              "prompts of one shape to hold any out. Those tags are tested on the prompts of training, with other noise "
              "than the search; `pairs` in `rows/` are held out. Settings and scores by tag are in `rows/`. Precision "
              "is the faster one of the machine that trained. Made by `python experiments/tables.py`.", "",
-             f"| row | seeds | {columns(steps)} | precision |", "|---" * (len(steps) + 3) + "|"]  # fmt: skip
+             f"| row | seeds | {columns(steps)} | iterations | precision |",
+             "|---" * (len(steps) + 4) + "|"]  # fmt: skip
     for row, seeds in rows.items():
         cells = [cell([score_of(r, n) for r in seeds.values()]) for n in steps]
         precision = sorted({SHORT[r["training"]["precision"]] for r in seeds.values()})
-        lines.append(f"| {ROWS[row][0]} | {len(seeds)} | {' | '.join(cells)} | {', '.join(precision)} |")
+        iterations = ", ".join(f"{n:,}" for n in sorted({r["training"]["steps"] for r in seeds.values()}))
+        lines.append(f"| {ROWS[row][0]} | {len(seeds)} | {' | '.join(cells)} | {iterations} | {', '.join(precision)} |")
     lines += ["", "Paired differences over seeds:", "", f"| difference | seeds | {columns(steps)} |",
               "|---" * (len(steps) + 2) + "|"]  # fmt: skip
     for a, b in DIFFERENCES:
