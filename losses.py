@@ -184,7 +184,9 @@ def pseudo_target(x0_hat: Tensor, Delta: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # Eq. 15     L_self-evaluate = || x0_hat - x_self ||^2                                            (s.4 is the same line)
 # Eq. s.5, s.7   its gradient with respect to x_s_hat is 2 Delta / alpha_s: for s.7 (k = (w - 1) / w)
-#                2 sigma_s^2 / alpha_s^2 * Eq. 13 / w, for s.5 (k = 1) the same with the classifier score alone
+#                2 sigma_s^2 / alpha_s^2 * Eq. 13 / w, for s.5 (k = 1) the same with the classifier score alone, without
+#                1 / w. The paper reads Eq. 8 backwards here, x0_hat = (x_s_hat - sigma_s eps) / alpha_s. In training
+#                nothing flows through x_s_hat, and the gradient with respect to x0_hat is 2 Delta.
 # ---------------------------------------------------------------------------------------------------------------------
 def self_evaluation_loss(x0_hat: Tensor, x_self: Tensor) -> Tensor:
     """The self-evaluation loss of each sample, [B]. Its value is ||Delta||^2; what counts is its gradient, 2 Delta."""
@@ -365,8 +367,9 @@ class SelfE(nn.Module):
     in the methods below it: Delta (`self_evaluate`, with the branches of `evaluate`), its share of the target (`mix`),
     and what is regressed on (`regress`).
 
-    At s = 0 there is nothing to evaluate: G(x, 0, 0, .) is x itself for every prompt (Eq. 6), so Delta is exactly 0.
-    The one-step prediction, which is asked for at s = 0, therefore lives on what the network learns at the s nearby.
+    At s = 0 there is nothing to evaluate: G(x, 0, 0, .) is x itself for every prompt (Eq. 6), so Delta is exactly 0;
+    x0 keeps the share 1 - t of the target. The one-step prediction, which is asked for at t = 1, s = 0, therefore lives
+    on what the network learns at larger s (Delta falls as s^2).
     """
 
     def __init__(self, network, ema, *, mu=0.0, target="renorm", k=0.9, delta_scale=1.0, lam_scale=1.0, lam_s=None,
@@ -386,7 +389,7 @@ class SelfE(nn.Module):
         x0 [B, ...] fp32; c, null, fake tuples of tensors with leading dimension B (fake is read only with aux);
         is_null [B] bool, where the prompt was dropped or is empty; tau in [0, 1] (s.13); aux switches the auxiliary
         term on. Returns the scalar loss and a dict of detached tensors: t, s, loss [B]; where some s < t delta_norm and
-        mix [n], with aux fake_loss [n]; n is the number of samples with s < t.
+        mix [n], with aux fake_loss [n]; n is the number of positions in draws.below.
         """
         t, s = sample_times(draws.z, draws.u, draws.below, self.mu, tau)  # [B] s.11-s.13
         x_t = add_noise(x0, t, draws.eps)  # [B, ...] Eq. 1
@@ -431,7 +434,8 @@ class SelfE(nn.Module):
         """The branches of the classifier score at (x_s_hat, s, s), [n, ...] each: G_c by the EMA, G_null online."""
         G_c = G(self.ema, x_s_hat, s, s, c)
         G_null = G(self.unconditional, x_s_hat, s, s, null)
-        # A null prompt has no classifier score: EMA minus online would be the difference of two networks, noise.
+        # A null prompt has no classifier score: EMA minus online would be the difference of two networks, noise. For
+        # other prompts S.2 asks for the two networks, and the same noise is a part of their Delta.
         return torch.where(like(is_null, G_c), G_null, G_c), G_null
 
     def mix(self, t: Tensor, s: Tensor, is_null: Tensor, aux: bool) -> Tensor:

@@ -7,8 +7,8 @@ To add one, write its module, give it an entry here, and a row in experiments/ro
 
     loss, stats = module(x0, c, null, fake, is_null, draws, tau, aux)
 
-stats holds what engine/monitor.py watches: t, s and loss, one value per sample, all detached. A module with an
-attribute `mu` has it set to the shift of each batch's picture size (s.12).
+stats holds what engine/monitor.py watches: t, s and loss, one value per sample (IMM: per group), all detached. A
+module with an attribute `mu` has it set to the shift of each batch's picture size (s.12).
 """
 
 import functools
@@ -30,7 +30,7 @@ class Objective(NamedTuple):
     group: int = 2  # batch and micro-batch are multiples of it
     flags: tuple[str, ...] = ()  # of train.py's flags below "the objective", those that are its own
     s_rules: tuple[float, ...] = (0.0, 0.5, 1.0)  # the rules for s_k that make sense (sampler.py), its default first
-    time_factor: float = 1000.0  # of the time features (model.sinusoid); 1 where the objective learns from a derivative
+    time_factor: float = 1000.0  # of the time features (model.sinusoid); 1 for peers/, as in their authors' code
     trajectory: Callable | None = None  # its own sampler, like baselines.trajectory; None: sampler.trajectory
 
 
@@ -72,4 +72,15 @@ OBJECTIVES = {
         functools.partial(losses.draw, p_equal=0.5), forwards=4.0, guided=2.0,  # two evaluations of half
         flags=("train_guidance", "loss_power"), time_factor=1.0, trajectory=FLOW_MAP),
 }  # fmt: skip
+
+
+def by_difference(flags) -> bool:
+    """Whether training divides the difference of two evaluations by a small time (tim.path_difference).
+
+    The network should then compute in fp32; --precision auto sees to it.
+    """
+    adjustable = "derivative" in OBJECTIVES[flags.objective].flags
+    return flags.objective == "tim" or (adjustable and flags.derivative == "difference")
+
+
 AUX_FORWARDS = 5.5  # Self-E with the auxiliary term: a forward and a backward pass of half of the batch more

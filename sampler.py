@@ -91,7 +91,8 @@ def trajectory(V: Callable, x: Tensor, cond: tuple, null: tuple | None = None, *
     """Yield (t_{k+1}, x at that time, x0_hat) for k = 1 .. steps, from x at time 1; the last x is the sample.
 
     V(x_t, t, s, *cond) is the network; x [B, ...] standard normal; cond and null tuples of tensors with leading
-    dimension B. draw_noise(k) gives the fresh noise of step k, like x; None draws it from torch's global generator.
+    dimension B. draw_noise(k), k = 0 .. steps - 2, gives the fresh noise of each step but the last, like x; None draws
+    it from torch's global generator.
     s_rule in [0, 1], eta in [0, 1] or "renoise", guidance >= 0.
     """
     if not (eta == "renoise" or 0 <= eta <= 1) or not 0 <= s_rule <= 1:

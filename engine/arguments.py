@@ -78,7 +78,8 @@ def what_is_trained(parser: argparse.ArgumentParser) -> None:
 def how_it_runs(parser: argparse.ArgumentParser) -> None:
     a = parser.add_argument_group("the machine").add_argument
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
-    a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="inside the network (default: the faster)")
+    a("--precision", default="auto", choices=("auto", "fp32", "bf16"),
+      help="inside the network (default: the faster; fp32 where an objective takes finite differences)")  # fmt: skip
     a("--compile", action=argparse.BooleanOptionalAction,
       help="torch.compile each block (default: where it works and pays)")
     a("--micro-batch", metavar="N", type=int, help="pictures a process computes at once, at the first stage's side")

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import encoders
 import losses
 import model
+import objectives
 import recipe
 from engine import arguments, cache, checkpoint, errors, limits, machine, optimizers, plan as printed
 from engine.feed import Batch, Codec, Feed, Reading
@@ -183,12 +184,15 @@ def open_encoders(plan: recipe.Recipe, size: dict, device: torch.device, draws: 
 
 
 def pick_precision(args: argparse.Namespace, folder: Path, device: torch.device, ranks: Ranks) -> torch.dtype:
-    """What --precision says; "auto" is measured once, by rank 0, and kept when the run is resumed."""
+    """What --precision says; "auto" is measured once, by rank 0, and kept when the run is resumed.
+
+    It is fp32 where the objective takes a finite difference, which bf16 would drown in rounding.
+    """
     if args.precision != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
     if args.resume:
         return getattr(torch, limits.config(folder)["precision"])
-    return ranks.choose(lambda: machine.pick_precision(device))
+    return torch.float32 if objectives.by_difference(args) else ranks.choose(lambda: machine.pick_precision(device))
 
 
 def begin_from(folder: Path, network: model.Denoiser, plan: recipe.Recipe) -> None:

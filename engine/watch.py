@@ -74,7 +74,8 @@ class Watch:
         """Count a micro-batch: what its loss reports, and what it cost."""
         sizes, plan = self.run.sizes, self.run.plan
         forwards = objectives.AUX_FORWARDS if aux else objectives.OBJECTIVES[self.run.args.objective].forwards
-        each = forwards * model.forward_flops(sizes, recipe.latent_tokens(sizes, batch.x0.shape), plan.txt_len)
+        tokens = recipe.latent_tokens(sizes, batch.x0.shape)
+        each = (forwards + plan.guided) * model.forward_flops(sizes, tokens, plan.txt_len)
         self.meter.add(stats, each * len(batch.keys))
 
     def updated(self, norm: torch.Tensor) -> None:

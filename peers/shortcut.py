@@ -87,7 +87,10 @@ class Shortcut(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 def trajectory(V: Callable, x: Tensor, cond: tuple, null: tuple | None = None, *, steps: int,
                guidance: float = 1.0) -> Iterator[tuple[float, Tensor]]:  # fmt: skip
-    """Yield (t, x at that time) for the steps' ends, from standard normal x [B, ...]; the last x is the sample."""
-    d = max(1 / M, 2.0 ** -math.ceil(math.log2(steps)))
-    return baselines.trajectory(lambda x, t, s, *c: V(x, t, t - d, *c), x, cond, null, steps=steps, guidance=guidance,
-                                start=1.0)  # fmt: skip
+    """Yield (t, x at that time) for the steps' ends, from standard normal x [B, ...]; the last x is the sample.
+
+    With more than M steps the network is told 1/M, the smallest step that it knows, or what is left of the way.
+    """
+    d = max(1 / M, 2.0 ** -math.ceil(math.log2(max(1, steps))))
+    return baselines.trajectory(lambda x, t, s, *c: V(x, t, (t - d).clamp(min=0), *c), x, cond, null, steps=steps,
+                                guidance=guidance, start=1.0)  # fmt: skip

@@ -20,7 +20,8 @@ import objectives
 import recipe
 import sample
 import train
-from engine import arguments, errors
+from engine import arguments, errors, machine, preparation
+from engine.processes import Ranks
 from peers import meanflow, shortcut, tim
 from ranks import train as processes
 
@@ -127,6 +128,38 @@ def test_the_finite_difference_is_close_to_the_exact_derivative_but_for_fluxs_ti
         print(f"\nrelative error of the finite difference: {off[1.0]:.1e}; with FLUX's features {off[1000.0]:.1e}")
     assert off[1.0] < 0.01 and off[1000.0] > 0.3
     assert all(objectives.OBJECTIVES[name].time_factor == 1 for name in NAMES)
+
+
+def test_bf16_drowns_the_finite_difference_so_auto_takes_fp32_for_it(monkeypatch, tmp_path):
+    x, v, t, r, c = some_inputs(4)
+    V = network(1.0)
+    exact = meanflow.path_derivative(V, x, v, t, r, c)
+    V.precision = torch.bfloat16
+    off = {f: float((f(V, x, v, t, r, c) - exact).norm() / exact.norm()) for f in meanflow.DERIVATIVES.values()}
+    assert off[tim.path_difference] > 0.2 and off[meanflow.path_derivative] < 0.1, off
+
+    monkeypatch.setattr(machine, "pick_precision", lambda device: torch.bfloat16)
+    chosen = {}
+    for flags in (["self_e"], ["shortcut"], ["tim"], ["meanflow"], ["improved_meanflow"],
+                  ["meanflow", "--derivative", "forward"], ["tim", "--precision", "bf16"]):  # fmt: skip
+        args = arguments.parse(["--objective", *flags])
+        picked = preparation.pick_precision(args, tmp_path, torch.device("cpu"), Ranks())
+        chosen[" ".join(flags)] = str(picked).removeprefix("torch.")
+    assert [flags for flags, precision in chosen.items() if precision == "float32"] == [
+        "tim", "meanflow", "improved_meanflow"]  # fmt: skip
+
+
+def test_shortcut_sampling_with_more_steps_than_it_learned_never_tells_a_time_below_zero():
+    told = []
+
+    def V(x, t, s):
+        told.append((t - s, s))
+        return torch.zeros_like(x)
+
+    list(shortcut.trajectory(V, torch.zeros(1, 2), (), steps=200))
+    assert len(told) == 200 and all(s >= 0 and 0 < d <= 1 / shortcut.M + 1e-6 for d, s in told)
+    with pytest.raises(ValueError, match="steps"):
+        list(shortcut.trajectory(V, torch.zeros(1, 2), (), steps=0))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])

@@ -38,7 +38,7 @@ from toy.mixture import LAYOUTS, Mixture
 SEEDS, T, TIMES = (0, 1, 2), 0.9, (0.05, 0.3, 0.6)
 ANSWERS, ROUNDS = 300, 300  # answers per condition; rounds of following the target
 
-GOALS = {  # label -> (k or None, whether Eq. 19 follows Eq. 18, factor on Delta)
+GOALS = {  # label -> (k, whether Eq. 19 follows Eq. 18, factor on Delta); None stays at the start
     "flow matching": None,
     "Eq. 19, Delta = 0": (1.0, True, 0.0),
     "Eq. 19, classifier only": (1.0, True, 1.0),
@@ -58,9 +58,9 @@ def mean_of_answers(x_s: Tensor, s: float, x0_hat: Tensor) -> Tensor:
 def follow(x0_hat: Tensor, t: Tensor, s: Tensor, goal: tuple, rounds: int, world) -> Tensor:
     """Predictions x0_hat [B, ...] at times t, s [B] after some rounds towards their target: SelfE's step, no network.
 
-    goal is one of GOALS. world has three methods: data() draws x0 ~ q(x0 | x_t, c), because training meets every x0
-    that an x_t could have come from; noise() is standard normal like x0_hat; evaluate(x_s, x0_hat) gives G_null, G_c
-    and G_fake. The falling rate averages out what the draws add. toy/pictures.py runs the same rounds on pictures.
+    goal is one of GOALS, not None. world has three methods: data() draws x0 ~ q(x0 | x_t, c), because training meets
+    every x0 that an x_t could have come from; noise() is standard normal like x0_hat; evaluate(x_s, x0_hat) gives
+    G_null, G_c and G_fake. The falling rate averages out what the draws add. toy/pictures.py runs the same rounds on pictures.
     """
     k, normalised, scale = goal
     mix = losses.mix_weight(t, s)

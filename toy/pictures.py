@@ -4,7 +4,7 @@
     python toy/pictures.py --full         # all shares of wrong captions, more rounds; hours
     python toy/pictures.py --scale 0.5    # pictures at another scale than encoders.PIXEL_SCALE, in runs/pictures
 
-It stands between 2-D (ideal.py) and a trained network. About a thousand pictures are the whole data set, so
+It stands between 2-D (ideal.py) and a trained network. Some three thousand pictures are the whole data set, so
 posterior means are exact: E[x0 | x_t, c] is a softmax over the pictures, two matrix products. With a share X of wrong
 captions
 
