@@ -287,7 +287,10 @@ def time_weight(t: Tensor) -> Tensor:
 # Eq. s.12   t = e^mu / (e^mu + (1 / t_raw - 1)),   mu(L) linear through (512, 0.5) and (4096, 1.15)
 # ---------------------------------------------------------------------------------------------------------------------
 def mu_of_length(L: int) -> float:
-    """The shift of the noise schedule for pictures of L tokens: longer sequences hide less under the same noise."""
+    """The shift of the noise schedule for pictures of L tokens: longer sequences hide less under the same noise.
+
+    S.2 gives the line between 512 and 4096 tokens; below, it is continued.
+    """
     return 0.5 + (1.15 - 0.5) * (L - 512) / (4096 - 512)
 
 

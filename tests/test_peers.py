@@ -3,6 +3,7 @@
 Their fixed points and whole steps are lines of toy/identities.py, run by tests/test_toy.py.
 """
 
+import json
 import math
 import shutil
 import sys
@@ -160,6 +161,17 @@ def test_shortcut_sampling_with_more_steps_than_it_learned_never_tells_a_time_be
     assert len(told) == 200 and all(s >= 0 and 0 < d <= 1 / shortcut.M + 1e-6 for d, s in told)
     with pytest.raises(ValueError, match="steps"):
         list(shortcut.trajectory(V, torch.zeros(1, 2), (), steps=0))
+
+
+def test_what_a_run_reports_of_its_operations_holds_those_of_guidance(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "peak_flops", lambda *_: 1e12)
+    operations = []
+    for guidance in ("1", "2"):
+        run(monkeypatch, *QUICK, "--objective", "meanflow", "--train-guidance", guidance, "--steps", "2", "--out",
+            tmp_path / guidance)  # fmt: skip
+        last = json.loads((tmp_path / guidance / "metrics.jsonl").read_text().splitlines()[-1])
+        operations.append(last["mfu"] / last["iterations_per_s"])
+    assert operations[1] / operations[0] == pytest.approx(5.5 / 3.5, rel=1e-3)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])

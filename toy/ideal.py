@@ -60,7 +60,7 @@ def follow(x0_hat: Tensor, t: Tensor, s: Tensor, goal: tuple, rounds: int, world
 
     goal is one of GOALS, not None. world has three methods: data() draws x0 ~ q(x0 | x_t, c), because training meets
     every x0 that an x_t could have come from; noise() is standard normal like x0_hat; evaluate(x_s, x0_hat) gives
-    G_null, G_c and G_fake. The falling rate averages out what the draws add. toy/pictures.py runs the same rounds on pictures.
+    G_null, G_c and G_fake. The falling rate averages out what the draws add. toy/pictures.py runs the same rounds.
     """
     k, normalised, scale = goal
     mix = losses.mix_weight(t, s)
