@@ -90,7 +90,7 @@ def test_other_numbers_of_steps_are_told_a_learned_length():
         V = lambda x, t, s: seen.append((t - s)[0].item()) or 0 * x  # noqa: E731
         ends = [t for t, _ in shortcut.trajectory(V, torch.zeros(1, 2), (), steps=n)]
         assert len(seen) == n and np.allclose(ends, np.arange(n - 1, -1, -1) / n)
-        far = seen[:-4] if n > shortcut.M else seen  # more steps than learned: less than 1/128 is left for the last ones
+        far = seen[:-4] if n > shortcut.M else seen  # the last of too many have less left
         assert len({round(a, 6) for a in far}) == 1
         return seen[0]
 
