@@ -31,6 +31,7 @@ class Objective(NamedTuple):
     flags: tuple[str, ...] = ()  # of train.py's flags below "the objective", those that are its own
     s_rules: tuple[float, ...] = (0.0, 0.5, 1.0)  # the rules for s_k that make sense (sampler.py), its default first
     time_factor: float = 1000.0  # of the time features (model.sinusoid); 1 for peers/, as in their authors' code
+    derives: bool = False  # the target holds a time derivative of the network: exact, or a difference that needs fp32
     trajectory: Callable | None = None  # its own sampler, like baselines.trajectory; None: sampler.trajectory
 
 
@@ -62,25 +63,14 @@ OBJECTIVES = {
     "meanflow": Objective(
         functools.partial(mean_flow, improved=False),
         functools.partial(losses.draw, p_equal=0.75), forwards=3.5, guided=2.0, group=4,  # two evaluations of a quarter
-        flags=("train_guidance", "derivative", "loss_power"), time_factor=1.0, trajectory=FLOW_MAP),
+        flags=("train_guidance", "derivative", "loss_power"), time_factor=1.0, derives=True, trajectory=FLOW_MAP),
     "improved_meanflow": Objective(
         functools.partial(mean_flow, improved=True),
         functools.partial(losses.draw, p_equal=0.5), forwards=4.5, guided=2.0,  # three evaluations of half
-        flags=("train_guidance", "derivative", "loss_power"), time_factor=1.0, trajectory=FLOW_MAP),
+        flags=("train_guidance", "derivative", "loss_power"), time_factor=1.0, derives=True, trajectory=FLOW_MAP),
     "tim": Objective(
         lambda network, ema, flags: tim.TiM(network, ema, flags.train_guidance, flags.loss_power),
         functools.partial(losses.draw, p_equal=0.5), forwards=4.0, guided=2.0,  # two evaluations of half
-        flags=("train_guidance", "loss_power"), time_factor=1.0, trajectory=FLOW_MAP),
+        flags=("train_guidance", "loss_power"), time_factor=1.0, derives=True, trajectory=FLOW_MAP),
 }  # fmt: skip
-
-
-def by_difference(flags) -> bool:
-    """Whether training divides the difference of two evaluations by a small time (tim.path_difference).
-
-    The network should then compute in fp32; --precision auto sees to it.
-    """
-    adjustable = "derivative" in OBJECTIVES[flags.objective].flags
-    return flags.objective == "tim" or (adjustable and flags.derivative == "difference")
-
-
 AUX_FORWARDS = 5.5  # Self-E with the auxiliary term: a forward and a backward pass of half of the batch more

@@ -222,10 +222,15 @@ def latent_tokens(size: dict, shape: tuple[int, ...]) -> int:
     return shape[2] * shape[3] // size["patch"] ** 2
 
 
+def forward_passes(plan: Recipe, objective: str, aux: bool) -> float:
+    """The price of one training step in forward passes, with guidance in the target."""
+    return (objectives.AUX_FORWARDS if aux else objectives.OBJECTIVES[objective].forwards) + plan.guided
+
+
 def picture_flops(size: dict, plan: Recipe, objective: str, side: int, factor: int, aux: bool) -> float:
     """Operations of one training step per picture of side x side pixels."""
-    forwards = objectives.AUX_FORWARDS if aux else objectives.OBJECTIVES[objective].forwards
-    return (forwards + plan.guided) * model.forward_flops(size, image_tokens(size, side, factor), plan.txt_len)
+    tokens = image_tokens(size, side, factor)
+    return forward_passes(plan, objective, aux) * model.forward_flops(size, tokens, plan.txt_len)
 
 
 def run_flops(size: dict, plan: Recipe, objective: str, factor: int, start: int = 0) -> float:

@@ -16,7 +16,7 @@ One iteration, as in the paper:
 
     (x0, c)            a batch of captioned pictures, a tenth of the prompts dropped               engine/feed.py
     loss               Eq. 7 where s = t, Eq. 20 where s < t, weighted with 1 / t^2                losses.SelfE
-    gradient           averaged over micro-batches and processes, its norm clipped at 1             `gradient`, `train`
+    gradient           averaged over micro-batches and processes, its norm clipped at 1            `gradient`, `train`
     weights, EMA       one step of Adam; then ema <- decay ema + (1 - decay) weights               `update`
 """
 

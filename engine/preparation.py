@@ -192,7 +192,9 @@ def pick_precision(args: argparse.Namespace, folder: Path, device: torch.device,
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
     if args.resume:
         return getattr(torch, limits.config(folder)["precision"])
-    return torch.float32 if objectives.by_difference(args) else ranks.choose(lambda: machine.pick_precision(device))
+    if objectives.OBJECTIVES[args.objective].derives and args.derivative == "difference":
+        return torch.float32
+    return ranks.choose(lambda: machine.pick_precision(device))
 
 
 def begin_from(folder: Path, network: model.Denoiser, plan: recipe.Recipe) -> None:

@@ -21,7 +21,6 @@ from PIL import Image
 from tqdm import tqdm
 
 import model
-import objectives
 import recipe
 import sample
 from engine import errors, machine, monitor
@@ -73,9 +72,9 @@ class Watch:
     def seen(self, batch: Batch, stats: dict, aux: bool) -> None:
         """Count a micro-batch: what its loss reports, and what it cost."""
         sizes, plan = self.run.sizes, self.run.plan
-        forwards = objectives.AUX_FORWARDS if aux else objectives.OBJECTIVES[self.run.args.objective].forwards
         tokens = recipe.latent_tokens(sizes, batch.x0.shape)
-        each = (forwards + plan.guided) * model.forward_flops(sizes, tokens, plan.txt_len)
+        forwards = recipe.forward_passes(plan, self.run.args.objective, aux)
+        each = forwards * model.forward_flops(sizes, tokens, plan.txt_len)
         self.meter.add(stats, each * len(batch.keys))
 
     def updated(self, norm: torch.Tensor) -> None:

@@ -100,7 +100,7 @@ def write_table(rows: dict, out: Path, steps: tuple[int, ...]) -> None:
              "Overall score on test prompts: mean over seeds ± half-width of the 95% interval. There are too few "
              "prompts of one shape to hold any out. Those tags are tested on the prompts of training, with other noise "
              "than the search; `pairs` in `rows/` are held out. Settings and scores by tag are in `rows/`. Precision "
-             "is the faster one of the machine that trained. Made by `python experiments/tables.py`.", "",
+             "is what `--precision auto` took on the machine that trained. Made by `python experiments/tables.py`.", "",
              f"| row | seeds | {columns(steps)} | iterations | precision |",
              "|---" * (len(steps) + 4) + "|"]  # fmt: skip
     for row, seeds in rows.items():

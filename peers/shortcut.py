@@ -91,6 +91,6 @@ def trajectory(V: Callable, x: Tensor, cond: tuple, null: tuple | None = None, *
 
     With more than M steps the network is told 1/M, the smallest step that it knows, or what is left of the way.
     """
-    d = max(1 / M, 2.0 ** -math.ceil(math.log2(max(1, steps))))
+    d = max(1 / M, 2.0 ** -(steps - 1).bit_length())
     return baselines.trajectory(lambda x, t, s, *c: V(x, t, (t - d).clamp(min=0), *c), x, cond, null, steps=steps,
                                 guidance=guidance, start=1.0)  # fmt: skip
