@@ -201,7 +201,9 @@ def fake_loss(V_fake: Tensor, x0_hat: Tensor, eps: Tensor) -> Tensor:
     """The loss of each sample, [B], that teaches the "fake image" prompt the posterior mean of the model's own samples.
 
     V_fake is the network's output at (x_s_hat, s, s, c_fake), x_s_hat was made without gradient from x0_hat and eps.
-    Written with the velocity, because dividing by s^2 afterwards loses all digits as s -> 0.
+    It is not told t, so at each s it learns the mean over all t that training draws; p_theta in Eq. 10 is of one t.
+    Written with the velocity, because dividing by s^2 afterwards loses all digits as s -> 0. Eq. 21 may divide by t^2,
+    since s.11 draws no t near 0; s.13 draws such s.
     """
     return cfm_loss(V_fake, x0_hat.detach(), eps)
 

@@ -59,12 +59,12 @@ def predict(V: Callable, x_t: Tensor, t: Tensor, s: Tensor, cond: tuple, null: t
     the velocity, or "x0", the prediction. Guidance extrapolates, so a guided velocity grows longer with its scale; a
     longer velocity oversteps and over-saturates colours. Keeping the norm of V_c leaves guidance the direction alone.
     """
+    if space not in ("v", "x0"):
+        raise ValueError(f'space must be "v" or "x0", not {space!r}')
     if guidance == 1:
         return one_step_estimate(x_t, t, V(x_t, t, s, *cond))
     both = tuple(torch.cat([c, n]) for c, n in zip(cond, null, strict=True))
     v_c, v_null = V(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([s, s]), *both).chunk(2)
-    if space not in ("v", "x0"):
-        raise ValueError(f'space must be "v" or "x0", not {space!r}')
     if space == "v":
         return one_step_estimate(x_t, t, energy_preserving(v_null + guidance * (v_c - v_null), v_c))
     x0_c, x0_null = one_step_estimate(x_t, t, v_c), one_step_estimate(x_t, t, v_null)

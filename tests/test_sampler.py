@@ -313,6 +313,13 @@ def test_ep_cfg_keeps_the_norm_and_the_direction(shape, guidance, space):
     assert (kept - c).norm() > 0.1
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_an_unknown_space_is_refused_with_guidance_and_without(guidance):
+    V, t = lambda x_t, *_: x_t, torch.tensor([0.5])
+    with pytest.raises(ValueError, match='space must be "v" or "x0"'):
+        sampler.predict(V, torch.ones(1, 2), t, t, (), (), guidance, "eps")
+
+
 @pytest.mark.parametrize("space", ["v", "x0"])
 def test_guidance_near_1_is_no_guidance(space):
     V, (cond, null) = Spy(), prompts(3, 4)

@@ -7,7 +7,7 @@ What a trained network generates depends on the objective and on its own errors.
     every x_t has its own free prediction x0_hat   no network to blend neighbours
     G_null, G_c are exact posterior means          no error in the evaluation (Eq. 4, s.1)
     G_fake is the exact mean of the predictions    s.8 learned to perfection
-    t and s are fixed                              no sharing between times
+    t and s are fixed                              no sharing between times (trained, G_fake blends all t of an s)
 
 The predictions move towards their target until they converge: x0_hat <- x0_hat + rate (target - x0_hat), each time with
 a new x0 from q(x0 | x_t, c) and new noise in Eq. 8. Where they converge depends on the objective alone. They start from
