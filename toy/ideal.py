@@ -1,6 +1,6 @@
 """What does the objective ask for? The targets of Eq. 18 and 19, iterated until they converge, without a network.
 
-    python toy/ideal.py      # three seeds, 5 to 40 minutes of one core: a table, toy/results/ideal.json and ideal.png
+    python toy/ideal.py      # three seeds, 5 to 42 minutes of one core: a table, toy/results/ideal.json and ideal.png
 
 What a trained network generates depends on the objective and on its own errors. Here there are no such errors:
 
