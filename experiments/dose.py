@@ -65,7 +65,7 @@ def draw(out: Path, shares: list[float]) -> None:
         panel.set(title=f"{n} steps", xlabel="share of wrong captions", xticks=shares)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("difference of the overall score")
-    panels[0].legend(fontsize=8)
+    panels[1].legend(*panels[0].get_legend_handles_labels(), fontsize=8)  # where no line is
     figure.tight_layout()
     report.save(figure, out / "dose.png")
 
