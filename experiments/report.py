@@ -80,7 +80,7 @@ def columns(steps: tuple[int, ...]) -> str:
 
 
 def save(figure, path: Path) -> None:
-    with checkpoint.in_one_piece(path) as partial:
+    with checkpoint.in_one_piece(path, shared=True) as partial:
         figure.savefig(partial, format="png", dpi=110)
     plt.close(figure)
 
@@ -118,7 +118,7 @@ def write_table(rows: dict, out: Path, steps: tuple[int, ...]) -> None:
     lines += ["", f"The paper's ({PAPER_NOTE}):", "", f"| row | {columns(PAPER_STEPS)} |", "|---" * 5 + "|"]
     lines += [f"| {ROWS[row][0]} | {' | '.join(f'{score:.3f}' for score in ROWS[row][2])} |"
               for row in rows if ROWS[row][2]]  # fmt: skip
-    with checkpoint.in_one_piece(out / "table2.md") as partial:
+    with checkpoint.in_one_piece(out / "table2.md", shared=True) as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -187,7 +187,7 @@ def draw_samples(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> N
             sheet_rows.append([sample.generate(loaded, [metadata["prompt"]], [(0,)], steps=n,
                                                **chosen[str(n)]["settings"])[0] for n in steps])  # fmt: skip
         sheet = sample.sheet(sheet_rows, steps, [ROWS[row][0] for row in rows])
-        with checkpoint.in_one_piece(out / f"samples_{metadata['tag']}.png") as partial:
+        with checkpoint.in_one_piece(out / f"samples_{metadata['tag']}.png", shared=True) as partial:
             sheet.save(partial, format="png")
 
 

@@ -18,6 +18,7 @@ of Self-E in place of its iterations: cheaper steps are more of them.
 
 import argparse
 import itertools
+import signal
 import subprocess
 import sys
 import time
@@ -74,11 +75,13 @@ def train_row(row: str, seed: int, run: Path, budget: list[str], device: str, mi
         command += ["--seed", str(seed), *budget, *ROWS[row][1]]
         command += ["--milestone-every", str(milestone_every)] if milestone_every else []
     process, code = subprocess.Popen(command), None
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # to us alone: train.py is to save, too
     while code is None:
         try:
             code = process.wait()
         except KeyboardInterrupt:  # Ctrl-C reaches train.py too, which saves before it ends
             continue
+    signal.signal(signal.SIGTERM, before)
     if code:
         raise errors.UserError(f"training {row}, seed {seed}, ended with exit code {code}; what it said stands above")
     state = checkpoint.read_json(checkpoint.complete_states(run)[-1] / "state.json")
@@ -233,7 +236,7 @@ def keep_settings(args: argparse.Namespace) -> None:
             raise errors.UserError(f"{path.parent} was begun with other settings ({path}); repeat them, or choose "
                                    "another --out and --runs")  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(path, settings)
+        checkpoint.write_json(path, settings, shared=True)  # others may train other rows beside us
 
 
 def measure_all(args: argparse.Namespace, device: torch.device) -> None:
