@@ -301,4 +301,28 @@ def test_the_map_of_pictures_as_a_command(tmp_path, monkeypatch):
     pictures.main()
     kept = json.loads((tmp_path / "pictures.json").read_text())
     assert {"command", "commit", "hardware", "seconds"} <= set(kept) and len(kept["records"]) == 3 * 6 * 2
-    assert len(list(tmp_path.glob("*.png"))) == 4
+    assert len(list(tmp_path.glob("*.png"))) == 4 and not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+    measure, done = pictures.measure, []  # stopped in the second world, the same command makes the same map
+
+    def stop_at_the_eighth(*arguments):
+        if len(done) == 7:
+            raise KeyboardInterrupt
+        done.append(arguments)
+        return measure(*arguments)
+
+    monkeypatch.setattr(sys, "argv", ["pictures.py", "--out", str(tmp_path / "stopped")])
+    monkeypatch.setattr(pictures, "measure", stop_at_the_eighth)
+    with pytest.raises(KeyboardInterrupt):
+        pictures.main()
+    assert not list((tmp_path / "stopped").glob("*.*"))
+    monkeypatch.setattr(pictures, "measure", lambda *arguments: done.append(arguments) or measure(*arguments))
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--scale", "1"])
+    with pytest.raises(errors.UserError, match="other settings"):
+        pictures.main()
+    monkeypatch.setattr(sys, "argv", sys.argv[:-2])
+    pictures.main()
+    again = json.loads((tmp_path / "stopped/pictures.json").read_text())
+    assert again["records"] == kept["records"] and len(done) == 3 * 6
+    for sheet in tmp_path.glob("*.png"):
+        assert (tmp_path / "stopped" / sheet.name).read_bytes() == sheet.read_bytes()

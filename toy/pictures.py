@@ -1,7 +1,7 @@
 """What does the objective ask for on pictures? Perfect evaluators on a finite set of rendered pictures, no network.
 
     python toy/pictures.py                # the quick map, 10 to 30 minutes of one core: pictures.json and .png
-    python toy/pictures.py --full         # all shares of wrong captions, more rounds; hours
+    python toy/pictures.py --full         # all shares of wrong captions, more rounds; a day or two of one core
     python toy/pictures.py --scale 0.5    # pictures at another scale than encoders.PIXEL_SCALE, in runs/pictures
 
 It stands between 2-D (ideal.py) and a trained network. Some three thousand pictures are the whole data set, so
@@ -12,7 +12,7 @@ captions
 
 At each step of the sampler the predictions x0_hat move towards their target for some rounds (ideal.follow), and
 sampler.py continues from there. experiments/scorer.py judges the pictures. Guidance and the rule for s_k are chosen per
-objective and step count, on other noise than the scores.
+objective and step count, on other noise than the scores. A map that was stopped goes on by the same command.
 
 Delta's budget: over snr = ((1-t) / t)^2 the integral of E||G_null - G_c||^2 is 2 I(c; picture) (I-MMSE; Guo, Shamai and
 Verdu 2005), so the information in the captions bounds Delta. It is printed for each world, with the s below which half
@@ -22,7 +22,9 @@ every objective seems to solve the task.
 
 import argparse
 import itertools
+import json
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -303,11 +305,32 @@ def main() -> None:
     run(args, out, FULL if args.full else QUICK)
 
 
+def measured(part: Path, world: World, label: str, size: Size, seed: int) -> dict:
+    """The records of one objective in one world and its pictures, from the file of an earlier try if there is one."""
+    if not part.exists():
+        began = time.perf_counter()
+        records, shown = measure(world, label, size, seed)
+        checkpoint.write_json(part, {"records": records, "shown": [picture.tolist() for picture in shown],
+                                     "seconds": round(time.perf_counter() - began, 1)})  # fmt: skip
+    return checkpoint.read_json(part)
+
+
+def begin(parts: Path, settings: dict) -> None:
+    """The folder of what is measured before the map is whole. UserError where it was begun with other settings."""
+    parts.mkdir(exist_ok=True)
+    path = parts / "settings.json"
+    if path.exists() and checkpoint.read_json(path) != settings:
+        raise errors.UserError(f"{parts} was begun with other settings ({path}); repeat them to go on, or delete it")
+    checkpoint.write_json(path, settings)
+
+
 def run(args: argparse.Namespace, out: Path, size: Size) -> None:
     """Measure every world, print a table for each, write pictures.json, pictures.png and a sheet of samples."""
-    name, start = "pictures-full" if size == FULL else "pictures", time.perf_counter()
-    records, worlds, sheets = [], [], {}
-    for kind, share in itertools.product(KINDS, size.shares):
+    name = "pictures-full" if size == FULL else "pictures"
+    parts, records, worlds, sheets, seconds = out / f"{name}-parts", [], [], {}, 0.0
+    settings = {"seed": args.seed, "scale": args.scale, "size": size._asdict()}
+    begin(parts, json.loads(json.dumps(settings)))  # tuples become lists
+    for number, (kind, share) in enumerate(itertools.product(KINDS, size.shares)):
         world = World(kind, share, size.pictures, args.scale, args.seed)
         integral, half = budget(world, args.seed)
         worlds.append({"world": kind, "wrong_captions": share, "prompts": world.C, "pictures_a_prompt": world.each,
@@ -316,15 +339,14 @@ def run(args: argparse.Namespace, out: Path, size: Size) -> None:
               f"{integral:.2f} (twice the captions' information: {2 * world.information():.2f}), half of it at s > "
               f"{half:.2f}")  # fmt: skip
         print(f"{'':20s}" + "".join(f"{f'N = {n}':>9s}" for n in size.steps))
-        for label in OBJECTIVES:
-            found, sheets[kind, share, label] = measure(world, label, size, args.seed)
-            records += found
+        for i, label in enumerate(OBJECTIVES):
+            part = measured(parts / f"{number}-{i}.json", world, label, size, args.seed)
+            sheets[kind, share, label] = [np.array(picture, dtype=np.uint8) for picture in part["shown"]]
+            records, seconds = records + part["records"], seconds + part["seconds"]
             print(f"{label:20s}" + "".join(f"{score_of(records, kind, share, label, n):9.2f}" for n in size.steps),
                   flush=True)  # fmt: skip
-    made_by = machine.provenance(torch.device("cpu")) | {"seconds": round(time.perf_counter() - start, 1)}
-    checkpoint.write_json(out / f"{name}.json", made_by | {
-        "seed": args.seed, "scale": args.scale, "size": size._asdict(), "worlds": worlds,
-        "records": records})  # fmt: skip
+    made_by = machine.provenance(torch.device("cpu")) | {"seconds": round(seconds, 1)}
+    checkpoint.write_json(out / f"{name}.json", made_by | settings | {"worlds": worlds, "records": records})
     draw_figure(records, worlds, out / f"{name}.png")
     last = size.shares[-1]
     for kind in KINDS:
@@ -332,8 +354,9 @@ def run(args: argparse.Namespace, out: Path, size: Size) -> None:
         columns = [f"{n} step{'s' * (n > 1)}" for n in size.steps]
         sheet = data.label_grid(rows, columns, list(OBJECTIVES), 5)
         sheet.save(out / f"{name}_samples_{kind.split(',')[0]}.png")
-    print(f"\n{name}.json, {name}.png and sheets of samples in {out}; {time.perf_counter() - start:.0f} s")
+    shutil.rmtree(parts)
+    print(f"\n{name}.json, {name}.png and sheets of samples in {out}; {seconds:.0f} s")
 
 
 if __name__ == "__main__":
-    errors.run(main, "stopped; nothing was written")
+    errors.run(main, "stopped; the same command goes on")
