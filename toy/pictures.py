@@ -1,7 +1,7 @@
 """What does the objective ask for on pictures? Perfect evaluators on a finite set of rendered pictures, no network.
 
     python toy/pictures.py                # the quick map, 10 to 30 minutes of one core: pictures.json and .png
-    python toy/pictures.py --full         # all shares of wrong captions, more rounds; a day or two of one core
+    python toy/pictures.py --full         # all shares of wrong captions, more rounds; a day of one core or more
     python toy/pictures.py --scale 0.5    # pictures at another scale than encoders.PIXEL_SCALE, in runs/pictures
 
 It stands between 2-D (ideal.py) and a trained network. Some three thousand pictures are the whole data set, so
