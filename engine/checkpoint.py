@@ -80,6 +80,18 @@ def write_json(path: Path, value, shared: bool = False) -> None:
         partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
+def keep_settings(folder: Path, settings: dict, otherwise: str) -> None:
+    """Write FOLDER/settings.json, which several processes may do at the same time, so that work goes on with the same.
+
+    Raises UserError where the folder was begun with other settings; `otherwise` says what to do but repeat them.
+    """
+    path, settings = folder / "settings.json", json.loads(json.dumps(settings))  # tuples become lists
+    if path.exists() and read_json(path) != settings:
+        raise errors.UserError(f"{folder} was begun with other settings ({path}); repeat them, or {otherwise}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings, shared=True)
+
+
 def read_json(path: Path):
     """The value in a JSON file. Raises CheckpointError when it is missing or not JSON."""
     try:

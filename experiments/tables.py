@@ -231,12 +231,8 @@ def keep_settings(args: argparse.Namespace) -> None:
     """
     training = {"shapes": data.VERSION, "budget": args.budget} | ({"equal_cost": True} if args.equal_cost else {})
     measuring = {name: getattr(args, name) for name in ("images", "search_images", "per_tag", "sample_steps")}
-    for path, settings in ((args.runs / "settings.json", training), (args.out / "settings.json", training | measuring)):
-        if path.exists() and checkpoint.read_json(path) != settings:
-            raise errors.UserError(f"{path.parent} was begun with other settings ({path}); repeat them, or choose "
-                                   "another --out and --runs")  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(path, settings, shared=True)  # others may train other rows beside us
+    for folder, settings in ((args.runs, training), (args.out, training | measuring)):
+        checkpoint.keep_settings(folder, settings, "choose another --out and --runs")
 
 
 def measure_all(args: argparse.Namespace, device: torch.device) -> None:

@@ -22,7 +22,6 @@ every objective seems to solve the task.
 
 import argparse
 import itertools
-import json
 import math
 import shutil
 import sys
@@ -315,21 +314,16 @@ def measured(part: Path, world: World, label: str, size: Size, seed: int) -> dic
     return checkpoint.read_json(part)
 
 
-def begin(parts: Path, settings: dict) -> None:
-    """The folder of what is measured before the map is whole. UserError where it was begun with other settings."""
-    parts.mkdir(exist_ok=True)
-    path = parts / "settings.json"
-    if path.exists() and checkpoint.read_json(path) != settings:
-        raise errors.UserError(f"{parts} was begun with other settings ({path}); repeat them to go on, or delete it")
-    checkpoint.write_json(path, settings)
-
-
 def run(args: argparse.Namespace, out: Path, size: Size) -> None:
-    """Measure every world, print a table for each, write pictures.json, pictures.png and a sheet of samples."""
+    """Measure every world, print a table for each, write pictures.json, pictures.png and a sheet of samples.
+
+    What is measured lies in OUT/pictures-parts until the map is whole. Raises UserError where that was begun with other
+    settings.
+    """
     name = "pictures-full" if size == FULL else "pictures"
     parts, records, worlds, sheets, seconds = out / f"{name}-parts", [], [], {}, 0.0
     settings = {"seed": args.seed, "scale": args.scale, "size": size._asdict()}
-    begin(parts, json.loads(json.dumps(settings)))  # tuples become lists
+    checkpoint.keep_settings(parts, settings, "delete it")
     for number, (kind, share) in enumerate(itertools.product(KINDS, size.shares)):
         world = World(kind, share, size.pictures, args.scale, args.seed)
         integral, half = budget(world, args.seed)
