@@ -1,34 +1,72 @@
 """What moves the weights: Adam, as in the paper (S.2), Adam with its moments spread over processes, or Muon and Adam.
 
-    adam = optimizers.build("adam", network, plan)                  # the paper's, and that of every table
-    both = optimizers.build("muon", network, plan)                  # fewer iterations, each a little longer
+    adam = optimizers.build("adam", network, lr, betas)             # the paper's, and that of every table
+    both = optimizers.build("muon", network, lr, betas)             # fewer iterations, each a little longer
 
-Muon (Keller Jordan, 2024; in torch from 2.9 on) moves a weight matrix along its momentum with all singular values made
-equal. It serves the matrices inside the blocks; what reads or writes data (patches, tokens, times, output) and all
-vectors stay with Adam. Its step is scaled so that the root mean square of an update is Adam's usual 0.2 times the
-learning rate (Liu et al., arXiv 2502.16982), so both share one schedule.
+Muon (Keller Jordan, 2024, https://kellerjordan.github.io/posts/muon/) moves a weight matrix along its momentum with all
+singular values made equal. It serves the matrices inside the blocks; what reads or writes data (patches, tokens,
+times, output) and all vectors stay with Adam. torch has one from 2.9 on, which takes its products in bf16 everywhere:
+on a processor without bf16 instructions that made an iteration five times as long. This one takes them in the network's
+precision, and in bf16 its steps are torch's to the last bit (tests/test_optimizers.py).
 """
+
+import math
 
 import torch
 from torch import nn
 
-from engine import errors
-
 OPTIMIZERS = ("adam", "muon")
+
+MOMENTUM = 0.95
+# An odd polynomial a x + b x^3 + c x^5 that takes any singular value in (0, 1] to about 1 (0.7 .. 1.2) in five rounds;
+# Newton and Schulz's own, (15, -10, 3) / 8, needs several times as many for the small ones. From Jordan's text.
+ROUNDS, POLYNOMIAL = 5, (3.4445, -4.7750, 2.0315)
+
+
+def orthogonal(matrix: torch.Tensor, precision: torch.dtype = torch.float32) -> torch.Tensor:
+    """About U V^T for a matrix [m, n] = U S V^T, in `precision`: singular values of 0.7 to 1.2, and no decomposition.
+
+    An odd polynomial of a matrix acts on its singular values alone: a X + b (X X^T) X + c (X X^T)^2 X.
+    """
+    a, b, c = POLYNOMIAL
+    x = matrix.to(precision, copy=True)
+    if wide := x.shape[0] > x.shape[1]:
+        x = x.T  # X X^T is the smaller square
+    x.div_(x.norm().clamp(min=1e-7))  # no singular value is above the Frobenius norm
+    for _ in range(ROUNDS):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.T if wide else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal, for matrices. A step's root mean square is 0.2 times the learning rate, which is what
+    Adam's usually is (Liu et al., arXiv 2502.16982), so that both share one schedule."""
+
+    def __init__(self, matrices, lr: float, precision: torch.dtype = torch.float32):
+        super().__init__(matrices, {"lr": lr})
+        self.precision = precision
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - MOMENTUM)
+                ahead = p.grad.lerp(buffer, MOMENTUM)  # Nesterov: with this gradient counted once more
+                size = 0.2 * math.sqrt(max(p.shape))  # an orthogonal matrix has the root mean square 1 / sqrt(max)
+                p.add_(orthogonal(ahead, self.precision), alpha=-group["lr"] * size)
 
 
 class MuonAndAdam:
-    """Two optimizers that are called like one. Raises UserError where torch has no Muon."""
+    """Two optimizers that are called like one."""
 
     def __init__(self, network: nn.Module, lr: float, betas: tuple[float, float]):
-        if not hasattr(torch.optim, "Muon"):
-            raise errors.UserError(f"--optimizer muon needs torch 2.9 or newer, and this is {torch.__version__}: "
-                                   "update it, or take adam")
         matrices = [p for name, p in network.named_parameters() if p.dim() == 2 and "blocks." in name]
         inside = set(matrices)
         others = [p for p in network.parameters() if p not in inside]
-        self.parts = (torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-                      torch.optim.Adam(others, lr=lr, betas=betas, fused=True))  # fmt: skip
+        precision = getattr(network, "precision", torch.float32)
+        self.parts = (Muon(matrices, lr, precision), torch.optim.Adam(others, lr=lr, betas=betas, fused=True))
 
     @property
     def param_groups(self) -> list[dict]:

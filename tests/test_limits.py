@@ -167,8 +167,6 @@ def test_the_recipe_sets_adam_not_its_file(trained, tmp_path):
 
 
 def test_muons_moments_are_checked_too():
-    if not hasattr(torch.optim, "Muon"):
-        pytest.skip("this torch has no Muon")
     network = model.Denoiser(**TINY)
     both = optimizers.build("muon", network, 1e-3, (0.9, 0.99))
     for p in network.parameters():
