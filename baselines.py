@@ -19,7 +19,7 @@ paper's largest experiments: M = 4, a = 2, b = 4, k = 12, uniform times. sigma_d
 our noise has unit variance and V has no preconditioning. A group holds samples of different prompts, in any order.
 
 What k means for a short run. Data enter only where r = s. From there the right distribution spreads to larger t, one
-step of 160 / 2^k in eta = t / (1 - t) at a time. With k = 12 these are 26 steps to t = 0.5 and 4,096 to the largest t.
+step of 160 / 2^k in eta = t / (1 - t) at a time. With k = 12 these are 26 steps to t = 0.5 and 4,241 to the largest t.
 Of the groups with t > 0.5, one in 200 sees data. So a run of some thousand iterations learns only small t: colours, but
 no shapes. A smaller k makes fewer and coarser steps: with k = 6 every second group beyond t = 0.5 sees data.
 """

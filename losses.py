@@ -1,4 +1,5 @@
-"""The training objective of Self-E: every equation of Sec. 2, Sec. 3 and S.1-S.2 that is computed, one function each.
+"""The training objective of Self-E: the equations of Sec. 2, Sec. 3 and S.1-S.2, one function each. Only the network's
+(Eq. 6, s.9, s.10: model.py) and the sampler's (Eq. 22: sampler.py) are elsewhere.
 
     loss = losses.SelfE(network, ema)                       # one nn.Module, so DDP sees a single forward
     value, stats = loss(x0, c, null, fake, is_null, losses.draw(seed, step, index, x0.shape[1:]), tau=1.0, aux=False)
@@ -11,8 +12,13 @@ Symbols, as in the paper                                                        
     t, s        [B]       times, s <= t; alpha_t = 1 - t, sigma_t = t                               2, 3
     x_t         [B, ...]  (1 - t) x0 + t eps                                                        2
     c, null     tuples    the condition and the null prompt phi: tensors with leading dimension B   3
+    fake        tuple     c_fake, the prompt with "fake image" before it                            S.1.2
+    V, G                  the network's output, and the prediction x_t - t V (Eq. 6, `model.G`)     2, 3
     x0_hat      [B, ...]  G(x_t, t, s, c), the model's prediction of x0                             3
     x_s_hat     [B, ...]  x0_hat, noised again to time s                                            3.2
+    G_c, G_null, G_fake   G(x_s_hat, s, s, .) for the prompts c, null and fake                      S.1.2
+    q, p_theta            the distribution of the data, and that of the model's predictions         3.2
+    sg[.]                 stop-gradient: `.detach()`, or a pass under `no_grad`                     3.2
     Delta       [B, ...]  the self-evaluation: minus the change that x0_hat should make             S.1.2
     x_self      [B, ...]  x0_hat - Delta, the pseudo-target                                         3.2
     lam         [B]       lambda_{s,t}, the weight of self-evaluation                               3.3
@@ -103,6 +109,7 @@ def data_loss(x0_hat: Tensor, x0: Tensor) -> Tensor:
 
 # =====================================================================================================================
 # Sec. 3.2 and S.1: learning by self-evaluation. Scores first, then what the network has for them: posterior means.
+# The functions of scores are the derivation, and only the identities (toy/) call them; training begins at Eq. s.6.
 # =====================================================================================================================
 
 
@@ -253,7 +260,7 @@ def implicit_target(x0: Tensor, x_self: Tensor, mix: Tensor) -> Tensor:
 # Eq. 19     x_renorm = (x0 + lam x_self) / || x0 + lam x_self || * || x0 ||
 # ---------------------------------------------------------------------------------------------------------------------
 def renormalise(x_tar: Tensor, x0: Tensor) -> Tensor:
-    """x_tar (or any positive multiple of it) brought to the norm of x0, sample by sample.
+    """x_tar (or a positive multiple of it whose square fp32 can hold) brought to the norm of x0, sample by sample.
 
     Without it large lam overpowers the data term and colours drift (Sec. 3.3). A target of zero stays zero.
     """

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # Every number of the two big sizes is from S.2 (a)-(d); `laptop` is ours. `double` and `single` count the blocks;
-# `axes` are the RoPE dimensions over (t, y, x) and sum to the head size d / heads. `patch` is the side of a patch,
+# `axes` are the RoPE dimensions over (frame, y, x) and sum to the head size d / heads. `patch` is the side of a patch,
 # so a token holds channels * patch^2 values: 16 * 2^2 = 64 for FLUX latents. V has to carry the noise through the
 # width, hence width must exceed that number; 8 x 8 RGB patches (192 values) through width 128 leave every picture
 # grainy.
@@ -54,8 +54,7 @@ def G(V, x_t: Tensor, t: Tensor, s: Tensor, cond: tuple) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Eq. s.9    e_t = MLP_t(Sinusoid(t)),   e_s = MLP_s(Sinusoid(t - s))
-# Eq. s.10   the combined embedding e_t + e_s stands wherever FLUX has e_t
+# Eq. s.9    e_t = MLP_t(Sinusoid(t)),   e_s = MLP_s(Sinusoid(t - s)): the features here, the MLPs in Denoiser.forward
 # ---------------------------------------------------------------------------------------------------------------------
 def sinusoid(t: Tensor, features: int = 256, max_period: float = 10000.0, factor: float = 1000.0) -> Tensor:
     """[B] times in [0, 1] -> [B, features]: cos then sin of factor * t at geometrically spaced frequencies, in fp32.
@@ -82,7 +81,7 @@ class Embedder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rotary positions over (t, y, x): text tokens sit at the origin, image tokens at (0, y, x)
+# Rotary positions over (frame, y, x), S.2's (t, y, x): text tokens sit at the origin, image tokens at (0, y, x)
 # ---------------------------------------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=64)
 def rope_table(txt_len: int, rows: int, cols: int, axes: tuple, device: torch.device) -> Tensor:
@@ -294,12 +293,14 @@ class Denoiser(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, s: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
         """x_t [B, C, H, W], t and s [B], txt [B, L, d_txt], vec [B, d_vec] -> V [B, C, H, W] in fp32 (Eq. 6).
 
-        H and W must be multiples of the patch side. Eq. s.9-s.10 are the line that makes `vec`.
+        H and W must be multiples of the patch side. Eq. s.9-s.10 are the lines that make `vec`.
         """
         p, rows, cols = self.patch, x_t.shape[2] // self.patch, x_t.shape[3] // self.patch
         with torch.autocast(x_t.device.type, enabled=False):  # in fp32, whatever the caller's context says
-            e_t, e_s = (sinusoid(a, factor=self.time_factor) for a in (t, t - s))
-            vec = self.time_in(e_t) + self.gap_in(e_s) + self.vector_in(vec.float())  # [B, d]
+            # Eq. s.9, then Eq. s.10: the combined embedding e_t + e_s stands wherever FLUX has e_t
+            e_t = self.time_in(sinusoid(t, factor=self.time_factor))  # [B, d]
+            e_s = self.gap_in(sinusoid(t - s, factor=self.time_factor))
+            vec = e_t + e_s + self.vector_in(vec.float())
         rope = rope_table(txt.shape[1], rows, cols, self.axes, x_t.device)
 
         # Autocast begins and ends inside this call. Its cache of cast weights therefore never outlives one forward

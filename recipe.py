@@ -5,9 +5,10 @@
     plan.first(600_000)             # the global index of the first sample of iteration 600,000
     plan.learning_rate(600_000), plan.tau(600_000), plan.aux(600_000)
 
-Everything that changes during a run is a function of the iteration, given here. So there is no schedule to save, only
-the number of the iteration. Times are shares of the run (the paper's iterations out of its 710k), so a run of any
-length goes through every part of its recipe. `2b` has the auxiliary stage; `--aux-from 0.775` adds it to the others.
+Everything that changes during a run is a function of the iteration, given here (but for the EMA's first decays,
+`train.update`). So there is no schedule to save, only the number of the iteration. Times are shares of the run (the
+paper's iterations out of its 710k), so a run of any length goes through every part of its recipe. `2b` has the
+auxiliary stage; `--aux-from 0.775` adds it to the others.
 """
 
 import math
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 import losses
 import model
 import objectives
-from engine import errors
+from engine import errors, optimizers
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ def describe(size: dict, plan: Recipe, objective: str, factor: int, world: int) 
         mu = ", ".join(f"{losses.mu_of_length(image_tokens(size, side, factor)):.2f}" for side in stage.sides)
         lines.append(f"iterations {begin:,} to {end:,}: {sides} pixels{turns}, {stage.batch_size} pictures "
                      f"each ({world} process{'es' * (world > 1)} x {parts}), mu {mu}")  # fmt: skip
-    name = {"adam": "Adam", "muon": "Muon and Adam"}[plan.optimizer]
+    name = optimizers.OPTIMIZERS[plan.optimizer]
     lines.append(f"{name} {plan.betas}, learning rate {plan.lr:g} after {plan.warmup_steps():,} iterations, down to "
                  f"{plan.lr_end:g}; gradients clipped at {plan.clip:g}; "
                  f"EMA {plan.ema:g}; {plan.dropout:.0%} of prompts dropped"
@@ -271,10 +272,13 @@ def describe(size: dict, plan: Recipe, objective: str, factor: int, world: int) 
     return lines
 
 
-def state_bytes(parameters: int, world: int, zero: bool) -> dict[str, float]:
-    """Bytes of what a process keeps on its device all the time, fp32: weights, gradients, Adam's two moments, EMA."""
-    each = 4.0 * parameters
-    return {"weights": each, "gradients": each, "Adam": 2 * each / (world if zero else 1), "EMA": each}
+def state_bytes(parameters: int, world: int, zero: bool, moments: int | None = None) -> dict[str, float]:
+    """Bytes of what a process keeps on its device all the time, fp32: weights, gradients, the optimizer's moments, EMA.
+
+    `moments` is how many numbers those are, None two a parameter: Adam's.
+    """
+    each, kept = 4.0 * parameters, 4.0 * (2 * parameters if moments is None else moments)
+    return {"weights": each, "gradients": each, "Adam": kept / (world if zero else 1), "EMA": each}
 
 
 def price(size: dict, plan: Recipe, objective: str, factor: int, start: int = 0) -> list[str]:

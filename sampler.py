@@ -2,7 +2,8 @@
 
     x = sampler.sample(V, noise, cond, null, steps=4, draw_noise=lambda k: torch.randn_like(noise))
 
-One update serves every sampler of the paper, from (x_t, x0_hat) at time t to time s:
+One update serves every sampler of the paper, from (x_t, x0_hat) at time t to the next time of the grid. Here and in
+`update` that time is called s, as in q(x_s | x_t, x0); in `predict` s is the network's second time, s_k below.
 
     x_s = alpha_s x0_hat + sqrt(sigma_s^2 - std^2) eps_hat + std * fresh noise
     eps_hat = (x_t - alpha_t x0_hat) / sigma_t
@@ -90,13 +91,15 @@ def trajectory(V: Callable, x: Tensor, cond: tuple, null: tuple | None = None, *
                | None = None) -> Iterator[tuple[float, Tensor, Tensor]]:  # fmt: skip
     """Yield (t_{k+1}, x at that time, x0_hat) for k = 1 .. steps, from x at time 1; the last x is the sample.
 
-    V(x_t, t, s, *cond) is the network; x [B, ...] standard normal; cond and null tuples of tensors with leading
-    dimension B. draw_noise(k), k = 0 .. steps - 2, gives the fresh noise of each step but the last, like x; None draws
-    it from torch's global generator.
+    V(x_t, t, s, *cond) is the network; x [B, ...] standard normal, fp32 or fp64; cond and null tuples of tensors with
+    leading dimension B. draw_noise(k), k = 0 .. steps - 2, gives the fresh noise of each step but the last, like x;
+    None draws it from torch's global generator.
     s_rule in [0, 1], eta in [0, 1] or "renoise", guidance >= 0.
     """
     if not (eta == "renoise" or 0 <= eta <= 1) or not 0 <= s_rule <= 1:
         raise ValueError(f'eta must be "renoise" or lie in [0, 1], s_rule in [0, 1]; they are {eta!r} and {s_rule!r}')
+    if not guidance >= 0:
+        raise ValueError(f"guidance must be at least 0; it is {guidance!r}")
     grid = time_grid(steps, mu)
     for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
         s_k = t_next + s_rule * (t - t_next)

@@ -56,6 +56,7 @@ def gradient(run: Run, watch: Watch, step: int) -> tuple[torch.Tensor, list[str]
         # What DDP's no_sync() sets: gradients are reduced once an iteration. (Under static_graph no_sync would lose
         # them.)
         run.step_module.require_backward_grad_sync = m == count - 1
+        # losses.SelfE, or the module of another --objective (objectives.py), within DDP where processes are several
         loss, stats = run.step_module(batch.x0, batch.c, batch.null, batch.fake, batch.is_null, batch.draws, tau, aux)
         (loss / count).backward()
         total = total + loss.detach() / count

@@ -15,33 +15,36 @@ import math
 import torch
 from torch import nn
 
-OPTIMIZERS = ("adam", "muon")
+OPTIMIZERS = {"adam": "Adam", "muon": "Muon and Adam"}  # --optimizer, and how the plan names it
 
 MOMENTUM = 0.95
-# An odd polynomial a x + b x^3 + c x^5 that takes any singular value in (0, 1] to about 1 (0.7 .. 1.2) in five rounds;
-# Newton and Schulz's own, (15, -10, 3) / 8, needs several times as many for the small ones. From Jordan's text.
+# An odd polynomial a x + b x^3 + c x^5. Five rounds take singular values from 0.0015 up to 0.68 .. 1.21; smaller ones
+# grow by up to 485 times. Newton and Schulz's own, (15, -10, 3) / 8, needs more rounds for those. From Jordan's text.
 ROUNDS, POLYNOMIAL = 5, (3.4445, -4.7750, 2.0315)
 
 
 def orthogonal(matrix: torch.Tensor, precision: torch.dtype = torch.float32) -> torch.Tensor:
-    """About U V^T for a matrix [m, n] = U S V^T, in `precision`: singular values of 0.7 to 1.2, and no decomposition.
+    """About U V^T for a matrix [m, n] = U S V^T, in `precision`, without a decomposition.
+
+    Its singular values lie in 0.68 .. 1.21, but for those below 0.0015 of the matrix's norm.
 
     An odd polynomial of a matrix acts on its singular values alone: a X + b (X X^T) X + c (X X^T)^2 X.
     """
     a, b, c = POLYNOMIAL
     x = matrix.to(precision, copy=True)
-    if wide := x.shape[0] > x.shape[1]:
+    if tall := x.shape[0] > x.shape[1]:
         x = x.T  # X X^T is the smaller square
     x.div_(x.norm().clamp(min=1e-7))  # no singular value is above the Frobenius norm
     for _ in range(ROUNDS):
         square = x @ x.T
         x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.T if wide else x
+    return x.T if tall else x
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, for matrices. A step's root mean square is 0.2 times the learning rate, which is what
-    Adam's usually is (Liu et al., arXiv 2502.16982), so that both share one schedule."""
+    """Momentum made orthogonal, for matrices. A step's root mean square is 0.2 times the learning rate (less for
+    momentum of low rank), which is what Adam's usually is (Liu et al., arXiv 2502.16982), so that both share one
+    schedule."""
 
     def __init__(self, matrices, lr: float, precision: torch.dtype = torch.float32):
         super().__init__(matrices, {"lr": lr})
@@ -58,13 +61,17 @@ class Muon(torch.optim.Optimizer):
                 p.add_(orthogonal(ahead, self.precision), alpha=-group["lr"] * size)
 
 
+def is_muons(name: str, p: torch.Tensor) -> bool:
+    """Whether Muon moves the parameter: a matrix inside a block."""
+    return p.dim() == 2 and "blocks." in name
+
+
 class MuonAndAdam:
     """Two optimizers that are called like one."""
 
     def __init__(self, network: nn.Module, lr: float, betas: tuple[float, float]):
-        matrices = [p for name, p in network.named_parameters() if p.dim() == 2 and "blocks." in name]
-        inside = set(matrices)
-        others = [p for p in network.parameters() if p not in inside]
+        matrices = [p for name, p in network.named_parameters() if is_muons(name, p)]
+        others = [p for name, p in network.named_parameters() if not is_muons(name, p)]
         precision = getattr(network, "precision", torch.float32)
         self.parts = (Muon(matrices, lr, precision), torch.optim.Adam(others, lr=lr, betas=betas, fused=True))
 
@@ -102,3 +109,8 @@ def build(name: str, network: nn.Module, lr: float, betas: tuple[float, float], 
 
         return ZeroRedundancyOptimizer(network.parameters(), torch.optim.Adam, **choices)
     return torch.optim.Adam(network.parameters(), **choices)
+
+
+def moments(name: str, network: nn.Module) -> int:
+    """How many numbers the optimizer keeps of `network`: Adam two of each parameter, Muon one of those it moves."""
+    return sum(p.numel() * (1 if name == "muon" and is_muons(own, p) else 2) for own, p in network.named_parameters())

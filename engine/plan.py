@@ -3,10 +3,12 @@
 import argparse
 from pathlib import Path
 
+import torch
+
 import data
 import model
 import recipe
-from engine import arguments
+from engine import arguments, optimizers
 
 
 def tell(args: argparse.Namespace, plan: recipe.Recipe, sizes: dict, factor: int, world: int, start: int) -> None:
@@ -22,13 +24,16 @@ def dry_run(args: argparse.Namespace, plan: recipe.Recipe, world: int, start: in
     is written. Raises DataError for no data."""
     sizes, factor = arguments.sizes_of(args), plan.factor()
     tell(args, plan, sizes, factor, world, start)
+    with torch.device("meta"):
+        moments = optimizers.moments(plan.optimizer, model.Denoiser(**sizes))
     parameters = model.count_parameters(sizes)
-    state = recipe.state_bytes(parameters, world, args.zero)
-    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in state.items())
+    state = recipe.state_bytes(parameters, world, args.zero, moments)
+    parts = ", ".join(f"{optimizers.OPTIMIZERS[plan.optimizer] if name == 'Adam' else name} {size / 2**30:.2f}"
+                      for name, size in state.items())  # fmt: skip
     encoders = "; T5-XXL, CLIP and the VAE take 9.3 GiB more, with a cache on the first process only"
     print(f"memory of each process: {sum(state.values()) / 2**30:.2f} GiB of state ({parts}), and activations "
           f"(engine/benchmark.py measures them){encoders if plan.text == 'flux' else ''}")  # fmt: skip
-    print(f"each saved state: {4 * 4 * parameters / 2**30:.2f} GiB on disk; {args.keep} are kept"
+    print(f"each saved state: {4 * (2 * parameters + moments) / 2**30:.2f} GiB on disk; {args.keep} are kept"
           + (f", and one every {args.milestone_every:,} iterations" if args.milestone_every else ""))  # fmt: skip
     for name in plan.data:
         tell_data(name)

@@ -267,8 +267,8 @@ def rehearse(run: Run) -> None:
     begins, moments = plan.begins(), None
     # Those of a new run come with its first update; hold their place
     if not getattr(run.adam, "optim", run.adam).state:
-        parameters = sum(p.numel() for p in network.parameters())
-        moments = torch.empty(2 * parameters // (run.ranks.world if zero else 1), device=feed.codec.device)
+        numbers = optimizers.moments(plan.optimizer, network)
+        moments = torch.empty(numbers // (run.ranks.world if zero else 1), device=feed.codec.device)
     for number in feed.sources:
         stage, aux = plan.stages[number], plan.aux(begins[number + 1] - 1)
         for side in stage.sides:

@@ -12,7 +12,8 @@ Seven eighths of a batch learn flow matching at the smallest d, 1/128. The rest 
 for d = 1, 1/2, .., 1/64 in equal shares and t on the grid of d. So what data teaches the smallest step spreads to
 larger ones. The EMA evaluates. x' and the target are clipped to [-4, 4], as in the authors' code
 (kvfrans/shortcut-models). Guidance enters only the targets built from steps of 1/128; larger steps learn guided paths
-from them.
+from them. The steps of 1/128 themselves stay unguided: more than 64 steps need guidance at sampling (`--guidance W`),
+as the authors give it to their 128 steps.
 
 Learned steps are powers of 1/2. For other numbers of steps the sampler tells the largest learned step that is not
 longer than the one made. (The authors sample at powers of two alone.)

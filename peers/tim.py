@@ -12,7 +12,9 @@ TiM regresses F on the right-hand side, with du/dt from two evaluations of the n
 
 Where the paper leaves a choice, this follows the authors' text-to-image configuration (WZDTHU/TiM): sigmoid(1.6 z) for
 both times, half of the batch with r = t, a tenth with r = 0. That one has no guidance in its target. The guidance here
-is that of one of their ImageNet configurations: at t from 0.3 to 0.8, by the moving average. Their code also adds a
+is that of one of their ImageNet configurations: at t from 0.3 to 0.8, by the moving average. As in their code, the
+derivative follows the unguided path. So a guided step with r < t sums guided velocities along that path, and is not
+quite where many small guided steps lead. (MeanFlow's derivative follows the guided one.) Their code also adds a
 cosine loss over channels, a representation loss (REPA), and a distance-aware adapter in the network. None of them is
 part of the objective, and all are left out here.
 """

@@ -32,6 +32,8 @@ def test_muon_moves_the_blocks_matrices_with_equal_singular_values_and_adam_the_
     for p in network.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()
+    kept = sum(x.numel() for own in optimizer.state.values() for x in own.values() if x.dim())
+    assert kept == optimizers.moments("muon", network) < optimizers.moments("adam", network)
     for name, p in network.named_parameters():
         change = p.detach() - before[name]
         if p.dim() == 2 and "_blocks." in name:

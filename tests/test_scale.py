@@ -598,6 +598,19 @@ def test_the_size_of_a_state_is_what_the_plan_says(runs, capsys, monkeypatch):
     assert written == pytest.approx(gib, rel=0.3)
 
 
+def test_muons_state_is_smaller_and_called_by_its_name(capsys, monkeypatch):
+    """Muon keeps one number of each matrix entry, Adam two; nearly all parameters of the large sizes are such."""
+    told = {}
+    for name in ("adam", "muon"):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--size", "0.5b", "--optimizer", name, "--dry-run"])
+        train.main()
+        told[name] = capsys.readouterr().out
+    state = re.compile(r"each process: ([\d.]+) GiB of state \(weights ([\d.]+)")
+    sizes = {name: [float(x) for x in state.search(out).groups()] for name, out in told.items()}
+    assert "gradients 2.10, Adam 4.21, EMA" in told["adam"] and "gradients 2.10, Muon and Adam 2." in told["muon"]
+    assert 0.9 < (sizes["adam"][0] - sizes["muon"][0]) / sizes["adam"][1] < 1
+
+
 if __name__ == "__main__":  # the long form: python tests/test_scale.py --times 50 --out results/kill.json
     import argparse
     import tempfile
