@@ -384,6 +384,10 @@ def read_captions(folder: Path) -> dict[str, str]:
             print(f"{folder}: {len(pictures) - len(captions)} of {len(pictures)} pictures have no .txt and are left "
                   "out",
                   file=sys.stderr)  # fmt: skip
+        lonely = {p.name for p in folder.glob("*.txt")} - {text.name for text in texts.values()}
+        if lonely:
+            print(f"{folder}: {len(lonely)} .txt, such as {min(lonely)}, have no picture of a known kind "
+                  f"({', '.join(PICTURE_SUFFIXES)}) and are left out", file=sys.stderr)  # fmt: skip
         return captions
     captions = {}
     several = 0
@@ -405,6 +409,9 @@ def read_captions(folder: Path) -> dict[str, str]:
     if several:
         print(f"{metadata}: {several} lines name a picture once more; the last line of each picture counts",
               file=sys.stderr)
+    unnamed = sum(p.suffix.lower() in PICTURE_SUFFIXES and p.name not in captions for p in folder.iterdir())
+    if unnamed:
+        print(f"{metadata}: {unnamed} pictures beside it have no line and are left out", file=sys.stderr)
     return captions
 
 

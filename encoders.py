@@ -91,6 +91,10 @@ class TextEncoder:
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
+    def cuts(self, prompt: str) -> bool:
+        """Whether a prompt is longer than txt_len, so that its end is not read."""
+        raise NotImplementedError
+
 
 def text_encoder(name: str, txt_len: int | None = None, device: torch.device | str = "cpu") -> TextEncoder:
     """The text encoder of that name (the table on top). txt_len None: 14 for "words", 256 for the others.
@@ -179,6 +183,9 @@ class WordVectors(TextEncoder):
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         tokens, pooled = (torch.from_numpy(np.stack(rows)) for rows in zip(*map(self.states, prompts)))
         return tokens.to(self.device), pooled.to(self.device)
+
+    def cuts(self, prompt: str) -> bool:
+        return len(split_words(prompt[: 2**16])) > self.txt_len - 1
 
     def states(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:
         """(token states [txt_len, 256], pooled [256]) of one prompt."""
@@ -346,6 +353,9 @@ class HuggingFaceText(TextEncoder):
         if self.of_pooled is not self.of_tokens:
             _, pooled = self.of_pooled(prompts, min(self.txt_len, self.of_pooled.limit))  # CLIP reads 77 tokens
         return tokens, pooled
+
+    def cuts(self, prompt: str) -> bool:
+        return len(self.of_tokens.tokenizer(prompt, verbose=False)["input_ids"]) > self.txt_len
 
 
 # =====================================================================================================================

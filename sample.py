@@ -9,6 +9,8 @@ size may differ in the last digit, which occasionally changes a value by one of 
 """
 
 import argparse
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,7 +194,12 @@ def main() -> None:
     machine.keep_freed_memory()
     if not args.out.parent.is_dir() or args.out.is_dir() or args.out.suffix.lower() != ".png":
         raise errors.UserError(f"--out must name a .png file in a folder that exists, not {args.out}")
+    if not os.access(args.out.parent, os.W_OK):  # now, not after all pictures are made
+        raise errors.UserError(f"{args.out.parent} cannot be written to: choose another --out")
     loaded = load(Path(args.checkpoint), machine.pick_device(args.device))
+    for prompt in filter(loaded.text.cuts, args.prompt):
+        print(f"the end of this prompt is not read, as the model was trained with --txt-len {loaded.text.txt_len}: "
+              f"{errors.shortened(prompt)}", file=sys.stderr)  # fmt: skip
     side = loaded.config["side"]
     scale = args.scale or max(1, 128 // side)
     pixels = len(args.prompt) * args.images * len(args.steps) * (side * scale) ** 2
@@ -210,7 +217,8 @@ def main() -> None:
         picture = sheet([list(row) for row in zip(*columns)], args.steps, prompts, scale)
     with checkpoint.in_one_piece(args.out) as partial:
         picture.save(partial, format="PNG")
-    print(f"wrote {args.out}: {len(prompts)} prompt{'s' if len(prompts) > 1 else ''} at {args.steps} steps")
+    several, each = "s" if len(args.prompt) > 1 else "", f", {args.images} pictures each," if args.images > 1 else ""
+    print(f"wrote {args.out}: {len(args.prompt)} prompt{several}{each} at {args.steps} steps")
 
 
 if __name__ == "__main__":

@@ -133,8 +133,11 @@ def main() -> None:
         if ranks.is_first:
             dry_run(args, plan, ranks.world, checkpoint.step_of(states[-1]) if args.resume else 0)
         return
-    if not args.resume and (states or (folder / "model.safetensors").exists()):
+    if not args.resume and states:
         raise errors.UserError(f"{folder} already holds a run; add --resume to go on, or choose another --out")
+    if not args.resume and (folder / "model.safetensors").exists():
+        raise errors.UserError(f"{folder} already holds a model, without a state to resume: choose another --out, with "
+                               f"--init {folder} to begin with its weights")  # fmt: skip
     checkpoint.check_writable(folder)
     device = machine.pick_device(args.device)
     if ranks.world > 1 and device.type == "mps":
@@ -146,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, "stopped; what was saved before is whole, and --resume goes on from it")
+    errors.run(main, "stopped; what was saved before, if anything, is whole, and --resume goes on from it")

@@ -12,6 +12,7 @@ and keeps its traceback.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -85,6 +86,27 @@ class Parser(argparse.ArgumentParser):
                     self.error(f"--{flag.replace('_', '-')} must lie between {least} and {most}")
 
 
+class Screen:
+    """A text stream whose writes are lost, without an error, once nobody reads it: a closed terminal, an ended `tee`.
+
+    For messages of a program whose work goes on, or is saved, without them.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
 def end_output() -> None:
     """Leave nothing to be printed at the interpreter's end, where a full disk or a closed pipe would be told again."""
     try:
@@ -98,12 +120,12 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
-def run(main: Callable[[], None], stopped: str = "") -> None:
+def run(main: Callable[[], None], stopped: str = "stopped") -> None:
     """Run a program's main function; a UserError, a failing file operation or a full memory becomes one line and exit
     code 2.
 
-    With `stopped`, which says what a Ctrl-C leaves, that ends in this line and exit code 130. Letters that the terminal
-    does not have are printed as their codes.
+    A Ctrl-C ends in the line `stopped`, which says what it leaves, and exit code 130. Letters that the terminal does
+    not have are printed as their codes.
     """
     if hasattr(sys.stdout, "reconfigure"):  # not where a test has put something else in its place
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -115,11 +137,9 @@ def run(main: Callable[[], None], stopped: str = "") -> None:
         if isinstance(error, RuntimeError) and not full:
             raise  # a defect of ours
         said = ("out of memory: " if full else "") + (str(error) or "ask for less at once")
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {' '.join(said.split())}", file=sys.stderr)
+        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {' '.join(said.split())}", file=Screen(sys.stderr))
         end_output()
         sys.exit(2)
     except KeyboardInterrupt:
-        if not stopped:
-            raise
-        print(f"\n{stopped}", file=sys.stderr)
+        print(f"\n{stopped}", file=Screen(sys.stderr))
         sys.exit(130)

@@ -22,13 +22,14 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import data
 import encoders
 import losses
 import model
 import objectives
 import recipe
 from engine import arguments, cache, checkpoint, errors, limits, machine, optimizers, plan as printed
-from engine.feed import Batch, Codec, Feed, Reading
+from engine.feed import Batch, Codec, Feed, Reading, parts_of
 from engine.processes import Ranks, StopSignal
 from objectives import OBJECTIVES
 
@@ -118,7 +119,8 @@ class Run:
         """How to call a program on this run's folder, to be pasted into a shell."""
         inside = Path(sys.executable).is_relative_to(Path.cwd())
         python = os.path.relpath(sys.executable) if inside else "python"
-        return f"{python} {program} {shlex.quote(str(self.folder))}"
+        folder = str(self.folder)
+        return f"{python} {program} {shlex.quote('./' + folder if folder.startswith('-') else folder)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,6 +135,8 @@ def prepare(args: argparse.Namespace, plan: recipe.Recipe, folder: Path, device:
     with ranks.first_alone():
         feed = Feed(plan, OBJECTIVES[args.objective].draw, args.seed, codec, ranks, start,
                     Reading(args.workers, args.index))  # fmt: skip
+    if ranks.is_first and codec.text:
+        tell_cut_captions(feed, codec.text)
     precision = pick_precision(args, folder, device, ranks)
     flags = {"--" + k.replace("_", "-"): v for k, v in vars(args).items()
              if k not in ("data", "index", "workers", "device")}  # fmt: skip
@@ -162,6 +166,16 @@ def prepare(args: argparse.Namespace, plan: recipe.Recipe, folder: Path, device:
     closing.callback(run.stream.close)
     run.began = run.saved_at = time.perf_counter()
     return run
+
+
+def tell_cut_captions(feed: Feed, text) -> None:
+    """Say how many captions of a folder are longer than --txt-len, which drops their ends."""
+    for source in {id(s): s for s in feed.sources.values()}.values():
+        for part in parts_of(getattr(source, "source", source)):  # data.WrongCaptions holds its own
+            captions = part.captions if isinstance(part, data.ImageFolder) else []
+            if cut := sum(map(text.cuts, captions)):
+                print(f"{part.name}: {cut} of {len(captions)} captions are longer than --txt-len {text.txt_len} reads; "
+                      "their ends are left out", file=sys.stderr)  # fmt: skip
 
 
 def open_encoders(plan: recipe.Recipe, size: dict, device: torch.device, draws: bool) -> tuple[Codec, dict]:
@@ -219,6 +233,9 @@ def take_place(run: Run, states: list[Path], closing: contextlib.ExitStack) -> N
     if run.ranks.is_first:
         (run.folder / "grids").mkdir(parents=True, exist_ok=True)
         closing.enter_context(checkpoint.locked(run.folder))
+        found = checkpoint.complete_states(run.folder)  # again: reading the data may have taken long
+        if found != states or not run.args.resume and (run.folder / "model.safetensors").exists():
+            raise errors.UserError(f"another process has trained in {run.folder} meanwhile: choose another --out")
     if run.args.resume:
         load_last(run, states)
     if run.ranks.is_first:

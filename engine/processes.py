@@ -104,7 +104,8 @@ class Ranks(NamedTuple):
 
 
 class StopSignal:
-    """Becomes true at the first SIGINT or SIGTERM. A second Ctrl-C ends the process as usual.
+    """Becomes true at the first SIGINT, SIGTERM or SIGHUP (a closed terminal; nohup has it ignored). A second Ctrl-C
+    ends the process as usual.
 
     A further SIGTERM does not, because launchers and schedulers may send one after the other, and it would cut the
     saving short; they have SIGKILL for what takes too long.
@@ -112,7 +113,10 @@ class StopSignal:
 
     def __init__(self):
         self.name = ""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             signal.signal(number, self.receive)
 
     def receive(self, number, frame) -> None:

@@ -33,6 +33,7 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import tarfile
@@ -663,7 +664,7 @@ def pack_command(argv: list[str]) -> None:
         parser.error("--per-shard must be at most 10000: a key has four digits for the place in its tar")
     count, skipped = pack(args.folder, args.out, args.per_shard)
     log_skipped(args.folder, skipped, count + len(skipped), first=len(skipped))
-    print(f"packed {count} pictures; to look at them:\n  python engine/shards.py report {args.out}")
+    print(f"packed {count} pictures; to look at them:\n  python engine/shards.py report {shlex.quote(str(args.out))}")
 
 
 def report_command(argv: list[str]) -> None:

@@ -56,7 +56,9 @@ class Watch:
         self.meter = monitor.Meter(run.device)
         self.peak = machine.peak_flops(run.device, run.network.precision)
         self.log_file = monitor.Log(run.folder, run.start) if first else None
+        self.screen = errors.Screen(sys.stderr)
         self.bar = tqdm(total=run.plan.steps, initial=run.start, disable=not first, unit="it", dynamic_ncols=True,
+                        file=self.screen,
                         smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30)  # a log of days stays readable
         for close in (self.bar.close, *([self.log_file.close] if first else [])):
             closing.callback(close)
@@ -64,7 +66,7 @@ class Watch:
 
     def say(self, text: str) -> None:
         if self.run.ranks.is_first:
-            self.bar.write(text, file=sys.stderr)
+            self.bar.write(text, file=self.screen)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Every iteration
@@ -95,7 +97,7 @@ class Watch:
         if self.log_file:
             self.log_file.write({"step": step, "update_left_out": True, "grad_norm": str(norm), "keys": suspects})
             print(f"iteration {step}: no finite gradient (loss {loss}, norm {norm}); its update is left out",
-                  file=sys.stderr)
+                  file=self.screen)
         if self.in_a_row == PATIENCE:
             more = " ..." if len(suspects) > 8 else ""
             self.failure = (
@@ -132,10 +134,13 @@ class Watch:
         try:
             with torch.compiler.set_stance("force_eager"):  # sampling's batch shapes are not worth compiling for
                 sheet = draw_grid(loaded, self.prompts, lambda: bool(run.stop))
+            (run.folder / "grids").mkdir(exist_ok=True)  # somebody may have tidied up
             sheet.save(run.folder / "grids" / f"step_{step:06d}.png")
             self.log_file.grid(sheet, step)
         except sample.Stopped:
             pass  # the run is about to end; its grid can be drawn again
+        except OSError as error:  # a picture is not worth the run; where the disk is full, saving a state says so
+            self.say(f"  the picture grid of iteration {step} was not written: {error}")
         self.meter.began += time.perf_counter() - pause
 
     def conclude(self, step: int) -> None:
@@ -153,5 +158,6 @@ class Watch:
         else:
             plain = re.fullmatch(r"[\w ,.'-]*", self.prompts[0])
             shown = f'"{self.prompts[0]}"' if plain else shlex.quote(self.prompts[0])  # what the shell would read
+            shown = ("=" if self.prompts[0].startswith("-") else " ") + shown
             print(f"done: {run.folder}. To make pictures:\n  {run.command('sample.py --checkpoint')} "
-                  f"--steps 1 2 4 8 50 --prompt {shown}")  # fmt: skip
+                  f"--steps 1 2 4 8 50 --prompt{shown}")  # fmt: skip

@@ -86,6 +86,8 @@ def parse_arguments():
     if not all(0 <= share <= 1 for share in args.shares) or min(args.seeds) < 0:
         parser.error("--shares must lie between 0 and 1, --seeds must not be negative")
     if args.quick:
+        if not (args.out.name and args.runs.name):
+            parser.error("--quick writes beside --out and --runs: give folders with a name of their own")
         args.budget = "--steps 4 --batch-size 8 --grid-every 0 --no-compile"
         args.shares, args.seeds = [0.0, 0.4], [2, 3]
         args.out, args.runs = (path.with_name(path.name + "-quick") for path in (args.out, args.runs))

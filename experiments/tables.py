@@ -188,6 +188,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--report", action="store_true", help="only the tables and figures, from what has been measured")
     args = parser.parse_args(argv)
     if args.quick:
+        if not (args.out.name and args.runs.name):
+            parser.error("--quick writes beside --out and --runs: give folders with a name of their own")
         args.budget = "--steps 4 --batch-size 8 --grid-every 0 --no-compile"
         args.seeds, args.images, args.per_tag, args.sample_steps, args.milestones = args.seeds[:2], 1, 1, [1, 2], 2
         for name in ("out", "runs"):

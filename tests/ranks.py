@@ -31,7 +31,7 @@ def child(program: str, script: str, argv: list[str], environment: dict, out: st
     sys.path.insert(0, str(ROOT))
     sys.argv = [f"{program}.py", *argv]
     sys.stdout, sys.stderr = open(1, "w", closefd=False, buffering=1), open(2, "w", closefd=False, buffering=1)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
     import torch

@@ -4,8 +4,10 @@ Each case once ended in a traceback, a wait, a silent wrong result or more than 
 code 2 with the disk as it was, or a sample that is skipped and counted.
 """
 
+import contextlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,9 +26,9 @@ import encoders
 import model
 import sample
 import train
-from engine import benchmark, cache, checkpoint, errors, loop_speed, scaling, shards
+from engine import benchmark, cache, checkpoint, errors, loop_speed, preparation, scaling, shards, watch
 from engine.processes import Ranks
-from experiments import cost, evaluate, tables, two_networks
+from experiments import cost, dose, evaluate, tables, two_networks
 from toy import any_step, explore, identities
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +95,8 @@ FLAGS = [
     (evaluate, ["--pipeline", "", "--prompts", "p", "--export", "o"]), (tables, ["--images", 10**18]),
     (tables, ["--sample-steps", 10**18]), (tables, ["--seeds", -1]), (any_step, ["--jobs", 2**32]),
     (explore, ["--out", ""]), (identities, ["--seed", "x"]), (identities, ["--seed", 10**30]),
-    (identities, ["--out", "."]),
+    (identities, ["--out", "."]), (tables, ["--quick", "--out", "."]), (dose, ["--quick", "--runs", "/"]),
+    (train, ["--dry-run", "--side", 6]), (train, ["--dry-run", "--size", "2b", "--side", 104]),
 ]  # fmt: skip
 
 
@@ -452,6 +455,120 @@ def test_a_folder_in_which_no_run_can_lie(name, kind, tmp_path, monkeypatch, cap
     before = tree(tmp_path)
     refused(train, ["--steps", 4, "--out", tmp_path / "r", *QUICK], monkeypatch, capsys)
     assert tree(tmp_path) == before
+
+
+def test_two_runs_that_begin_in_one_folder(tmp_path, monkeypatch, capsys):
+    """The slower one found the folder empty before it read its data, and nobody in it when it had."""
+    monkeypatch.setitem(model.SIZES, "laptop", TINY)
+    out, real = tmp_path / "r", preparation.Feed
+
+    def feed(*arguments):
+        monkeypatch.setattr(preparation, "Feed", real)
+        monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "1", "--out", str(out), *QUICK])
+        train.main()  # the other one, meanwhile
+        return real(*arguments)
+
+    monkeypatch.setattr(preparation, "Feed", feed)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "2", "--out", str(out), *QUICK])
+    with pytest.raises(errors.UserError, match="meanwhile"):
+        train.main()
+    assert [checkpoint.step_of(state) for state in checkpoint.complete_states(out)] == [1]
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1]
+
+
+def test_a_model_without_states_is_not_to_be_resumed(run, monkeypatch, capsys):
+    shutil.rmtree(run / "state")
+    line = refused(train, ["--steps", 4, "--out", run, *QUICK], monkeypatch, capsys)
+    assert "--init" in line and "--resume" not in line
+
+
+def test_a_run_outlives_its_grids_and_its_terminal(tmp_path, monkeypatch):
+    """Nobody reads the progress line any more, the folder of grids is gone, then it cannot be made: the run ends
+    well."""
+    monkeypatch.setitem(model.SIZES, "laptop", TINY)
+    reader, writer = os.pipe()
+    os.close(reader)
+    drawn, out = [], tmp_path / "r"
+
+    def draw_grid(*arguments):
+        grids = out / "grids"
+        shutil.rmtree(grids, ignore_errors=True)
+        if len(drawn) == 1:
+            grids.write_text("in the way")
+        drawn.append(None)
+        return Image.new("RGB", (4, 4))
+
+    monkeypatch.setattr(watch, "draw_grid", draw_grid)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "2", "--out", str(out), *QUICK, "--grid-every", "1"])
+    with open(writer, "w", buffering=1) as closed:
+        monkeypatch.setattr(sys, "stderr", closed)
+        train.main()
+        monkeypatch.undo()
+        with contextlib.suppress(BrokenPipeError):
+            closed.close()
+    assert len(drawn) == 2 and checkpoint.step_of(checkpoint.complete_states(out)[-1]) == 2
+
+
+@pytest.mark.parametrize("said, expected", [({}, "stopped"), ({"stopped": "gone"}, "gone")])
+def test_ctrl_c_is_one_line(said, expected, capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        errors.run(main, **said)
+    assert ended.value.code == 130 and capsys.readouterr().err.strip() == expected
+
+
+def test_commands_for_a_folder_with_a_dash(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(model.SIZES, "laptop", TINY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "1", "--out=-dash", *QUICK])
+    train.main()
+    assert "--checkpoint ./-dash " in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is not read is said
+# ---------------------------------------------------------------------------------------------------------------------
+def picture_folder(folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8), "red").save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"one two three {name}")
+    return folder
+
+
+def test_pictures_and_captions_that_are_left_out_are_counted(tmp_path, capsys):
+    folder = picture_folder(tmp_path / "p")
+    (folder / "c.txt").write_text("alone")
+    assert len(data.read_captions(folder)) == 2
+    assert "1 .txt, such as c.txt" in capsys.readouterr().err
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "one"}')
+    assert len(data.read_captions(folder)) == 1
+    assert "1 pictures beside it have no line" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("txt_len, cut", [(4, 2), (5, 0)])
+def test_captions_that_are_cut_are_counted(txt_len, cut, tmp_path, monkeypatch, capsys):
+    """Four words and the end."""
+    monkeypatch.setitem(model.SIZES, "laptop", TINY)
+    folder = picture_folder(tmp_path / "p")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "1", "--data", str(folder), "--side", "8", "--txt-len",
+                                      str(txt_len), "--out", str(tmp_path / "r"), *QUICK])  # fmt: skip
+    train.main()
+    assert (f"{cut} of 2 captions are longer" in capsys.readouterr().err) == bool(cut)
+
+
+def test_a_prompt_that_is_cut_is_named(run, tmp_path, monkeypatch, capsys):
+    read = json.loads((run / "config.json").read_text())["txt_len"] - 1
+    words = [" ".join(["red"] * n) for n in (read, read + 1)]
+    out = tmp_path / "a.png"
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--checkpoint", str(run), "--prompt", words[0], "--prompt", words[1],
+                                      "--images", "3", "--out", str(out), "--device", "cpu"])  # fmt: skip
+    sample.main()
+    printed = capsys.readouterr()
+    assert printed.err.count("is not read") == 1 and printed.err.strip().endswith(f": {words[1]}")
+    assert "2 prompts, 3 pictures each, at [2] steps" in printed.out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -309,7 +309,7 @@ def test_sigterm_while_pictures_are_drawn(tmp_path, monkeypatch, capsys):
 
 
 def test_a_ctrl_c_and_torchruns_sigterm_do_not_cut_the_saving_short():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         stop = processes.StopSignal()
         assert not stop
@@ -319,6 +319,20 @@ def test_a_ctrl_c_and_torchruns_sigterm_do_not_cut_the_saving_short():
         assert stop
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["closed terminal", "nohup"])
+def test_a_closed_terminal_stops_a_run_unless_it_is_to_survive(ignored):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        stop = processes.StopSignal()
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.name == ("" if ignored else "SIGHUP")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
