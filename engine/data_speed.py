@@ -224,12 +224,10 @@ def parse_arguments() -> argparse.Namespace:
     a("--pictures", metavar="N", type=int, default=240, help="photographs, and cached samples (default: 240)")
     a("--index-size", metavar="N", type=int, default=10_000_000, help="samples of the index (default: 10000000)")
     a("--rounds", metavar="N", type=int, default=5, help="turns of each measurement (default: 5)")
-    a("--out", metavar="FILE", type=Path, help="write the figures as JSON")
+    a("--out", metavar="FILE", type=errors.file_to_write, help="write the figures as JSON")
     args = parser.parse_args()
     if not 16 <= args.pictures <= 10_000 or not 1000 <= args.index_size <= 10**9 or not 1 <= args.rounds <= 10**4:
         parser.error("--pictures must lie between 16 and 10000, --index-size from 1000, --rounds from 1")
-    if args.out and not args.out.parent.is_dir():
-        parser.error(f"--out: no such folder: {args.out.parent}")
     return args
 
 

@@ -61,6 +61,8 @@ def file_to_write(text: str) -> Path:
     path = Path(name(text))
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"must name a file in a folder that exists, not {text}")
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"names a file in a folder that cannot be written to: {text}")
     return path
 
 

@@ -30,7 +30,7 @@ from torch import nn
 import losses
 import model
 import sampler
-from engine import benchmark, checkpoint, errors, machine
+from engine import benchmark, checkpoint, errors, limits, machine
 from engine.benchmark import Setting
 
 GUIDANCE = 5.0  # the paper's
@@ -203,14 +203,11 @@ def parse_arguments():
     a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="inside the networks (default: the faster)")
     a("--repeats", metavar="N", type=int, default=15, help="measured rounds (default: 15)")
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
-    a("--out", metavar="FILE", type=Path, help="write the figures as JSON")
+    a("--out", metavar="FILE", type=errors.file_to_write, help="write the figures as JSON")
     args = parser.parse_args()
-    if args.batch < 2 or args.batch % 2 or args.repeats < 1:
-        parser.error("--batch must be even and at least 2, --repeats at least 1")
-    if min(args.blocks or [0]) < 0 or sum(args.blocks or [1]) < 1:
-        parser.error("--blocks must not be negative, and there must be a block")
-    if args.out and not args.out.parent.is_dir():
-        parser.error(f"--out: no such folder: {args.out.parent}")
+    parser.check_ranges(args, batch=limits.RANGES["batch_size"], blocks=limits.MODEL["double"], repeats=(1, 10**6))
+    if args.batch % 2 or sum(args.blocks or [1]) < 1:
+        parser.error("--batch must be even, and there must be a block")
     return args
 
 

@@ -26,7 +26,8 @@ import encoders
 import model
 import sample
 import train
-from engine import benchmark, cache, checkpoint, errors, loop_speed, preparation, scaling, shards, watch
+from engine import benchmark, cache, checkpoint, data_speed, errors, loop_speed, peer_speed
+from engine import preparation, scaling, shards, watch
 from engine.processes import Ranks
 from experiments import cost, dose, evaluate, tables, two_networks
 from toy import any_step, explore, identities
@@ -96,7 +97,9 @@ FLAGS = [
     (tables, ["--sample-steps", 10**18]), (tables, ["--seeds", -1]), (any_step, ["--jobs", 2**32]),
     (explore, ["--out", ""]), (identities, ["--seed", "x"]), (identities, ["--seed", 10**30]),
     (identities, ["--out", "."]), (tables, ["--quick", "--out", "."]), (dose, ["--quick", "--runs", "/"]),
-    (train, ["--dry-run", "--side", 6]), (train, ["--dry-run", "--size", "2b", "--side", 104]),
+    (data_speed, ["--out", "."]), (peer_speed, ["--out", "."]), (peer_speed, ["--batch", 2**62]),
+    (peer_speed, ["--repeats", 10**15]), (train, ["--dry-run", "--side", 6]),
+    (train, ["--dry-run", "--size", "2b", "--side", 104]),
 ]  # fmt: skip
 
 
