@@ -409,7 +409,8 @@ def read_captions(folder: Path) -> dict[str, str]:
     if several:
         print(f"{metadata}: {several} lines name a picture once more; the last line of each picture counts",
               file=sys.stderr)
-    unnamed = sum(p.suffix.lower() in PICTURE_SUFFIXES and p.name not in captions for p in folder.iterdir())
+    named = {folder / name for name in captions}  # paths, to which ./a.png is a.png
+    unnamed = sum(p.suffix.lower() in PICTURE_SUFFIXES and p not in named for p in folder.iterdir())
     if unnamed:
         print(f"{metadata}: {unnamed} pictures beside it have no line and are left out", file=sys.stderr)
     return captions

@@ -32,6 +32,13 @@ from recipe import Recipe, Stage
 # ---------------------------------------------------------------------------------------------------------------------
 # Which source a name means
 # ---------------------------------------------------------------------------------------------------------------------
+def check_sides(sides: tuple[int, ...], multiple: int) -> None:
+    """Raise DataError for a side that is no multiple of the auto-encoder's factor times the patch."""
+    for side in sides:
+        if side % multiple:
+            raise data.DataError(f"the side of the pictures must be a multiple of {multiple}, not {side}")
+
+
 def open_source(names: tuple[str, ...], stage: Stage, multiple: int, index: str | None = None,
                 wrong_captions: float = 0.0):  # fmt: skip
     """The samples of a stage: a built-in set by its name, a folder of pictures, a folder of tar shards, or caches of
@@ -47,9 +54,7 @@ def open_source(names: tuple[str, ...], stage: Stage, multiple: int, index: str 
     if len(caches) < len(names) and len(names) > 1:
         raise data.DataError(f"--data takes one folder, or several caches; of {', '.join(names)} only {len(caches)} "
                              "are caches")
-    for side in sides:
-        if side % multiple:
-            raise data.DataError(f"the side of the pictures must be a multiple of {multiple}, not {side}")
+    check_sides(sides, multiple)
     if caches and wrong_captions:
         raise data.DataError(f"{names[0]} is a cache, whose captions are encoded already: --wrong-captions needs its "
                              "tars")

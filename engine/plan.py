@@ -9,6 +9,7 @@ import data
 import model
 import recipe
 from engine import arguments, optimizers
+from engine.feed import check_sides
 
 
 def tell(args: argparse.Namespace, plan: recipe.Recipe, sizes: dict, factor: int, world: int, start: int) -> None:
@@ -23,9 +24,8 @@ def dry_run(args: argparse.Namespace, plan: recipe.Recipe, world: int, start: in
     """Print what a run will be, hold and cost; no encoder is loaded and nothing
     is written. Raises DataError for no data."""
     sizes, factor = arguments.sizes_of(args), plan.factor()
-    multiple = factor * sizes["patch"]
-    for side in (side for stage in plan.stages for side in stage.sides if side % multiple):
-        raise data.DataError(f"the side of the pictures must be a multiple of {multiple}, not {side}")
+    for stage in plan.stages:
+        check_sides(stage.sides, factor * sizes["patch"])
     tell(args, plan, sizes, factor, world, start)
     with torch.device("meta"):
         moments = optimizers.moments(plan.optimizer, model.Denoiser(**sizes))

@@ -546,7 +546,7 @@ def test_pictures_and_captions_that_are_left_out_are_counted(tmp_path, capsys):
     (folder / "c.txt").write_text("alone")
     assert len(data.read_captions(folder)) == 2
     assert "1 .txt, such as c.txt" in capsys.readouterr().err
-    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "one"}')
+    (folder / "metadata.jsonl").write_text('{"file_name": "./a.png", "text": "one"}')
     assert len(data.read_captions(folder)) == 1
     assert "1 pictures beside it have no line" in capsys.readouterr().err
 
