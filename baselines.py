@@ -30,8 +30,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from losses import add_noise, like
 from engine.randomness import normal, rng
+from losses import add_noise, like
 
 M = 4  # samples in a group
 T_MAX = 0.994  # the largest time: training draws t below it, sampling starts there
@@ -40,9 +40,9 @@ A, B = 2, 4  # of the weight w(t)
 NEAREST = 1e-8  # distances below it count as it
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Times     t ~ U(0, 0.994),   s ~ U(0, t),   r = max(s, eta^-1(eta(t) - 160 / 2^k)),   eta(t) = t / (1 - t)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def times(u_t: Tensor, u_s: Tensor, k: int = K) -> tuple[Tensor, Tensor, Tensor]:
     """Uniform numbers in [0, 1) -> t, s, r of the same shape, 0 <= s <= r <= t < 0.994."""
     t = T_MAX * u_t
@@ -51,17 +51,17 @@ def times(u_t: Tensor, u_s: Tensor, k: int = K) -> tuple[Tensor, Tensor, Tensor]
     return t, s, torch.maximum(s, eta_r / (1 + eta_r))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The jump  f_{s,t}(x) = x - (t - s) V(x, t, s, c)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def jump(V: Callable, x: Tensor, t: Tensor, s: Tensor, cond: tuple) -> Tensor:
     """From x [B, ...] at times t [B] to times s [B]; where s = t it returns x itself."""
     return x - like(t - s, x) * V(x, t, s, *cond)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Weight    w(t) = 1/2 sigmoid(b - l) (-dl/dt) alpha^a / (alpha^2 + sigma^2),   l = log(alpha^2 / sigma^2)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def weight(t: Tensor) -> Tensor:
     """w(t) for t in [0, 1), any shape.
 
@@ -73,9 +73,9 @@ def weight(t: Tensor) -> Tensor:
     return t * (1 - t) ** (A - 1) / ((sigma2 + e_b * alpha2) * (alpha2 + sigma2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Kernel    k(x, y) = exp( -max(||x - y||, 1e-8) / (D (t - s) sigma_d) ),   D values in a sample
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def kernel(x: Tensor, y: Tensor, gap: Tensor) -> Tensor:
     """All pairs within each group: x, y [G, M, ...], gap = t - s [G] -> [G, M, M].
 
@@ -93,9 +93,9 @@ def discrepancy(y_t: Tensor, y_r: Tensor, gap: Tensor) -> Tensor:
     return pairs.mean(dim=(1, 2))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Random numbers and the whole step
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 class Draws(NamedTuple):
     """The random numbers of one micro-batch; every group of M consecutive samples shares its two times."""
 
@@ -133,8 +133,17 @@ class IMM(nn.Module):
         super().__init__()
         self.network, self.k = network, k
 
-    def forward(self, x0: Tensor, c: tuple, null: tuple, fake: tuple | None, is_null: Tensor, draws: Draws, tau: float,
-                aux: bool = False) -> tuple[Tensor, dict]:  # fmt: skip
+    def forward(
+        self,
+        x0: Tensor,
+        c: tuple,
+        null: tuple,
+        fake: tuple | None,
+        is_null: Tensor,
+        draws: Draws,
+        tau: float,
+        aux: bool = False,
+    ) -> tuple[Tensor, dict]:
         """The loss of one micro-batch and detached tensors to watch: t, s, r, loss, one value per group.
 
         x0 [B, ...] fp32, B a multiple of 4; c a tuple of tensors with leading dimension B; a dropped prompt is one more
@@ -142,7 +151,10 @@ class IMM(nn.Module):
         """
         t, s, r = times(draws.u_t, draws.u_s, self.k)  # [G]
         t_i, s_i, r_i = (a.repeat_interleave(M) for a in (t, s, r))  # [B]
-        x_t, x_r = add_noise(x0, t_i, draws.eps), add_noise(x0, r_i, draws.eps)  # x_r: the DDIM step from x_t to x0
+        x_t, x_r = (
+            add_noise(x0, t_i, draws.eps),
+            add_noise(x0, r_i, draws.eps),
+        )  # x_r: the DDIM step from x_t to x0
         y_t = jump(self.network, x_t, t_i, s_i, c)
         with torch.no_grad():
             y_r = jump(self.network, x_r, r_i, s_i, c)
@@ -151,13 +163,21 @@ class IMM(nn.Module):
         return loss.mean(), {"t": t, "s": s, "r": r, "loss": loss.detach()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sampling  x_{t_{k+1}} = f_{t_{k+1}, t_k}(x_{t_k}),   t_k linear from 0.994 to 0   (the paper's pushforward sampler;
 #           it serves the objectives of peers/ too, from t = 1)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def trajectory(V: Callable, x: Tensor, cond: tuple, null: tuple | None = None, *, steps: int,
-               guidance: float = 1.0, start: float = T_MAX) -> Iterator[tuple[float, Tensor]]:  # fmt: skip
+def trajectory(
+    V: Callable,
+    x: Tensor,
+    cond: tuple,
+    null: tuple | None = None,
+    *,
+    steps: int,
+    guidance: float = 1.0,
+    start: float = T_MAX,
+) -> Iterator[tuple[float, Tensor]]:
     """Yield (t_{k+1}, x at that time) for k = 1 .. steps, from standard normal x [B, ...] at time `start`.
 
     The last x is the sample.

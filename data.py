@@ -73,7 +73,9 @@ def read_text(path: Path) -> str:
     try:
         text = errors.regular(path, DataError).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
+        raise DataError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
+        ) from error
     if "\0" in text:  # UTF-16 without a mark would pass
         raise DataError(f"{path} is not UTF-8 text (it holds zero bytes): save it as UTF-8")
     return text
@@ -95,9 +97,9 @@ def to_pictures(x: Tensor) -> list[np.ndarray]:
     return list(x.permute(0, 2, 3, 1).cpu().numpy())
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # (a) Built-in shapes: GenEval in miniature
-# =====================================================================================================================
+# ============================================================================================================
 # GenEval (Ghosh et al. 2023) asks for objects, colours, counts and places in six kinds of prompt. Here the objects are
 # flat shapes on a grey background, so that a program can judge every picture exactly (scorer.py). The shade of the
 # background and the sizes vary on purpose. If all pictures had one norm, the normalisation of Eq. 19 alone would give
@@ -181,7 +183,9 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.nd
 def coverage(item: Object, size: int) -> np.ndarray:
     """[size, size] in [0, 1]: how much of each pixel the object covers (anti-aliased by its signed distance)."""
     centre = np.arange(size) + 0.5
-    distance = signed_distance(item.shape, centre[None, :] - item.x, centre[:, None] - item.y, item.diameter / 2)
+    distance = signed_distance(
+        item.shape, centre[None, :] - item.x, centre[:, None] - item.y, item.diameter / 2
+    )
     return np.clip(0.5 - distance, 0.0, 1.0)
 
 
@@ -213,7 +217,9 @@ def with_article(shape: str, color: str | None) -> str:
     return f"a {color} {shape}" if color else f"a {shape}"
 
 
-def prompt_metadata(tag: str, shapes: list[str], colors: list[str | None], count: int = 1, relation: str = "") -> dict:
+def prompt_metadata(
+    tag: str, shapes: list[str], colors: list[str | None], count: int = 1, relation: str = ""
+) -> dict:
     """The prompt and its metadata, fields and wording as in GenEval's evaluation_metadata.jsonl."""
     items = [{"class": s, "count": count} | ({"color": c} if c else {}) for s, c in zip(shapes, colors)]
     if tag == "counting":
@@ -224,7 +230,9 @@ def prompt_metadata(tag: str, shapes: list[str], colors: list[str | None], count
     if tag in ("single_object", "colors"):
         return {"tag": tag, "include": items, "prompt": f"a photo of {first}"}
     second = with_article(shapes[1], colors[1])
-    if tag == "position":  # GenEval lists the reference first: "a dog right of a cat" is [cat, dog right of object 0]
+    if (
+        tag == "position"
+    ):  # GenEval lists the reference first: "a dog right of a cat" is [cat, dog right of object 0]
         items = [items[1], items[0] | {"position": [relation, 0]}]
         return {"tag": tag, "include": items, "prompt": f"a photo of {first} {relation} {second}"}
     return {"tag": tag, "include": items, "prompt": f"a photo of {first} and {second}"}
@@ -234,7 +242,7 @@ SPLIT = 1009  # a number for which also the tags with few prompts (counting 15, 
 
 
 def split_of(prompt: str) -> str:
-    """"train", "validation" or "test": a fixed lot by the prompt's hash, about 1/10 and 2/10 of the prompts held out.
+    """ "train", "validation" or "test": a fixed lot by the prompt's hash, about 1/10 and 2/10 of the prompts held out.
 
     Prompts with one object belong to training whatever their lot: there are too few of them to spare any, and the
     held-out colour-shape pairs already ask that question.
@@ -260,7 +268,9 @@ def draw_prompt(random: np.random.Generator, tag: str) -> tuple[dict, list[str],
     told = list(colors)  # which colours the prompt tells
     if tag in ("single_object", "two_object"):
         told = [None] * n
-    if tag == "position":  # GenEval tells none here; training also tells one or both, so that the prompts can be mixed
+    if (
+        tag == "position"
+    ):  # GenEval tells none here; training also tells one or both, so that the prompts can be mixed
         told = [c if random.random() < 0.5 else None for c in colors]
     return prompt_metadata(tag, shapes, told, relation=relation), shapes, colors, relation
 
@@ -311,18 +321,38 @@ class Shapes:
         return Sample(render(scene, self.size), scene.metadata["prompt"], f"shapes-{seed}-{g}")
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # (b) A folder of pictures
-# =====================================================================================================================
+# ============================================================================================================
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 # What Pillow raises for a broken picture.
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError, ArithmeticError,
-          MemoryError,
-          struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)  # fmt: skip
+BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 MAX_PIXELS = 2**26  # 8192 x 8192: a larger picture is refused from its header, before memory is taken for it
-TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
-         8: "ROTATE_90"}
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 
 
 def orientation(image: Image.Image) -> int:
@@ -377,17 +407,24 @@ def read_captions(folder: Path) -> dict[str, str]:
         texts = {p.name: p.with_suffix(".txt") for p in pictures}
         captions = {name: read_text(text).strip() for name, text in texts.items() if text.exists()}
         if not captions:
-            raise DataError(f"{folder} has no captions: give it a metadata.jsonl with one line "
-                            '{"file_name": ..., "text": ...} per picture, or a .txt beside each picture; '
-                            "for tar shards, name the folder that holds the .tar files themselves")  # fmt: skip
+            raise DataError(
+                f"{folder} has no captions: give it a metadata.jsonl with one line "
+                '{"file_name": ..., "text": ...} per picture, or a .txt beside each picture; '
+                "for tar shards, name the folder that holds the .tar files themselves"
+            )
         if len(captions) < len(pictures):
-            print(f"{folder}: {len(pictures) - len(captions)} of {len(pictures)} pictures have no .txt and are left "
-                  "out",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                f"{folder}: {len(pictures) - len(captions)} of {len(pictures)} pictures have no .txt and are left "
+                "out",
+                file=sys.stderr,
+            )
         lonely = {p.name for p in folder.glob("*.txt")} - {text.name for text in texts.values()}
         if lonely:
-            print(f"{folder}: {len(lonely)} .txt, such as {min(lonely)}, have no picture of a known kind "
-                  f"({', '.join(PICTURE_SUFFIXES)}) and are left out", file=sys.stderr)  # fmt: skip
+            print(
+                f"{folder}: {len(lonely)} .txt, such as {min(lonely)}, have no picture of a known kind "
+                f"({', '.join(PICTURE_SUFFIXES)}) and are left out",
+                file=sys.stderr,
+            )
         return captions
     captions = {}
     several = 0
@@ -402,13 +439,17 @@ def read_captions(folder: Path) -> dict[str, str]:
             several += entry["file_name"] in captions
             captions[entry["file_name"]] = whole(entry["text"]).strip()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(f'{metadata}, line {number}: expected {{"file_name": "...", "text": "..."}}, '
-                            f"found {line.strip()[:60]!r} ({type(error).__name__})") from error  # fmt: skip
+            raise DataError(
+                f'{metadata}, line {number}: expected {{"file_name": "...", "text": "..."}}, '
+                f"found {line.strip()[:60]!r} ({type(error).__name__})"
+            ) from error
     if not captions:
         raise DataError(f"{metadata} is empty: it needs one line per picture")
     if several:
-        print(f"{metadata}: {several} lines name a picture once more; the last line of each picture counts",
-              file=sys.stderr)
+        print(
+            f"{metadata}: {several} lines name a picture once more; the last line of each picture counts",
+            file=sys.stderr,
+        )
     named = {folder / name for name in captions}  # paths, to which ./a.png is a.png
     unnamed = sum(p.suffix.lower() in PICTURE_SUFFIXES and p not in named for p in folder.iterdir())
     if unnamed:
@@ -433,10 +474,14 @@ class ImageFolder:
         self.keys: list[str] = []
         captions, state = read_captions(self.folder), hashlib.sha256()
         if (needed := 3 * size**2 * len(captions)) > machine.memory():
-            raise DataError(f"{folder}: {len(captions)} pictures of {size} x {size} take {needed / 2**30:.0f} GiB, "
-                            "more memory than there is: put them in tar shards, which are read as they are needed "
-                            f"(python engine/shards.py pack {folder} TARS)")  # fmt: skip
-        for name in tqdm(sorted(captions), desc=f"reading {folder}", unit=" pictures", leave=False, disable=None):
+            raise DataError(
+                f"{folder}: {len(captions)} pictures of {size} x {size} take {needed / 2**30:.0f} GiB, "
+                "more memory than there is: put them in tar shards, which are read as they are needed "
+                f"(python engine/shards.py pack {folder} TARS)"
+            )
+        for name in tqdm(
+            sorted(captions), desc=f"reading {folder}", unit=" pictures", leave=False, disable=None
+        ):
             try:
                 content = errors.regular(self.folder / name).read_bytes()
                 with Image.open(io.BytesIO(content)) as image:
@@ -480,9 +525,9 @@ class ImageFolder:
         return Sample(self.pictures[i], self.captions[i], self.keys[i])
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # (c) Wrong captions
-# =====================================================================================================================
+# ============================================================================================================
 # The built-in captions are always right, those of the web are not, and that is what guidance is for: where captions
 # are wrong now and then, q(x0 | c) is a mixture of what c means and of everything else. The classifier score, grad log
 # q(c | x), points out of everything else, to what c means. So the share of wrong captions is a property of data that
@@ -502,8 +547,9 @@ class WrongCaptions:
         self.fingerprint = f"{source.fingerprint}, {share:g} of the captions wrong"
         first = source.caption(0)
         if all(source.caption(number) == first for number in range(1, source.numbers)):
-            raise DataError(f"{self.name}: all captions are alike, so --wrong-captions has nothing to swap: leave it "
-                            "out")
+            raise DataError(
+                f"{self.name}: all captions are alike, so --wrong-captions has nothing to swap: leave it out"
+            )
 
     def __len__(self) -> int:
         return len(self.source)
@@ -526,12 +572,14 @@ class WrongCaptions:
         return sample._replace(caption=self.caption(self.source.number(g, seed), seed))
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Picture grids
-# =====================================================================================================================
+# ============================================================================================================
 
 
-def label_grid(rows: list[list[np.ndarray]], columns: list[str], captions: list[str], scale: int = 1) -> Image.Image:
+def label_grid(
+    rows: list[list[np.ndarray]], columns: list[str], captions: list[str], scale: int = 1
+) -> Image.Image:
     """A sheet: one row per caption, one column per label; rows[r][c] is a uint8 picture, enlarged `scale` times.
 
     A caption is one line, of no more letters than the sheet has pixels.
@@ -554,12 +602,23 @@ def label_grid(rows: list[list[np.ndarray]], columns: list[str], captions: list[
 
 def main() -> None:
     parser = errors.Parser("data.py", "Draw a sheet of training pictures with their captions.")
-    parser.add_argument("--data", metavar="DIR", type=errors.name, default="one-shape",
-                        help=f"{', '.join(SETS)} or a folder of captioned pictures (default: one-shape)")
-    parser.add_argument("--side", metavar="N", type=int, default=16, help="of the pictures, in pixels (default: 16)")
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        type=errors.name,
+        default="one-shape",
+        help=f"{', '.join(SETS)} or a folder of captioned pictures (default: one-shape)",
+    )
+    parser.add_argument(
+        "--side", metavar="N", type=int, default=16, help="of the pictures, in pixels (default: 16)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="which pictures (default: 0)")
-    parser.add_argument("--out", type=errors.file_to_write, default="data.png",
-                        help="where to write the sheet (default: data.png)")
+    parser.add_argument(
+        "--out",
+        type=errors.file_to_write,
+        default="data.png",
+        help="where to write the sheet (default: data.png)",
+    )
     args = parser.parse_args()
     parser.check_ranges(args, side=(1, 1024), seed=(0, 2**63 - 1))
     if args.out.suffix.lower() != ".png":
@@ -567,8 +626,10 @@ def main() -> None:
     source = Shapes(args.side, args.data) if args.data in SETS else ImageFolder(args.data, args.side)
     samples = [source.sample(g, args.seed) for g in range(24)]
     columns = [samples[i : i + 6] for i in range(0, 24, 6)]
-    sheets = [label_grid([[s.picture] for s in column], [""], [s.caption for s in column], max(1, 256 // args.side))
-              for column in columns]  # fmt: skip
+    sheets = [
+        label_grid([[s.picture] for s in column], [""], [s.caption for s in column], max(1, 256 // args.side))
+        for column in columns
+    ]
     whole = Image.new("RGB", (sum(sheet.width for sheet in sheets), sheets[0].height), "white")
     for i, sheet in enumerate(sheets):
         whole.paste(sheet, (i * sheet.width, 0))

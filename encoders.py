@@ -57,17 +57,17 @@ class EncoderError(errors.UserError):
     """An encoder that cannot be had as asked for; the message is one line for the user."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # S.1.2      the prompts that are not the user's: the null prompt phi is "", c_fake is the prompt of generated pictures
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def fake_prompt(prompt: str) -> str:
     """The condition c_fake: "fake image" joined with the prompt. It stands first, and truncation cuts at the end."""
     return "fake image " + prompt
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Text
-# =====================================================================================================================
+# ============================================================================================================
 
 
 class TextEncoder:
@@ -84,7 +84,9 @@ class TextEncoder:
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         if isinstance(prompts, str):
-            raise TypeError("a text encoder takes a list of prompts; a single string would be read letter by letter")
+            raise TypeError(
+                "a text encoder takes a list of prompts; a single string would be read letter by letter"
+            )
         with torch.no_grad():
             return self.encode(list(prompts))
 
@@ -102,15 +104,19 @@ def text_encoder(name: str, txt_len: int | None = None, device: torch.device | s
     Raises EncoderError for an unknown name, a folder or name that cannot be loaded, or a txt_len out of range.
     """
     if txt_len is not None and txt_len < 4:
-        raise EncoderError(f'txt_len must be at least 4, not {txt_len}: "fake image" and an end token must fit')
+        raise EncoderError(
+            f'txt_len must be at least 4, not {txt_len}: "fake image" and an end token must fit'
+        )
     if name == "words":
         return WordVectors(txt_len or 14, device)
     if name == "flux" or name.startswith("hf:"):
         return HuggingFaceText(name, txt_len or 256, device)
-    raise EncoderError(f'unknown text encoder {name!r}: use "words", "flux", "hf:NAME_OR_FOLDER" or "hf:TOKENS,POOLED"')
+    raise EncoderError(
+        f'unknown text encoder {name!r}: use "words", "flux", "hf:NAME_OR_FOLDER" or "hf:TOKENS,POOLED"'
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # "words": hashed word vectors
 #
 # A word's vector is 128 bits of its hash, read as signs. Two words' vectors are nearly orthogonal (cosine 0 +- 0.09),
@@ -118,7 +124,7 @@ def text_encoder(name: str, txt_len: int | None = None, device: torch.device | s
 # it learns from pictures. No table, no file, no random generator: integers and signs come out alike on every machine
 # and with every library version, so a checkpoint never meets different vectors from those it was trained with.
 # (Lower-casing and NFKC are promised not to change for a character once Unicode has it; Python 3.10 has Unicode 13.)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 # Code points that are a word each: punctuation and symbols, emoji, and scripts without spaces (Chinese, Japanese).
 # Written out, because the classes of Python's `re` follow the Unicode edition of the Python in use.
@@ -201,9 +207,9 @@ class WordVectors(TextEncoder):
         return tokens, np.concatenate([bag, moment])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Where a frozen network comes from
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def locate(place: str) -> tuple[str, str]:
     """A folder or Hugging Face name -> (folder or repository, folder inside the repository, may be empty)."""
     place = place.strip()
@@ -211,7 +217,9 @@ def locate(place: str) -> tuple[str, str]:
     if place and os.path.isdir(folder):
         return os.path.abspath(folder), ""
     if not place:
-        raise EncoderError("the name of an encoder is empty: give a folder or a Hugging Face name after the colon")
+        raise EncoderError(
+            "the name of an encoder is empty: give a folder or a Hugging Face name after the colon"
+        )
     if place[0] in "./~" or "\\" in place:
         raise EncoderError(f"no such folder to load an encoder from: {place}")
     owner_name, inside = place.split("/")[:2], place.split("/")[2:]
@@ -247,7 +255,9 @@ def load(what: str, place: str, from_pretrained, **arguments):
     root, inside = locate(place)
     try:
         return from_pretrained(root, **({"subfolder": inside} if inside else {}), **arguments)
-    except Exception as error:  # OSError, ValueError, ImportError, SafetensorError, tokenizers' plain Exception ..
+    except (
+        Exception
+    ) as error:  # OSError, ValueError, ImportError, SafetensorError, tokenizers' plain Exception ..
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         kind = "folder" if os.path.isdir(root) else "Hugging Face name (and there is no such folder here)"
         raise EncoderError(f"cannot load the {what} from the {kind} {place}: {reason}") from error
@@ -258,13 +268,18 @@ def precision(device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # "hf:": any Hugging Face encoder
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 # The families of which only a part is wanted: T5's encoder half, CLIP's text tower. Others load whole, with AutoModel.
-TEXT_PART = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel", "clip": "CLIPTextModel",
-             "clip_text_model": "CLIPTextModel"}  # fmt: skip
+TEXT_PART = {
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "clip": "CLIPTextModel",
+    "clip_text_model": "CLIPTextModel",
+}
 
 
 class FrozenTransformer:
@@ -282,18 +297,26 @@ class FrozenTransformer:
         config = load("text encoder", place, transformers.AutoConfig.from_pretrained)
         part = TEXT_PART.get(config.model_type)
         if part is None and (hasattr(config, "text_config") or config.is_encoder_decoder):
-            raise EncoderError(f"{place} is a {config.model_type} model: use a text encoder such as T5, CLIP or BERT")
+            raise EncoderError(
+                f"{place} is a {config.model_type} model: use a text encoder such as T5, CLIP or BERT"
+            )
         load_tokenizer = transformers.AutoTokenizer.from_pretrained
         self.tokenizer = load("tokenizer", tokenizer_place(place), load_tokenizer, config=config)
         # Without vocabulary files some versions of transformers make an empty tokenizer, to which all words are alike.
         if self.tokenizer("red circle")["input_ids"] == self.tokenizer("fake image")["input_ids"]:
-            raise EncoderError(f"the tokenizer of {place} cannot tell words apart: its vocabulary files are missing")
+            raise EncoderError(
+                f"the tokenizer of {place} cannot tell words apart: its vocabulary files are missing"
+            )
         if self.tokenizer.pad_token is None:
-            raise EncoderError(f"the tokenizer of {place} has no padding token to bring prompts to one length with")
+            raise EncoderError(
+                f"the tokenizer of {place} has no padding token to bring prompts to one length with"
+            )
         # Cut and pad at the end, whatever the tokenizer's own habit, so that "fake image" survives.
         self.tokenizer.truncation_side = self.tokenizer.padding_side = "right"
 
-        dtype = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"  # the argument's name
+        dtype = (
+            "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+        )  # the argument's name
         model_class = getattr(transformers, part or "AutoModel")
         arguments = {dtype: precision(device), "use_safetensors": True, "output_loading_info": True}
         model, info = load("text encoder", place, model_class.from_pretrained, **arguments)
@@ -303,22 +326,30 @@ class FrozenTransformer:
         self.has_pooler = not any("pooler" in key for key in missing)
         lost = [key for key in missing if "pooler" not in key]
         if lost:
-            raise EncoderError(f"{place} lacks {len(lost)} weights of a {config.model_type} model, such as {lost[0]}")
+            raise EncoderError(
+                f"{place} lacks {len(lost)} weights of a {config.model_type} model, such as {lost[0]}"
+            )
         self.place, self.device = place, device
         self.model = model.eval().requires_grad_(False).to(device)
         self.width = model.config.hidden_size
-        self.limit = min(self.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 10**9))
+        self.limit = min(
+            self.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 10**9)
+        )
         # FLUX lets T5 and CLIP see the padding, and so does this; BERT and its kin read padding only behind a mask.
         self.masked = part is None
 
     def __call__(self, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
-        batch = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        batch = self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
         ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
         out = self.model(input_ids=ids, attention_mask=mask if self.masked else None)
         states = out.last_hidden_state.float()
         pooled = getattr(out, "pooler_output", None) if self.has_pooler else None
         if pooled is None:
-            real = mask[..., None].float()  # at least one token is real: tokenizers add an end or a start to ""
+            real = mask[
+                ..., None
+            ].float()  # at least one token is real: tokenizers add an end or a start to ""
             pooled = (states * real).sum(dim=1) / real.sum(dim=1).clamp_min(1.0)
         return states, pooled.float()
 
@@ -351,16 +382,18 @@ class HuggingFaceText(TextEncoder):
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         tokens, pooled = self.of_tokens(prompts, self.txt_len)
         if self.of_pooled is not self.of_tokens:
-            _, pooled = self.of_pooled(prompts, min(self.txt_len, self.of_pooled.limit))  # CLIP reads 77 tokens
+            _, pooled = self.of_pooled(
+                prompts, min(self.txt_len, self.of_pooled.limit)
+            )  # CLIP reads 77 tokens
         return tokens, pooled
 
     def cuts(self, prompt: str) -> bool:
         return len(self.of_tokens.tokenizer(prompt, verbose=False)["input_ids"]) > self.txt_len
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Pictures
-# =====================================================================================================================
+# ============================================================================================================
 
 
 class Pixels:
@@ -404,15 +437,22 @@ class KLAutoencoder:
         self.channels = vae.config.latent_channels
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # each level but the last halves the side
         self.shift, self.scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
-        if not all(isinstance(x, (int, float)) and abs(x) < 1e6 for x in (self.shift, self.scale)) or not self.scale:
-            raise EncoderError(f"{place}: its config.json says scaling_factor {self.scale!r} and shift_factor "
-                               f"{self.shift!r}, which must be numbers, the first not 0")  # fmt: skip
+        if (
+            not all(isinstance(x, (int, float)) and abs(x) < 1e6 for x in (self.shift, self.scale))
+            or not self.scale
+        ):
+            raise EncoderError(
+                f"{place}: its config.json says scaling_factor {self.scale!r} and shift_factor "
+                f"{self.shift!r}, which must be numbers, the first not 0"
+            )
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> [B, channels, H/factor, W/factor] in fp32; H and W multiples of factor."""
         if images.shape[-2] % self.factor or images.shape[-1] % self.factor:
-            raise EncoderError(f"picture sides must be multiples of {self.factor}, not {tuple(images.shape[-2:])}")
+            raise EncoderError(
+                f"picture sides must be multiples of {self.factor}, not {tuple(images.shape[-2:])}"
+            )
         z = self.vae.encode(images.to(self.device, self.dtype)).latent_dist.mode()
         return (z.float() - self.shift) * self.scale
 

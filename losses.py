@@ -37,8 +37,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model import G
 from engine.randomness import rng
+from model import G
 
 
 def like(t: Tensor, x: Tensor) -> Tensor:
@@ -56,118 +56,120 @@ def squared_norm(x: Tensor) -> Tensor:
     return x.reshape(len(x), -1).square().sum(dim=1)
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Sec. 2: flow matching
-# =====================================================================================================================
+# ============================================================================================================
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 1      x_t = alpha_t x0 + sigma_t eps,   (alpha_t, sigma_t) = (1 - t, t)
 # Eq. 8      the same line makes x_s ~ p_theta(x_s | c) from a generated x0_hat: x_s_hat = alpha_s x0_hat + sigma_s eps
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def add_noise(x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """x0 and eps [B, ...], t [B] -> x_t [B, ...]."""
     return (1 - like(t, x0)) * x0 + like(t, x0) * eps
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 2      v = d x_t / dt = eps - x0
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def velocity(x0: Tensor, eps: Tensor) -> Tensor:
     """The velocity of the straight path from x0 (t = 0) to eps (t = 1); it does not depend on t."""
     return eps - x0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 3      L_CFM = || V(x_t, t, c) - v ||^2
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def cfm_loss(V: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
     """The conditional flow matching loss of each sample, [B]. V is the network's output at x_t."""
     return squared_norm(V - velocity(x0, eps))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 4      x0_hat = x_t - t V(x_t, t, c)  ~  E[x0 | x_t, c] for the V that minimises Eq. 3
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def one_step_estimate(x_t: Tensor, t: Tensor, V: Tensor) -> Tensor:
     """The naive one-step estimate of x0: the posterior mean, a blend of all pictures that x_t could come from."""
     return x_t - like(t, x_t) * V
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Sec. 3.1: learning from data
-# =====================================================================================================================
+# ============================================================================================================
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 7      L_data = || G(x_t, t, s, c) - x0 ||^2
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def data_loss(x0_hat: Tensor, x0: Tensor) -> Tensor:
     """The data loss of each sample, [B]. Weighted with 1/t^2 (Eq. 21) it is Eq. 3, since x0_hat - x0 = t (v - V)."""
     return squared_norm(x0_hat - x0)
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Sec. 3.2 and S.1: learning by self-evaluation. Scores first, then what the network has for them: posterior means.
 # The functions of scores are the derivation, and only the identities (toy/) call them; training begins at Eq. s.6.
-# =====================================================================================================================
+# ============================================================================================================
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 10     delta(x_s) = grad log p_theta(x_s | c) - grad log q(x_s | c)
 #            E[delta dx_s/dtheta] is the gradient of the reverse KL divergence of Eq. 9
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def reverse_kl_direction(score_p: Tensor, score_q: Tensor) -> Tensor:
     """The gradient of KL(p || q) with respect to a sample of p; samples move against it."""
     return score_p - score_q
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 11     grad log q(x_s | c) = (alpha_s E[x0 | x_s, c] - x_s) / sigma_s^2                              (Tweedie)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def score_from_mean(mean: Tensor, x_s: Tensor, s: Tensor) -> Tensor:
     """The score of the noisy distribution at time s > 0 from its posterior mean of x0."""
     return ((1 - like(s, x_s)) * mean - x_s) / like(s, x_s) ** 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. s.1    E[x0 | x_s, c] = (x_s + sigma_s^2 grad log q(x_s | c)) / alpha_s                  (Eq. 11 read backwards)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def mean_from_score(score: Tensor, x_s: Tensor, s: Tensor) -> Tensor:
     """The posterior mean of x0 from the score at time s < 1."""
     return (x_s + like(s, x_s) ** 2 * score) / (1 - like(s, x_s))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. s.2    E_q[x0 | x_s] - E_q[x0 | x_s, c]   = sigma_s^2 / alpha_s (grad log q(x_s) - grad log q(x_s | c))
 # Eq. s.3    E_p[x0 | x_s, c] - E_q[x0 | x_s, c] = sigma_s^2 / alpha_s (grad log p(x_s | c) - grad log q(x_s | c))
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def mean_gap(score_a: Tensor, score_b: Tensor, s: Tensor) -> Tensor:
     """The gap between two posterior means, from the gap between the two scores (s < 1)."""
     return like(s, score_a) ** 2 / (1 - like(s, score_a)) * (score_a - score_b)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 12     grad log q_w = grad log q(x_s | c) + (w - 1) grad log [q(x_s | c) / q(x_s | phi)]
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def guided_score(score_c: Tensor, score_null: Tensor, w: float) -> Tensor:
     """The score of the conditionally sharpened distribution at guidance scale w (1 leaves it as it is)."""
     return score_c + (w - 1) * (score_c - score_null)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 13     delta(x_s) = (w - 1) (grad log q(x_s | phi) - grad log q(x_s | c))      classifier score term
 #                         + (grad log p_theta(x_s | c) - grad log q(x_s | c))        auxiliary term (optional)
-# ---------------------------------------------------------------------------------------------------------------------
-def self_evaluation_scores(score_null: Tensor, score_c: Tensor, score_p: Tensor, w: float) -> tuple[Tensor, Tensor]:
+# ------------------------------------------------------------------------------------------------------------
+def self_evaluation_scores(
+    score_null: Tensor, score_c: Tensor, score_p: Tensor, w: float
+) -> tuple[Tensor, Tensor]:
     """Eq. 10 against the guided score of Eq. 12, apart in its two terms: (classifier score term, auxiliary term)."""
     return (w - 1) * (score_null - score_c), reverse_kl_direction(score_p, score_c)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. s.6    Delta = k (G_null - G_c) + (1 - k) (G_fake - G_c),   each G evaluated at (x_s_hat, s, s)
 #            k = (w - 1) / w makes it proportional to Eq. 13; k = 1 is the classifier term alone
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def self_evaluation(G_null: Tensor, G_c: Tensor, G_fake: Tensor | None = None, k: float = 1.0) -> Tensor:
     """The self-evaluation Delta, [B, ...]. Without G_fake the auxiliary term is off and k is 1."""
     if G_fake is None:
@@ -175,9 +177,9 @@ def self_evaluation(G_null: Tensor, G_c: Tensor, G_fake: Tensor | None = None, k
     return k * (G_null - G_c) + (1 - k) * (G_fake - G_c)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 14     x_self = sg[ x0_hat - Delta ]
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def pseudo_target(x0_hat: Tensor, Delta: Tensor) -> Tensor:
     """The model's prediction, corrected by its own evaluation. No gradient flows through it.
 
@@ -188,22 +190,22 @@ def pseudo_target(x0_hat: Tensor, Delta: Tensor) -> Tensor:
     return (x0_hat - Delta).detach()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 15     L_self-evaluate = || x0_hat - x_self ||^2                                            (s.4 is the same line)
 # Eq. s.5, s.7   its gradient with respect to x_s_hat is 2 Delta / alpha_s: for s.7 (k = (w - 1) / w)
 #                2 sigma_s^2 / alpha_s^2 * Eq. 13 / w, for s.5 (k = 1) the same with the classifier score alone, without
 #                1 / w. The paper reads Eq. 8 backwards here, x0_hat = (x_s_hat - sigma_s eps) / alpha_s. In training
 #                nothing flows through x_s_hat, and the gradient with respect to x0_hat is 2 Delta.
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def self_evaluation_loss(x0_hat: Tensor, x_self: Tensor) -> Tensor:
     """The self-evaluation loss of each sample, [B]. Its value is ||Delta||^2; what counts is its gradient, 2 Delta."""
     return squared_norm(x0_hat - x_self)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. s.8    L_fake = || G(sg[x_s_hat], s, s, c_fake) - sg[x0_hat] ||^2
 #            here times 1/s^2, the weight of Eq. 21 at time s, so that it is a velocity loss (Eq. 3) on generated data
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def fake_loss(V_fake: Tensor, x0_hat: Tensor, eps: Tensor) -> Tensor:
     """The loss of each sample, [B], that teaches the "fake image" prompt the posterior mean of the model's own samples.
 
@@ -215,14 +217,14 @@ def fake_loss(V_fake: Tensor, x0_hat: Tensor, eps: Tensor) -> Tensor:
     return cfm_loss(V_fake, x0_hat.detach(), eps)
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Sec. 3.3: the final objective
-# =====================================================================================================================
+# ============================================================================================================
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 17     lam = sigma_t / alpha_t - sigma_s / alpha_s = t / (1 - t) - s / (1 - s)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def lam(t: Tensor, s: Tensor) -> Tensor:
     """lambda_{s,t} >= 0, [B]: zero where s = t < 1, infinite at t = 1 (s < t). The targets use `mix_weight` instead."""
     return (t - s) / ((1 - t) * (1 - s))
@@ -239,26 +241,26 @@ def mix_weight(t: Tensor, s: Tensor, scale: float = 1.0) -> Tensor:
     return torch.where(gap > 0, gap / (gap + (1 - t) * (1 - s)).clamp_min(torch.finfo(t.dtype).tiny), 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 5      L = L_data + lambda L_self-evaluate
 # Eq. 16     L_{s,t} = || x0_hat - x0 ||^2 + lam || x0_hat - x_self ||^2
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def hybrid_loss(x0_hat: Tensor, x0: Tensor, x_self: Tensor, lam: Tensor) -> Tensor:
     """The two-term loss of each sample, [B]. Its gradient is (1 + lam) times that of || x0_hat - x_tar ||^2."""
     return data_loss(x0_hat, x0) + lam * self_evaluation_loss(x0_hat, x_self)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 18     x_tar = (x0 + lam x_self) / (1 + lam) = (1 - mix) x0 + mix x_self,   mix = lam / (1 + lam)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def implicit_target(x0: Tensor, x_self: Tensor, mix: Tensor) -> Tensor:
     """The point at which the gradient of Eq. 16 vanishes. mix [B] is `mix_weight`."""
     return (1 - like(mix, x0)) * x0 + like(mix, x0) * x_self
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 19     x_renorm = (x0 + lam x_self) / || x0 + lam x_self || * || x0 ||
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def renormalise(x_tar: Tensor, x0: Tensor) -> Tensor:
     """x_tar (or a positive multiple of it whose square fp32 can hold) brought to the norm of x0, sample by sample.
 
@@ -269,32 +271,32 @@ def renormalise(x_tar: Tensor, x0: Tensor) -> Tensor:
     return x_tar * like(ratio, x_tar)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 20     L_{s,t} = || x0_hat - x_renorm ||^2
 #            The factor (1 + lam) between Eq. 16 and Eq. 18 is dropped here on purpose, as in the paper.
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def target_loss(x0_hat: Tensor, target: Tensor) -> Tensor:
     """The regression loss of each sample, [B]. The target carries no gradient."""
     return squared_norm(x0_hat - target)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 21     L = E_{s,t}[ w_{s,t} L_{s,t} ],   w_{s,t} = 1 / t^2   (S.2)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def time_weight(t: Tensor) -> Tensor:
     """w_{s,t}, [B]: turns a loss on x0_hat into a loss on the velocity, because x0_hat = x_t - t V."""
     return 1 / t**2
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # S.2: the distribution of (t, s)
-# =====================================================================================================================
+# ============================================================================================================
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. s.11   t_raw = sigmoid(z),  z ~ N(0, 1)
 # Eq. s.12   t = e^mu / (e^mu + (1 / t_raw - 1)),   mu(L) linear through (512, 0.5) and (4096, 1.15)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def mu_of_length(L: int) -> float:
     """The shift of the noise schedule for pictures of L tokens: longer sequences hide less under the same noise.
 
@@ -309,9 +311,9 @@ def warp(t_raw: Tensor, mu: float) -> Tensor:
     return odds / (odds + (1 - t_raw))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. s.13   s = t for half of the samples,   s ~ U((1 - tau) t, t) for the others
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def sample_times(z: Tensor, u: Tensor, below: Tensor, mu: float, tau: float) -> tuple[Tensor, Tensor]:
     """z normal [B], u uniform in [0, 1) [B], below [n]: the positions with s < t -> t, s [B] each (s.11 to s.13)."""
     t = warp(torch.sigmoid(z), mu)
@@ -354,9 +356,9 @@ def draw(seed: int, step: int, index: list[int], shape: tuple, p_equal: float = 
     return Draws(*(x.to(device) for x in (*numbers, below_positions(index, p_equal))))
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # The whole step
-# =====================================================================================================================
+# ============================================================================================================
 
 
 class SelfE(nn.Module):
@@ -384,8 +386,20 @@ class SelfE(nn.Module):
     on what the network learns at larger s (Delta falls as s^2).
     """
 
-    def __init__(self, network, ema, *, mu=0.0, target="renorm", k=0.9, delta_scale=1.0, lam_scale=1.0, lam_s=None,
-                 null_target="data", unconditional=None):  # fmt: skip
+    def __init__(
+        self,
+        network,
+        ema,
+        *,
+        mu=0.0,
+        target="renorm",
+        k=0.9,
+        delta_scale=1.0,
+        lam_scale=1.0,
+        lam_s=None,
+        null_target="data",
+        unconditional=None,
+    ):
         super().__init__()
         if target not in ("renorm", "tar", "sum") or null_target not in ("data", "renorm"):
             raise ValueError(f"unknown target {target!r} or null_target {null_target!r}")
@@ -394,8 +408,17 @@ class SelfE(nn.Module):
         self.k, self.delta_scale, self.lam_scale = k, delta_scale, lam_scale
         self.lam_s = lam_s or (lambda t, s: s)
 
-    def forward(self, x0: Tensor, c: tuple, null: tuple, fake: tuple | None, is_null: Tensor, draws: Draws, tau: float,
-                aux: bool = False) -> tuple[Tensor, dict]:  # fmt: skip
+    def forward(
+        self,
+        x0: Tensor,
+        c: tuple,
+        null: tuple,
+        fake: tuple | None,
+        is_null: Tensor,
+        draws: Draws,
+        tau: float,
+        aux: bool = False,
+    ) -> tuple[Tensor, dict]:
         """The loss of one micro-batch, per value of x0, and what one wants to watch.
 
         x0 [B, ...] fp32; c, null, fake tuples of tensors with leading dimension B (fake is read only with aux);
@@ -407,26 +430,42 @@ class SelfE(nn.Module):
         x_t = add_noise(x0, t, draws.eps)  # [B, ...] Eq. 1
         x0_hat = G(self.network, x_t, t, s, c)  # [B, ...] Eq. 6: the only pass with gradient, but for s.8
         loss, loss_fake = data_loss(x0_hat, x0), t.new_zeros(len(draws.below))  # [B] Eq. 7, [n] s.8
-        D = x0[0].numel()  # the paper sums over values; the mean differs by a constant and reads the same at every size
+        D = (
+            x0[0].numel()
+        )  # the paper sums over values; the mean differs by a constant and reads the same at every size
         stats = {"t": t, "s": s}
 
         if len(draws.below):  # flow matching has no s < t
             j = functools.partial(rows, draws.below)  # the half with s < t
             t_j, s_j, x0_j, x0_hat_j, is_null_j = map(j, (t, s, x0, x0_hat, is_null))
             prompts = j(c), j(null), j(fake) if aux else None
-            Delta, loss_fake = self.self_evaluate(x0_hat_j, s_j, *prompts, is_null_j, j(draws.eps_s))  # Eq. 8, s.6
+            Delta, loss_fake = self.self_evaluate(
+                x0_hat_j, s_j, *prompts, is_null_j, j(draws.eps_s)
+            )  # Eq. 8, s.6
             x_self = pseudo_target(x0_hat_j, Delta)  # [n, ...] Eq. 14
             mix = self.mix(t_j, s_j, is_null_j, aux)  # [n] Eq. 17
-            loss = loss.index_put((draws.below,), self.regress(x0_hat_j, x0_j, x_self, mix))  # [n] of [B] Eq. 18-20
+            loss = loss.index_put(
+                (draws.below,), self.regress(x0_hat_j, x0_j, x_self, mix)
+            )  # [n] of [B] Eq. 18-20
             stats |= {"mix": mix, "delta_norm": (squared_norm(Delta) / D).sqrt()}
             stats |= {"fake_loss": loss_fake.detach() / D} if aux else {}
 
         loss = time_weight(t) * loss  # [B] Eq. 21
         stats["loss"] = loss.detach() / D
-        return (loss.mean() + loss_fake.sum() / len(x0)) / D, stats  # s.8 with coefficient 1, over the full batch too
+        return (
+            loss.mean() + loss_fake.sum() / len(x0)
+        ) / D, stats  # s.8 with coefficient 1, over the full batch too
 
-    def self_evaluate(self, x0_hat: Tensor, s: Tensor, c: tuple, null: tuple, fake: tuple | None, is_null: Tensor,
-                      eps_s: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def self_evaluate(
+        self,
+        x0_hat: Tensor,
+        s: Tensor,
+        c: tuple,
+        null: tuple,
+        fake: tuple | None,
+        is_null: Tensor,
+        eps_s: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """Judge the predictions at noise level s: Delta [n, ...], detached, and the loss of the fake branch, [n].
 
         fake is None without the auxiliary term; the loss is then 0.
@@ -434,7 +473,9 @@ class SelfE(nn.Module):
         x_s_hat = add_noise(x0_hat, s, eps_s).detach()  # [n, ...] Eq. 8; judged without gradient
         G_c, G_null = self.evaluate(x_s_hat, s, c, null, is_null)  # [n, ...]
         G_fake, loss_fake = None, torch.zeros_like(s)
-        if fake is not None:  # one pass with gradient serves both Delta (s.6) and the loss of the fake branch (s.8)
+        if (
+            fake is not None
+        ):  # one pass with gradient serves both Delta (s.6) and the loss of the fake branch (s.8)
             V_fake = self.network(x_s_hat, s, s, *fake)
             G_fake = one_step_estimate(x_s_hat, s, V_fake).detach()
             loss_fake = fake_loss(V_fake, x0_hat, eps_s)  # [n] s.8
@@ -442,7 +483,9 @@ class SelfE(nn.Module):
         return Delta, loss_fake
 
     @torch.no_grad()
-    def evaluate(self, x_s_hat: Tensor, s: Tensor, c: tuple, null: tuple, is_null: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(
+        self, x_s_hat: Tensor, s: Tensor, c: tuple, null: tuple, is_null: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The branches of the classifier score at (x_s_hat, s, s), [n, ...] each: G_c by the EMA, G_null online."""
         G_c = G(self.ema, x_s_hat, s, s, c)
         G_null = G(self.unconditional, x_s_hat, s, s, null)

@@ -32,18 +32,45 @@ from torch.utils.checkpoint import checkpoint
 # width, hence width must exceed that number; 8 x 8 RGB patches (192 values) through width 128 leave every picture
 # grainy.
 SIZES = {
-    "laptop": dict(width=128, heads=4, double=2, single=4, axes=(8, 12, 12), channels=3, patch=4, txt_dim=256,
-                   vec_dim=256),
-    "0.5b": dict(width=1024, heads=16, double=8, single=16, axes=(8, 28, 28), channels=16, patch=2, txt_dim=4096,
-                 vec_dim=768),
-    "2b": dict(width=2048, heads=16, double=8, single=16, axes=(16, 56, 56), channels=16, patch=2, txt_dim=4096,
-               vec_dim=768),
+    "laptop": dict(
+        width=128,
+        heads=4,
+        double=2,
+        single=4,
+        axes=(8, 12, 12),
+        channels=3,
+        patch=4,
+        txt_dim=256,
+        vec_dim=256,
+    ),
+    "0.5b": dict(
+        width=1024,
+        heads=16,
+        double=8,
+        single=16,
+        axes=(8, 28, 28),
+        channels=16,
+        patch=2,
+        txt_dim=4096,
+        vec_dim=768,
+    ),
+    "2b": dict(
+        width=2048,
+        heads=16,
+        double=8,
+        single=16,
+        axes=(16, 56, 56),
+        channels=16,
+        patch=2,
+        txt_dim=4096,
+        vec_dim=768,
+    ),
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 6      x0_hat = G(x_t, t, s, c) = x_t - t V(x_t, t, s, c)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def G(V, x_t: Tensor, t: Tensor, s: Tensor, cond: tuple) -> Tensor:
     """The sample head: the clean sample that the network V predicts from x_t (Eq. 6).
 
@@ -53,9 +80,9 @@ def G(V, x_t: Tensor, t: Tensor, s: Tensor, cond: tuple) -> Tensor:
     return x_t - t.view(-1, *[1] * (x_t.dim() - 1)) * V(x_t, t, s, *cond)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. s.9    e_t = MLP_t(Sinusoid(t)),   e_s = MLP_s(Sinusoid(t - s)): the features here, the MLPs in Denoiser.forward
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def sinusoid(t: Tensor, features: int = 256, max_period: float = 10000.0, factor: float = 1000.0) -> Tensor:
     """[B] times in [0, 1] -> [B, features]: cos then sin of factor * t at geometrically spaced frequencies, in fp32.
 
@@ -63,7 +90,9 @@ def sinusoid(t: Tensor, features: int = 256, max_period: float = 10000.0, factor
     derivative that is mostly such oscillation. Objectives that learn from it (peers/) take the factor 1.
     """
     half = features // 2
-    frequencies = torch.exp(-torch.log(torch.tensor(max_period)) * torch.arange(half, dtype=torch.float32) / half)
+    frequencies = torch.exp(
+        -torch.log(torch.tensor(max_period)) * torch.arange(half, dtype=torch.float32) / half
+    )
     angles = factor * t.float()[:, None] * frequencies.to(t.device)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -80,9 +109,9 @@ class Embedder(nn.Module):
         return self.out_layer(F.silu(self.in_layer(x)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rotary positions over (frame, y, x), S.2's (t, y, x): text tokens sit at the origin, image tokens at (0, y, x)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=64)
 def rope_table(txt_len: int, rows: int, cols: int, axes: tuple, device: torch.device) -> Tensor:
     """[2, txt_len + rows * cols, sum(axes) / 2]: cosines and sines of each token's rotation angles (theta = 10000).
@@ -91,8 +120,12 @@ def rope_table(txt_len: int, rows: int, cols: int, axes: tuple, device: torch.de
     """
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
     position = torch.stack([torch.zeros_like(x), y, x], dim=-1).reshape(-1, 3)  # [rows * cols, 3]
-    position = torch.cat([position.new_zeros(txt_len, 3), position]).double()  # text first, as in the attention
-    angles = [position[:, i : i + 1] * 10000.0 ** (-torch.arange(0, n, 2).double() / n) for i, n in enumerate(axes)]
+    position = torch.cat(
+        [position.new_zeros(txt_len, 3), position]
+    ).double()  # text first, as in the attention
+    angles = [
+        position[:, i : i + 1] * 10000.0 ** (-torch.arange(0, n, 2).double() / n) for i, n in enumerate(axes)
+    ]
     angles = torch.cat(angles, dim=-1)
     with torch.inference_mode(False):  # a table made while sampling must serve a later training step too
         return torch.stack([angles.cos(), angles.sin()]).float().to(device)
@@ -108,9 +141,9 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1).flatten(-2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The blocks of FLUX
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last dimension, eps 1e-6."""
 
@@ -184,7 +217,9 @@ class DoubleBlock(nn.Module):
         for stream in ("img", "txt"):
             self.add_module(f"{stream}_mod", Modulation(width, 6))
             self.add_module(f"{stream}_attn", SelfAttention(width, heads))
-            mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+            mlp = nn.Sequential(
+                nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+            )
             self.add_module(f"{stream}_mlp", mlp)
 
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,9 +271,9 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(x, shift, scale))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The denoiser
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 class Denoiser(nn.Module):
     """V_theta(x_t, t, s, c), S.2 (d). The keyword arguments are the columns of `SIZES`.
 
@@ -247,14 +282,30 @@ class Denoiser(nn.Module):
     rounded inside, by the first and the last linear layer. Call the network outside any autocast of your own.
     """
 
-    def __init__(self, width, heads, double, single, axes, channels, patch, txt_dim, vec_dim, precision=torch.float32,
-                 time_factor=1000.0):  # fmt: skip
+    def __init__(
+        self,
+        width,
+        heads,
+        double,
+        single,
+        axes,
+        channels,
+        patch,
+        txt_dim,
+        vec_dim,
+        precision=torch.float32,
+        time_factor=1000.0,
+    ):
         super().__init__()
         if len(axes) != 3 or sum(axes) * heads != width or any(n % 2 for n in axes):
-            raise ValueError(f"RoPE axes {axes} must be three even numbers that sum to the head size {width} / {heads}")
+            raise ValueError(
+                f"RoPE axes {axes} must be three even numbers that sum to the head size {width} / {heads}"
+            )
         self.axes, self.patch, self.channels, self.precision = tuple(axes), patch, channels, precision
         self.time_factor = time_factor
-        self.recompute = 0  # so many blocks forget their activations and compute them again in the backward pass
+        self.recompute = (
+            0  # so many blocks forget their activations and compute them again in the backward pass
+        )
         self.img_in = nn.Linear(channels * patch**2, width)
         self.txt_in = nn.Linear(txt_dim, width)
         self.time_in = Embedder(256, width)
@@ -287,7 +338,9 @@ class Denoiser(nn.Module):
     def run(self, number: int, block: nn.Module, *x: Tensor):
         """Block `number` of all blocks on its inputs, with or without keeping its activations."""
         if number < self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, *x, use_reentrant=False, preserve_rng_state=False)  # nothing random is in a block
+            return checkpoint(
+                block, *x, use_reentrant=False, preserve_rng_state=False
+            )  # nothing random is in a block
         return block(*x)
 
     def forward(self, x_t: Tensor, t: Tensor, s: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
@@ -319,9 +372,9 @@ class Denoiser(nn.Module):
         return rearrange(img.float(), "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=rows, w=cols, ph=p, pw=p)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What a forward pass costs
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def forward_flops(size: dict, image_tokens: int, text_tokens: int) -> float:
     """Floating-point operations of one forward pass for one sample (a multiply-add is two), from the entries of
     `SIZES`.
@@ -331,7 +384,9 @@ def forward_flops(size: dict, image_tokens: int, text_tokens: int) -> float:
     """
     d, N = size["width"], image_tokens + text_tokens
     blocks = size["double"] + size["single"]
-    per_token = blocks * 12 * d**2 * N  # qkv 3, proj 1, MLP 8; a single block's two linears, 7 + 5, are as many
+    per_token = (
+        blocks * 12 * d**2 * N
+    )  # qkv 3, proj 1, MLP 8; a single block's two linears, 7 + 5, are as many
     per_sample = (size["double"] * 12 + size["single"] * 3 + 2) * d**2  # modulations
     ends = (2 * size["channels"] * size["patch"] ** 2 * image_tokens + size["txt_dim"] * text_tokens) * d
     embedders = (2 * 256 + size["vec_dim"] + 3 * d) * d
@@ -346,13 +401,17 @@ def count_parameters(size: dict) -> int:
 
 
 def main() -> None:
-    print(f"{'size':8}{'width':>7}{'heads':>7}{'blocks':>9}{'parameters':>14}{'image tokens':>14}"
-          f"{'GFLOP a forward':>17}")
+    print(
+        f"{'size':8}{'width':>7}{'heads':>7}{'blocks':>9}{'parameters':>14}{'image tokens':>14}"
+        f"{'GFLOP a forward':>17}"
+    )
     for name, size in SIZES.items():
         parameters = count_parameters(size)
         for tokens, text in ((16, 14), (36, 14)) if name == "laptop" else ((256, 256), (1024, 256)):
-            print(f"{name:8}{size['width']:7}{size['heads']:7}{size['double']:5} +{size['single']:3}{parameters:14,}"
-                  f"{tokens:14}{forward_flops(size, tokens, text) / 1e9:17.3f}")  # fmt: skip
+            print(
+                f"{name:8}{size['width']:7}{size['heads']:7}{size['double']:5} +{size['single']:3}{parameters:14,}"
+                f"{tokens:14}{forward_flops(size, tokens, text) / 1e9:17.3f}"
+            )
 
 
 if __name__ == "__main__":

@@ -25,52 +25,100 @@ class Objective(NamedTuple):
 
     build: Callable  # (network, ema, the flags of train.py) -> the module
     draw: Callable  # the random numbers of a micro-batch, like losses.draw
-    forwards: float  # a training step's price, in forward passes of the batch: 1 forward + 2 backward + evaluations
+    forwards: (
+        float  # a training step's price, in forward passes of the batch: 1 forward + 2 backward + evaluations
+    )
     guided: float = 0.0  # forward passes more for guidance in the target (--train-guidance)
     group: int = 2  # batch and micro-batch are multiples of it
     flags: tuple[str, ...] = ()  # of train.py's flags below "the objective", those that are its own
-    s_rules: tuple[float, ...] = (0.0, 0.5, 1.0)  # the rules for s_k that make sense (sampler.py), its default first
-    time_factor: float = 1000.0  # of the time features (model.sinusoid); 1 for peers/, as in their authors' code
-    derives: bool = False  # the target holds a time derivative of the network: exact, or a difference that needs fp32
+    s_rules: tuple[float, ...] = (
+        0.0,
+        0.5,
+        1.0,
+    )  # the rules for s_k that make sense (sampler.py), its default first
+    time_factor: float = (
+        1000.0  # of the time features (model.sinusoid); 1 for peers/, as in their authors' code
+    )
+    derives: bool = (
+        False  # the target holds a time derivative of the network: exact, or a difference that needs fp32
+    )
     trajectory: Callable | None = None  # its own sampler, like baselines.trajectory; None: sampler.trajectory
 
 
 def self_e(network, ema, flags) -> losses.SelfE:
     """Self-E with the choices of Table 2. Flow matching is the same module with draws that never have s < t."""
     null_branch = {"online": network, "ema": ema}[flags.null_branch]
-    return losses.SelfE(network, ema, target=flags.target, k=flags.k, delta_scale=flags.delta_scale,
-                        unconditional=null_branch)  # fmt: skip
+    return losses.SelfE(
+        network, ema, target=flags.target, k=flags.k, delta_scale=flags.delta_scale, unconditional=null_branch
+    )
 
 
 def mean_flow(network, ema, flags, improved: bool) -> meanflow.MeanFlow:
     return meanflow.MeanFlow(network, flags.train_guidance, improved, flags.derivative, flags.loss_power)
 
 
-FLOW_MAP = functools.partial(baselines.trajectory, start=1.0)  # x_s = x_t - (t - s) V, from t = 1 in equal steps
+FLOW_MAP = functools.partial(
+    baselines.trajectory, start=1.0
+)  # x_s = x_t - (t - s) V, from t = 1 in equal steps
 
 OBJECTIVES = {
     "self_e": Objective(
-        self_e, functools.partial(losses.draw, p_equal=0.5), forwards=4.0,  # two evaluations of half of the batch
-        flags=("target", "k", "delta_scale", "null_branch", "aux_from")),
-    "flow_matching": Objective(self_e, functools.partial(losses.draw, p_equal=1.0), forwards=3.0, s_rules=(1.0,)),
+        self_e,
+        functools.partial(losses.draw, p_equal=0.5),
+        forwards=4.0,  # two evaluations of half of the batch
+        flags=("target", "k", "delta_scale", "null_branch", "aux_from"),
+    ),
+    "flow_matching": Objective(
+        self_e, functools.partial(losses.draw, p_equal=1.0), forwards=3.0, s_rules=(1.0,)
+    ),
     "imm": Objective(
-        lambda network, ema, flags: baselines.IMM(network, flags.imm_k), baselines.draw, forwards=4.0,
-        group=baselines.M, flags=("imm_k",), trajectory=baselines.trajectory),
+        lambda network, ema, flags: baselines.IMM(network, flags.imm_k),
+        baselines.draw,
+        forwards=4.0,
+        group=baselines.M,
+        flags=("imm_k",),
+        trajectory=baselines.trajectory,
+    ),
     "shortcut": Objective(
         lambda network, ema, flags: shortcut.Shortcut(network, ema, flags.train_guidance),
-        functools.partial(losses.draw, p_equal=7 / 8), forwards=3.25, guided=0.25,  # two evaluations of an eighth
-        group=8, flags=("train_guidance",), time_factor=1.0, trajectory=shortcut.trajectory),
+        functools.partial(losses.draw, p_equal=7 / 8),
+        forwards=3.25,
+        guided=0.25,  # two evaluations of an eighth
+        group=8,
+        flags=("train_guidance",),
+        time_factor=1.0,
+        trajectory=shortcut.trajectory,
+    ),
     "meanflow": Objective(
         functools.partial(mean_flow, improved=False),
-        functools.partial(losses.draw, p_equal=0.75), forwards=3.5, guided=2.0, group=4,  # two evaluations of a quarter
-        flags=("train_guidance", "derivative", "loss_power"), time_factor=1.0, derives=True, trajectory=FLOW_MAP),
+        functools.partial(losses.draw, p_equal=0.75),
+        forwards=3.5,
+        guided=2.0,
+        group=4,  # two evaluations of a quarter
+        flags=("train_guidance", "derivative", "loss_power"),
+        time_factor=1.0,
+        derives=True,
+        trajectory=FLOW_MAP,
+    ),
     "improved_meanflow": Objective(
         functools.partial(mean_flow, improved=True),
-        functools.partial(losses.draw, p_equal=0.5), forwards=4.5, guided=2.0,  # three evaluations of half
-        flags=("train_guidance", "derivative", "loss_power"), time_factor=1.0, derives=True, trajectory=FLOW_MAP),
+        functools.partial(losses.draw, p_equal=0.5),
+        forwards=4.5,
+        guided=2.0,  # three evaluations of half
+        flags=("train_guidance", "derivative", "loss_power"),
+        time_factor=1.0,
+        derives=True,
+        trajectory=FLOW_MAP,
+    ),
     "tim": Objective(
         lambda network, ema, flags: tim.TiM(network, ema, flags.train_guidance, flags.loss_power),
-        functools.partial(losses.draw, p_equal=0.5), forwards=4.0, guided=2.0,  # two evaluations of half
-        flags=("train_guidance", "loss_power"), time_factor=1.0, derives=True, trajectory=FLOW_MAP),
-}  # fmt: skip
+        functools.partial(losses.draw, p_equal=0.5),
+        forwards=4.0,
+        guided=2.0,  # two evaluations of half
+        flags=("train_guidance", "loss_power"),
+        time_factor=1.0,
+        derives=True,
+        trajectory=FLOW_MAP,
+    ),
+}
 AUX_FORWARDS = 5.5  # Self-E with the auxiliary term: a forward and a backward pass of half of the batch more

@@ -54,12 +54,16 @@ class Recipe:
     ema: float = 0.9999
     dropout: float = 0.1  # share of prompts replaced by ""
     wrong_captions: float = 0.0  # share of samples that carry the caption of another (data.WrongCaptions)
-    guided: float = 0.0  # forward passes a picture that guidance in the objective's target takes (objectives.py)
-    group: int = 2  # micro-batches are multiples of it: 2, every second sample has s < t (s.13); IMM's groups have 4
+    guided: float = (
+        0.0  # forward passes a picture that guidance in the objective's target takes (objectives.py)
+    )
+    group: int = (
+        2  # micro-batches are multiples of it: 2, every second sample has s < t (s.13); IMM's groups have 4
+    )
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # Functions of the iteration, `step` = 0, 1, ...
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     def begins(self) -> list[int]:
         """The iteration at which each stage begins, and the end of the run."""
         return [round(stage.begin * self.steps) for stage in self.stages] + [self.steps]
@@ -112,9 +116,9 @@ class Recipe:
         """Whether iteration `step` has the auxiliary term."""
         return self.aux_from < 1 and step >= self.aux_from * self.steps
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # The global batch, divided
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     def micro_batch_of(self, stage: Stage, side: int, world: int) -> int:
         """Pictures that each of `world` processes computes at once at a stage and side.
 
@@ -149,17 +153,23 @@ class Recipe:
         unit, so = world * even, "" if even == micro else f" with micro-batches of {even}"
         ways = []
         if worlds:
-            ways.append(f"{' or '.join(map(str, nearest(worlds, world)))} processes with micro-batches of {micro}")
+            ways.append(
+                f"{' or '.join(map(str, nearest(worlds, world)))} processes with micro-batches of {micro}"
+            )
         if micros:
-            ways.append(f"micro-batches of {' or '.join(map(str, nearest(micros, micro)))} on {world} processes")
+            ways.append(
+                f"micro-batches of {' or '.join(map(str, nearest(micros, micro)))} on {world} processes"
+            )
         if len(batches) == 1:
             near = nearest([unit * max(1, batches[0] // unit), unit * (batches[0] // unit + 1)], batches[0])
             ways.append(f"--batch-size {' or '.join(map(str, near))}{so}")
         else:
             ways.append(f"--batch-size {unit * max(1, round(batches[-1] / unit))} in all stages{so}")
-        raise errors.UserError(f"a batch of {said} does not divide into {world} process{'es' * (world > 1)} x "
-                               f"micro-batches of {micro} "
-                               f"(multiples of {group}); the nearest that do: {'; '.join(ways)}")  # fmt: skip
+        raise errors.UserError(
+            f"a batch of {said} does not divide into {world} process{'es' * (world > 1)} x "
+            f"micro-batches of {micro} "
+            f"(multiples of {group}); the nearest that do: {'; '.join(ways)}"
+        )
 
 
 def nearest(values: list[int], wanted: int) -> list[int]:
@@ -177,18 +187,43 @@ RECIPES = {
     # Classifier score only, the "Ours" of Table 2: in a quarter of an hour the auxiliary stage is not worth its cost.
     # In so short a run Adam's longer memory (0.99) is worth a quarter of the iterations.
     "laptop": Recipe(
-        steps=5200, stages=(Stage(0, (16,), 32),), lr=5e-3, lr_end=1e-5, tau_until=TAU_UNTIL, aux_from=1.0,
-        micro_batch=None, guidance=1.5,
-        data=("one-shape",), text="words", txt_len=14, autoencoder="pixels", betas=(0.9, 0.99)),
+        steps=5200,
+        stages=(Stage(0, (16,), 32),),
+        lr=5e-3,
+        lr_end=1e-5,
+        tau_until=TAU_UNTIL,
+        aux_from=1.0,
+        micro_batch=None,
+        guidance=1.5,
+        data=("one-shape",),
+        text="words",
+        txt_len=14,
+        autoencoder="pixels",
+        betas=(0.9, 0.99),
+    ),
     # Sec. 4.2: 300k iterations, other settings as in Sec. 4.1: tau rises over all of them, and they end before the
     # iteration at which the auxiliary term would join.
     "0.5b": Recipe(
-        steps=300_000, stages=(Stage(0, (256,), 1024),), lr=3e-4, lr_end=1e-5, tau_until=1.0, aux_from=1.0,
-        micro_batch=64, guidance=5.0),
+        steps=300_000,
+        stages=(Stage(0, (256,), 1024),),
+        lr=3e-4,
+        lr_end=1e-5,
+        tau_until=1.0,
+        aux_from=1.0,
+        micro_batch=64,
+        guidance=5.0,
+    ),
     "2b": Recipe(
-        steps=710_000, stages=(Stage(0, (256,), 1024), Stage(LARGER_FROM, (256, 512), 768)), lr=3e-4, lr_end=1e-5,
-        tau_until=TAU_UNTIL, aux_from=AUX_FROM, micro_batch=16, guidance=5.0),
-}  # fmt: skip
+        steps=710_000,
+        stages=(Stage(0, (256,), 1024), Stage(LARGER_FROM, (256, 512), 768)),
+        lr=3e-4,
+        lr_end=1e-5,
+        tau_until=TAU_UNTIL,
+        aux_from=AUX_FROM,
+        micro_batch=16,
+        guidance=5.0,
+    ),
+}
 
 
 def make(size: str, **changes) -> Recipe:
@@ -200,15 +235,17 @@ def make(size: str, **changes) -> Recipe:
     base = RECIPES[size]
     stages = []
     for stage in base.stages:
-        stage = replace(stage, sides=(side,) if side else stage.sides, batch_size=batch_size or stage.batch_size)
+        stage = replace(
+            stage, sides=(side,) if side else stage.sides, batch_size=batch_size or stage.batch_size
+        )
         if not stages or replace(stage, begin=stages[-1].begin) != stages[-1]:
             stages.append(stage)
     return replace(base, stages=tuple(stages), **{k: v for k, v in changes.items() if v is not None})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What a run will be and cost
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 H100_FLOPS = 989e12  # dense bf16, NVIDIA's data sheet
 ASSUMED_MFU = 0.40
 
@@ -242,7 +279,9 @@ def run_flops(size: dict, plan: Recipe, objective: str, factor: int, start: int 
         if begin < start:
             continue
         stage, aux = plan.stage(begin), plan.aux(begin)
-        each = sum(picture_flops(size, plan, objective, side, factor, aux) for side in stage.sides) / len(stage.sides)
+        each = sum(picture_flops(size, plan, objective, side, factor, aux) for side in stage.sides) / len(
+            stage.sides
+        )
         total += (end - begin) * stage.batch_size * each
     return total
 
@@ -254,16 +293,22 @@ def describe(size: dict, plan: Recipe, objective: str, factor: int, world: int) 
         sides = " and ".join(f"{side} x {side}" for side in stage.sides)
         turns = " in turns" * (len(stage.sides) > 1)
         micro = {side: plan.micro_batch_of(stage, side, world) for side in stage.sides}
-        parts = ", ".join(f"{stage.batch_size // world // m} x {m}" + (f" at {side}" if len(micro) > 1 else "")
-                          for side, m in micro.items())
+        parts = ", ".join(
+            f"{stage.batch_size // world // m} x {m}" + (f" at {side}" if len(micro) > 1 else "")
+            for side, m in micro.items()
+        )
         mu = ", ".join(f"{losses.mu_of_length(image_tokens(size, side, factor)):.2f}" for side in stage.sides)
-        lines.append(f"iterations {begin:,} to {end:,}: {sides} pixels{turns}, {stage.batch_size} pictures "
-                     f"each ({world} process{'es' * (world > 1)} x {parts}), mu {mu}")  # fmt: skip
+        lines.append(
+            f"iterations {begin:,} to {end:,}: {sides} pixels{turns}, {stage.batch_size} pictures "
+            f"each ({world} process{'es' * (world > 1)} x {parts}), mu {mu}"
+        )
     name = optimizers.OPTIMIZERS[plan.optimizer]
-    lines.append(f"{name} {plan.betas}, learning rate {plan.lr:g} after {plan.warmup_steps():,} iterations, down to "
-                 f"{plan.lr_end:g}; gradients clipped at {plan.clip:g}; "
-                 f"EMA {plan.ema:g}; {plan.dropout:.0%} of prompts dropped"
-                 + (f"; {plan.wrong_captions:.3g} of captions wrong" if plan.wrong_captions else ""))  # fmt: skip
+    lines.append(
+        f"{name} {plan.betas}, learning rate {plan.lr:g} after {plan.warmup_steps():,} iterations, down to "
+        f"{plan.lr_end:g}; gradients clipped at {plan.clip:g}; "
+        f"EMA {plan.ema:g}; {plan.dropout:.0%} of prompts dropped"
+        + (f"; {plan.wrong_captions:.3g} of captions wrong" if plan.wrong_captions else "")
+    )
     if objective == "self_e":
         aux = "no auxiliary term"
         if plan.aux_from < 1:
@@ -286,9 +331,13 @@ def price(size: dict, plan: Recipe, objective: str, factor: int, start: int = 0)
     flops = run_flops(size, plan, objective, factor, start)
     hours = flops / (H100_FLOPS * ASSUMED_MFU) / 3600
     time = f"{hours:,.1f} H100-hours" if hours > 1 else f"{3600 * hours:,.1f} H100-seconds"
-    lines = [f"{flops:.2e} FLOP from iteration {start:,} on, {time} at {ASSUMED_MFU:.0%} of {H100_FLOPS / 1e12:.0f} "
-             "TFLOP/s (an assumption; "
-             "engine/benchmark.py measures it)"]  # fmt: skip
+    lines = [
+        f"{flops:.2e} FLOP from iteration {start:,} on, {time} at {ASSUMED_MFU:.0%} of {H100_FLOPS / 1e12:.0f} "
+        "TFLOP/s (an assumption; "
+        "engine/benchmark.py measures it)"
+    ]
     if hours > 24:
-        lines += [f"{n:6} GPU{'s:' if n > 1 else ': '} {hours / n / 24:8.1f} days" for n in (1, 8, 16, 32, 64, 128)]
+        lines += [
+            f"{n:6} GPU{'s:' if n > 1 else ': '} {hours / n / 24:8.1f} days" for n in (1, 8, 16, 32, 64, 128)
+        ]
     return lines

@@ -56,14 +56,17 @@ def load(folder: Path, device: torch.device, precision: torch.dtype | None = Non
         with torch.device("meta"):  # no memory is taken before the weights' file is seen to hold this model
             network = model.Denoiser(**config["model"], precision=precision)
     except ValueError as error:
-        raise checkpoint.CheckpointError(f"{folder / 'config.json'} does not describe a model ({error})") from error
+        raise checkpoint.CheckpointError(
+            f"{folder / 'config.json'} does not describe a model ({error})"
+        ) from error
     checkpoint.load_weights(folder / "model.safetensors", network)
     text = encoders.text_encoder(config["text_encoder"], config["txt_len"], device)
     autoencoder = encoders.autoencoder(config["autoencoder"], device)
     multiple = autoencoder.factor * network.patch
     if config["side"] % multiple:
-        raise checkpoint.CheckpointError(f"{folder / 'config.json'}: side must be a multiple of {multiple}, not "
-                                         f"{config['side']}")
+        raise checkpoint.CheckpointError(
+            f"{folder / 'config.json'}: side must be a multiple of {multiple}, not {config['side']}"
+        )
     return Loaded(network.to(device).eval().requires_grad_(False), config, text, autoencoder)
 
 
@@ -83,21 +86,33 @@ def choose(config: dict, *, guidance=None, eta=None, s_rule=None, space=None) ->
     chosen = {name: config[own[name]] if value is None else value for name, value in asked.items()}
     if objective.trajectory:
         if (eta, s_rule, space) != (None, None, None):
-            raise errors.UserError(f"{config['objective']} has a sampler of its own: --eta, --s-rule and --space do "
-                                   "not "
-                                   "apply to it")  # fmt: skip
+            raise errors.UserError(
+                f"{config['objective']} has a sampler of its own: --eta, --s-rule and --space do "
+                "not "
+                "apply to it"
+            )
         return {"guidance": chosen["guidance"]}
     if objective.s_rules == (1.0,):
         if s_rule not in (None, 1):
-            raise errors.UserError(f"a {config['objective'].replace('_', '-')} model has never seen s < t; "
-                                   "it is sampled with --s-rule same")  # fmt: skip
+            raise errors.UserError(
+                f"a {config['objective'].replace('_', '-')} model has never seen s < t; "
+                "it is sampled with --s-rule same"
+            )
         chosen["s_rule"] = 1.0
     return chosen | {"mu": config["mu"]}
 
 
-def generate(loaded: Loaded, prompts: list[str], keys: list[tuple[int, ...]], *, seed: int = 0, steps: int = 2,
-             batch_size: int = 64, stop: Callable[[], bool] = lambda: False,
-             **choices) -> list[np.ndarray]:  # fmt: skip
+def generate(
+    loaded: Loaded,
+    prompts: list[str],
+    keys: list[tuple[int, ...]],
+    *,
+    seed: int = 0,
+    steps: int = 2,
+    batch_size: int = 64,
+    stop: Callable[[], bool] = lambda: False,
+    **choices,
+) -> list[np.ndarray]:
     """One uint8 picture [H, W, 3] per prompt. The noise of picture i depends on (seed, keys[i]) alone, never on the
     batch.
 
@@ -121,8 +136,9 @@ def generate(loaded: Loaded, prompts: list[str], keys: list[tuple[int, ...]], *,
         if own := objectives.OBJECTIVES[config["objective"]].trajectory:
             path = own(loaded.network, draw_noise(-1), cond, null, steps=steps, **choices)
         else:
-            path = sampler.trajectory(loaded.network, draw_noise(-1), cond, null, steps=steps, draw_noise=draw_noise,
-                                      **choices)  # fmt: skip
+            path = sampler.trajectory(
+                loaded.network, draw_noise(-1), cond, null, steps=steps, draw_noise=draw_noise, **choices
+            )
         for _, x, *_ in path:
             if stop():
                 raise Stopped
@@ -130,16 +146,18 @@ def generate(loaded: Loaded, prompts: list[str], keys: list[tuple[int, ...]], *,
     return pictures
 
 
-def sheet(rows: list[list[np.ndarray]], counts: Sequence[int], captions: list[str], scale: int = 0) -> Image.Image:
+def sheet(
+    rows: list[list[np.ndarray]], counts: Sequence[int], captions: list[str], scale: int = 0
+) -> Image.Image:
     """Captions in rows, step counts in columns; pixels enlarged `scale` times,
     or (0) until a picture is 96 wide or so."""
     labels = [f"{n} step{'s' if n > 1 else ''}" for n in counts]
     return data.label_grid(rows, labels, captions, scale or max(1, 96 // rows[0][0].shape[1]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def fraction_or_name(names: dict):
     """An argparse type: a number in [0, 1] or one of `names`."""
 
@@ -151,7 +169,9 @@ def fraction_or_name(names: dict):
         except ValueError:
             value = -1.0
         if not 0 <= value <= 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 0 to 1 nor one of {', '.join(names)}")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is neither a number from 0 to 1 nor one of {', '.join(names)}"
+            )
         return value
 
     return parse
@@ -160,20 +180,41 @@ def fraction_or_name(names: dict):
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = errors.Parser("sample.py", "Make pictures from prompts.")
     a = parser.add_argument_group("what").add_argument
-    a("--checkpoint", type=errors.name, default="checkpoints/laptop",
-      help="folder of a run (default: checkpoints/laptop)")
+    a(
+        "--checkpoint",
+        type=errors.name,
+        default="checkpoints/laptop",
+        help="folder of a run (default: checkpoints/laptop)",
+    )
     a("--prompt", action="append", default=[], help="what to draw; may be given several times")
     a("--prompts", type=Path, help="a text file with one prompt per line")
     a("--images", type=int, default=1, help="pictures per prompt (default: 1)")
     a("--seed", type=int, default=0, help="same seed, same picture (default: 0)")
     a("--out", type=Path, default=Path("samples.png"), help="the PNG to write (default: samples.png)")
     a = parser.add_argument_group("how (what has no default here: the checkpoint's own)").add_argument
-    a("--steps", type=int, nargs="+", default=[2], help="evaluations of the network; several give a sheet (default: 2)")
+    a(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[2],
+        help="evaluations of the network; several give a sheet (default: 2)",
+    )
     a("--guidance", type=float, help="scale of energy-preserving guidance; 1 is off")
-    a("--eta", type=fraction_or_name({"renoise": "renoise"}), help='0 deterministic .. 1 ancestral, or "renoise"')
-    a("--s-rule", type=fraction_or_name(S_RULES),
-      help='second time: "next" (t_k+1), "same" (t_k) or a fraction between')
-    a("--space", choices=("v", "x0"), help="what keeps its norm under guidance: velocity (v) or prediction (x0)")
+    a(
+        "--eta",
+        type=fraction_or_name({"renoise": "renoise"}),
+        help='0 deterministic .. 1 ancestral, or "renoise"',
+    )
+    a(
+        "--s-rule",
+        type=fraction_or_name(S_RULES),
+        help='second time: "next" (t_k+1), "same" (t_k) or a fraction between',
+    )
+    a(
+        "--space",
+        choices=("v", "x0"),
+        help="what keeps its norm under guidance: velocity (v) or prediction (x0)",
+    )
     a("--scale", type=int, default=0, help="enlarge pixels so many times; 0 picks it (default: 0)")
     a("--device", default="auto", help="cuda, mps, cpu (default: the best there is)")
     args = parser.parse_args(argv)
@@ -184,8 +225,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     if not args.prompt:
         parser.error("give at least one --prompt, or --prompts FILE")
     args.prompt = list(map(data.whole, args.prompt))  # the shell may hand over what is not UTF-8
-    parser.check_ranges(args, steps=(1, 10**6), guidance=(0, 100), images=(1, 10**6), scale=(0, 64),
-                        seed=(0, 2**63 - 1))  # fmt: skip
+    parser.check_ranges(
+        args, steps=(1, 10**6), guidance=(0, 100), images=(1, 10**6), scale=(0, 64), seed=(0, 2**63 - 1)
+    )
     return args
 
 
@@ -198,26 +240,46 @@ def main() -> None:
         raise errors.UserError(f"{args.out.parent} cannot be written to: choose another --out")
     loaded = load(Path(args.checkpoint), machine.pick_device(args.device))
     for prompt in filter(loaded.text.cuts, args.prompt):
-        print(f"the end of this prompt is not read, as the model was trained with --txt-len {loaded.text.txt_len}: "
-              f"{errors.shortened(prompt)}", file=sys.stderr)  # fmt: skip
+        print(
+            f"the end of this prompt is not read, as the model was trained with --txt-len {loaded.text.txt_len}: "
+            f"{errors.shortened(prompt)}",
+            file=sys.stderr,
+        )
     side = loaded.config["side"]
     scale = args.scale or max(1, 128 // side)
     pixels = len(args.prompt) * args.images * len(args.steps) * (side * scale) ** 2
     if pixels > SHEET:  # now, not after all of them are made
-        raise errors.UserError(f"a sheet of {pixels / 1e6:,.0f} million pixels is more than a viewer can open: fewer "
-                               f"prompts, --images or --steps, or a smaller --scale than {scale}")  # fmt: skip
+        raise errors.UserError(
+            f"a sheet of {pixels / 1e6:,.0f} million pixels is more than a viewer can open: fewer "
+            f"prompts, --images or --steps, or a smaller --scale than {scale}"
+        )
     prompts = [p for p in args.prompt for _ in range(args.images)]
     # Picture i of every prompt starts from the same noise, at every step count, so that columns compare.
     keys = [(i,) for _ in args.prompt for i in range(args.images)]
-    columns = [generate(loaded, prompts, keys, seed=args.seed, steps=n, guidance=args.guidance, eta=args.eta,
-                        s_rule=args.s_rule, space=args.space) for n in args.steps]  # fmt: skip
+    columns = [
+        generate(
+            loaded,
+            prompts,
+            keys,
+            seed=args.seed,
+            steps=n,
+            guidance=args.guidance,
+            eta=args.eta,
+            s_rule=args.s_rule,
+            space=args.space,
+        )
+        for n in args.steps
+    ]
     if len(columns) == len(prompts) == 1:
         picture = Image.fromarray(columns[0][0]).resize((side * scale,) * 2, Image.Resampling.NEAREST)
     else:
         picture = sheet([list(row) for row in zip(*columns)], args.steps, prompts, scale)
     with checkpoint.in_one_piece(args.out) as partial:
         picture.save(partial, format="PNG")
-    several, each = "s" if len(args.prompt) > 1 else "", f", {args.images} pictures each," if args.images > 1 else ""
+    several, each = (
+        "s" if len(args.prompt) > 1 else "",
+        f", {args.images} pictures each," if args.images > 1 else "",
+    )
     print(f"wrote {args.out}: {len(args.prompt)} prompt{several}{each} at {args.steps} steps")
 
 

@@ -34,9 +34,9 @@ from torch import Tensor
 from losses import one_step_estimate, renormalise, warp
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. s.12   the time grid: linear from 1 to 0, then warped as in training
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def time_grid(steps: int, mu: float) -> list[float]:
     """steps + 1 falling times from exactly 1 to exactly 0. steps >= 1; mu as in `losses.mu_of_length`."""
     if steps < 1:
@@ -44,16 +44,24 @@ def time_grid(steps: int, mu: float) -> list[float]:
     return warp(torch.linspace(1, 0, steps + 1, dtype=torch.float64), mu).tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 12     as energy-preserving guidance (Sec. 3.4): V_null + w (V_c - V_null), brought back to the norm of V_c
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def energy_preserving(guided: Tensor, conditional: Tensor) -> Tensor:
     """`guided` [B, ...] scaled, sample by sample, to the norm of `conditional`; zero stays zero."""
     return renormalise(guided, conditional)  # Eq. 19's line
 
 
-def predict(V: Callable, x_t: Tensor, t: Tensor, s: Tensor, cond: tuple, null: tuple | None, guidance: float,
-            space: str = "v") -> Tensor:  # fmt: skip
+def predict(
+    V: Callable,
+    x_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    cond: tuple,
+    null: tuple | None,
+    guidance: float,
+    space: str = "v",
+) -> Tensor:
     """x0_hat [B, ...] at x_t (Eq. 6), guided. Both branches are evaluated at the same (t, s), in one batch of 2B.
 
     guidance 1 evaluates the conditional branch only (null may then be None). `space` is where the norm is kept: "v",
@@ -72,9 +80,9 @@ def predict(V: Callable, x_t: Tensor, t: Tensor, s: Tensor, cond: tuple, null: t
     return energy_preserving(x0_null + guidance * (x0_c - x0_null), x0_c)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 22     x_{t_{k+1}} = x_{t_k} - (t_k - t_{k+1}) V(x_{t_k}, t_k, s_k, c)       (eta = 0; others in the table above)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def update(x_t: Tensor, x0_hat: Tensor, t: float, s: float, eta: float | str, noise: Tensor | None) -> Tensor:
     """One step from time t in (0, 1] to s in [0, t). noise [B, ...] is read unless eta = 0 or s = 0."""
     eps_hat = (x_t - (1 - t) * x0_hat) / t
@@ -85,10 +93,20 @@ def update(x_t: Tensor, x0_hat: Tensor, t: float, s: float, eta: float | str, no
 
 
 @torch.no_grad()
-def trajectory(V: Callable, x: Tensor, cond: tuple, null: tuple | None = None, *, steps: int, mu: float = 0.0,
-               s_rule: float = 0.0, eta: float | str = 1.0, guidance: float = 1.0, space: str = "v",
-               draw_noise: Callable[[int], Tensor]
-               | None = None) -> Iterator[tuple[float, Tensor, Tensor]]:  # fmt: skip
+def trajectory(
+    V: Callable,
+    x: Tensor,
+    cond: tuple,
+    null: tuple | None = None,
+    *,
+    steps: int,
+    mu: float = 0.0,
+    s_rule: float = 0.0,
+    eta: float | str = 1.0,
+    guidance: float = 1.0,
+    space: str = "v",
+    draw_noise: Callable[[int], Tensor] | None = None,
+) -> Iterator[tuple[float, Tensor, Tensor]]:
     """Yield (t_{k+1}, x at that time, x0_hat) for k = 1 .. steps, from x at time 1; the last x is the sample.
 
     V(x_t, t, s, *cond) is the network; x [B, ...] standard normal, fp32 or fp64; cond and null tuples of tensors with
@@ -97,7 +115,9 @@ def trajectory(V: Callable, x: Tensor, cond: tuple, null: tuple | None = None, *
     s_rule in [0, 1], eta in [0, 1] or "renoise", guidance >= 0.
     """
     if not (eta == "renoise" or 0 <= eta <= 1) or not 0 <= s_rule <= 1:
-        raise ValueError(f'eta must be "renoise" or lie in [0, 1], s_rule in [0, 1]; they are {eta!r} and {s_rule!r}')
+        raise ValueError(
+            f'eta must be "renoise" or lie in [0, 1], s_rule in [0, 1]; they are {eta!r} and {s_rule!r}'
+        )
     if not guidance >= 0:
         raise ValueError(f"guidance must be at least 0; it is {guidance!r}")
     grid = time_grid(steps, mu)

@@ -39,9 +39,9 @@ EAGER_STEPS = 20  # iterations before torch.compile comes in, and the first pict
 SAVE_SECONDS = 1800  # between states, unless --save-every says otherwise
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One iteration in its two parts: the gradient and the update
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def gradient(run: Run, watch: Watch, step: int) -> tuple[torch.Tensor, list[str]]:
     """Leave the gradient of the mean loss over the global batch of iteration `step` in the network.
 
@@ -57,7 +57,9 @@ def gradient(run: Run, watch: Watch, step: int) -> tuple[torch.Tensor, list[str]
         # them.)
         run.step_module.require_backward_grad_sync = m == count - 1
         # losses.SelfE, or the module of another --objective (objectives.py), within DDP where processes are several
-        loss, stats = run.step_module(batch.x0, batch.c, batch.null, batch.fake, batch.is_null, batch.draws, tau, aux)
+        loss, stats = run.step_module(
+            batch.x0, batch.c, batch.null, batch.fake, batch.is_null, batch.draws, tau, aux
+        )
         (loss / count).backward()
         total = total + loss.detach() / count
         keys += batch.keys
@@ -72,12 +74,14 @@ def update(run: Run, step: int) -> None:
     run.adam.step()
     # With 0.9999 from the start the EMA would stay near its initialisation for 10,000 iterations.
     decay = min(run.plan.ema, (1 + step) / (10 + step))
-    get_ema_multi_avg_fn(decay)(list(run.ema.parameters()), list(run.network.parameters()), 0)  # the 0 is not used
+    get_ema_multi_avg_fn(decay)(
+        list(run.ema.parameters()), list(run.network.parameters()), 0
+    )  # the 0 is not used
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loop
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def train(run: Run, watch: Watch) -> None:
     """From the run's first iteration, or its last state, to its end or a signal to stop.
 
@@ -98,7 +102,9 @@ def train(run: Run, watch: Watch) -> None:
         # No update from a loss or gradient that is not finite, on any process.
         nonfinite = ~torch.isfinite(loss) | ~torch.isfinite(norm)
         late = args.save_every is None and time.perf_counter() - run.saved_at > SAVE_SECONDS
-        bad, stopping, late = run.ranks.any(nonfinite, *torch.tensor([bool(run.stop), late], device=run.device))
+        bad, stopping, late = run.ranks.any(
+            nonfinite, *torch.tensor([bool(run.stop), late], device=run.device)
+        )
         if bad:
             stopping |= watch.left_out(step + 1, loss.item(), norm.item(), keys)
         else:
@@ -109,9 +115,15 @@ def train(run: Run, watch: Watch) -> None:
 
         # Log, draw, save.
         watch.log(step)
-        if not stopping and run.grid_every and (step % run.grid_every == 0 or step in (EAGER_STEPS, plan.steps)):
+        if (
+            not stopping
+            and run.grid_every
+            and (step % run.grid_every == 0 or step in (EAGER_STEPS, plan.steps))
+        ):
             watch.draw(step)
-        stopping |= run.ranks.world == 1 and bool(run.stop)  # several processes agree on it in the next iteration
+        stopping |= run.ranks.world == 1 and bool(
+            run.stop
+        )  # several processes agree on it in the next iteration
         regular = any(every and step % every == 0 for every in (run.save_every, args.milestone_every))
         if stopping or late or regular or step == plan.steps:
             run.save(step)
@@ -127,17 +139,22 @@ def main() -> None:
     if args.resume and not states:
         raise checkpoint.CheckpointError(f"nothing to resume: {folder / 'state'} holds no complete state")
     if not plan.data and not args.dry_run:
-        raise errors.UserError(f"--size {args.size} needs --data: a folder of tar shards, or caches of them "
-                               "(LONG_RUN.md)")
+        raise errors.UserError(
+            f"--size {args.size} needs --data: a folder of tar shards, or caches of them (LONG_RUN.md)"
+        )
     if args.dry_run:
         if ranks.is_first:
             dry_run(args, plan, ranks.world, checkpoint.step_of(states[-1]) if args.resume else 0)
         return
     if not args.resume and states:
-        raise errors.UserError(f"{folder} already holds a run; add --resume to go on, or choose another --out")
+        raise errors.UserError(
+            f"{folder} already holds a run; add --resume to go on, or choose another --out"
+        )
     if not args.resume and (folder / "model.safetensors").exists():
-        raise errors.UserError(f"{folder} already holds a model, without a state to resume: choose another --out, with "
-                               f"--init {folder} to begin with its weights")  # fmt: skip
+        raise errors.UserError(
+            f"{folder} already holds a model, without a state to resume: choose another --out, with "
+            f"--init {folder} to begin with its weights"
+        )
     checkpoint.check_writable(folder)
     device = machine.pick_device(args.device)
     if ranks.world > 1 and device.type == "mps":

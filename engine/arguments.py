@@ -1,7 +1,7 @@
 """The flags of train.py, the recipe they make, and what config.json keeps of both.
 
-    args = arguments.parse()                # with --resume, flags that are not given come from the run that goes on
-    plan = arguments.plan_of(args)          # recipe.py's, with what the flags change
+args = arguments.parse()                # with --resume, flags that are not given come from the run that goes on
+plan = arguments.plan_of(args)          # recipe.py's, with what the flags change
 """
 
 import argparse
@@ -19,89 +19,232 @@ from objectives import OBJECTIVES
 from peers import meanflow
 
 # Flags that belong to some objectives only (objectives.Objective.flags), and their "off".
-OWN = {"target": "renorm", "k": 0.9, "delta_scale": 1.0, "null_branch": "online", "aux_from": None,
-       "imm_k": baselines.K, "train_guidance": 1.0, "derivative": "difference", "loss_power": 1.0}  # fmt: skip
+OWN = {
+    "target": "renorm",
+    "k": 0.9,
+    "delta_scale": 1.0,
+    "null_branch": "online",
+    "aux_from": None,
+    "imm_k": baselines.K,
+    "train_guidance": 1.0,
+    "derivative": "difference",
+    "loss_power": 1.0,
+}
 # What a run keeps for its whole life, and what changes the recipe.
 FIXED = ("size", "objective", *OWN, "text", "txt_len", "autoencoder", "wrong_captions", "optimizer", "init")
-RECIPE = ("steps", "batch_size", "lr", "side", "text", "txt_len", "autoencoder", "micro_batch", "wrong_captions",
-          "optimizer")
+RECIPE = (
+    "steps",
+    "batch_size",
+    "lr",
+    "side",
+    "text",
+    "txt_len",
+    "autoencoder",
+    "micro_batch",
+    "wrong_captions",
+    "optimizer",
+)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The flags
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def what_is_trained(parser: argparse.ArgumentParser) -> None:
     a = parser.add_argument_group("the run").add_argument
     a("--size", default="laptop", choices=list(SIZES), help="model and recipe (default: laptop)")
-    a("--data", metavar="DIR", type=errors.name, nargs="+",
-      help="one-shape, shapes, a folder of captioned pictures or of tar shards, or caches")
-    a("--wrong-captions", metavar="X", type=float, default=0.0,
-      help="share of samples with the caption of another; 0 is off (default: 0)")
-    a("--out", metavar="DIR", type=errors.name, default="runs/laptop", help="folder of the run (default: runs/laptop)")
-    a("--init", metavar="DIR", type=errors.name,
-      help="begin with the weights of another run or checkpoint (default: random ones)")
+    a(
+        "--data",
+        metavar="DIR",
+        type=errors.name,
+        nargs="+",
+        help="one-shape, shapes, a folder of captioned pictures or of tar shards, or caches",
+    )
+    a(
+        "--wrong-captions",
+        metavar="X",
+        type=float,
+        default=0.0,
+        help="share of samples with the caption of another; 0 is off (default: 0)",
+    )
+    a(
+        "--out",
+        metavar="DIR",
+        type=errors.name,
+        default="runs/laptop",
+        help="folder of the run (default: runs/laptop)",
+    )
+    a(
+        "--init",
+        metavar="DIR",
+        type=errors.name,
+        help="begin with the weights of another run or checkpoint (default: random ones)",
+    )
     a("--resume", action="store_true", help="go on from the last state in --out, with its flags")
     a("--dry-run", action="store_true", help="print the plan, memory and price of the run and end")
-    a("--index", metavar="DIR", type=errors.name, help="folder of the index of tar shards (default: beside the tars)")
+    a(
+        "--index",
+        metavar="DIR",
+        type=errors.name,
+        help="folder of the index of tar shards (default: beside the tars)",
+    )
     a("--seed", metavar="N", type=int, default=0, help="of everything random (default: 0)")
     a = parser.add_argument_group("the recipe").add_argument
     a("--steps", metavar="N", type=int, help="iterations")
-    a("--batch-size", metavar="N", type=int, help="pictures an iteration, over all processes and in all stages")
+    a(
+        "--batch-size",
+        metavar="N",
+        type=int,
+        help="pictures an iteration, over all processes and in all stages",
+    )
     a("--lr", metavar="X", type=float, help="peak learning rate")
-    a("--optimizer", default="adam", choices=optimizers.OPTIMIZERS,
-      help="adam (default, S.2), or muon for the blocks' matrices")
+    a(
+        "--optimizer",
+        default="adam",
+        choices=optimizers.OPTIMIZERS,
+        help="adam (default, S.2), or muon for the blocks' matrices",
+    )
     a("--side", metavar="N", type=int, help="side of the pictures in pixels, in all stages")
     a("--text", metavar="SPEC", help="frozen text encoder, see encoders.py")
     a("--txt-len", metavar="N", type=int, help="tokens that a caption is cut or padded to")
     a("--autoencoder", metavar="SPEC", help="frozen auto-encoder, see encoders.py")
     a = parser.add_argument_group("the objective (Sec. 3.3, Table 2)").add_argument
-    a("--objective", metavar="NAME", default="self_e", choices=list(OBJECTIVES),
-      help=f"{', '.join(OBJECTIVES)} (default: self_e)")
-    a("--target", default="renorm", choices=("renorm", "tar", "sum"), help="Eq. 20, Eq. 18 or Eq. 16 (default: renorm)")
-    a("--delta-scale", metavar="X", type=float, default=1.0,
-      help="times the self-evaluation; 0 is the control (default: 1)")
-    a("--null-branch", default="online", choices=("online", "ema"),
-      help="which network sees the null prompt: the trained one (default, S.2) or ema")
-    a("--aux-from", metavar="X", type=float, help="share of the run after which the auxiliary term joins; 1 is never")
-    a("--imm-k", metavar="N", type=int, default=baselines.K,
-      help="IMM's steps of the range of times, as a power of two (default: 12)")
-    a("--k", metavar="X", type=float, default=0.9,
-      help="share of the classifier term in Delta beside the auxiliary term; 0 is none of it (default: 0.9)")
-    a("--train-guidance", metavar="W", type=float, default=1.0,
-      help="scale of the guidance in the targets of peers/; 1 is off (default: 1)")
-    a("--derivative", default="difference", choices=list(meanflow.DERIVATIVES),
-      help="in MeanFlow's target: a finite difference (default) or exact, which does not compile")
-    a("--loss-power", metavar="P", type=float, default=1.0,
-      help="MeanFlow and TiM divide each error by its own power P; 0 is off (default: 1)")
+    a(
+        "--objective",
+        metavar="NAME",
+        default="self_e",
+        choices=list(OBJECTIVES),
+        help=f"{', '.join(OBJECTIVES)} (default: self_e)",
+    )
+    a(
+        "--target",
+        default="renorm",
+        choices=("renorm", "tar", "sum"),
+        help="Eq. 20, Eq. 18 or Eq. 16 (default: renorm)",
+    )
+    a(
+        "--delta-scale",
+        metavar="X",
+        type=float,
+        default=1.0,
+        help="times the self-evaluation; 0 is the control (default: 1)",
+    )
+    a(
+        "--null-branch",
+        default="online",
+        choices=("online", "ema"),
+        help="which network sees the null prompt: the trained one (default, S.2) or ema",
+    )
+    a(
+        "--aux-from",
+        metavar="X",
+        type=float,
+        help="share of the run after which the auxiliary term joins; 1 is never",
+    )
+    a(
+        "--imm-k",
+        metavar="N",
+        type=int,
+        default=baselines.K,
+        help="IMM's steps of the range of times, as a power of two (default: 12)",
+    )
+    a(
+        "--k",
+        metavar="X",
+        type=float,
+        default=0.9,
+        help="share of the classifier term in Delta beside the auxiliary term; 0 is none of it (default: 0.9)",
+    )
+    a(
+        "--train-guidance",
+        metavar="W",
+        type=float,
+        default=1.0,
+        help="scale of the guidance in the targets of peers/; 1 is off (default: 1)",
+    )
+    a(
+        "--derivative",
+        default="difference",
+        choices=list(meanflow.DERIVATIVES),
+        help="in MeanFlow's target: a finite difference (default) or exact, which does not compile",
+    )
+    a(
+        "--loss-power",
+        metavar="P",
+        type=float,
+        default=1.0,
+        help="MeanFlow and TiM divide each error by its own power P; 0 is off (default: 1)",
+    )
 
 
 def how_it_runs(parser: argparse.ArgumentParser) -> None:
     a = parser.add_argument_group("the machine").add_argument
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
-    a("--precision", default="auto", choices=("auto", "fp32", "bf16"),
-      help="inside the network (default: the faster; fp32 where an objective takes finite differences)")  # fmt: skip
-    a("--compile", action=argparse.BooleanOptionalAction,
-      help="torch.compile each block (default: where it works and pays)")
-    a("--micro-batch", metavar="N", type=int, help="pictures a process computes at once, at the first stage's side")
-    a("--recompute", metavar="N", type=int, default=0,
-      help="blocks that recompute their activations, to save memory (default: 0)")
-    a("--zero", action=argparse.BooleanOptionalAction, default=False,
-      help="spread Adam's moments over the processes (ZeRO-1)")
+    a(
+        "--precision",
+        default="auto",
+        choices=("auto", "fp32", "bf16"),
+        help="inside the network (default: the faster; fp32 where an objective takes finite differences)",
+    )
+    a(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile each block (default: where it works and pays)",
+    )
+    a(
+        "--micro-batch",
+        metavar="N",
+        type=int,
+        help="pictures a process computes at once, at the first stage's side",
+    )
+    a(
+        "--recompute",
+        metavar="N",
+        type=int,
+        default=0,
+        help="blocks that recompute their activations, to save memory (default: 0)",
+    )
+    a(
+        "--zero",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="spread Adam's moments over the processes (ZeRO-1)",
+    )
     a("--workers", metavar="N", type=int, default=1, help="threads that read data ahead (default: 1)")
     a = parser.add_argument_group("what is written").add_argument
-    a("--log-every", metavar="N", type=int, default=20, help="iterations between lines of metrics.jsonl (default: 20)")
-    a("--grid-every", metavar="N", type=int,
-      help="iterations between picture grids; 0 is off (default: ten a run, and an early one)")
-    a("--save-every", metavar="N", type=int,
-      help="iterations between states; 0 is only at the end (default: five a run, every half hour)")
+    a(
+        "--log-every",
+        metavar="N",
+        type=int,
+        default=20,
+        help="iterations between lines of metrics.jsonl (default: 20)",
+    )
+    a(
+        "--grid-every",
+        metavar="N",
+        type=int,
+        help="iterations between picture grids; 0 is off (default: ten a run, and an early one)",
+    )
+    a(
+        "--save-every",
+        metavar="N",
+        type=int,
+        help="iterations between states; 0 is only at the end (default: five a run, every half hour)",
+    )
     a("--keep", metavar="N", type=int, default=2, help="newest states to keep (default: 2)")
-    a("--milestone-every", metavar="N", type=int, default=0,
-      help="keep states at multiples of N for good; 0 is off (default: 0)")
+    a(
+        "--milestone-every",
+        metavar="N",
+        type=int,
+        default=0,
+        help="keep states at multiples of N for good; 0 is off (default: 0)",
+    )
 
 
 def parse(argv=None) -> argparse.Namespace:
     """The flags; with --resume, those not given are taken from the run that goes on. Raises UserError."""
-    parser = errors.Parser("train.py", "Train Self-E. What has no default here has it in recipe.py, by --size.")
+    parser = errors.Parser(
+        "train.py", "Train Self-E. What has no default here has it in recipe.py, by --size."
+    )
     what_is_trained(parser)
     how_it_runs(parser)
     args = parser.parse_args(argv)
@@ -161,23 +304,32 @@ def check_choices(parser: errors.Parser, args: argparse.Namespace) -> None:
         parser.error("--train-guidance must be a number above 0, at most 100")
     if args.derivative == "forward":
         if args.compile:
-            parser.error("--derivative forward does not go with --compile: compiled blocks have no forward derivative")
+            parser.error(
+                "--derivative forward does not go with --compile: compiled blocks have no forward derivative"
+            )
         args.compile = False
     if not 0 <= args.loss_power <= 1:
         parser.error("--loss-power must lie between 0 and 1")
     if args.aux_from is not None and not 0 <= args.aux_from <= 1:
         parser.error("--aux-from is a share of the run, between 0 and 1")
-    foreign = [name for name, off in OWN.items() if name not in OBJECTIVES[args.objective].flags
-               and getattr(args, name) != off and (name, args.aux_from) != ("aux_from", 1)]  # fmt: skip
+    foreign = [
+        name
+        for name, off in OWN.items()
+        if name not in OBJECTIVES[args.objective].flags
+        and getattr(args, name) != off
+        and (name, args.aux_from) != ("aux_from", 1)
+    ]
     if foreign:
         owners = [name for name, objective in OBJECTIVES.items() if foreign[0] in objective.flags]
-        parser.error(f"--{foreign[0].replace('_', '-')} is a choice of {' and '.join(owners)}; "
-                     f"{args.objective} has none of it")  # fmt: skip
+        parser.error(
+            f"--{foreign[0].replace('_', '-')} is a choice of {' and '.join(owners)}; "
+            f"{args.objective} has none of it"
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What follows from them
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def plan_of(args: argparse.Namespace) -> recipe.Recipe:
     """The recipe of --size with what the flags change."""
     objective = OBJECTIVES[args.objective]
@@ -194,20 +346,40 @@ def sizes_of(args: argparse.Namespace) -> dict:
     return SIZES[args.size] | ({"time_factor": factor} if factor != 1000 else {})  # FLUX's is Denoiser's own
 
 
-def config_of(args: argparse.Namespace, plan: recipe.Recipe, sizes: dict, precision: torch.dtype,
-              device: torch.device) -> dict:  # fmt: skip
+def config_of(
+    args: argparse.Namespace, plan: recipe.Recipe, sizes: dict, precision: torch.dtype, device: torch.device
+) -> dict:
     """What config.json says of a run, but for the size of its pictures."""
     return {
-        "format": 1, "size": args.size, "model": sizes, "objective": args.objective, "target": args.target,
-        "delta_scale": args.delta_scale, "null_branch": args.null_branch, "aux_from": plan.aux_from,
-        "imm_k": args.imm_k, "k": args.k, "train_guidance": args.train_guidance, "derivative": args.derivative,
+        "format": 1,
+        "size": args.size,
+        "model": sizes,
+        "objective": args.objective,
+        "target": args.target,
+        "delta_scale": args.delta_scale,
+        "null_branch": args.null_branch,
+        "aux_from": plan.aux_from,
+        "imm_k": args.imm_k,
+        "k": args.k,
+        "train_guidance": args.train_guidance,
+        "derivative": args.derivative,
         "loss_power": args.loss_power,
-        "text_encoder": encoders.canonical(plan.text), "txt_len": plan.txt_len,
-        "autoencoder": encoders.canonical(plan.autoencoder), "data": list(plan.data),
-        "wrong_captions": plan.wrong_captions, "s_rule": OBJECTIVES[args.objective].s_rules[0], "eta": 1.0,  # S.3.1
-        "guidance": plan.guidance, "guidance_space": "v",
-        "steps": plan.steps, "batch_size": plan.stages[0].batch_size, "lr": plan.lr, "seed": args.seed,
-        "optimizer": plan.optimizer, "precision": str(precision).removeprefix("torch."),
-        "machine": machine.describe(device), "command": " ".join(["python train.py", *sys.argv[1:]]),
+        "text_encoder": encoders.canonical(plan.text),
+        "txt_len": plan.txt_len,
+        "autoencoder": encoders.canonical(plan.autoencoder),
+        "data": list(plan.data),
+        "wrong_captions": plan.wrong_captions,
+        "s_rule": OBJECTIVES[args.objective].s_rules[0],
+        "eta": 1.0,  # S.3.1
+        "guidance": plan.guidance,
+        "guidance_space": "v",
+        "steps": plan.steps,
+        "batch_size": plan.stages[0].batch_size,
+        "lr": plan.lr,
+        "seed": args.seed,
+        "optimizer": plan.optimizer,
+        "precision": str(precision).removeprefix("torch."),
+        "machine": machine.describe(device),
+        "command": " ".join(["python train.py", *sys.argv[1:]]),
         "arguments": {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "dry_run")},
-    }  # fmt: skip
+    }

@@ -25,7 +25,9 @@ import torch
 from torch._dynamo.utils import counters
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+if (
+    __name__ == "__main__"
+):  # started as a file: modules are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import data
@@ -37,8 +39,11 @@ from engine.feed import Feed, Reading
 from objectives import AUX_FORWARDS, OBJECTIVES
 
 # The steps compared, and their forward-pass equivalents per picture.
-FORWARDS = {"flow matching": OBJECTIVES["flow_matching"].forwards, "Self-E": OBJECTIVES["self_e"].forwards,
-            "Self-E + aux": AUX_FORWARDS}  # fmt: skip
+FORWARDS = {
+    "flow matching": OBJECTIVES["flow_matching"].forwards,
+    "Self-E": OBJECTIVES["self_e"].forwards,
+    "Self-E + aux": AUX_FORWARDS,
+}
 
 
 def wait(device: torch.device) -> None:
@@ -68,9 +73,9 @@ def in_turns(works: dict, device: torch.device, repeats: int) -> dict[str, float
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is measured
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 class Setting(NamedTuple):
     """What the command line settles."""
 
@@ -98,7 +103,9 @@ class Step:
             self.network.compile_blocks()
             self.ema.compile_blocks()
         self.objective = losses.SelfE(self.network, self.ema, mu=losses.mu_of_length(setting.image_tokens))
-        self.adam = torch.optim.Adam(self.network.parameters(), lr=1e-4, betas=recipe.Recipe.betas, fused=True)
+        self.adam = torch.optim.Adam(
+            self.network.parameters(), lr=1e-4, betas=recipe.Recipe.betas, fused=True
+        )
         self.average = get_ema_multi_avg_fn(0.9999)
 
     def update(self) -> None:
@@ -115,8 +122,13 @@ def made_up_batch(setting: Setting) -> tuple:
     """x0, c, null, fake and is_null as an objective takes them: noise in place of pictures and prompts."""
     B, device = setting.batch, setting.device
     x0 = torch.randn(B, *setting.latents, device=device)
-    c, null, fake = ((torch.randn(B, setting.text_tokens, setting.size["txt_dim"], device=device),
-                      torch.randn(B, setting.size["vec_dim"], device=device)) for _ in range(3))  # fmt: skip
+    c, null, fake = (
+        (
+            torch.randn(B, setting.text_tokens, setting.size["txt_dim"], device=device),
+            torch.randn(B, setting.size["vec_dim"], device=device),
+        )
+        for _ in range(3)
+    )
     return x0, c, null, fake, torch.zeros(B, dtype=torch.bool, device=device)
 
 
@@ -124,15 +136,20 @@ def made_up_inputs(setting: Setting) -> dict[str, tuple]:
     """The arguments of losses.SelfE for each kind of step on one made-up batch, tau = 1."""
     batch, index = made_up_batch(setting), list(range(setting.batch))
     draws = {p: losses.draw(0, 0, index, setting.latents, p, setting.device) for p in (0.5, 1.0)}
-    return {"flow matching": (*batch, draws[1.0], 1.0, False), "Self-E": (*batch, draws[0.5], 1.0, False),
-            "Self-E + aux": (*batch, draws[0.5], 1.0, True)}  # fmt: skip
+    return {
+        "flow matching": (*batch, draws[1.0], 1.0, False),
+        "Self-E": (*batch, draws[0.5], 1.0, False),
+        "Self-E + aux": (*batch, draws[0.5], 1.0, True),
+    }
 
 
 def count_forwards(step: Step, inputs: dict[str, tuple], batch: int) -> dict[str, float]:
     """Forward passes of each kind of step, in units of the whole batch."""
     calls, forwards = [], {}
-    hooks = [net.register_forward_pre_hook(lambda _, x: calls.append(len(x[0]) / batch))
-             for net in (step.network, step.ema)]
+    hooks = [
+        net.register_forward_pre_hook(lambda _, x: calls.append(len(x[0]) / batch))
+        for net in (step.network, step.ema)
+    ]
     for name, arguments in inputs.items():
         calls.clear()
         step(*arguments)
@@ -149,9 +166,11 @@ def measure_steps(setting: Setting, step: Step, repeats: int) -> dict:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     works = {name: functools.partial(step, *arguments) for name, arguments in inputs.items()}
-    parts = {"forward": lambda: step.objective(*inputs["Self-E"]),
-             "forward + backward": lambda: step.objective(*inputs["Self-E"])[0].backward(),
-             "Adam + EMA": step.update}  # fmt: skip
+    parts = {
+        "forward": lambda: step.objective(*inputs["Self-E"]),
+        "forward + backward": lambda: step.objective(*inputs["Self-E"])[0].backward(),
+        "Adam + EMA": step.update,
+    }
     medians = in_turns(works | parts, device, repeats)
     step.adam.zero_grad(set_to_none=False)
     memory = {}
@@ -172,16 +191,24 @@ def measure_steps(setting: Setting, step: Step, repeats: int) -> dict:
     for name in works:
         t = medians[name]
         rate = FORWARDS[name] * flops / t
-        rows[name] = {"seconds": t, "images_per_s": setting.batch / t, "ratio": t / medians["flow matching"],
-                      "forwards": forwards[name],
-                      "tflops": rate / 1e12, "mfu": rate / peak[used]}  # fmt: skip
+        rows[name] = {
+            "seconds": t,
+            "images_per_s": setting.batch / t,
+            "ratio": t / medians["flow matching"],
+            "forwards": forwards[name],
+            "tflops": rate / 1e12,
+            "mfu": rate / peak[used],
+        }
     return {
-        "peak_tflops": {name: round(value / 1e12, 3) for name, value in peak.items()}, "steps": rows,
+        "peak_tflops": {name: round(value / 1e12, 3) for name, value in peak.items()},
+        "steps": rows,
         "adam_and_ema_share": medians["Adam + EMA"] / medians["Self-E"],
-        "self_e_split_seconds": {"forward": medians["forward"],
-                                 "backward": medians["forward + backward"] - medians["forward"],
-                                 "Adam + EMA": medians["Adam + EMA"]},
-    } | memory  # fmt: skip
+        "self_e_split_seconds": {
+            "forward": medians["forward"],
+            "backward": medians["forward + backward"] - medians["forward"],
+            "Adam + EMA": medians["Adam + EMA"],
+        },
+    } | memory
 
 
 def kernels(setting: Setting, step: Step, most: int = 20) -> list[dict]:
@@ -198,8 +225,10 @@ def kernels(setting: Setting, step: Step, most: int = 20) -> list[dict]:
             spent[event.key] = (own / 1e3, event.count)
     whole = sum(own for own, _ in spent.values())
     longest = sorted(spent.items(), key=lambda item: -item[1][0])[:most]
-    return [{"name": name[:120], "milliseconds": own, "share": own / whole, "calls": calls}
-            for name, (own, calls) in longest]  # fmt: skip
+    return [
+        {"name": name[:120], "milliseconds": own, "share": own / whole, "calls": calls}
+        for name, (own, calls) in longest
+    ]
 
 
 def on_real_data(args, setting: Setting, step: Step) -> dict:
@@ -209,9 +238,15 @@ def on_real_data(args, setting: Setting, step: Step) -> dict:
     returned is of the second half, on pictures not read before, with one thread reading ahead as in train.py. Raises
     DataError or UserError when the data cannot be used with this model.
     """
-    plan = recipe.make(args.size, data=args.data and tuple(args.data), batch_size=args.batch, side=args.side,
-                       txt_len=args.txt_len,
-                       micro_batch=args.batch, aux_from=1.0)  # fmt: skip
+    plan = recipe.make(
+        args.size,
+        data=args.data and tuple(args.data),
+        batch_size=args.batch,
+        side=args.side,
+        txt_len=args.txt_len,
+        micro_batch=args.batch,
+        aux_from=1.0,
+    )
     plan = dataclasses.replace(plan, steps=4 * args.repeats, stages=plan.stages[:1])
     size, device = setting.size, setting.device
     codec, sizes = preparation.open_encoders(plan, size, device, draws=False)
@@ -228,10 +263,15 @@ def on_real_data(args, setting: Setting, step: Step) -> dict:
         step.objective.mu = losses.mu_of_length(recipe.latent_tokens(size, batch.x0.shape))
         step(batch.x0, batch.c, batch.null, None, batch.is_null, batch.draws, 1.0, False)
         wait(device)  # as train.py does once an iteration
-    return {"data": list(plan.data), "steps": half, "picture_sizes": len(met), "seconds": time.perf_counter() - start,
-            "waited": feed.waited,
-            "compiled_in_warm_up": graphs[1] - graphs[0],
-            "compiled_after": stats["unique_graphs"] - graphs[1]}  # fmt: skip
+    return {
+        "data": list(plan.data),
+        "steps": half,
+        "picture_sizes": len(met),
+        "seconds": time.perf_counter() - start,
+        "waited": feed.waited,
+        "compiled_in_warm_up": graphs[1] - graphs[0],
+        "compiled_after": stats["unique_graphs"] - graphs[1],
+    }
 
 
 def positions(setting: Setting) -> torch.Tensor:
@@ -252,16 +292,30 @@ def diffusers_flux(setting: Setting):
     values = size["channels"] * size["patch"] ** 2
     with device:
         flux = FluxTransformer2DModel(
-            patch_size=1, in_channels=values, num_layers=size["double"], num_single_layers=size["single"],
-            attention_head_dim=size["width"] // size["heads"], num_attention_heads=size["heads"],
-            joint_attention_dim=size["txt_dim"], pooled_projection_dim=size["vec_dim"], guidance_embeds=False,
-            axes_dims_rope=size["axes"])  # fmt: skip
+            patch_size=1,
+            in_channels=values,
+            num_layers=size["double"],
+            num_single_layers=size["single"],
+            attention_head_dim=size["width"] // size["heads"],
+            num_attention_heads=size["heads"],
+            joint_attention_dim=size["txt_dim"],
+            pooled_projection_dim=size["vec_dim"],
+            guidance_embeds=False,
+            axes_dims_rope=size["axes"],
+        )
     img_ids, txt_ids = positions(setting), torch.zeros(setting.text_tokens, 3, device=device)
 
     def call(tokens, t, txt, vec):
         with torch.autocast(device.type, setting.precision, enabled=setting.precision != torch.float32):
-            return flux(hidden_states=tokens, encoder_hidden_states=txt, pooled_projections=vec, timestep=t,
-                        img_ids=img_ids, txt_ids=txt_ids, return_dict=False)[0]  # fmt: skip
+            return flux(
+                hidden_states=tokens,
+                encoder_hidden_states=txt,
+                pooled_projections=vec,
+                timestep=t,
+                img_ids=img_ids,
+                txt_ids=txt_ids,
+                return_dict=False,
+            )[0]
 
     return flux, call
 
@@ -278,8 +332,12 @@ def against_diffusers(setting: Setting, network: model.Denoiser, repeats: int) -
             block.compile(dynamic=False)
     x, c, *_ = made_up_inputs(setting)["flow matching"]
     t = torch.rand(setting.batch, device=setting.device)
-    tokens = torch.randn(setting.batch, setting.image_tokens, setting.size["channels"] * setting.size["patch"] ** 2,
-                         device=setting.device)
+    tokens = torch.randn(
+        setting.batch,
+        setting.image_tokens,
+        setting.size["channels"] * setting.size["patch"] ** 2,
+        device=setting.device,
+    )
 
     def ours():
         network(x, t, t, *c).square().mean().backward()
@@ -292,9 +350,9 @@ def against_diffusers(setting: Setting, network: model.Denoiser, repeats: int) -
     return in_turns({"ours": ours, "diffusers": theirs}, setting.device, repeats)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def parse_arguments():
     parser = errors.Parser("engine/benchmark.py", "Measure a training step on this machine.")
     a = parser.add_argument
@@ -302,20 +360,37 @@ def parse_arguments():
     a("--blocks", metavar="N", type=int, nargs=2, help="double and single blocks instead of the size's own")
     a("--batch", metavar="N", type=int, default=64, help="pictures a step, even (default: 64)")
     a("--side", metavar="N", type=int, help="side of the pictures in pixels (default: the recipe's)")
-    a("--data", metavar="DIR", type=errors.name, nargs="+",
-      help="what training would read (default: one-shape for laptop, else not measured)")
+    a(
+        "--data",
+        metavar="DIR",
+        type=errors.name,
+        nargs="+",
+        help="what training would read (default: one-shape for laptop, else not measured)",
+    )
     a("--txt-len", metavar="N", type=int, help="text tokens (default: the recipe's)")
-    a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="inside the network (default: the faster)")
+    a(
+        "--precision",
+        default="auto",
+        choices=("auto", "fp32", "bf16"),
+        help="inside the network (default: the faster)",
+    )
     a("--compile", action="store_true", help="torch.compile each block")
-    a("--recompute", metavar="N", type=int, default=0, help="blocks that recompute their activations (default: 0)")
+    a(
+        "--recompute",
+        metavar="N",
+        type=int,
+        default=0,
+        help="blocks that recompute their activations (default: 0)",
+    )
     a("--repeats", metavar="N", type=int, default=7, help="measured rounds (default: 7)")
     a("--profile", action="store_true", help="also list the kernels of a Self-E step that take longest")
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     a("--out", metavar="FILE", type=errors.file_to_write, help="write the figures as JSON")
     args = parser.parse_args()
     ranges = {name: limits.RANGES[name] for name in ("side", "txt_len", "recompute")}
-    parser.check_ranges(args, **ranges, batch=limits.RANGES["batch_size"], blocks=limits.MODEL["double"],
-                        repeats=(1, 10**6))  # fmt: skip
+    parser.check_ranges(
+        args, **ranges, batch=limits.RANGES["batch_size"], blocks=limits.MODEL["double"], repeats=(1, 10**6)
+    )
     if args.batch % 2 or sum(args.blocks or [1]) < 1:
         parser.error("--batch must be even, and there must be a block")
     for name in args.data or []:  # now, not after the steps are measured
@@ -333,29 +408,50 @@ def setting_of(args) -> Setting:
     if args.blocks:
         size["double"], size["single"] = args.blocks
     device = machine.pick_device(args.device)
-    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision) or machine.pick_precision(device)
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision) or machine.pick_precision(
+        device
+    )
     pixels = args.side or plan.stages[0].sides[0]
     side = pixels // plan.factor()
-    return Setting(device, precision, size, args.batch, (size["channels"], side, side),
-                   recipe.image_tokens(size, pixels, plan.factor()), args.txt_len or plan.txt_len, args.compile,
-                   args.recompute)  # fmt: skip
+    return Setting(
+        device,
+        precision,
+        size,
+        args.batch,
+        (size["channels"], side, side),
+        recipe.image_tokens(size, pixels, plan.factor()),
+        args.txt_len or plan.txt_len,
+        args.compile,
+        args.recompute,
+    )
 
 
 def print_steps(setting: Setting, args, report: dict) -> None:
-    print(f"{args.size} ({setting.size['double']} + {setting.size['single']} blocks), batch {setting.batch}, "
-          f"{setting.image_tokens} + "
-          f"{setting.text_tokens} tokens, {report['precision']}{', compiled' if setting.compile else ''}, on "
-          f"{report['hardware']}")  # fmt: skip
-    print("matrix-product peak: " + ", ".join(f"{v:.2f} TFLOP/s in {k}" for k, v in report["peak_tflops"].items()))
-    print(f"{'step':16}{'ms':>9}{'images/s':>10}{'x flow matching':>17}{'forward passes':>16}"
-          f"{'TFLOP/s':>9}{'of peak':>9}")
+    print(
+        f"{args.size} ({setting.size['double']} + {setting.size['single']} blocks), batch {setting.batch}, "
+        f"{setting.image_tokens} + "
+        f"{setting.text_tokens} tokens, {report['precision']}{', compiled' if setting.compile else ''}, on "
+        f"{report['hardware']}"
+    )
+    print(
+        "matrix-product peak: "
+        + ", ".join(f"{v:.2f} TFLOP/s in {k}" for k, v in report["peak_tflops"].items())
+    )
+    print(
+        f"{'step':16}{'ms':>9}{'images/s':>10}{'x flow matching':>17}{'forward passes':>16}"
+        f"{'TFLOP/s':>9}{'of peak':>9}"
+    )
     for name, row in report["steps"].items():
-        print(f"{name:16}{row['seconds'] * 1e3:9.1f}{row['images_per_s']:10.1f}{row['ratio']:17.3f}"
-              f"{row['forwards']:16.1f}"
-              f"{row['tflops']:9.3f}{row['mfu']:9.1%}")  # fmt: skip
-    print("a Self-E step: "
-          + ", ".join(f"{name} {t * 1e3:.1f} ms" for name, t in report["self_e_split_seconds"].items())
-          + f" ({report['adam_and_ema_share']:.1%} of it)")  # fmt: skip
+        print(
+            f"{name:16}{row['seconds'] * 1e3:9.1f}{row['images_per_s']:10.1f}{row['ratio']:17.3f}"
+            f"{row['forwards']:16.1f}"
+            f"{row['tflops']:9.3f}{row['mfu']:9.1%}"
+        )
+    print(
+        "a Self-E step: "
+        + ", ".join(f"{name} {t * 1e3:.1f} ms" for name, t in report["self_e_split_seconds"].items())
+        + f" ({report['adam_and_ema_share']:.1%} of it)"
+    )
     if "peak_memory_gib" in report:
         print(f"peak memory: {report['peak_memory_gib']:.1f} GiB")
 
@@ -366,12 +462,20 @@ def main() -> None:
     setting = setting_of(args)
     torch.manual_seed(0)
     step = Step(setting)
-    report = machine.provenance(setting.device) | {
-        "size": args.size, "blocks": [setting.size["double"], setting.size["single"]], "batch": setting.batch,
-        "image_tokens": setting.image_tokens, "text_tokens": setting.text_tokens,
-        "precision": str(setting.precision).removeprefix("torch."), "compiled": setting.compile,
-        "recompute": setting.recompute,
-    } | measure_steps(setting, step, args.repeats)  # fmt: skip
+    report = (
+        machine.provenance(setting.device)
+        | {
+            "size": args.size,
+            "blocks": [setting.size["double"], setting.size["single"]],
+            "batch": setting.batch,
+            "image_tokens": setting.image_tokens,
+            "text_tokens": setting.text_tokens,
+            "precision": str(setting.precision).removeprefix("torch."),
+            "compiled": setting.compile,
+            "recompute": setting.recompute,
+        }
+        | measure_steps(setting, step, args.repeats)
+    )
     print_steps(setting, args, report)
     if args.profile:
         report["kernels"] = kernels(setting, step)
@@ -380,12 +484,14 @@ def main() -> None:
 
     if args.data or recipe.RECIPES[args.size].text == "words":
         report["real_data"] = real = on_real_data(args, setting, step)
-        print(f"on {' '.join(real['data'])}, {real['steps']} steps of {real['picture_sizes']} picture "
-              f"size{'s' * (real['picture_sizes'] > 1)}: "
-              f"{setting.batch * real['steps'] / real['seconds']:.1f} images/s, {real['waited'] / real['seconds']:.1%} "
-              "of the time waiting for data; "
-              f"{real['compiled_in_warm_up']} pieces of code compiled in the warm-up, {real['compiled_after']} after "
-              "it")  # fmt: skip
+        print(
+            f"on {' '.join(real['data'])}, {real['steps']} steps of {real['picture_sizes']} picture "
+            f"size{'s' * (real['picture_sizes'] > 1)}: "
+            f"{setting.batch * real['steps'] / real['seconds']:.1f} images/s, {real['waited'] / real['seconds']:.1%} "
+            "of the time waiting for data; "
+            f"{real['compiled_in_warm_up']} pieces of code compiled in the warm-up, {real['compiled_after']} after "
+            "it"
+        )
     else:
         print("data wait: not measured without --data")
 
@@ -396,9 +502,11 @@ def main() -> None:
         print("diffusers is not installed: no comparison with its FluxTransformer2DModel")
     else:
         report["forward_backward"] = pair
-        print(f"forward + backward: {pair['ours'] * 1e3:.1f} ms, diffusers' FluxTransformer2DModel "
-              f"{pair['diffusers'] * 1e3:.1f} ms "
-              f"({pair['ours'] / pair['diffusers']:.2f} of it)")  # fmt: skip
+        print(
+            f"forward + backward: {pair['ours'] * 1e3:.1f} ms, diffusers' FluxTransformer2DModel "
+            f"{pair['diffusers'] * 1e3:.1f} ms "
+            f"({pair['ours'] / pair['diffusers']:.2f} of it)"
+        )
     if args.out:
         checkpoint.write_json(args.out, report)
 

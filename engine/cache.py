@@ -30,14 +30,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+if (
+    __name__ == "__main__"
+):  # started as a file: modules are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import data
 import encoders
+from data import DataError
 from engine import checkpoint, errors, limits, machine, shards
 from engine.checkpoint import in_one_piece
-from data import DataError
 
 
 class CachedSample(NamedTuple):
@@ -74,7 +76,9 @@ def save_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] 
 class Settings(NamedTuple):
     """What a cache holds; all of it but the last two is part of its cache.json."""
 
-    batch_size: int = 1024  # the one it is meant for: as in Shards, smaller buckets are merged, which fixes the sizes
+    batch_size: int = (
+        1024  # the one it is meant for: as in Shards, smaller buckets are merged, which fixes the sizes
+    )
     fake: bool = False  # whether the fake prompts are encoded too
     tokens: str = "bf16"  # precision of the stored tokens, or fp32
     multiple: int = 16  # of which all sides are multiples
@@ -83,8 +87,14 @@ class Settings(NamedTuple):
     index: str | Path | None = None  # folder of the tars' index, by default beside them
 
 
-def make(folder: str | Path, out: str | Path, side: int, encoders: tuple, settings: Settings = Settings(),
-         part: tuple[int, int] = (0, 1)) -> None:  # fmt: skip
+def make(
+    folder: str | Path,
+    out: str | Path,
+    side: int,
+    encoders: tuple,
+    settings: Settings = Settings(),
+    part: tuple[int, int] = (0, 1),
+) -> None:
     """Encode the pictures and captions of a folder of tars into `out`; what is complete there is left as it is.
 
     encoders are the frozen (text encoder, auto-encoder). part (i, n) makes every n-th shard from the i-th on, so that n
@@ -94,23 +104,43 @@ def make(folder: str | Path, out: str | Path, side: int, encoders: tuple, settin
     """
     text, autoencoder = encoders
     if settings.multiple % autoencoder.factor:
-        raise DataError(f"auto-encoder {autoencoder.name} needs multiples of {autoencoder.factor}, not "
-                        f"{settings.multiple}")  # fmt: skip
+        raise DataError(
+            f"auto-encoder {autoencoder.name} needs multiples of {autoencoder.factor}, not "
+            f"{settings.multiple}"
+        )
     out = Path(out)
-    source = shards.Shards(folder, side, settings.batch_size, multiple=settings.multiple, index=settings.index)
-    spec = begin(out, {
-        "format": 1, "text": text.name, "txt_len": text.txt_len, "autoencoder": autoencoder.name, "side": side,
-        "multiple": settings.multiple, "batch_size": settings.batch_size, "tokens": settings.tokens,
-        "fake": settings.fake, "per_shard": settings.per_shard, "source": source.fingerprint,
-        "buckets": [[h, w, len(m)] for (h, w), m in zip(source.buckets, source.members)],
-    })  # fmt: skip
+    source = shards.Shards(
+        folder, side, settings.batch_size, multiple=settings.multiple, index=settings.index
+    )
+    spec = begin(
+        out,
+        {
+            "format": 1,
+            "text": text.name,
+            "txt_len": text.txt_len,
+            "autoencoder": autoencoder.name,
+            "side": side,
+            "multiple": settings.multiple,
+            "batch_size": settings.batch_size,
+            "tokens": settings.tokens,
+            "fake": settings.fake,
+            "per_shard": settings.per_shard,
+            "source": source.fingerprint,
+            "buckets": [[h, w, len(m)] for (h, w), m in zip(source.buckets, source.members)],
+        },
+    )
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.tokens]
     if not (out / "null.safetensors").exists():
         save_shard(out / "null.safetensors", encode_text(text, [""], 1, dtype, fake=True))
     plan = list(shard_plan(out, spec))[part[0] :: part[1]]
     missing = [entry for entry in plan if not entry[0].exists()]
-    bar = tqdm(total=sum(len(rows) for _, _, rows in plan), initial=sum(len(rows) for p, _, rows in plan if p.exists()),
-               desc=f"encoding {folder}", unit=" pictures", disable=None)  # fmt: skip
+    bar = tqdm(
+        total=sum(len(rows) for _, _, rows in plan),
+        initial=sum(len(rows) for p, _, rows in plan if p.exists()),
+        desc=f"encoding {folder}",
+        unit=" pictures",
+        disable=None,
+    )
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for path, k, rows in missing:
             latents, captions, texts = [], [], []
@@ -122,8 +152,11 @@ def make(folder: str | Path, out: str | Path, side: int, encoders: tuple, settin
                 texts += [json.dumps([s.caption, s.key]).encode() for s in samples]
                 bar.update(len(samples))
             tensors = encode_text(text, captions, settings.encode_batch, dtype, settings.fake)
-            tensors |= {"latent": torch.cat(latents), "text_end": torch.tensor(np.cumsum([0, *map(len, texts)])),
-                        "text": torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)}  # fmt: skip
+            tensors |= {
+                "latent": torch.cat(latents),
+                "text_end": torch.tensor(np.cumsum([0, *map(len, texts)])),
+                "text": torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8),
+            }
             own = [source.key(n) for n in source.members[k][rows.start : rows.stop]]
             failed = {key: source.skipped[key] for key in own if key in source.skipped}
             save_shard(path, tensors, {"skipped": json.dumps(failed)})
@@ -141,7 +174,11 @@ def begin(out: Path, spec: dict) -> dict:
         raise DataError(f"{out / 'cache.json'} is not that of a cache: choose another folder")
     for name, value in spec.items():
         if stored.get(name) != value:
-            said = "other tars" if name in ("source", "buckets") else f"{name} {stored.get(name)!r}, not {value!r}"
+            said = (
+                "other tars"
+                if name in ("source", "buckets")
+                else f"{name} {stored.get(name)!r}, not {value!r}"
+            )
             raise DataError(f"{out} is a cache made with {said}: choose another folder, or the same settings")
     return spec
 
@@ -171,16 +208,22 @@ class CachedShards:
         plan = list(shard_plan(self.folder, self.spec))
         missing = [path for path, _, _ in plan if not path.exists()]
         if missing:
-            raise DataError(f"{folder} lacks {len(missing)} of {len(plan)} shards, first {missing[0].name}: "
-                            "run its python engine/cache.py command again, it goes on where it stopped")  # fmt: skip
+            raise DataError(
+                f"{folder} lacks {len(missing)} of {len(plan)} shards, first {missing[0].name}: "
+                "run its python engine/cache.py command again, it goes on where it stopped"
+            )
         height, width, smallest = min(self.spec["buckets"], key=lambda bucket: bucket[2])
         if smallest < batch_size:
-            raise DataError(f"bucket {height}x{width} of {folder} has {smallest} pictures, fewer than a batch of "
-                            f"{batch_size}: lower it, or cache with --batch-size {batch_size}")  # fmt: skip
+            raise DataError(
+                f"bucket {height}x{width} of {folder} has {smallest} pictures, fewer than a batch of "
+                f"{batch_size}: lower it, or cache with --batch-size {batch_size}"
+            )
         self.side, self.fake, self.skipped = self.spec["side"], self.spec["fake"], {}
         self.fingerprint = self.spec["source"]  # that of its tars: it yields their sequence
         self.buckets = [(height, width) for height, width, _ in self.spec["buckets"]]
-        self.blocks = shards.Blocks([count for _, _, count in self.spec["buckets"]], batch_size, self.spec["side"])
+        self.blocks = shards.Blocks(
+            [count for _, _, count in self.spec["buckets"]], batch_size, self.spec["side"]
+        )
         self.paths: list[list[Path]] = [[] for _ in self.buckets]
         sizes, factor = cached_sizes(self.folder)
         texts = {"tokens": (self.spec["txt_len"], sizes["txt_dim"]), "pooled": (sizes["vec_dim"],)}
@@ -200,12 +243,17 @@ class CachedShards:
 
     def check(self, text: str, txt_len: int, autoencoder: str) -> None:
         """Raise DataError unless the encoders of these names are those that the cache was made with."""
-        asked = (("text", encoders.canonical(text)), ("txt_len", txt_len),
-                 ("autoencoder", encoders.canonical(autoencoder)))
+        asked = (
+            ("text", encoders.canonical(text)),
+            ("txt_len", txt_len),
+            ("autoencoder", encoders.canonical(autoencoder)),
+        )
         for name, value in asked:
             if self.spec[name] != value:
-                raise DataError(f"{self.name} was encoded with {name} {self.spec[name]!r}, not {value!r}: "
-                                "use the same encoders, or cache again")  # fmt: skip
+                raise DataError(
+                    f"{self.name} was encoded with {name} {self.spec[name]!r}, not {value!r}: "
+                    "use the same encoders, or cache again"
+                )
 
     def __len__(self) -> int:
         return int(self.blocks.counts.sum())
@@ -251,8 +299,11 @@ def cached_sizes(folder: Path) -> tuple[dict, int]:
         _, channels, height, _ = file.get_slice("latent").get_shape()
         factor = spec["buckets"][k][0] // height
     with opened(folder / "null.safetensors") as file:
-        sizes = {"channels": channels, "txt_dim": file.get_slice("tokens").get_shape()[-1],
-                 "vec_dim": file.get_slice("pooled").get_shape()[-1]}  # fmt: skip
+        sizes = {
+            "channels": channels,
+            "txt_dim": file.get_slice("tokens").get_shape()[-1],
+            "vec_dim": file.get_slice("pooled").get_shape()[-1],
+        }
     return sizes, factor
 
 
@@ -265,7 +316,11 @@ def collate(samples: list[CachedSample], dropped: list[bool], null: tuple, null_
     if with_fake and any(s.fake is None for s in samples):
         raise DataError("the auxiliary term needs the encoded fake prompts: cache with --fake")
     c = [[a[0] for a in null] if drop else [s.tokens, s.pooled] for s, drop in zip(samples, dropped)]
-    fake = [[a[0] for a in null_fake] if drop else s.fake for s, drop in zip(samples, dropped)] if with_fake else None
+    fake = (
+        [[a[0] for a in null_fake] if drop else s.fake for s, drop in zip(samples, dropped)]
+        if with_fake
+        else None
+    )
     stacked = [tuple(map(torch.stack, zip(*rows))) if rows else None for rows in (c, fake)]
     return torch.stack([s.latent for s in samples]), *stacked
 
@@ -277,7 +332,15 @@ def opened(path: Path):
     try:
         with safe_open(errors.regular(path, DataError), framework="pt") as file:
             yield file
-    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
         raise DataError(f"{path} is damaged or missing ({error}): remove it and cache again") from error
 
 
@@ -293,17 +356,21 @@ def check_texts(file, rows: int) -> None:
     """Raise ValueError unless the ends of the texts of an opened shard are in order and within them."""
     ends, letters = file.get_tensor("text_end"), file.get_slice("text")
     told = ends.tolist()
-    if (ends.dtype, letters.get_dtype()) != (torch.int64, "U8") or len(told) != rows + 1 or told != sorted(told):
+    if (
+        (ends.dtype, letters.get_dtype()) != (torch.int64, "U8")
+        or len(told) != rows + 1
+        or told != sorted(told)
+    ):
         raise ValueError("its captions have no order")
     if [told[:1], told[-1:]] != [[0], letters.get_shape()]:
         raise ValueError("its captions are not whole")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def share(text: str) -> tuple[int, int]:
-    """"0/8" -> (0, 8)"""
+    """ "0/8" -> (0, 8)"""
     i, _, n = text.partition("/")
     if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
         raise ValueError(text)
@@ -314,21 +381,67 @@ def main() -> None:
     parser = errors.Parser("engine/cache.py FOLDER OUT", "Encode tar shards once: pictures and captions.")
     a = parser.add_argument
     a("folder", metavar="FOLDER", type=errors.name, help="a folder of .tar")
-    a("out", metavar="OUT", type=errors.name,
-      help="the folder of the cache; one that was begun with the same settings is gone on with")  # fmt: skip
+    a(
+        "out",
+        metavar="OUT",
+        type=errors.name,
+        help="the folder of the cache; one that was begun with the same settings is gone on with",
+    )
     a("--side", metavar="N", type=shards.positive, required=True, help="side of the square bucket in pixels")
     a("--text", metavar="SPEC", default="flux", help="frozen text encoder, see encoders.py (default: flux)")
     a("--txt-len", metavar="N", type=shards.positive, help="tokens a caption (default: the encoder's)")
-    a("--autoencoder", metavar="SPEC", default="flux", help="frozen auto-encoder, see encoders.py (default: flux)")
-    a("--fake", action="store_true", help="encode the fake prompts too, which the auxiliary term needs (default: off)")
-    a("--tokens", default="bf16", choices=("bf16", "fp32"), help="precision of the stored tokens (default: bf16)")
-    a("--batch-size", metavar="N", type=shards.positive, default=1024,
-      help="the largest to train with: smaller buckets are merged (default: 1024)")  # fmt: skip
-    a("--multiple", metavar="N", type=shards.positive, default=16,
-      help="of which all sides are multiples (default: 16)")
-    a("--per-shard", metavar="N", type=shards.positive, default=256, help="samples a cached shard (default: 256)")
-    a("--encode-batch", metavar="N", type=shards.positive, default=16, help="pictures encoded at once (default: 16)")
-    a("--part", metavar="I/N", type=share, default=(0, 1), help="every N-th shard from the I-th on (default: 0/1, all)")
+    a(
+        "--autoencoder",
+        metavar="SPEC",
+        default="flux",
+        help="frozen auto-encoder, see encoders.py (default: flux)",
+    )
+    a(
+        "--fake",
+        action="store_true",
+        help="encode the fake prompts too, which the auxiliary term needs (default: off)",
+    )
+    a(
+        "--tokens",
+        default="bf16",
+        choices=("bf16", "fp32"),
+        help="precision of the stored tokens (default: bf16)",
+    )
+    a(
+        "--batch-size",
+        metavar="N",
+        type=shards.positive,
+        default=1024,
+        help="the largest to train with: smaller buckets are merged (default: 1024)",
+    )
+    a(
+        "--multiple",
+        metavar="N",
+        type=shards.positive,
+        default=16,
+        help="of which all sides are multiples (default: 16)",
+    )
+    a(
+        "--per-shard",
+        metavar="N",
+        type=shards.positive,
+        default=256,
+        help="samples a cached shard (default: 256)",
+    )
+    a(
+        "--encode-batch",
+        metavar="N",
+        type=shards.positive,
+        default=16,
+        help="pictures encoded at once (default: 16)",
+    )
+    a(
+        "--part",
+        metavar="I/N",
+        type=share,
+        default=(0, 1),
+        help="every N-th shard from the I-th on (default: 0/1, all)",
+    )
     a("--index", metavar="DIR", type=errors.name, help="folder of the index (default: FOLDER)")
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     args = parser.parse_args()

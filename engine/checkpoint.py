@@ -28,7 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+if (
+    __name__ == "__main__"
+):  # started as a file: modules are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from engine import errors
@@ -38,9 +40,9 @@ class CheckpointError(errors.UserError):
     """A checkpoint cannot be used or written; the message says which file and what to do."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files in one piece
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def to_disk(path: Path) -> None:
     """Wait until a file or folder is on the disk, so that a power cut after the rename finds it whole."""
     if os.name == "posix":
@@ -63,7 +65,9 @@ def in_one_piece(path: Path, shared: bool = False):
     try:
         partial.unlink(missing_ok=True)  # of a process that was killed; its mode may be another
         partial.touch()
-        mode = partial.stat().st_mode  # as the user's umask has it; safetensors' files can be read by their owner alone
+        mode = (
+            partial.stat().st_mode
+        )  # as the user's umask has it; safetensors' files can be read by their owner alone
         yield partial
         partial.chmod(mode)
         to_disk(partial)
@@ -87,7 +91,9 @@ def keep_settings(folder: Path, settings: dict, otherwise: str) -> None:
     """
     path, settings = folder / "settings.json", json.loads(json.dumps(settings))  # tuples become lists
     if path.exists() and read_json(path) != settings:
-        raise errors.UserError(f"{folder} was begun with other settings ({path}); repeat them, or {otherwise}")
+        raise errors.UserError(
+            f"{folder} was begun with other settings ({path}); repeat them, or {otherwise}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, settings, shared=True)
 
@@ -105,7 +111,10 @@ def read_json(path: Path):
 def save_weights(path: Path, module: nn.Module) -> None:
     """The state dict of a module as safetensors, written in one piece."""
     with in_one_piece(path) as partial:
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}, partial)
+        save_file(
+            {name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()},
+            partial,
+        )
 
 
 def read_weights(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -119,7 +128,9 @@ def read_weights(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, to
         # A copy: what is read is a mapping of the file, which may change under a network that lives long
         weights[name] = tensor.to(dtype, copy=True)
         if not weights[name].isfinite().all():
-            damaged = "it is damaged" if dtype == torch.float32 else f"it is damaged, or too large for {dtype}"
+            damaged = (
+                "it is damaged" if dtype == torch.float32 else f"it is damaged, or too large for {dtype}"
+            )
             raise CheckpointError(f"{path} holds numbers that are not finite, first in {name!r}: {damaged}")
     return weights
 
@@ -147,8 +158,10 @@ def load_weights(path: Path, module: nn.Module) -> None:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     wrong = [n for n in own if shapes.get(n) != tuple(own[n].shape)] + [n for n in shapes if n not in own]
     if wrong:
-        raise CheckpointError(f"{path} holds a model of another shape than its config.json says: {len(wrong)} tensors "
-                              f"differ, first {wrong[0]!r}")  # fmt: skip
+        raise CheckpointError(
+            f"{path} holds a model of another shape than its config.json says: {len(wrong)} tensors "
+            f"differ, first {wrong[0]!r}"
+        )
     state = read_weights(path)
     module.load_state_dict(state, assign=next(iter(own.values())).is_meta)
 
@@ -162,26 +175,32 @@ def check_writable(folder: Path) -> None:
     data is read."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     if not there.is_dir():
-        raise CheckpointError(f"{folder} cannot be a folder: {there} is a file or a broken link; choose another --out")
+        raise CheckpointError(
+            f"{folder} cannot be a folder: {there} is a file or a broken link; choose another --out"
+        )
     if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise CheckpointError(f"{there} cannot be written by this user: choose another --out")
     for path in (folder / name for name in FOLDERS + FILES):
         if path.exists() and path.is_dir() != (path.name in FOLDERS):
             kind = "folder" if path.is_dir() else "file"
-            raise CheckpointError(f"{path} is a {kind}, which it is not in a run: remove it, or choose another --out")
+            raise CheckpointError(
+                f"{path} is a {kind}, which it is not in a run: remove it, or choose another --out"
+            )
     config = folder / "config.json"
     told = read_json(config) if config.exists() else {"arguments": {}}
     if not (isinstance(told, dict) and isinstance(told.get("arguments"), dict)):
         raise CheckpointError(f"{config} is not that of a run that train.py began: choose another --out")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The training state
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def complete_states(run: Path) -> list[Path]:
     """The complete training states of a run, oldest first."""
-    return sorted((p for p in (run / "state").glob("step_*") if re.fullmatch(r"step_[0-9]{8,}", p.name) and p.is_dir()),
-                  key=step_of)  # not by name: 100,000,000 has a digit more
+    return sorted(
+        (p for p in (run / "state").glob("step_*") if re.fullmatch(r"step_[0-9]{8,}", p.name) and p.is_dir()),
+        key=step_of,
+    )  # not by name: 100,000,000 has a digit more
 
 
 def step_of(state: Path) -> int:
@@ -211,15 +230,25 @@ def locked(run: Path):
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise CheckpointError(f"another process is training in {run}: wait for it, or choose another "
-                                  "--out") from error
+            raise CheckpointError(
+                f"another process is training in {run}: wait for it, or choose another --out"
+            ) from error
         except (ImportError, OSError) as error:
-            print(f"{run} cannot be locked ({error}): see to it that nothing else trains there", file=sys.stderr)
+            print(
+                f"{run} cannot be locked ({error}): see to it that nothing else trains there", file=sys.stderr
+            )
         yield
 
 
-def save_state(run: Path, step: int, models: tuple[nn.Module, nn.Module], adam: dict, told: dict[str, dict],
-               keep: int = 2, milestone_every: int = 0) -> Path:  # fmt: skip
+def save_state(
+    run: Path,
+    step: int,
+    models: tuple[nn.Module, nn.Module],
+    adam: dict,
+    told: dict[str, dict],
+    keep: int = 2,
+    milestone_every: int = 0,
+) -> Path:
     """Write RUN/state/step_N and RUN/model.safetensors, then remove older states. Returns the state's folder.
 
     models are the network and its moving average; told maps "config" and "state" to what goes into these JSON files.
@@ -249,12 +278,20 @@ def save_state(run: Path, step: int, models: tuple[nn.Module, nn.Module], adam: 
     except (OSError, CheckpointError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         last = [p.name for p in complete_states(run)][-1:]
-        raise CheckpointError(f"cannot save iteration {step} in {run} ({str(error).splitlines()[0]}); "
-                              + (f"the last complete state is {last[0]}: --resume goes on from it; make room if the "
-                                 "disk is full" if last else "make room and start again")) from error  # fmt: skip
+        raise CheckpointError(
+            f"cannot save iteration {step} in {run} ({str(error).splitlines()[0]}); "
+            + (
+                f"the last complete state is {last[0]}: --resume goes on from it; make room if the "
+                "disk is full"
+                if last
+                else "make room and start again"
+            )
+        ) from error
     for old in complete_states(run)[:-keep]:
         if not milestone_every or step_of(old) % milestone_every:
-            gone = old.with_name(old.name + ".partial")  # a half-deleted state must not pass for a complete one
+            gone = old.with_name(
+                old.name + ".partial"
+            )  # a half-deleted state must not pass for a complete one
             # What cannot be deleted now, as on NFS while it is read, is swept by a later save
             with contextlib.suppress(OSError):
                 os.replace(old, gone)
@@ -274,14 +311,27 @@ def load_state(folder: Path, network: nn.Module, ema: nn.Module, optimizer: torc
         with warnings.catch_warnings():  # of a file that torch did not write
             warnings.simplefilter("ignore")
             # On a CPU the moments would stay the mapping of a file that is going to be deleted
-            adam = torch.load(path, map_location="cpu", weights_only=True, mmap=next(network.parameters()).is_cuda)
+            adam = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=next(network.parameters()).is_cuda
+            )
         optimizer.load_state_dict(checked(adam, optimizer))
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError, ValueError,
-            AttributeError, IndexError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+    ) as error:
         if errors.out_of_memory(error):
             raise
         reason = errors.shortened(str(error).strip().partition("\n")[0])[:200]
-        raise CheckpointError(f"{path} is not Adam's state of this model ({type(error).__name__}: {reason})") from error
+        raise CheckpointError(
+            f"{path} is not Adam's state of this model ({type(error).__name__}: {reason})"
+        ) from error
     # ZeRO-1 leaves Adam's count on the CPU, where the
     for p, own in getattr(optimizer, "optim", optimizer).state.items():
         if "step" in own:  # Muon keeps none
@@ -301,7 +351,9 @@ def checked(saved: dict, optimizer) -> dict:
     its parameter. Raises ValueError, or what a saved state of another form makes Python raise.
     """
     if hasattr(optimizer, "parts"):  # Muon and Adam
-        return {"parts": [checked(part, own) for part, own in zip(saved["parts"], optimizer.parts, strict=True)]}
+        return {
+            "parts": [checked(part, own) for part, own in zip(saved["parts"], optimizer.parts, strict=True)]
+        }
     own = optimizer.param_groups
     parameters = [p for group in own for p in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
@@ -314,11 +366,15 @@ def checked(saved: dict, optimizer) -> dict:
         for name, tensor in entry.items():
             expected = () if name == "step" else tuple(p.shape)
             if tuple(tensor.shape) != expected or tensor.dtype != torch.float32:
-                raise ValueError(f"{name} of parameter {number} is {tensor.dtype} {list(tensor.shape)}, not float32 "
-                                 f"{list(expected)}")  # fmt: skip
+                raise ValueError(
+                    f"{name} of parameter {number} is {tensor.dtype} {list(tensor.shape)}, not float32 "
+                    f"{list(expected)}"
+                )
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} of parameter {number} is not finite")
-    groups = [group | {"params": theirs["params"]} for group, theirs in zip(own, saved["param_groups"], strict=True)]
+    groups = [
+        group | {"params": theirs["params"]} for group, theirs in zip(own, saved["param_groups"], strict=True)
+    ]
     return {"state": saved["state"], "param_groups": groups}
 
 
@@ -343,9 +399,9 @@ def cut_metrics(path: Path, step: int) -> None:
         partial.write_bytes(b"".join(kept))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Giving a model away
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -361,7 +417,9 @@ def export(source: Path, out: Path, dtype: torch.dtype, lines: int = 200) -> Non
     metrics = source / "metrics.jsonl"
     rows = metrics.read_bytes().splitlines() if metrics.exists() else []
     if (out / "model.safetensors").exists() or (out / "state").exists():
-        raise CheckpointError(f"{out} holds a model already: choose another folder, or it would be overwritten")
+        raise CheckpointError(
+            f"{out} holds a model already: choose another folder, or it would be overwritten"
+        )
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", config)
     if rows:
@@ -373,10 +431,14 @@ def export(source: Path, out: Path, dtype: torch.dtype, lines: int = 200) -> Non
 
 
 def main() -> None:
-    parser = errors.Parser("engine/checkpoint.py RUN OUT", "Copy a model out of a run: weights, config and metrics.")
+    parser = errors.Parser(
+        "engine/checkpoint.py RUN OUT", "Copy a model out of a run: weights, config and metrics."
+    )
     parser.add_argument("run", metavar="RUN", type=Path, help="a run, or one of its states")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the weights (default: fp32)")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), default="fp32", help="of the weights (default: fp32)"
+    )
     args = parser.parse_args()
     export(args.run, args.out, DTYPES[args.dtype])
     print(f"wrote {args.out}: {(args.out / 'model.safetensors').stat().st_size / 1e6:.1f} MB of weights")

@@ -28,15 +28,25 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+if (
+    __name__ == "__main__"
+):  # started as a file: modules are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import data
 from engine import cache, checkpoint, errors, machine, shards
 from engine.randomness import rng
 
 SIDE = 256
-SIZES = ((640, 480), (480, 640), (1024, 768), (1200, 900), (800, 800), (2048, 1365), (3000, 2000), (1500, 1000))
+SIZES = (
+    (640, 480),
+    (480, 640),
+    (1024, 768),
+    (1200, 900),
+    (800, 800),
+    (2048, 1365),
+    (3000, 2000),
+    (1500, 1000),
+)
 FAR = 500_000_000  # a sample in the middle of the paper's run
 
 
@@ -44,11 +54,14 @@ def photograph(number: int) -> bytes:
     """A JPEG of smooth noise with a little grain; its size is one of SIZES."""
     width, height = SIZES[number % len(SIZES)]
     random = rng(0, "photograph", number)
-    smooth = Image.fromarray(random.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((width, height),
-                                                                                     Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(random.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
     grain = random.integers(-12, 13, (height, width, 1))
     content = io.BytesIO()
-    Image.fromarray((np.asarray(smooth) + grain).clip(0, 255).astype(np.uint8)).save(content, "JPEG", quality=90)
+    Image.fromarray((np.asarray(smooth) + grain).clip(0, 255).astype(np.uint8)).save(
+        content, "JPEG", quality=90
+    )
     return content.getvalue()
 
 
@@ -64,9 +77,9 @@ def in_turns(works: dict, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pictures
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def make_tars(home: Path, pictures: int) -> Path:
     """Tars of so many photographs with captions."""
     (home / "pictures").mkdir()
@@ -106,9 +119,9 @@ def measure_pictures(tars: Path, rounds: int) -> dict[str, float]:
     return rates | {"from tars / pillow": rates["from tars"] / rates["pillow"]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The cache
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 class StandInText:
     """Tensors of the sizes of T5's and CLIP's, without a network."""
 
@@ -141,8 +154,13 @@ def forget(paths: list[Path]) -> bool:
 
 def measure_cache(tars: Path, home: Path, rounds: int) -> dict:
     """Bytes a second of cached samples and of plain reads, cold and warm, and the first over the second."""
-    cache.make(tars, home / "cache", SIDE, (StandInText(), StandInAutoencoder()),
-               cache.Settings(batch_size=2, per_shard=64))  # fmt: skip
+    cache.make(
+        tars,
+        home / "cache",
+        SIDE,
+        (StandInText(), StandInAutoencoder()),
+        cache.Settings(batch_size=2, per_shard=64),
+    )
     source = cache.CachedShards(home / "cache", 2)
     files = sorted((home / "cache").glob("*x*.safetensors"))
     size = sum(path.stat().st_size for path in files) // len(source)  # of a sample
@@ -177,9 +195,9 @@ def measure_cache(tars: Path, home: Path, rounds: int) -> dict:
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A large index
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def made_up_index(size: int, tars: int = 1000) -> shards.Index:
     """The index of so many samples, of sizes as on the web, in tars that do not exist."""
     random, rows = rng(0, "index"), np.zeros(size, shards.ROW)
@@ -210,23 +228,41 @@ def measure_index(size: int) -> dict:
     far = time.perf_counter() - began
     began = time.perf_counter()
     source.blocks.locate(FAR + 1, 0)
-    return {"samples": size, "tars": len(index.tars), "index_bytes": held, "bytes_more": peak_memory() - before,
-            "bytes": held + peak_memory() - before, "start_seconds": start, "far_sample": FAR, "far_seconds": far,
-            "next_seconds": time.perf_counter() - began}  # fmt: skip
+    return {
+        "samples": size,
+        "tars": len(index.tars),
+        "index_bytes": held,
+        "bytes_more": peak_memory() - before,
+        "bytes": held + peak_memory() - before,
+        "start_seconds": start,
+        "far_sample": FAR,
+        "far_seconds": far,
+        "next_seconds": time.perf_counter() - began,
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def parse_arguments() -> argparse.Namespace:
     parser = errors.Parser("engine/data_speed.py", "Measure how fast data come on this machine.")
     a = parser.add_argument
     a("--pictures", metavar="N", type=int, default=240, help="photographs, and cached samples (default: 240)")
-    a("--index-size", metavar="N", type=int, default=10_000_000, help="samples of the index (default: 10000000)")
+    a(
+        "--index-size",
+        metavar="N",
+        type=int,
+        default=10_000_000,
+        help="samples of the index (default: 10000000)",
+    )
     a("--rounds", metavar="N", type=int, default=5, help="turns of each measurement (default: 5)")
     a("--out", metavar="FILE", type=errors.file_to_write, help="write the figures as JSON")
     args = parser.parse_args()
-    if not 16 <= args.pictures <= 10_000 or not 1000 <= args.index_size <= 10**9 or not 1 <= args.rounds <= 10**4:
+    if (
+        not 16 <= args.pictures <= 10_000
+        or not 1000 <= args.index_size <= 10**9
+        or not 1 <= args.rounds <= 10**4
+    ):
         parser.error("--pictures must lie between 16 and 10000, --index-size from 1000, --rounds from 1")
     return args
 
@@ -239,18 +275,24 @@ def main() -> None:
         tars = make_tars(Path(home), args.pictures)
         report["pictures"] = rates = measure_pictures(tars, args.rounds)
         report["cache"] = found = measure_cache(tars, Path(home), args.rounds)
-    print(f"pictures at {SIDE} pixels, a second on one core: {rates['from tars']:.0f} from tars, "
-          f"{rates['pillow']:.0f} by Pillow from memory (ratio {rates['from tars / pillow']:.2f}); reading alone "
-          f"{rates['bytes alone']:.0f}")
+    print(
+        f"pictures at {SIDE} pixels, a second on one core: {rates['from tars']:.0f} from tars, "
+        f"{rates['pillow']:.0f} by Pillow from memory (ratio {rates['from tars / pillow']:.2f}); reading alone "
+        f"{rates['bytes alone']:.0f}"
+    )
     for state in ("cold", "warm"):
         if state in found:
-            print(f"cached samples of {found['bytes_of_a_sample'] / 1e6:.2f} MB, {state}: "
-                  f"{found[state]['samples'] / 1e6:.0f} MB/s, plain reads {found[state]['plain'] / 1e6:.0f} MB/s "
-                  f"(ratio {found[state]['samples / plain']:.2f})")  # fmt: skip
+            print(
+                f"cached samples of {found['bytes_of_a_sample'] / 1e6:.2f} MB, {state}: "
+                f"{found[state]['samples'] / 1e6:.0f} MB/s, plain reads {found[state]['plain'] / 1e6:.0f} MB/s "
+                f"(ratio {found[state]['samples / plain']:.2f})"
+            )
     index = report["index"]
-    print(f"an index of {index['samples']:,} samples: ready after {index['start_seconds']:.1f} s, "
-          f"{index['bytes'] / 2**30:.2f} GiB at most; sample {FAR:,} found in {index['far_seconds']:.2f} s, the next "
-          f"in {1e6 * index['next_seconds']:.0f} us")  # fmt: skip
+    print(
+        f"an index of {index['samples']:,} samples: ready after {index['start_seconds']:.1f} s, "
+        f"{index['bytes'] / 2**30:.2f} GiB at most; sample {FAR:,} found in {index['far_seconds']:.2f} s, the next "
+        f"in {1e6 * index['next_seconds']:.0f} us"
+    )
     if args.out:
         checkpoint.write_json(args.out, report)
 

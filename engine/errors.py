@@ -28,7 +28,9 @@ class UserError(ValueError):
 
 def shortened(text: str, longest: int = 80) -> str:
     """A text with the middle left out of every word that is longer."""
-    return re.sub(r"\S{%d,}" % (longest + 1), lambda word: f"{word[0][:longest // 2]}...{word[0][-10:]}", text)
+    return re.sub(
+        r"\S{%d,}" % (longest + 1), lambda word: f"{word[0][: longest // 2]}...{word[0][-10:]}", text
+    )
 
 
 def regular(path: Path, kind: type[UserError] = UserError) -> Path:
@@ -71,8 +73,12 @@ class Parser(argparse.ArgumentParser):
     whose help fits a screen."""
 
     def __init__(self, program: str, description: str):
-        super().__init__(prog=program, description=description, usage=f"python {program} [options]",
-                         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=128))
+        super().__init__(
+            prog=program,
+            description=description,
+            usage=f"python {program} [options]",
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=128),
+        )
         self.register("type", int, whole_number)
         self.register("type", Path, lambda text: Path(name(text)))
 
@@ -134,7 +140,12 @@ def run(main: Callable[[], None], stopped: str = "stopped") -> None:
     try:
         main()
         sys.stdout.flush()
-    except (UserError, OSError, MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+    except (
+        UserError,
+        OSError,
+        MemoryError,
+        RuntimeError,
+    ) as error:  # torch.OutOfMemoryError is a RuntimeError
         full = out_of_memory(error)
         if isinstance(error, RuntimeError) and not full:
             raise  # a defect of ours

@@ -29,9 +29,9 @@ from engine.randomness import rng
 from recipe import Recipe, Stage
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Which source a name means
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def check_sides(sides: tuple[int, ...], multiple: int) -> None:
     """Raise DataError for a side that is no multiple of the auto-encoder's factor times the patch."""
     for side in sides:
@@ -39,8 +39,9 @@ def check_sides(sides: tuple[int, ...], multiple: int) -> None:
             raise data.DataError(f"the side of the pictures must be a multiple of {multiple}, not {side}")
 
 
-def open_source(names: tuple[str, ...], stage: Stage, multiple: int, index: str | None = None,
-                wrong_captions: float = 0.0):  # fmt: skip
+def open_source(
+    names: tuple[str, ...], stage: Stage, multiple: int, index: str | None = None, wrong_captions: float = 0.0
+):
     """The samples of a stage: a built-in set by its name, a folder of pictures, a folder of tar shards, or caches of
     encoded shards.
 
@@ -50,14 +51,20 @@ def open_source(names: tuple[str, ...], stage: Stage, multiple: int, index: str 
     samples with the caption of another (data.WrongCaptions). Raises DataError with what is wrong and what to do.
     """
     sides, batch_size = stage.sides, stage.batch_size
-    caches = {checkpoint.read_json(Path(name) / "cache.json")["side"]: name for name in names if cache.is_cache(name)}
+    caches = {
+        checkpoint.read_json(Path(name) / "cache.json")["side"]: name
+        for name in names
+        if cache.is_cache(name)
+    }
     if len(caches) < len(names) and len(names) > 1:
-        raise data.DataError(f"--data takes one folder, or several caches; of {', '.join(names)} only {len(caches)} "
-                             "are caches")
+        raise data.DataError(
+            f"--data takes one folder, or several caches; of {', '.join(names)} only {len(caches)} are caches"
+        )
     check_sides(sides, multiple)
     if caches and wrong_captions:
-        raise data.DataError(f"{names[0]} is a cache, whose captions are encoded already: --wrong-captions needs its "
-                             "tars")
+        raise data.DataError(
+            f"{names[0]} is a cache, whose captions are encoded already: --wrong-captions needs its tars"
+        )
     parts = []
     for side in sides:
         if names[0] in data.SETS:
@@ -65,12 +72,16 @@ def open_source(names: tuple[str, ...], stage: Stage, multiple: int, index: str 
         elif caches:
             if side not in caches:
                 raise data.DataError(f"none of {', '.join(names)} was cached with --side {side}")
-            source = cache.CachedShards(caches[side], batch_size)  # only this one: others may be for other batches
+            source = cache.CachedShards(
+                caches[side], batch_size
+            )  # only this one: others may be for other batches
             wrong = [f"{h}x{w}" for h, w in source.buckets if h % multiple or w % multiple]
             if wrong:
-                raise data.DataError(f"{source.name} holds pictures of {', '.join(wrong)}, and sides must be multiples "
-                                     f"of {multiple}: cache again "
-                                     f"with --multiple {multiple}")  # fmt: skip
+                raise data.DataError(
+                    f"{source.name} holds pictures of {', '.join(wrong)}, and sides must be multiples "
+                    f"of {multiple}: cache again "
+                    f"with --multiple {multiple}"
+                )
             parts.append(source)
         elif any(Path(names[0]).glob("*.tar")):
             parts.append(shards.Shards(names[0], side, batch_size, multiple=multiple, index=index))
@@ -86,9 +97,9 @@ def parts_of(source) -> list:
     return getattr(source, "sources", [source])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Batches
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 class Batch(NamedTuple):
     """One micro-batch as the loss takes it."""
 
@@ -140,22 +151,40 @@ class Feed:
     Raises DataError when a stage's source cannot be opened: at the start, for all stages to come.
     """
 
-    def __init__(self, plan: Recipe, draw: Callable, seed: int, codec: Codec, ranks: Ranks = Ranks(), start: int = 0,
-                 reading: Reading = Reading()):  # fmt: skip
-        self.plan, self.draw, self.seed, self.codec, self.ranks, self.reading = plan, draw, seed, codec, ranks, reading
+    def __init__(
+        self,
+        plan: Recipe,
+        draw: Callable,
+        seed: int,
+        codec: Codec,
+        ranks: Ranks = Ranks(),
+        start: int = 0,
+        reading: Reading = Reading(),
+    ):
+        self.plan, self.draw, self.seed, self.codec, self.ranks, self.reading = (
+            plan,
+            draw,
+            seed,
+            codec,
+            ranks,
+            reading,
+        )
         self.waited, multiple = 0.0, codec.factor * codec.patch
         self.sources = {
             number: open_source(plan.data, stage, multiple, reading.index, plan.wrong_captions)
-            for number, stage in enumerate(plan.stages) if number >= plan.stage_number(start)
-        }  # fmt: skip
+            for number, stage in enumerate(plan.stages)
+            if number >= plan.stage_number(start)
+        }
         self.null = None
         self.check_caches()
 
     def fingerprints(self) -> dict[str, str]:
         """What the samples of each stage to come follow from, besides the seed:
         a resumed run must find it unchanged."""
-        return {str(number): f"{source.fingerprint} in batches of {self.plan.stages[number].batch_size}"
-                for number, source in self.sources.items()}  # fmt: skip
+        return {
+            str(number): f"{source.fingerprint} in batches of {self.plan.stages[number].batch_size}"
+            for number, source in self.sources.items()
+        }
 
     def source(self, step: int):
         """The source of iteration `step`."""
@@ -169,9 +198,11 @@ class Feed:
                 if isinstance(part, cache.CachedShards):
                     part.check(self.plan.text, self.plan.txt_len, self.plan.autoencoder)
                     if self.plan.aux_from < 1 and not part.fake:
-                        raise data.DataError(f"{part.name} was cached without --fake, which the auxiliary term needs: "
-                                             "cache again, "
-                                             "or train with --aux-from 1")  # fmt: skip
+                        raise data.DataError(
+                            f"{part.name} was cached without --fake, which the auxiliary term needs: "
+                            "cache again, "
+                            "or train with --aux-from 1"
+                        )
 
     def skipped(self) -> set[str]:
         """The keys of the samples that could not be read so far: those that an
@@ -198,7 +229,9 @@ class Feed:
             pictures = data.to_tensor([s.picture for s in samples])
             if self.codec.device.type == "cuda":
                 pictures = pictures.pin_memory()
-        return Fetched(self.plan.aux(step), samples, pictures, dropped, self.draw(self.seed, step, index, shape))
+        return Fetched(
+            self.plan.aux(step), samples, pictures, dropped, self.draw(self.seed, step, index, shape)
+        )
 
     def encode(self, f: Fetched, source) -> Batch:
         """Put a fetched micro-batch on the device and through the frozen encoders."""
@@ -206,7 +239,9 @@ class Feed:
         # Not on MPS, where a copy may still read its source after that is gone (pytorch issue 139550).
         non_blocking = self.codec.device.type == "cuda"
 
-        def put(x):  # tokens of a cache travel in bf16; all that comes out of here is fp32, or the places of s < t
+        def put(
+            x,
+        ):  # tokens of a cache travel in bf16; all that comes out of here is fp32, or the places of s < t
             if isinstance(x, tuple):
                 return tuple(map(put, x))
             x = x.to(self.codec.device, non_blocking=non_blocking)
@@ -228,16 +263,21 @@ class Feed:
             if self.null is None:
                 self.null = self.codec.text([""])
         null = tuple(a.expand(len(x0), *a.shape[1:]) for a in self.null)
-        is_null = torch.tensor([drop or s.caption == "" for s, drop in zip(f.samples, f.dropped)],
-                               device=self.codec.device)
-        return Batch(x0, c, null, fake, is_null, type(f.draws)(*put(tuple(f.draws))), [s.key for s in f.samples])
+        is_null = torch.tensor(
+            [drop or s.caption == "" for s, drop in zip(f.samples, f.dropped)], device=self.codec.device
+        )
+        return Batch(
+            x0, c, null, fake, is_null, type(f.draws)(*put(tuple(f.draws))), [s.key for s in f.samples]
+        )
 
     def stream(self, start: int) -> Iterator[Batch]:
         """Every micro-batch from iteration `start` to the end of the run, read ahead by `workers` threads."""
         jobs = ((step, index) for step in range(start, self.plan.steps) for index in self.indices(step))
         with ThreadPoolExecutor(self.reading.workers) as pool:
-            ahead = deque((step, pool.submit(self.fetch, step, index))
-                          for step, index in itertools.islice(jobs, 2 * self.reading.workers))
+            ahead = deque(
+                (step, pool.submit(self.fetch, step, index))
+                for step, index in itertools.islice(jobs, 2 * self.reading.workers)
+            )
             try:
                 while ahead:
                     step, future = ahead.popleft()

@@ -20,21 +20,39 @@ from engine.checkpoint import CheckpointError
 
 # The whole numbers among train.py's flags: the least and the most.
 RANGES = {
-    "steps": (1, 10**9), "batch_size": (2, 2**20), "micro_batch": (2, 2**20), "side": (1, 2**13),
-    "txt_len": (1, 2**12), "log_every": (1, 10**9), "keep": (1, 10**6), "workers": (1, 1024), "seed": (0, 2**63 - 1),
-    "recompute": (0, 10**6), "grid_every": (0, 10**9), "save_every": (0, 10**9), "milestone_every": (0, 10**9),
+    "steps": (1, 10**9),
+    "batch_size": (2, 2**20),
+    "micro_batch": (2, 2**20),
+    "side": (1, 2**13),
+    "txt_len": (1, 2**12),
+    "log_every": (1, 10**9),
+    "keep": (1, 10**6),
+    "workers": (1, 1024),
+    "seed": (0, 2**63 - 1),
+    "recompute": (0, 10**6),
+    "grid_every": (0, 10**9),
+    "save_every": (0, 10**9),
+    "milestone_every": (0, 10**9),
     "imm_k": (1, 20),
-}  # fmt: skip
+}
 # The entries of model.SIZES. Whether they describe the weights beside them is seen before memory is taken for them.
 MODEL = {
-    "width": (1, 2**15), "heads": (1, 2**10), "double": (0, 2**8), "single": (0, 2**8), "channels": (1, 2**10),
-    "patch": (1, 2**6), "txt_dim": (1, 2**16), "vec_dim": (1, 2**16),
-}  # fmt: skip
+    "width": (1, 2**15),
+    "heads": (1, 2**10),
+    "double": (0, 2**8),
+    "single": (0, 2**8),
+    "channels": (1, 2**10),
+    "patch": (1, 2**6),
+    "txt_dim": (1, 2**16),
+    "vec_dim": (1, 2**16),
+}
 
 
 def number(low: float, high: float):
     """Whether a value is a number from low to high."""
-    return lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    return lambda value: (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    )
 
 
 def whole(low: int, high: int):
@@ -58,38 +76,54 @@ def three_axes(value) -> bool:
 def buckets(value) -> bool:
     """[[height, width, pictures], ...]"""
     rows = value if isinstance(value, list) else []
-    return bool(rows) and all(isinstance(row, list) and len(row) == 3 and all(map(whole(1, 2**40), row))
-                              for row in rows)  # fmt: skip
+    return bool(rows) and all(
+        isinstance(row, list) and len(row) == 3 and all(map(whole(1, 2**40), row)) for row in rows
+    )
 
 
 # What sampling reads of config.json, and what it must be; engine/arguments.py writes it.
 CONFIG = {
     "model": ("an object", lambda value: isinstance(value, dict)),
     "precision": ("float32 or bfloat16", lambda value: value in ("float32", "bfloat16")),
-    "objective": (" or ".join(objectives.OBJECTIVES), lambda value: text(value) and value in objectives.OBJECTIVES),
-    "side": entry(*RANGES["side"]), "mu": ("a number", number(-10, 10)),
-    "text_encoder": ("a name", text), "txt_len": entry(*RANGES["txt_len"]),
-    "autoencoder": ("a name", text), "guidance": ("from 0 to 100", number(0, 100)),
+    "objective": (
+        " or ".join(objectives.OBJECTIVES),
+        lambda value: text(value) and value in objectives.OBJECTIVES,
+    ),
+    "side": entry(*RANGES["side"]),
+    "mu": ("a number", number(-10, 10)),
+    "text_encoder": ("a name", text),
+    "txt_len": entry(*RANGES["txt_len"]),
+    "autoencoder": ("a name", text),
+    "guidance": ("from 0 to 100", number(0, 100)),
     "eta": ('from 0 to 1, or "renoise"', lambda value: value == "renoise" or number(0, 1)(value)),
-    "s_rule": ("from 0 to 1", number(0, 1)), "guidance_space": ("v or x0", lambda value: value in ("v", "x0")),
-}  # fmt: skip
+    "s_rule": ("from 0 to 1", number(0, 1)),
+    "guidance_space": ("v or x0", lambda value: value in ("v", "x0")),
+}
 MODEL_CONFIG = {name: entry(*bounds) for name, bounds in MODEL.items()}
 MODEL_CONFIG["axes"] = ("three whole numbers, for t, y and x", three_axes)
 FACTOR = {"time_factor": ("a number from 0 up", number(0, 10**6))}  # may be missing: FLUX's
 # What a cache's cache.json says of it.
 CACHE = {
-    "text": ("a name", text), "txt_len": entry(*RANGES["txt_len"]), "autoencoder": ("a name", text),
-    "side": entry(*RANGES["side"]), "source": ("a fingerprint", text),
-    "per_shard": entry(1, 2**63 - 1), "fake": ("true or false", lambda value: value in (0, 1)),
+    "text": ("a name", text),
+    "txt_len": entry(*RANGES["txt_len"]),
+    "autoencoder": ("a name", text),
+    "side": entry(*RANGES["side"]),
+    "source": ("a fingerprint", text),
+    "per_shard": entry(1, 2**63 - 1),
+    "fake": ("true or false", lambda value: value in (0, 1)),
     "buckets": ("lists of height, width and pictures", buckets),
-}  # fmt: skip
+}
 # What a resumed run reads of state.json, and what may be missing in that of an older version.
-STATE = {"step": entry(0, 10**9), "seed": entry(*RANGES["seed"]),
-         "elapsed": ("a number of seconds", number(0, 10**12))}  # fmt: skip
+STATE = {
+    "step": entry(0, 10**9),
+    "seed": entry(*RANGES["seed"]),
+    "elapsed": ("a number of seconds", number(0, 10**12)),
+}
 STATE_LATER = {
-    "steps": entry(*RANGES["steps"]), "nonfinite": entry(0, 10**9),
+    "steps": entry(*RANGES["steps"]),
+    "nonfinite": entry(0, 10**9),
     "data": ("an object of texts", lambda value: isinstance(value, dict) and all(map(text, value.values()))),
-}  # fmt: skip
+}
 
 
 def check(path: Path, found: dict, needed: dict, optional: dict | None = None, prefix: str = "") -> None:
@@ -107,9 +141,9 @@ def shown(value) -> str:
     return errors.shortened(repr(value))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The files
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def config(folder: Path) -> dict:
     """What config.json says of a model, checked. Raises CheckpointError."""
     path = folder / "config.json"
@@ -119,7 +153,9 @@ def config(folder: Path) -> dict:
     check(path, found, CONFIG)
     check(path, found["model"], MODEL_CONFIG, FACTOR, "model.")
     if unknown := [name for name in found["model"] if name not in MODEL_CONFIG | FACTOR]:
-        raise CheckpointError(f"{path} does not describe a model of this version: it has no {shown(unknown[0])}")
+        raise CheckpointError(
+            f"{path} does not describe a model of this version: it has no {shown(unknown[0])}"
+        )
     return found
 
 
@@ -131,7 +167,9 @@ def state(folder: Path) -> dict:
         raise CheckpointError(f"{path} is not that of a training state")
     check(path, found, STATE, STATE_LATER)
     if found["step"] != checkpoint.step_of(folder):
-        raise CheckpointError(f"{path} is that of iteration {found['step']}, which its folder's name contradicts")
+        raise CheckpointError(
+            f"{path} is that of iteration {found['step']}, which its folder's name contradicts"
+        )
     return found
 
 
@@ -140,8 +178,9 @@ def flags(path: Path, arguments: dict, parser: argparse.ArgumentParser) -> None:
     known = {action.dest: action for action in parser._actions}
     for name, value in arguments.items():
         if name not in known:
-            raise CheckpointError(f"{path}: this version has no argument {shown(name)}; go on with the one that "
-                                  "began the run")  # fmt: skip
+            raise CheckpointError(
+                f"{path}: this version has no argument {shown(name)}; go on with the one that began the run"
+            )
         action = known[name]
         if value is None and action.default is None:
             continue

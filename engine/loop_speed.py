@@ -25,7 +25,9 @@ from pathlib import Path
 
 import torch
 
-if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+if (
+    __name__ == "__main__"
+):  # started as a file: modules are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import losses
@@ -34,8 +36,11 @@ import train
 from engine import arguments, checkpoint, errors, feed, machine, preparation, watch
 from engine.processes import Ranks
 
-ROWS = {"flow matching": ["--objective", "flow_matching"], "Self-E": ["--aux-from", "1"],
-        "Self-E + aux": ["--aux-from", "0"]}  # fmt: skip
+ROWS = {
+    "flow matching": ["--objective", "flow_matching"],
+    "Self-E": ["--aux-from", "1"],
+    "Self-E + aux": ["--aux-from", "0"],
+}
 PASSES = ("forward", "evaluation", "backward")
 WARM = 15  # iterations before the clock, after the compiler has come in
 
@@ -81,7 +86,9 @@ class Clock:
 def watch_parts(clock: Clock, closing: contextlib.ExitStack) -> list[float]:
     """Put the clock to everything an iteration consists of. Returns a list that the reading thread adds its own
     computing seconds to."""
-    clock.watch(model.Denoiser, "forward", lambda: "forward" if torch.is_grad_enabled() else "evaluation", closing)
+    clock.watch(
+        model.Denoiser, "forward", lambda: "forward" if torch.is_grad_enabled() else "evaluation", closing
+    )
     clock.watch(torch.Tensor, "backward", "backward", closing)
     clock.watch(losses.SelfE, "forward", "targets and loss", closing)
     clock.watch(feed.Feed, "encode", "encoding", closing)
@@ -143,14 +150,18 @@ def measure(flags: list[str], iterations: int, rounds: int) -> dict[str, Row]:
     """The runs of ROWS in turns, `rounds` times `iterations` iterations each after a warm-up."""
     with contextlib.ExitStack() as closing:
         home = Path(closing.enter_context(tempfile.TemporaryDirectory()))
-        runs_out = closing.enter_context(contextlib.ExitStack())  # threads and files end before the folder goes
+        runs_out = closing.enter_context(
+            contextlib.ExitStack()
+        )  # threads and files end before the folder goes
         for owner, name in ((preparation.Run, "save"), (watch.Watch, "conclude")):
             closing.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, lambda self, step: None)
         warm = WARM + train.EAGER_STEPS if "--no-compile" not in flags else 2
         total = warm + rounds * iterations
-        rows = {name: begin([*flags, *own], home / name.replace(" ", "_"), total, runs_out)
-                for name, own in ROWS.items()}  # fmt: skip
+        rows = {
+            name: begin([*flags, *own], home / name.replace(" ", "_"), total, runs_out)
+            for name, own in ROWS.items()
+        }
         for row in rows.values():
             go_on(row, warm)
         clock = Clock()
@@ -174,28 +185,38 @@ def describe(rows: dict[str, Row], iterations: int, rounds: int) -> dict:
     base, described = rows["flow matching"].seconds, {}
     for name, row in rows.items():
         n = iterations * rounds
-        parts = {part: 1e3 * spent / n for part, spent in sorted(row.parts.items(), key=lambda item: -item[1])}
+        parts = {
+            part: 1e3 * spent / n for part, spent in sorted(row.parts.items(), key=lambda item: -item[1])
+        }
         seconds, whole = statistics.median(row.seconds), sum(parts.values())
         outside = whole - sum(parts.get(part, 0.0) for part in PASSES)
         described[name] = {
-            "milliseconds": 1e3 * seconds, "images_per_s": row.run.plan.stages[0].batch_size / seconds,
+            "milliseconds": 1e3 * seconds,
+            "images_per_s": row.run.plan.stages[0].batch_size / seconds,
             "ratio": statistics.median(own / other for own, other in zip(row.seconds, base)),
-            "outside": outside / whole, "hidden": 1e3 * row.hidden / n, "waited": 1e3 * row.waited / n, "parts": parts,
-        }  # fmt: skip
+            "outside": outside / whole,
+            "hidden": 1e3 * row.hidden / n,
+            "waited": 1e3 * row.waited / n,
+            "parts": parts,
+        }
     return described
 
 
 def tell(report: dict) -> None:
     print(f"{report['hardware']}, in {report['precision']}, {report['compiler']}")
     for name, row in report["rows"].items():
-        print(f"{name:14} {row['milliseconds']:8.1f} ms, {row['images_per_s']:7.1f} images/s, {row['ratio']:.3f} x "
-              f"flow matching; outside the networks {row['outside']:.1%}; waiting for data {row['waited']:.2f} ms, its "
-              f"thread computes {row['hidden']:.2f} ms")  # fmt: skip
+        print(
+            f"{name:14} {row['milliseconds']:8.1f} ms, {row['images_per_s']:7.1f} images/s, {row['ratio']:.3f} x "
+            f"flow matching; outside the networks {row['outside']:.1%}; waiting for data {row['waited']:.2f} ms, its "
+            f"thread computes {row['hidden']:.2f} ms"
+        )
         print("  " + ", ".join(f"{part} {spent:.2f}" for part, spent in row["parts"].items()))
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = errors.Parser("engine/loop_speed.py", "Time train.py's own loop, part by part. Further flags: train.py's.")
+    parser = errors.Parser(
+        "engine/loop_speed.py", "Time train.py's own loop, part by part. Further flags: train.py's."
+    )
     a = parser.add_argument
     a("--threads", metavar="N", type=int, help="of torch (default: as many as it takes)")
     a("--iterations", metavar="N", type=int, default=20, help="in a round (default: 20)")
@@ -216,10 +237,14 @@ def main() -> None:
     run = rows["Self-E"].run
     compiled = any(block._compiled_call_impl for block in run.network.double_blocks)
     report = machine.provenance(run.device) | {
-        "threads": torch.get_num_threads(), "precision": run.config["precision"],
-        "batch": run.plan.stages[0].batch_size, "compiler": "compiled" if compiled else "eager",
-        "iterations": args.iterations, "rounds": args.rounds,
-        "rows": describe(rows, args.iterations, args.rounds)}  # fmt: skip
+        "threads": torch.get_num_threads(),
+        "precision": run.config["precision"],
+        "batch": run.plan.stages[0].batch_size,
+        "compiler": "compiled" if compiled else "eager",
+        "iterations": args.iterations,
+        "rounds": args.rounds,
+        "rows": describe(rows, args.iterations, args.rounds),
+    }
     tell(report)
     if args.out:
         checkpoint.write_json(args.out, report)

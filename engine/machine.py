@@ -1,9 +1,9 @@
 """The machine under the run: device, precision, compiler and memory, each chosen by looking, each printed.
 
-    device = machine.pick_device("auto")
-    precision = machine.pick_precision(device)          # torch.bfloat16 where it is faster, else torch.float32
-    works, why = machine.compile_works(device)          # whether torch.compile can build code here
-    machine.provenance(device)                          # what a result file says of where it comes from
+device = machine.pick_device("auto")
+precision = machine.pick_precision(device)          # torch.bfloat16 where it is faster, else torch.float32
+works, why = machine.compile_works(device)          # whether torch.compile can build code here
+machine.provenance(device)                          # what a result file says of where it comes from
 """
 
 import ctypes
@@ -63,7 +63,9 @@ def allow_shapes(n: int) -> None:
     """Let torch.compile keep n versions of a function, one for each picture
     size it meets, instead of giving up after 8."""
     config = torch._dynamo.config
-    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its name before torch 2.6
+    name = (
+        "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    )  # its name before torch 2.6
     setattr(config, name, max(n, getattr(config, name)))
     name = f"accumulated_{name}"
     setattr(config, name, max(4 * n, getattr(config, name)))
@@ -93,7 +95,9 @@ def compile_works(device: torch.device) -> tuple[bool, str]:
     try:
         x = torch.ones(8, device=device, requires_grad=True)
         torch.compile(lambda a: (a.sin() * a).sum())(x).backward()
-    except Exception as error:  # whatever the compiler stack raises, the answer is "no", and the caller prints it
+    except (
+        Exception
+    ) as error:  # whatever the compiler stack raises, the answer is "no", and the caller prints it
         torch._dynamo.reset()
         return False, str(error).strip().splitlines()[0][:120]
     return True, ""
@@ -128,7 +132,9 @@ def describe(device: torch.device) -> str:
         p = torch.cuda.get_device_properties(device)
         chip = f"{torch.cuda.device_count()} x {p.name}, {p.total_memory / 2**30:.0f} GiB"
     else:
-        chip = f"{processor_name()}, {torch.get_num_threads()} threads" + (" and MPS" if device.type == "mps" else "")
+        chip = f"{processor_name()}, {torch.get_num_threads()} threads" + (
+            " and MPS" if device.type == "mps" else ""
+        )
     return f"{chip}; torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
 
 
@@ -137,11 +143,14 @@ def commit() -> str:
     here = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=10",
-                   "HEAD") + ("+" if git("status", "--porcelain", "-uno", "--", "*.py") else "")
+        return git("rev-parse", "--short=10", "HEAD") + (
+            "+" if git("status", "--porcelain", "-uno", "--", "*.py") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -150,8 +159,13 @@ def provenance(device: torch.device) -> dict[str, str]:
     """What every result file says of where it comes from."""
     program, here = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parents[1]
     name = program.relative_to(here) if program.is_relative_to(here) else program.name
-    return {"command": " ".join(["python", str(name), *sys.argv[1:]]), "commit": commit(), "hardware": describe(device),
-            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    return {
+        "command": " ".join(["python", str(name), *sys.argv[1:]]),
+        "commit": commit(),
+        "hardware": describe(device),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def processor_name() -> str:

@@ -1,23 +1,23 @@
 """Seeing a run: what is watched, summed over iterations and processes, and where it is written.
 
-    RUN/metrics.jsonl    a line per --log-every iterations, and one for each update left out, with its samples' keys
-    RUN/tensorboard/     the same curves and the picture grids, if the package tensorboard is installed
+RUN/metrics.jsonl    a line per --log-every iterations, and one for each update left out, with its samples' keys
+RUN/tensorboard/     the same curves and the picture grids, if the package tensorboard is installed
 
-    name               what it is                                                        what it should look like
-    loss               mean over the batch, per value of x0                              falls; never NaN
-    loss_t0 .. loss_t3 the same by quarters of t, from data to noise                     all fall; both ends are largest
-    share_jump         share of samples with s < t                                       0 at tau = 0, then 0.5
-    lambda             geometric mean of Eq. 17 over them                                grows with tau
-    w                  mean of `mix`, lambda / (1 + lambda), the share of x_self         grows with tau, stays below 1
-    delta_norm         root mean square of Delta per value, the self-evaluation signal   some % of the data's size
-    fake_loss          s.8, in the auxiliary stage                                       near the loss at small t
-    grad_norm          before clipping, mean                                             steady; peaks are clipped
-    iterations_per_s   and images_per_s, over all processes                              steady
-    mfu                share of the machine's own matrix-product peak                    steady
-    data_wait          share of the time spent waiting for data, mean over processes     near 0
-    skipped            samples that could not be read, over all processes, since the
-                       run began or was resumed                                          constant or slowly rising
-    nonfinite          iterations whose update was left out so far                       0
+name               what it is                                                        what it should look like
+loss               mean over the batch, per value of x0                              falls; never NaN
+loss_t0 .. loss_t3 the same by quarters of t, from data to noise                     all fall; both ends are largest
+share_jump         share of samples with s < t                                       0 at tau = 0, then 0.5
+lambda             geometric mean of Eq. 17 over them                                grows with tau
+w                  mean of `mix`, lambda / (1 + lambda), the share of x_self         grows with tau, stays below 1
+delta_norm         root mean square of Delta per value, the self-evaluation signal   some % of the data's size
+fake_loss          s.8, in the auxiliary stage                                       near the loss at small t
+grad_norm          before clipping, mean                                             steady; peaks are clipped
+iterations_per_s   and images_per_s, over all processes                              steady
+mfu                share of the machine's own matrix-product peak                    steady
+data_wait          share of the time spent waiting for data, mean over processes     near 0
+skipped            samples that could not be read, over all processes, since the
+                   run began or was resumed                                          constant or slowly rising
+nonfinite          iterations whose update was left out so far                       0
 """
 
 import json
@@ -42,9 +42,21 @@ class Meter:
     An iteration's micro-batches are `add`ed, and then counted by `keep` or forgotten by `drop`.
     """
 
-    NAMES = ("n", "loss", "below", "log_lambda", "evaluated", "mix", "delta_norm", "fakes", "fake_loss",
-             *(f"{kind}_t{b}" for b in range(BINS) for kind in ("n", "loss")), "flops", "iterations",
-             "grad_norm")  # fmt: skip
+    NAMES = (
+        "n",
+        "loss",
+        "below",
+        "log_lambda",
+        "evaluated",
+        "mix",
+        "delta_norm",
+        "fakes",
+        "fake_loss",
+        *(f"{kind}_t{b}" for b in range(BINS) for kind in ("n", "loss")),
+        "flops",
+        "iterations",
+        "grad_norm",
+    )
 
     def __init__(self, device: torch.device):
         dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -62,7 +74,13 @@ class Meter:
         lam = losses.lam(t, s).clamp(1e-12, 1e12)
         row = [zero + len(t), loss.sum(), below.sum(), torch.where(below, lam.log(), 0.0).sum()]
         evaluated, fakes = stats.get("delta_norm", t[:0]), stats.get("fake_loss", t[:0])
-        row += [zero + len(evaluated), stats.get("mix", t[:0]).sum(), evaluated.sum(), zero + len(fakes), fakes.sum()]
+        row += [
+            zero + len(evaluated),
+            stats.get("mix", t[:0]).sum(),
+            evaluated.sum(),
+            zero + len(fakes),
+            fakes.sum(),
+        ]
         for b in range(BINS):
             inside = (t >= b / BINS) & ((t < (b + 1) / BINS) | (b == BINS - 1))
             row += [inside.sum(), torch.where(inside, loss, 0.0).sum()]
@@ -108,8 +126,12 @@ class Meter:
         if v["fakes"]:
             result["fake_loss"] = v["fake_loss"] / v["fakes"]
         # n counts IMM's groups, not pictures; so the rate is of iterations, and the loop knows their batch.
-        return result | {"grad_norm": v["grad_norm"] / v["iterations"], "iterations_per_s": iterations / seconds,
-                         "mfu": v["flops"] / seconds / (peak * world), "data_wait": wait / world / seconds}  # fmt: skip
+        return result | {
+            "grad_norm": v["grad_norm"] / v["iterations"],
+            "iterations_per_s": iterations / seconds,
+            "mfu": v["flops"] / seconds / (peak * world),
+            "data_wait": wait / world / seconds,
+        }
 
 
 class Log:

@@ -57,7 +57,9 @@ class Muon(torch.optim.Optimizer):
                 buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 buffer.lerp_(p.grad, 1 - MOMENTUM)
                 ahead = p.grad.lerp(buffer, MOMENTUM)  # Nesterov: with this gradient counted once more
-                size = 0.2 * math.sqrt(max(p.shape))  # an orthogonal matrix has the root mean square 1 / sqrt(max)
+                size = 0.2 * math.sqrt(
+                    max(p.shape)
+                )  # an orthogonal matrix has the root mean square 1 / sqrt(max)
                 p.add_(orthogonal(ahead, self.precision), alpha=-group["lr"] * size)
 
 
@@ -113,4 +115,6 @@ def build(name: str, network: nn.Module, lr: float, betas: tuple[float, float], 
 
 def moments(name: str, network: nn.Module) -> int:
     """How many numbers the optimizer keeps of `network`: Adam two of each parameter, Muon one of those it moves."""
-    return sum(p.numel() * (1 if name == "muon" and is_muons(own, p) else 2) for own, p in network.named_parameters())
+    return sum(
+        p.numel() * (1 if name == "muon" and is_muons(own, p) else 2) for own, p in network.named_parameters()
+    )

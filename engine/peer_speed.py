@@ -20,7 +20,9 @@ import sys
 import types
 from pathlib import Path
 
-if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+if (
+    __name__ == "__main__"
+):  # started as a file: modules are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
@@ -37,9 +39,9 @@ GUIDANCE = 5.0  # the paper's
 STEPS = (4, 8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The networks
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def reference_module(folder: Path):
     """The module flux.model of a checkout of black-forest-labs/flux. Raises UserError when it is not to be had."""
     package = folder / "src" / "flux"
@@ -59,11 +61,23 @@ def reference_flux(setting: Setting, folder: Path):
     size, device = setting.size, setting.device
     values = size["channels"] * size["patch"] ** 2
     code = reference_module(folder)
-    flux = code.Flux(code.FluxParams(
-        in_channels=values, out_channels=values, vec_in_dim=size["vec_dim"], context_in_dim=size["txt_dim"],
-        hidden_size=size["width"], mlp_ratio=4.0, num_heads=size["heads"], depth=size["double"],
-        depth_single_blocks=size["single"], axes_dim=list(size["axes"]), theta=10_000, qkv_bias=True,
-        guidance_embed=False)).to(device)  # fmt: skip
+    flux = code.Flux(
+        code.FluxParams(
+            in_channels=values,
+            out_channels=values,
+            vec_in_dim=size["vec_dim"],
+            context_in_dim=size["txt_dim"],
+            hidden_size=size["width"],
+            mlp_ratio=4.0,
+            num_heads=size["heads"],
+            depth=size["double"],
+            depth_single_blocks=size["single"],
+            axes_dim=list(size["axes"]),
+            theta=10_000,
+            qkv_bias=True,
+            guidance_embed=False,
+        )
+    ).to(device)
     img_ids = benchmark.positions(setting).repeat(setting.batch, 1, 1)
     txt_ids = torch.zeros(setting.batch, setting.text_tokens, 3, device=device)
 
@@ -90,8 +104,10 @@ def contestants(setting: Setting, reference: Path | None, inputs: tuple) -> dict
     x, t, tokens, c = inputs
     network = model.Denoiser(**setting.size, precision=setting.precision).to(setting.device)
     found = {"ours": (network, functools.partial(network, x, t, t, *c))}
-    builders = {"diffusers": benchmark.diffusers_flux(setting),
-                "reference": reference_flux(setting, reference) if reference else None}  # fmt: skip
+    builders = {
+        "diffusers": benchmark.diffusers_flux(setting),
+        "reference": reference_flux(setting, reference) if reference else None,
+    }
     for name, built in builders.items():
         if built is not None:
             flux, call = built
@@ -117,26 +133,35 @@ def check(setting: Setting, reference: Path | None) -> dict[str, int]:
     gap = count(ours.gap_in)
     for name in counts.keys() - {"ours"}:
         if counts[name] != counts["ours"] - gap:
-            raise errors.UserError(f"{name} has {counts[name]:,} parameters, ours without gap_in "
-                                   f"{counts['ours'] - gap:,}: not the same network")  # fmt: skip
+            raise errors.UserError(
+                f"{name} has {counts[name]:,} parameters, ours without gap_in "
+                f"{counts['ours'] - gap:,}: not the same network"
+            )
     if "reference" in found:
         theirs, their_forward = found["reference"]
         different = ours.load_state_dict(theirs.state_dict(), strict=False)
-        if different.unexpected_keys or any(not name.startswith("gap_in.") for name in different.missing_keys):
+        if different.unexpected_keys or any(
+            not name.startswith("gap_in.") for name in different.missing_keys
+        ):
             raise errors.UserError("the reference code's parameters have other names than ours")
         nn.init.zeros_(ours.gap_in.out_layer.weight)  # its bias is zero already
         with torch.no_grad():
             p = ours.patch
-            expected, out = their_forward(), rearrange(forward(), "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=p, pw=p)
+            expected, out = (
+                their_forward(),
+                rearrange(forward(), "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=p, pw=p),
+            )
         error = ((out - expected).norm() / expected.norm()).item()
         if not error < 1e-4:
-            raise errors.UserError(f"with the reference code's weights our output is {error:.1e} away from its own")
+            raise errors.UserError(
+                f"with the reference code's weights our output is {error:.1e} away from its own"
+            )
     return counts | {"gap_in": gap}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is timed
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def forward_backward(network: nn.Module, forward) -> None:
     forward().float().square().mean().backward()
     network.zero_grad(set_to_none=True)
@@ -184,28 +209,50 @@ def against_forwards(setting: Setting, repeats: int) -> dict:
 
     works = {(n, work.__name__): functools.partial(work, n) for n in STEPS for work in (steps, forwards)}
     medians = benchmark.in_turns(works, setting.device, repeats)
-    rows = {str(n): {"steps": medians[n, "steps"], "forwards": medians[n, "forwards"],
-                     "ratio": medians[n, "steps"] / medians[n, "forwards"]} for n in STEPS}  # fmt: skip
+    rows = {
+        str(n): {
+            "steps": medians[n, "steps"],
+            "forwards": medians[n, "forwards"],
+            "ratio": medians[n, "steps"] / medians[n, "forwards"],
+        }
+        for n in STEPS
+    }
     return {"batch": half, "guidance": GUIDANCE} | rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def parse_arguments():
-    parser = errors.Parser("engine/peer_speed.py", "Measure our network beside other implementations of FLUX.")
-    parser.set_defaults(side=None, txt_len=None, compile=False, recompute=0)  # what benchmark.setting_of reads, too
+    parser = errors.Parser(
+        "engine/peer_speed.py", "Measure our network beside other implementations of FLUX."
+    )
+    parser.set_defaults(
+        side=None, txt_len=None, compile=False, recompute=0
+    )  # what benchmark.setting_of reads, too
     a = parser.add_argument
-    a("--reference", metavar="DIR", type=Path, help="a checkout of black-forest-labs/flux (default: left out)")
+    a(
+        "--reference",
+        metavar="DIR",
+        type=Path,
+        help="a checkout of black-forest-labs/flux (default: left out)",
+    )
     a("--size", default="laptop", choices=list(model.SIZES), help="which model (default: laptop)")
     a("--blocks", metavar="N", type=int, nargs=2, help="double and single blocks instead of the size's own")
     a("--batch", metavar="N", type=int, default=32, help="pictures a step, even (default: 32)")
-    a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="inside the networks (default: the faster)")
+    a(
+        "--precision",
+        default="auto",
+        choices=("auto", "fp32", "bf16"),
+        help="inside the networks (default: the faster)",
+    )
     a("--repeats", metavar="N", type=int, default=15, help="measured rounds (default: 15)")
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     a("--out", metavar="FILE", type=errors.file_to_write, help="write the figures as JSON")
     args = parser.parse_args()
-    parser.check_ranges(args, batch=limits.RANGES["batch_size"], blocks=limits.MODEL["double"], repeats=(1, 10**6))
+    parser.check_ranges(
+        args, batch=limits.RANGES["batch_size"], blocks=limits.MODEL["double"], repeats=(1, 10**6)
+    )
     if args.batch % 2 or sum(args.blocks or [1]) < 1:
         parser.error("--batch must be even, and there must be a block")
     return args
@@ -213,21 +260,32 @@ def parse_arguments():
 
 def print_report(report: dict) -> None:
     double, single = report["blocks"]
-    print(f"{report['size']} ({double} + {single} blocks), batch {report['batch']}, {report['image_tokens']} + "
-          f"{report['text_tokens']} tokens, {report['precision']}, on {report['hardware']}")  # fmt: skip
+    print(
+        f"{report['size']} ({double} + {single} blocks), batch {report['batch']}, {report['image_tokens']} + "
+        f"{report['text_tokens']} tokens, {report['precision']}, on {report['hardware']}"
+    )
     counts, peers = report["parameters"], report["peers"]
     modes = [mode for mode in peers if not mode.startswith("ratio")]
     print(f"{'forward + backward, ms':24}" + "".join(f"{mode:>10}" for mode in modes) + f"{'parameters':>14}")
     for name in peers["eager"]:
-        print(f"{name:24}" + "".join(f"{peers[mode][name] * 1e3:10.1f}" for mode in modes) + f"{counts[name]:14,}"
-              + (f"  ({counts['gap_in']:,} of them gap_in)" if name == "ours" else ""))  # fmt: skip
-    for ratio, label in (("ratio to diffusers", "ours / diffusers"), ("ratio to the faster", "ours / the faster")):
+        print(
+            f"{name:24}"
+            + "".join(f"{peers[mode][name] * 1e3:10.1f}" for mode in modes)
+            + f"{counts[name]:14,}"
+            + (f"  ({counts['gap_in']:,} of them gap_in)" if name == "ours" else "")
+        )
+    for ratio, label in (
+        ("ratio to diffusers", "ours / diffusers"),
+        ("ratio to the faster", "ours / the faster"),
+    ):
         if peers[ratio]:
             print(f"{label:24}" + "".join(f"{peers[ratio][mode]:10.2f}" for mode in modes))
     for n in STEPS if "sampling" in report else ():
         row = report["sampling"][str(n)]
-        print(f"{n} steps with guidance, batch {report['sampling']['batch']}: {row['steps'] * 1e3:.1f} ms; {n} forward "
-              f"passes of twice the batch: {row['forwards'] * 1e3:.1f} ms (ratio {row['ratio']:.3f})")  # fmt: skip
+        print(
+            f"{n} steps with guidance, batch {report['sampling']['batch']}: {row['steps'] * 1e3:.1f} ms; {n} forward "
+            f"passes of twice the batch: {row['forwards'] * 1e3:.1f} ms (ratio {row['ratio']:.3f})"
+        )
 
 
 def main() -> None:
@@ -241,12 +299,18 @@ def main() -> None:
         print(f"not compiled: {why}")
     machine.allow_shapes(64)
     report = machine.provenance(setting.device) | {
-        "size": args.size, "blocks": [setting.size["double"], setting.size["single"]], "batch": setting.batch,
-        "image_tokens": setting.image_tokens, "text_tokens": setting.text_tokens,
-        "precision": str(setting.precision).removeprefix("torch."), "repeats": args.repeats, "parameters": counts,
-        "peers": against_peers(setting, args.reference, ("eager", "compiled") if compiles else ("eager",),
-                               args.repeats),
-    }  # fmt: skip
+        "size": args.size,
+        "blocks": [setting.size["double"], setting.size["single"]],
+        "batch": setting.batch,
+        "image_tokens": setting.image_tokens,
+        "text_tokens": setting.text_tokens,
+        "precision": str(setting.precision).removeprefix("torch."),
+        "repeats": args.repeats,
+        "parameters": counts,
+        "peers": against_peers(
+            setting, args.reference, ("eager", "compiled") if compiles else ("eager",), args.repeats
+        ),
+    }
     if not args.blocks:  # a whole model
         report["sampling"] = against_forwards(setting, args.repeats)
     print_report(report)

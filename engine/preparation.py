@@ -28,7 +28,8 @@ import losses
 import model
 import objectives
 import recipe
-from engine import arguments, cache, checkpoint, errors, limits, machine, optimizers, plan as printed
+from engine import arguments, cache, checkpoint, errors, limits, machine, optimizers
+from engine import plan as printed
 from engine.feed import Batch, Codec, Feed, Reading, parts_of
 from engine.processes import Ranks, StopSignal
 from objectives import OBJECTIVES
@@ -107,11 +108,23 @@ class Run:
         if self.args.zero and self.ranks.world > 1:
             self.adam.consolidate_state_dict(to=0)
         if self.ranks.is_first:
-            state = {"step": step, "elapsed": self.elapsed(), "seed": self.args.seed, "steps": self.plan.steps,
-                     "data": self.feed.fingerprints(), "nonfinite": self.nonfinite}  # fmt: skip
-            checkpoint.save_state(self.folder, step, (self.network, self.ema), self.adam.state_dict(),
-                                  {"config": self.config, "state": state}, self.args.keep,
-                                  self.args.milestone_every)  # fmt: skip
+            state = {
+                "step": step,
+                "elapsed": self.elapsed(),
+                "seed": self.args.seed,
+                "steps": self.plan.steps,
+                "data": self.feed.fingerprints(),
+                "nonfinite": self.nonfinite,
+            }
+            checkpoint.save_state(
+                self.folder,
+                step,
+                (self.network, self.ema),
+                self.adam.state_dict(),
+                {"config": self.config, "state": state},
+                self.args.keep,
+                self.args.milestone_every,
+            )
         self.ranks.barrier()
         self.saved_at = time.perf_counter()
 
@@ -123,24 +136,44 @@ class Run:
         return f"{python} {program} {shlex.quote('./' + folder if folder.startswith('-') else folder)}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Making one ready
-# ---------------------------------------------------------------------------------------------------------------------
-def prepare(args: argparse.Namespace, plan: recipe.Recipe, folder: Path, device: torch.device, ranks: Ranks,
-            closing: contextlib.ExitStack) -> Run:  # fmt: skip
+# ------------------------------------------------------------------------------------------------------------
+def prepare(
+    args: argparse.Namespace,
+    plan: recipe.Recipe,
+    folder: Path,
+    device: torch.device,
+    ranks: Ranks,
+    closing: contextlib.ExitStack,
+) -> Run:
     """Everything that a run needs. `closing` closes threads and files, after an error too. Raises UserError."""
     states = checkpoint.complete_states(folder) if args.resume else []
     start = checkpoint.step_of(states[-1]) if states else 0
-    codec, sizes = open_encoders(plan, arguments.sizes_of(args), device, ranks.is_first and args.grid_every != 0)
+    codec, sizes = open_encoders(
+        plan, arguments.sizes_of(args), device, ranks.is_first and args.grid_every != 0
+    )
     with ranks.first_alone():
-        feed = Feed(plan, OBJECTIVES[args.objective].draw, args.seed, codec, ranks, start,
-                    Reading(args.workers, args.index))  # fmt: skip
+        feed = Feed(
+            plan,
+            OBJECTIVES[args.objective].draw,
+            args.seed,
+            codec,
+            ranks,
+            start,
+            Reading(args.workers, args.index),
+        )
     if ranks.is_first and codec.text:
         tell_cut_captions(feed, codec.text)
     precision = pick_precision(args, folder, device, ranks)
-    flags = {"--" + k.replace("_", "-"): v for k, v in vars(args).items()
-             if k not in ("data", "index", "workers", "device")}  # fmt: skip
-    ranks.agree({"iteration": start, "recipe": plan, "precision": precision, "data": feed.fingerprints()} | flags)
+    flags = {
+        "--" + k.replace("_", "-"): v
+        for k, v in vars(args).items()
+        if k not in ("data", "index", "workers", "device")
+    }
+    ranks.agree(
+        {"iteration": start, "recipe": plan, "precision": precision, "data": feed.fingerprints()} | flags
+    )
 
     torch.manual_seed(args.seed)
     network = model.Denoiser(**sizes, precision=precision).to(device)
@@ -148,10 +181,21 @@ def prepare(args: argparse.Namespace, plan: recipe.Recipe, folder: Path, device:
     if args.init and not args.resume:
         begin_from(Path(args.init), network, plan)
     ema = copy.deepcopy(network).requires_grad_(False)
-    run = Run(args, plan, folder, ranks, codec, sizes, feed, network, ema,
-              OBJECTIVES[args.objective].build(network, ema, args),
-              optimizers.build(plan.optimizer, network, plan.lr, plan.betas, args.zero and ranks.world > 1),
-              arguments.config_of(args, plan, sizes, precision, device), start)  # fmt: skip
+    run = Run(
+        args,
+        plan,
+        folder,
+        ranks,
+        codec,
+        sizes,
+        feed,
+        network,
+        ema,
+        OBJECTIVES[args.objective].build(network, ema, args),
+        optimizers.build(plan.optimizer, network, plan.lr, plan.betas, args.zero and ranks.world > 1),
+        arguments.config_of(args, plan, sizes, precision, device),
+        start,
+    )
     take_place(run, states, closing)
     if device.type == "cuda":
         rehearse(run)
@@ -174,8 +218,11 @@ def tell_cut_captions(feed: Feed, text) -> None:
         for part in parts_of(getattr(source, "source", source)):  # data.WrongCaptions holds its own
             captions = part.captions if isinstance(part, data.ImageFolder) else []
             if cut := sum(map(text.cuts, captions)):
-                print(f"{part.name}: {cut} of {len(captions)} captions are longer than --txt-len {text.txt_len} reads; "
-                      "their ends are left out", file=sys.stderr)  # fmt: skip
+                print(
+                    f"{part.name}: {cut} of {len(captions)} captions are longer than --txt-len {text.txt_len} reads; "
+                    "their ends are left out",
+                    file=sys.stderr,
+                )
 
 
 def open_encoders(plan: recipe.Recipe, size: dict, device: torch.device, draws: bool) -> tuple[Codec, dict]:
@@ -217,14 +264,18 @@ def begin_from(folder: Path, network: model.Denoiser, plan: recipe.Recipe) -> No
     for name, spec in (("text_encoder", plan.text), ("autoencoder", plan.autoencoder)):
         own = encoders.canonical(spec)
         if config[name] != own:
-            raise errors.UserError(f"--init {folder}: it was trained with another {name} than {own}: "
-                                   "begin without --init, or choose that one")  # fmt: skip
+            raise errors.UserError(
+                f"--init {folder}: it was trained with another {name} than {own}: "
+                "begin without --init, or choose that one"
+            )
     # What the shapes of weights do not show: how heads see places, and the scale of times (objectives.py).
     axes, factor = config["model"]["axes"], config["model"].get("time_factor", 1000)
     if (tuple(axes), factor) != (network.axes, network.time_factor):
-        raise errors.UserError(f"--init {folder}: it was trained with axes {axes} and time factor {factor:g}, and this "
-                               f"model has {list(network.axes)} and {network.time_factor:g}: begin without --init, or "
-                               "with a run of the same kind of objective")  # fmt: skip
+        raise errors.UserError(
+            f"--init {folder}: it was trained with axes {axes} and time factor {factor:g}, and this "
+            f"model has {list(network.axes)} and {network.time_factor:g}: begin without --init, or "
+            "with a run of the same kind of objective"
+        )
     checkpoint.load_weights(folder / "model.safetensors", network)
 
 
@@ -235,13 +286,17 @@ def take_place(run: Run, states: list[Path], closing: contextlib.ExitStack) -> N
         closing.enter_context(checkpoint.locked(run.folder))
         found = checkpoint.complete_states(run.folder)  # again: reading the data may have taken long
         if found != states or not run.args.resume and (run.folder / "model.safetensors").exists():
-            raise errors.UserError(f"another process has trained in {run.folder} meanwhile: choose another --out")
+            raise errors.UserError(
+                f"another process has trained in {run.folder} meanwhile: choose another --out"
+            )
     if run.args.resume:
         load_last(run, states)
     if run.ranks.is_first:
         checkpoint.cut_metrics(run.folder / "metrics.jsonl", run.start)
         if run.args.resume:
-            checkpoint.publish(run.folder, states[-1])  # a process killed while it saved may not have got so far
+            checkpoint.publish(
+                run.folder, states[-1]
+            )  # a process killed while it saved may not have got so far
 
 
 def load_last(run: Run, states: list[Path]) -> None:
@@ -251,7 +306,11 @@ def load_last(run: Run, states: list[Path]) -> None:
         check_resume(run, state)
         checkpoint.load_state(states[-1], run.network, run.ema, run.adam)
     except (checkpoint.CheckpointError, OSError) as error:
-        older = f"delete {states[-1]} to go on from {states[-2].name}" if len(states) > 1 else "there is no older one"
+        older = (
+            f"delete {states[-1]} to go on from {states[-2].name}"
+            if len(states) > 1
+            else "there is no older one"
+        )
         raise checkpoint.CheckpointError(f"{error}; {older}") from error
     run.elapsed_before, run.nonfinite = state["elapsed"], state.get("nonfinite", 0)
 
@@ -260,16 +319,22 @@ def check_resume(run: Run, state: dict) -> None:
     """Raise UserError when what the sequence of samples follows from is not what it was."""
     folder, plan = run.folder, run.plan
     if state["seed"] != run.args.seed:
-        raise errors.UserError(f"{folder} was begun with --seed {state['seed']}; "
-                               "another seed would be another sequence of samples")  # fmt: skip
+        raise errors.UserError(
+            f"{folder} was begun with --seed {state['seed']}; "
+            "another seed would be another sequence of samples"
+        )
     if state["step"] > plan.steps:
         raise errors.UserError(f"{folder} is at iteration {state['step']} already, past --steps {plan.steps}")
     if len(plan.stages) > 1 and state.get("steps", plan.steps) != plan.steps:
-        raise errors.UserError(f"{folder} was begun with --steps {state['steps']}; other steps would move its stages")
+        raise errors.UserError(
+            f"{folder} was begun with --steps {state['steps']}; other steps would move its stages"
+        )
     for number, now in run.feed.fingerprints().items():
         if "data" in state and state["data"].get(number) != now:
-            raise errors.UserError(f"{folder} was begun with other data, another --side or another --batch-size: the "
-                                   "samples would not be the next ones. Restore them, or begin a new run")  # fmt: skip
+            raise errors.UserError(
+                f"{folder} was begun with other data, another --side or another --batch-size: the "
+                "samples would not be the next ones. Restore them, or begin a new run"
+            )
 
 
 def rehearse(run: Run) -> None:
@@ -292,8 +357,10 @@ def rehearse(run: Run) -> None:
             B = plan.micro_batch_of(stage, side, run.ranks.world)
             shape = (run.sizes["channels"], side // feed.codec.factor, side // feed.codec.factor)
             x0 = torch.zeros(B, *shape, device=feed.codec.device)
-            c = (torch.zeros(B, plan.txt_len, run.sizes["txt_dim"], device=feed.codec.device),
-                 torch.zeros(B, run.sizes["vec_dim"], device=feed.codec.device))  # fmt: skip
+            c = (
+                torch.zeros(B, plan.txt_len, run.sizes["txt_dim"], device=feed.codec.device),
+                torch.zeros(B, run.sizes["vec_dim"], device=feed.codec.device),
+            )
             draws = feed.draw(0, 0, list(range(B)), shape, device=feed.codec.device)
             no_null = torch.zeros(B, dtype=torch.bool, device=feed.codec.device)
             try:
@@ -302,6 +369,7 @@ def rehearse(run: Run) -> None:
                 term = " with the auxiliary term" if aux else ""
                 raise errors.UserError(
                     f"{B} pictures of {side} x {side}{term} do not fit into the device's memory: a smaller "
-                    f"--micro-batch, --recompute N or --zero ({str(error).splitlines()[0]})") from error  # fmt: skip
+                    f"--micro-batch, --recompute N or --zero ({str(error).splitlines()[0]})"
+                ) from error
             network.zero_grad(set_to_none=True)
     del moments

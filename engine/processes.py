@@ -33,8 +33,10 @@ class Ranks(NamedTuple):
         told = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
         world, rank = (int(text) if re.fullmatch("[0-9]{1,9}", text) else -1 for text in told)
         if not 0 <= rank < world:
-            raise errors.UserError(f"there is no process of RANK {told[1]!r} among WORLD_SIZE {told[0]!r}: start them "
-                                   "with torchrun, or a single one without these variables")  # fmt: skip
+            raise errors.UserError(
+                f"there is no process of RANK {told[1]!r} among WORLD_SIZE {told[0]!r}: start them "
+                "with torchrun, or a single one without these variables"
+            )
         return cls(world, rank)
 
     @property
@@ -50,10 +52,14 @@ class Ranks(NamedTuple):
             try:
                 dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
             except (ValueError, dist.DistError) as error:  # no such address, or a process that never came
-                raise errors.UserError(f"the {self.world} processes cannot meet ({str(error).splitlines()[0]}); start "
-                                       "them with torchrun") from error  # fmt: skip
+                raise errors.UserError(
+                    f"the {self.world} processes cannot meet ({str(error).splitlines()[0]}); start "
+                    "them with torchrun"
+                ) from error
         yield
-        if self.world > 1:  # not after an error: the other processes may be waiting in a reduction, and so would this
+        if (
+            self.world > 1
+        ):  # not after an error: the other processes may be waiting in a reduction, and so would this
             dist.destroy_process_group()
 
     def gather(self, what) -> list:
@@ -114,7 +120,9 @@ class StopSignal:
     def __init__(self):
         self.name = ""
         numbers = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
+        if (
+            hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+        ):  # Windows has none
             numbers.append(signal.SIGHUP)
         for number in numbers:
             signal.signal(number, self.receive)

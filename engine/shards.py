@@ -50,13 +50,15 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+if (
+    __name__ == "__main__"
+):  # started as a file: modules are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import data
+from data import DataError
 from engine import errors, limits
 from engine.checkpoint import in_one_piece
-from data import DataError
 from engine.randomness import rng
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -65,13 +67,24 @@ HEAD = 2**16  # bytes of a picture that nearly always hold its header
 LONGEST_NAME = 1000  # letters: the index gives every key the room of the longest
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # The index of a tar
-# =====================================================================================================================
+# ============================================================================================================
 # One row per usable sample: where the picture and its caption lie in the tar, what bucketing needs to know, and a
 # checksum of the caption and the picture's first bytes, by which other content of the same length is noticed.
-ROW = np.dtype([("offset", "<i8"), ("size", "<i8"), ("width", "<i4"), ("height", "<i4"), ("text_offset", "<i8"),
-                ("text_size", "<i4"), ("is_json", "?"), ("letters", "<i4"), ("check", "<u4")])  # fmt: skip
+ROW = np.dtype(
+    [
+        ("offset", "<i8"),
+        ("size", "<i8"),
+        ("width", "<i4"),
+        ("height", "<i4"),
+        ("text_offset", "<i8"),
+        ("text_size", "<i4"),
+        ("is_json", "?"),
+        ("letters", "<i4"),
+        ("check", "<u4"),
+    ]
+)
 
 
 class Unusable(Exception):
@@ -93,8 +106,14 @@ def parse_caption(content: bytes, is_json: bool) -> str:
             entry = json.loads(text)
             if not isinstance(entry, dict):
                 raise Unusable("its .json is not an object")
-            text = next((entry[name] for name in ("caption", "text") if isinstance(entry.get(name), str)
-                         and entry[name].strip()), "")
+            text = next(
+                (
+                    entry[name]
+                    for name in ("caption", "text")
+                    if isinstance(entry.get(name), str) and entry[name].strip()
+                ),
+                "",
+            )
     except UnicodeDecodeError as error:
         raise Unusable("its caption is not UTF-8") from error
     except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
@@ -147,8 +166,16 @@ def read_member(file, members: dict[str, tuple[int, int]]) -> tuple:
         raise Unusable("more than 67 million pixels") from error
     except data.BROKEN as error:
         raise Unusable("broken picture") from error
-    return offset, size, width, height, *members[text], text == "json", len(caption), zlib.crc32(caption.encode(),
-                                                                                                 zlib.crc32(head))
+    return (
+        offset,
+        size,
+        width,
+        height,
+        *members[text],
+        text == "json",
+        len(caption),
+        zlib.crc32(caption.encode(), zlib.crc32(head)),
+    )
 
 
 def scan(tar: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
@@ -169,20 +196,33 @@ def scan(tar: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
                         dotted.append((folder + slash + stem, member.name))
                     if not member.isreg() or not stem or suffix not in (*SUFFIXES, "txt", "json"):
                         continue
-                    if member.issparse() or len(member.name) > LONGEST_NAME:  # not one piece of the tar; see there
+                    if (
+                        member.issparse() or len(member.name) > LONGEST_NAME
+                    ):  # not one piece of the tar; see there
                         why = "sparse" if member.issparse() else f"a name of more than {LONGEST_NAME} letters"
                         skipped[f"{tar.stem}/{(folder + slash + stem)[:LONGEST_NAME]}"] = why
                         continue
                     own = samples.setdefault(folder + slash + stem, {})
                     if suffix in own or (suffix in SUFFIXES and own.keys() & set(SUFFIXES)):
-                        skipped[f"{tar.stem}/{member.name} at byte {member.offset}"] = "a second file for its key"
+                        skipped[f"{tar.stem}/{member.name} at byte {member.offset}"] = (
+                            "a second file for its key"
+                        )
                     else:
                         own[suffix] = member.offset_data, member.size
                 end = archive.offset
-        except (tarfile.TarError, ValueError, OverflowError, OSError) as error:  # not all of them are tarfile's own
+        except (
+            tarfile.TarError,
+            ValueError,
+            OverflowError,
+            OSError,
+        ) as error:  # not all of them are tarfile's own
             raise DataError(f"{tar} is truncated or not a tar ({error}): fetch or make it again") from error
-        if read_at(file, end, 512) != bytes(512):  # tarfile takes a tar cut between two members for a whole one
-            raise DataError(f"{tar} is truncated or damaged at byte {end}, it has no end mark: fetch or make it again")
+        if read_at(file, end, 512) != bytes(
+            512
+        ):  # tarfile takes a tar cut between two members for a whole one
+            raise DataError(
+                f"{tar} is truncated or damaged at byte {end}, it has no end mark: fetch or make it again"
+            )
         for key, name in dotted:
             if not samples.get(key, {}).keys() & set(SUFFIXES):  # else it only lies beside a picture
                 skipped[f"{tar.stem}/{name}"] = "a dot in its name: a key ends at the first one"
@@ -200,8 +240,10 @@ def scan(tar: Path) -> tuple[np.ndarray, list[str], dict[str, str]]:
             except Unusable as error:
                 skipped[name] = str(error)
     if not rows:
-        raise DataError(f"{tar}: none of its {len(samples)} pictures can be used ({summary(skipped)}); a caption goes "
-                        'in a .txt or, as "caption" or "text", in a .json of the same name')  # fmt: skip
+        raise DataError(
+            f"{tar}: none of its {len(samples)} pictures can be used ({summary(skipped)}); a caption goes "
+            'in a .txt or, as "caption" or "text", in a .json of the same name'
+        )
     return np.array(rows, ROW), keys, skipped
 
 
@@ -225,23 +267,44 @@ def index_of(tar: Path, index_folder: Path) -> tuple[np.ndarray, np.ndarray, dic
                     found = stored["rows"], stored["keys"], json.loads(stored["skipped"].tobytes())
                     check_index(*found, stat.st_size)
                     return found
-        except (ValueError, EOFError, KeyError, TypeError, AttributeError, MemoryError, zipfile.BadZipFile) as error:
+        except (
+            ValueError,
+            EOFError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            MemoryError,
+            zipfile.BadZipFile,
+        ) as error:
             print(f"{path} is damaged ({error}); reading {tar} again", file=sys.stderr)
     rows, keys, skipped = scan(tar)
     packed = np.array([key.encode("utf-8", "surrogateescape") for key in keys])
     try:
         with in_one_piece(path, shared=True) as partial, open(partial, "wb") as file:
-            np.savez(file, stamp=np.array(stamp), rows=rows, keys=packed,
-                     skipped=np.frombuffer(json.dumps(skipped).encode(), np.uint8))  # fmt: skip
+            np.savez(
+                file,
+                stamp=np.array(stamp),
+                rows=rows,
+                keys=packed,
+                skipped=np.frombuffer(json.dumps(skipped).encode(), np.uint8),
+            )
     except OSError as error:  # no permission, or a file system that can only be read
-        raise DataError(f"cannot write {path} ({error.strerror}): name a folder for the index that can be written "
-                        "(--index)") from error
+        raise DataError(
+            f"cannot write {path} ({error.strerror}): name a folder for the index that can be written "
+            "(--index)"
+        ) from error
     return rows, packed, skipped
 
 
 def check_index(rows: np.ndarray, keys: np.ndarray, skipped: dict[str, str], size: int) -> None:
     """Raise ValueError unless an index could be that of a tar of `size` bytes."""
-    if rows.dtype != ROW or rows.shape != keys.shape or rows.ndim != 1 or not len(rows) or keys.dtype.kind != "S":
+    if (
+        rows.dtype != ROW
+        or rows.shape != keys.shape
+        or rows.ndim != 1
+        or not len(rows)
+        or keys.dtype.kind != "S"
+    ):
         raise ValueError("not one key for each of its rows")
     for offset, length in (("offset", "size"), ("text_offset", "text_size")):
         begin, end = rows[offset], rows[offset] + rows[length]
@@ -274,7 +337,9 @@ def read_index(folder: str | Path, index_folder: str | Path | None = None, worke
         raise DataError(f"no such folder: {folder}")
     tars = sorted(folder.glob("*.tar"))
     if not tars:
-        raise DataError(f"{folder} holds no .tar: python engine/shards.py pack makes some of a folder of pictures")
+        raise DataError(
+            f"{folder} holds no .tar: python engine/shards.py pack makes some of a folder of pictures"
+        )
     for tar in tars:
         errors.regular(tar, DataError)
     index_folder = folder if index_folder is None else Path(index_folder)
@@ -286,10 +351,14 @@ def read_index(folder: str | Path, index_folder: str | Path | None = None, worke
             pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
             stack.callback(pool.shutdown, cancel_futures=True)
             parts = pool.map(one, tars)
-        parts = list(tqdm(parts, total=len(tars), desc=f"indexing {folder}", unit=" tars", leave=False, disable=None))
+        parts = list(
+            tqdm(parts, total=len(tars), desc=f"indexing {folder}", unit=" tars", leave=False, disable=None)
+        )
     shard = np.repeat(np.arange(len(tars), dtype=np.int32), [len(rows) for rows, _, _ in parts])
     skipped = {key: reason for _, _, some in parts for key, reason in some.items()}
-    return Index(tars, shard, np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), skipped)
+    return Index(
+        tars, shard, np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), skipped
+    )
 
 
 def fingerprint(index: Index, buckets: list[tuple[int, int, int]]) -> str:
@@ -312,9 +381,9 @@ def log_skipped(name: str, skipped: dict[str, str], total: int, first: int = 10)
     print(f"{name}: skipped {len(skipped)} of {total} ({summary(skipped)}){more}", file=sys.stderr)
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Aspect-ratio buckets
-# =====================================================================================================================
+# ============================================================================================================
 
 
 def bucket_sides(side: int, multiple: int = 16, widest: float = 2.0) -> list[tuple[int, int]]:
@@ -332,7 +401,9 @@ def bucket_sides(side: int, multiple: int = 16, widest: float = 2.0) -> list[tup
     return sorted(sides, key=lambda bucket: bucket[1] / bucket[0])
 
 
-def choose_buckets(rows: np.ndarray, buckets: list, smallest: int) -> tuple[list[tuple[int, int]], np.ndarray]:
+def choose_buckets(
+    rows: np.ndarray, buckets: list, smallest: int
+) -> tuple[list[tuple[int, int]], np.ndarray]:
     """(the buckets in use, [N] which of them each picture belongs to), by the nearest log aspect ratio.
 
     A bucket with fewer than `smallest` pictures is given up, the emptiest first, and its pictures go to their next
@@ -370,7 +441,9 @@ class Blocks:
     def order(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The blocks of an epoch: ([blocks] their bucket, [blocks] their number in that bucket's stream)."""
         first, end = self.before(epoch), self.before(epoch + 1)
-        bucket = rng(seed, "blocks", self.side, epoch).permutation(np.repeat(np.arange(len(first)), end - first))
+        bucket = rng(seed, "blocks", self.side, epoch).permutation(
+            np.repeat(np.arange(len(first)), end - first)
+        )
         number = np.empty_like(bucket)
         for k in range(len(first)):
             number[bucket == k] = np.arange(first[k], end[k])
@@ -398,9 +471,9 @@ class Blocks:
         return bucket, int(self.shuffled(seed, bucket, turn)[i])
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Sources
-# =====================================================================================================================
+# ============================================================================================================
 
 
 class Shards:
@@ -417,8 +490,17 @@ class Shards:
     buckets     [(height, width)] those in use; `skipped` key -> reason, and len(source) pictures are not
     """
 
-    def __init__(self, folder: str | Path | Index, side: int, batch_size: int, *, multiple: int = 16,
-                 widest: float = 2.0, enlarge: float | None = None, index: str | Path | None = None):  # fmt: skip
+    def __init__(
+        self,
+        folder: str | Path | Index,
+        side: int,
+        batch_size: int,
+        *,
+        multiple: int = 16,
+        widest: float = 2.0,
+        enlarge: float | None = None,
+        index: str | Path | None = None,
+    ):
         read = isinstance(folder, Index)
         self.name, self.side, self.batch_size = "an index" if read else str(folder), side, batch_size
         buckets = bucket_sides(side, multiple, widest)
@@ -431,12 +513,16 @@ class Shards:
             keep = np.flatnonzero(factor <= enlarge)
         log_skipped(self.name, self.skipped, len(self.rows) + len(self.skipped))
         if len(keep) < batch_size:
-            raise DataError(f"{self.name} has {len(keep)} usable pictures, fewer than one batch of {batch_size}: "
-                            "lower the batch size or add shards")  # fmt: skip
+            raise DataError(
+                f"{self.name} has {len(keep)} usable pictures, fewer than one batch of {batch_size}: "
+                "lower the batch size or add shards"
+            )
         self.buckets, bucket = choose_buckets(self.rows[keep], buckets, batch_size)
         self.members = [keep[bucket == k] for k in range(len(self.buckets))]
         counts = [(height, width, len(m)) for (height, width), m in zip(self.buckets, self.members)]
-        self.fingerprint = fingerprint(Index(self.tars, self.shard, self.rows, self.keys, self.skipped), counts)
+        self.fingerprint = fingerprint(
+            Index(self.tars, self.shard, self.rows, self.keys, self.skipped), counts
+        )
         self.blocks = Blocks([len(m) for m in self.members], batch_size, side)
         self.numbers = len(self.rows)
 
@@ -516,8 +602,10 @@ class Mixed:
     def __init__(self, sources: list, batch_size: int):
         for source in sources:
             if getattr(source, "batch_size", batch_size) != batch_size:
-                raise DataError(f"{source.name} comes in batches of {source.batch_size}; it cannot be mixed in batches "
-                                f"of {batch_size}")
+                raise DataError(
+                    f"{source.name} comes in batches of {source.batch_size}; it cannot be mixed in batches "
+                    f"of {batch_size}"
+                )
         self.sources, self.batch_size = sources, batch_size
         self.name = " + ".join(source.name for source in sources)
         self.fingerprint = " ".join(source.fingerprint for source in sources)
@@ -546,9 +634,9 @@ class Mixed:
         return source.sample(own, seed)
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # What a data set holds; making one
-# =====================================================================================================================
+# ============================================================================================================
 
 
 def spread(values: np.ndarray) -> dict[str, float]:
@@ -560,25 +648,34 @@ def report(index: Index, sides: list[int], multiple: int = 16) -> dict:
     """What a data set holds, as numbers: see print_report."""
     rows = index.rows
     result = {
-        "shards": len(index.tars), "pictures": len(rows), "picture_bytes": int(rows["size"].sum()),
-        "tar_bytes": sum(tar.stat().st_size for tar in index.tars), "skipped": dict(Counter(index.skipped.values())),
-        "width": spread(rows["width"]), "height": spread(rows["height"]), "caption_letters": spread(rows["letters"]),
+        "shards": len(index.tars),
+        "pictures": len(rows),
+        "picture_bytes": int(rows["size"].sum()),
+        "tar_bytes": sum(tar.stat().st_size for tar in index.tars),
+        "skipped": dict(Counter(index.skipped.values())),
+        "width": spread(rows["width"]),
+        "height": spread(rows["height"]),
+        "caption_letters": spread(rows["letters"]),
         "sides": {},
-    }  # fmt: skip
+    }
     for side in sides:
         buckets, which = choose_buckets(rows, bucket_sides(side, multiple), 0)
         sizes = np.array(buckets)[which]
         small = (rows["height"] < sizes[:, 0]) | (rows["width"] < sizes[:, 1])
         counts = np.bincount(which, minlength=len(buckets))
-        result["sides"][side] = {"enlarged": int(small.sum()),
-                                 "buckets": {f"{h}x{w}": int(n) for (h, w), n in zip(buckets, counts)}}  # fmt: skip
+        result["sides"][side] = {
+            "enlarged": int(small.sum()),
+            "buckets": {f"{h}x{w}": int(n) for (h, w), n in zip(buckets, counts)},
+        }
     return result
 
 
 def print_report(folder: str, result: dict) -> None:
     pictures = result["pictures"]
-    print(f"{folder}: {pictures} captioned pictures in {result['shards']} shards, "
-          f"{result['picture_bytes'] / 1e6:.1f} MB of pictures in {result['tar_bytes'] / 1e6:.1f} MB of tars")
+    print(
+        f"{folder}: {pictures} captioned pictures in {result['shards']} shards, "
+        f"{result['picture_bytes'] / 1e6:.1f} MB of pictures in {result['tar_bytes'] / 1e6:.1f} MB of tars"
+    )
     for name in ("width", "height", "caption_letters"):
         row = result[name]
         print(f"  {name.replace('_', ' '):16}" + ", ".join(f"{k} {v:.6g}" for k, v in row.items()))
@@ -622,10 +719,14 @@ def pack(folder: str | Path, out: str | Path, per_shard: int = 1000) -> tuple[in
         else:
             usable.append(name)
     if not usable:
-        raise DataError(f"{folder}: none of its {len(captions)} captioned pictures can be packed ({summary(skipped)})")
+        raise DataError(
+            f"{folder}: none of its {len(captions)} captioned pictures can be packed ({summary(skipped)})"
+        )
     partial = out.with_name(out.name + ".partial")
     if partial.is_dir() and any(path.suffix != ".tar" for path in partial.iterdir()):
-        raise DataError(f"{partial} would be overwritten: move it away, or choose another folder for the shards")
+        raise DataError(
+            f"{partial} would be overwritten: move it away, or choose another folder for the shards"
+        )
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir(parents=True)
     try:
@@ -634,7 +735,10 @@ def pack(folder: str | Path, out: str | Path, per_shard: int = 1000) -> tuple[in
                 for i, name in enumerate(usable[first : first + per_shard]):
                     entry = json.dumps({"caption": captions[name], "file_name": name})
                     suffix = Path(name).suffix.lower().removeprefix(".")
-                    for ending, content in ((suffix, (folder / name).read_bytes()), ("json", entry.encode("utf-8"))):
+                    for ending, content in (
+                        (suffix, (folder / name).read_bytes()),
+                        ("json", entry.encode("utf-8")),
+                    ):
                         member = tarfile.TarInfo(f"{shard:05d}{i:04d}.{ending}")
                         member.size = len(content)
                         archive.addfile(member, io.BytesIO(content))
@@ -644,9 +748,9 @@ def pack(folder: str | Path, out: str | Path, per_shard: int = 1000) -> tuple[in
     return len(usable), skipped
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The commands
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def positive(text: str) -> int:
     if (value := errors.whole_number(text)) < 1:
         raise ValueError(text)
@@ -654,25 +758,53 @@ def positive(text: str) -> int:
 
 
 def pack_command(argv: list[str]) -> None:
-    parser = errors.Parser("engine/shards.py pack FOLDER OUT", "Put a folder of captioned pictures in tar shards.")
+    parser = errors.Parser(
+        "engine/shards.py pack FOLDER OUT", "Put a folder of captioned pictures in tar shards."
+    )
     a = parser.add_argument
-    a("folder", metavar="FOLDER", type=errors.name, help="pictures with metadata.jsonl, or a .txt beside each")
+    a(
+        "folder",
+        metavar="FOLDER",
+        type=errors.name,
+        help="pictures with metadata.jsonl, or a .txt beside each",
+    )
     a("out", metavar="OUT", type=errors.name, help="a new folder for the tars")
-    a("--per-shard", metavar="N", type=positive, default=1000, help="pictures a tar, at most 10000 (default: 1000)")
+    a(
+        "--per-shard",
+        metavar="N",
+        type=positive,
+        default=1000,
+        help="pictures a tar, at most 10000 (default: 1000)",
+    )
     args = parser.parse_args(argv)
     if args.per_shard > 10000:
         parser.error("--per-shard must be at most 10000: a key has four digits for the place in its tar")
     count, skipped = pack(args.folder, args.out, args.per_shard)
     log_skipped(args.folder, skipped, count + len(skipped), first=len(skipped))
-    print(f"packed {count} pictures; to look at them:\n  python engine/shards.py report {shlex.quote(str(args.out))}")
+    print(
+        f"packed {count} pictures; to look at them:\n  python engine/shards.py report {shlex.quote(str(args.out))}"
+    )
 
 
 def report_command(argv: list[str]) -> None:
     parser = errors.Parser("engine/shards.py report FOLDER", "Index tar shards and say what they hold.")
     a = parser.add_argument
     a("folder", metavar="FOLDER", type=errors.name, help="a folder of .tar")
-    a("--sides", metavar="N", type=positive, nargs="+", default=[256, 512], help="stages to show (default: 256 512)")
-    a("--multiple", metavar="N", type=positive, default=16, help="of which all sides are multiples (default: 16)")
+    a(
+        "--sides",
+        metavar="N",
+        type=positive,
+        nargs="+",
+        default=[256, 512],
+        help="stages to show (default: 256 512)",
+    )
+    a(
+        "--multiple",
+        metavar="N",
+        type=positive,
+        default=16,
+        help="of which all sides are multiples (default: 16)",
+    )
     a("--index", metavar="DIR", type=errors.name, help="folder of the index (default: FOLDER)")
     a("--workers", metavar="N", type=positive, default=1, help="processes that read the tars (default: 1)")
     a("--skipped", action="store_true", help="name every skipped sample with its reason (default: off)")
@@ -702,8 +834,9 @@ def main() -> None:
     elif name in COMMANDS:
         COMMANDS[name](sys.argv[2:])
     else:
-        raise errors.UserError(f"say what to do: python engine/shards.py {', '.join(COMMANDS)} (--help after each says "
-                               "more)")
+        raise errors.UserError(
+            f"say what to do: python engine/shards.py {', '.join(COMMANDS)} (--help after each says more)"
+        )
 
 
 if __name__ == "__main__":

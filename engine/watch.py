@@ -57,9 +57,16 @@ class Watch:
         self.peak = machine.peak_flops(run.device, run.network.precision)
         self.log_file = monitor.Log(run.folder, run.start) if first else None
         self.screen = errors.Screen(sys.stderr)
-        self.bar = tqdm(total=run.plan.steps, initial=run.start, disable=not first, unit="it", dynamic_ncols=True,
-                        file=self.screen,
-                        smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 30)  # a log of days stays readable
+        self.bar = tqdm(
+            total=run.plan.steps,
+            initial=run.start,
+            disable=not first,
+            unit="it",
+            dynamic_ncols=True,
+            file=self.screen,
+            smoothing=0.05,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )  # a log of days stays readable
         for close in (self.bar.close, *([self.log_file.close] if first else [])):
             closing.callback(close)
         self.skipped, self.in_a_row, self.failure = run.feed.skipped(), 0, ""
@@ -68,9 +75,9 @@ class Watch:
         if self.run.ranks.is_first:
             self.bar.write(text, file=self.screen)
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # Every iteration
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     def seen(self, batch: Batch, stats: dict, aux: bool) -> None:
         """Count a micro-batch: what its loss reports, and what it cost."""
         sizes, plan = self.run.sizes, self.run.plan
@@ -95,21 +102,26 @@ class Watch:
         suspects = [key for finite, own in everyone if not finite for key in own]
         suspects = suspects or [key for _, own in everyone for key in own]
         if self.log_file:
-            self.log_file.write({"step": step, "update_left_out": True, "grad_norm": str(norm), "keys": suspects})
-            print(f"iteration {step}: no finite gradient (loss {loss}, norm {norm}); its update is left out",
-                  file=self.screen)
+            self.log_file.write(
+                {"step": step, "update_left_out": True, "grad_norm": str(norm), "keys": suspects}
+            )
+            print(
+                f"iteration {step}: no finite gradient (loss {loss}, norm {norm}); its update is left out",
+                file=self.screen,
+            )
         if self.in_a_row == PATIENCE:
             more = " ..." if len(suspects) > 8 else ""
             self.failure = (
                 f"no finite gradient in {self.in_a_row} iterations in a row, last with {', '.join(suspects[:8])}{more} "
                 f"(all are in {run.folder / 'metrics.jsonl'}); the weights from before them are saved. --resume goes "
                 "on "
-                "behind them, with a lower --lr if need be; without these samples it would be a new run")  # fmt: skip
+                "behind them, with a lower --lr if need be; without these samples it would be a new run"
+            )
         return bool(self.failure)
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # Now and then
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     def log(self, step: int) -> None:
         """After iteration `step`, where it is due: a line of metrics.jsonl. All ranks call it together."""
         self.bar.update()
@@ -122,7 +134,9 @@ class Watch:
             record["skipped"] = len(self.skipped)
             record["images_per_s"] = record["iterations_per_s"] * run.plan.stage(last).batch_size
             plan = {"lr": run.plan.learning_rate(last), "tau": run.plan.tau(last), "aux": run.plan.aux(last)}
-            self.log_file.write({"step": step, **record, **plan, "nonfinite": run.nonfinite, "elapsed": run.elapsed()})
+            self.log_file.write(
+                {"step": step, **record, **plan, "nonfinite": run.nonfinite, "elapsed": run.elapsed()}
+            )
             self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['images_per_s']:.0f} images/s")
 
     def draw(self, step: int) -> None:
@@ -132,14 +146,18 @@ class Watch:
         run, pause = self.run, time.perf_counter()
         loaded = sample.Loaded(run.ema, run.config, run.codec.text, run.codec.autoencoder)
         try:
-            with torch.compiler.set_stance("force_eager"):  # sampling's batch shapes are not worth compiling for
+            with torch.compiler.set_stance(
+                "force_eager"
+            ):  # sampling's batch shapes are not worth compiling for
                 sheet = draw_grid(loaded, self.prompts, lambda: bool(run.stop))
             (run.folder / "grids").mkdir(exist_ok=True)  # somebody may have tidied up
             sheet.save(run.folder / "grids" / f"step_{step:06d}.png")
             self.log_file.grid(sheet, step)
         except sample.Stopped:
             pass  # the run is about to end; its grid can be drawn again
-        except OSError as error:  # a picture is not worth the run; where the disk is full, saving a state says so
+        except (
+            OSError
+        ) as error:  # a picture is not worth the run; where the disk is full, saving a state says so
             self.say(f"  the picture grid of iteration {step} was not written: {error}")
         self.meter.began += time.perf_counter() - pause
 
@@ -153,11 +171,17 @@ class Watch:
         if not run.ranks.is_first:
             return
         if step < run.plan.steps:
-            print(f"stopped by {run.stop.name or 'a signal to another process'} after iteration {step}; the state is "
-                  f"saved. To go on:\n  {run.command('train.py --resume --out')}")  # fmt: skip
+            print(
+                f"stopped by {run.stop.name or 'a signal to another process'} after iteration {step}; the state is "
+                f"saved. To go on:\n  {run.command('train.py --resume --out')}"
+            )
         else:
             plain = re.fullmatch(r"[\w ,.'-]*", self.prompts[0])
-            shown = f'"{self.prompts[0]}"' if plain else shlex.quote(self.prompts[0])  # what the shell would read
+            shown = (
+                f'"{self.prompts[0]}"' if plain else shlex.quote(self.prompts[0])
+            )  # what the shell would read
             shown = ("=" if self.prompts[0].startswith("-") else " ") + shown
-            print(f"done: {run.folder}. To make pictures:\n  {run.command('sample.py --checkpoint')} "
-                  f"--steps 1 2 4 8 50 --prompt{shown}")  # fmt: skip
+            print(
+                f"done: {run.folder}. To make pictures:\n  {run.command('sample.py --checkpoint')} "
+                f"--steps 1 2 4 8 50 --prompt{shown}"
+            )

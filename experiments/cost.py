@@ -13,7 +13,9 @@ import copy
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+if (
+    __name__ == "__main__"
+):  # started as a file: modules are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
@@ -91,11 +93,16 @@ def measure(chosen: dict, setting: benchmark.Setting, repeats: int) -> dict:
     network.recompute = setting.recompute
     ema = copy.deepcopy(network).requires_grad_(False)
     steps = {label: Step(kind, setting, network, ema) for label, kind in chosen.items()}
-    counted = {label: {"forward_passes": step.forward_passes(), "kept_mib": step.kept_bytes() / 2**20}
-               for label, step in steps.items()}  # fmt: skip
+    counted = {
+        label: {"forward_passes": step.forward_passes(), "kept_mib": step.kept_bytes() / 2**20}
+        for label, step in steps.items()
+    }
     medians = benchmark.in_turns(steps, setting.device, repeats)
-    rows = {label: {"seconds": medians[label], "ratio": medians[label] / medians["flow matching"]} | counted[label]
-            for label in steps}  # fmt: skip
+    rows = {
+        label: {"seconds": medians[label], "ratio": medians[label] / medians["flow matching"]}
+        | counted[label]
+        for label in steps
+    }
     if setting.device.type == "cuda":
         for label, step in steps.items():
             torch.cuda.reset_peak_memory_stats(setting.device)
@@ -109,9 +116,20 @@ def parse_arguments():
     a = parser.add_argument
     a("--size", default="laptop", choices=list(model.SIZES), help="which model (default: laptop)")
     a("--batch", metavar="N", type=int, default=32, help="pictures a step, a multiple of 8 (default: 32)")
-    a("--objectives", metavar="NAME", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES),
-      help="beside flow matching (default: all)")  # fmt: skip
-    a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="inside the network (default: the faster)")
+    a(
+        "--objectives",
+        metavar="NAME",
+        nargs="+",
+        choices=list(OBJECTIVES),
+        default=list(OBJECTIVES),
+        help="beside flow matching (default: all)",
+    )
+    a(
+        "--precision",
+        default="auto",
+        choices=("auto", "fp32", "bf16"),
+        help="inside the network (default: the faster)",
+    )
     a("--repeats", metavar="N", type=int, default=15, help="measured rounds (default: 15)")
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     a("--out", metavar="FILE", type=errors.file_to_write, help="write the figures as JSON")
@@ -126,21 +144,43 @@ def main() -> None:
     args = parse_arguments()
     machine.keep_freed_memory()
     device, plan, size = machine.pick_device(args.device), recipe.RECIPES[args.size], model.SIZES[args.size]
-    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision) or machine.pick_precision(device)
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.precision) or machine.pick_precision(
+        device
+    )
     side = plan.stages[0].sides[0] // plan.factor()
-    setting = benchmark.Setting(device, precision, size, args.batch, (size["channels"], side, side),
-                                (side // size["patch"]) ** 2, plan.txt_len, compile=False, recompute=0)  # fmt: skip
+    setting = benchmark.Setting(
+        device,
+        precision,
+        size,
+        args.batch,
+        (size["channels"], side, side),
+        (side // size["patch"]) ** 2,
+        plan.txt_len,
+        compile=False,
+        recompute=0,
+    )
     torch.manual_seed(0)
     chosen = {label: kind for label, kind in KINDS.items() if kind[0] in (*args.objectives, "flow_matching")}
     rows = measure(chosen, setting, args.repeats)
     print(f"{'objective':28}{'ms':>9}{'x flow matching':>17}{'forward passes':>16}{'kept, MiB':>11}")
     for label, row in rows.items():
-        print(f"{label:28}{row['seconds'] * 1e3:9.1f}{row['ratio']:17.2f}{row['forward_passes']:16.2f}"
-              f"{row['kept_mib']:11.1f}")  # fmt: skip
+        print(
+            f"{label:28}{row['seconds'] * 1e3:9.1f}{row['ratio']:17.2f}{row['forward_passes']:16.2f}"
+            f"{row['kept_mib']:11.1f}"
+        )
     if args.out:
-        checkpoint.write_json(args.out, machine.provenance(device) | {
-            "size": args.size, "batch": args.batch, "precision": str(precision).removeprefix("torch."),
-            "compiled": False, "repeats": args.repeats, "rows": rows})  # fmt: skip
+        checkpoint.write_json(
+            args.out,
+            machine.provenance(device)
+            | {
+                "size": args.size,
+                "batch": args.batch,
+                "precision": str(precision).removeprefix("torch."),
+                "compiled": False,
+                "repeats": args.repeats,
+                "rows": rows,
+            },
+        )
 
 
 if __name__ == "__main__":

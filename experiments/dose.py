@@ -10,7 +10,9 @@ of rows at 2 and 4 steps against the share, and beside them what perfect evaluat
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+if (
+    __name__ == "__main__"
+):  # started as a file: modules are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import matplotlib.pyplot as plt
@@ -25,7 +27,11 @@ COMPARED = ("flow_matching", "self_e", "control")
 PAIRS = (("self_e", "flow_matching"), ("self_e", "control"))
 STEPS = (1, 2, 4, 8)
 EXACT = Path(__file__).resolve().parents[1] / "toy/results/pictures.json"  # what perfect evaluators give
-NAMES = {"flow_matching": "flow matching", "self_e": "classifier only", "control": "control, Delta = 0"}  # there
+NAMES = {
+    "flow_matching": "flow matching",
+    "self_e": "classifier only",
+    "control": "control, Delta = 0",
+}  # there
 BUDGET = "--data one-shape --txt-len 8 --steps 3600 --grid-every 0"
 
 
@@ -36,7 +42,9 @@ def exact_difference(a: str, b: str, n: int) -> dict[float, float]:
         if r["world"] == "single_object" and r["steps"] == n:
             scores.setdefault((r["objective"], r["wrong_captions"]), []).append(r["score"])
     shares = sorted({share for _, share in scores})
-    return {share: float(np.mean(scores[NAMES[a], share]) - np.mean(scores[NAMES[b], share])) for share in shares}
+    return {
+        share: float(np.mean(scores[NAMES[a], share]) - np.mean(scores[NAMES[b], share])) for share in shares
+    }
 
 
 def draw(out: Path, shares: list[float]) -> None:
@@ -55,8 +63,14 @@ def draw(out: Path, shares: list[float]) -> None:
             label = f"{ROWS[a][0].split(',')[0]} minus {ROWS[b][0].split(':')[0]}"
             panel.errorbar(list(points), means, halves, color=f"C{i}", marker="o", capsize=3, label=label)
             exact = exact_difference(a, b, n)
-            panel.plot(list(exact), list(exact.values()), "x--", color=f"C{i}", alpha=0.7,
-                       label=None if n > 2 or i else "the same, perfect evaluators")  # fmt: skip
+            panel.plot(
+                list(exact),
+                list(exact.values()),
+                "x--",
+                color=f"C{i}",
+                alpha=0.7,
+                label=None if n > 2 or i else "the same, perfect evaluators",
+            )
             for share, rows in found.items():
                 common = set(rows[a]) & set(rows[b])
                 own = [report.score_of(rows[a][s], n) - report.score_of(rows[b][s], n) for s in common]
@@ -71,14 +85,46 @@ def draw(out: Path, shares: list[float]) -> None:
 
 
 def parse_arguments():
-    parser = errors.Parser("experiments/dose.py", "The rows of the tables at several shares of wrong captions.")
+    parser = errors.Parser(
+        "experiments/dose.py", "The rows of the tables at several shares of wrong captions."
+    )
     a = parser.add_argument
-    a("--out", metavar="DIR", type=Path, default=Path("results/dose"), help="where results go (default: results/dose)")
-    a("--runs", metavar="DIR", type=Path, default=Path("runs/dose"), help="where runs go (default: runs/dose)")
-    a("--shares", metavar="X", type=float, nargs="+", default=list(SHARES),
-      help="of wrong captions (default: 0 0.2 0.4 0.6)")  # fmt: skip
-    a("--seeds", metavar="N", type=int, nargs="+", default=list(SEEDS), help="training seeds (default: 2 3 4)")
-    a("--budget", metavar="FLAGS", default=BUDGET, help=f'flags of train.py for every run (default: "{BUDGET}")')
+    a(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("results/dose"),
+        help="where results go (default: results/dose)",
+    )
+    a(
+        "--runs",
+        metavar="DIR",
+        type=Path,
+        default=Path("runs/dose"),
+        help="where runs go (default: runs/dose)",
+    )
+    a(
+        "--shares",
+        metavar="X",
+        type=float,
+        nargs="+",
+        default=list(SHARES),
+        help="of wrong captions (default: 0 0.2 0.4 0.6)",
+    )
+    a(
+        "--seeds",
+        metavar="N",
+        type=int,
+        nargs="+",
+        default=list(SEEDS),
+        help="training seeds (default: 2 3 4)",
+    )
+    a(
+        "--budget",
+        metavar="FLAGS",
+        default=BUDGET,
+        help=f'flags of train.py for every run (default: "{BUDGET}")',
+    )
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     a("--quick", action="store_true", help="tiny budgets, in OUT-quick and RUNS-quick: checks the path only")
     a("--report", action="store_true", help="only the figure, from what has been measured")
@@ -99,10 +145,27 @@ def main() -> None:
     machine.keep_freed_memory()
     small = ["--images", "1", "--per-tag", "1", "--search-images", "1"] if args.quick else []
     for share in [] if args.report else args.shares:
-        table = tables.parse_arguments([
-            "--out", str(args.out / f"{share:g}"), "--runs", str(args.runs / f"{share:g}"), "--rows", *COMPARED,
-            "--seeds", *map(str, args.seeds), "--sample-steps", *map(str, STEPS), "--milestones", "0", *small,
-            "--budget", f"{args.budget} --wrong-captions {share:g}", "--device", args.device])  # fmt: skip
+        table = tables.parse_arguments(
+            [
+                "--out",
+                str(args.out / f"{share:g}"),
+                "--runs",
+                str(args.runs / f"{share:g}"),
+                "--rows",
+                *COMPARED,
+                "--seeds",
+                *map(str, args.seeds),
+                "--sample-steps",
+                *map(str, STEPS),
+                "--milestones",
+                "0",
+                *small,
+                "--budget",
+                f"{args.budget} --wrong-captions {share:g}",
+                "--device",
+                args.device,
+            ]
+        )
         tables.measure_all(table, machine.pick_device(args.device))
     if not any(report.read_rows(args.out / f"{share:g}") for share in args.shares):
         raise errors.UserError(f"nothing has been measured in {args.out}")

@@ -27,7 +27,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+if (
+    __name__ == "__main__"
+):  # started as a file: modules are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import data
@@ -35,9 +37,9 @@ import sample
 from engine import checkpoint, errors, machine
 from experiments.scorer import SIDES, score
 
-# =====================================================================================================================
+# ============================================================================================================
 # The prompts
-# =====================================================================================================================
+# ============================================================================================================
 SPLITS = ("train", "validation", "test", "pairs", "fixed")
 FEWEST = 2  # a tag with fewer prompts of its own in a split asks training prompts too, with noise of its own
 
@@ -55,16 +57,21 @@ def all_prompts() -> tuple[dict, ...]:
         found += [data.prompt_metadata("colors", [shape], [color]) for color in data.COLORS]
     for pair in itertools.permutations(data.SHAPES, 2):
         found.append(data.prompt_metadata("two_object", list(pair), [None, None]))
-        found += [data.prompt_metadata("color_attr", list(pair), list(colors))
-                  for colors in itertools.permutations(data.COLORS, 2)]  # fmt: skip
+        found += [
+            data.prompt_metadata("color_attr", list(pair), list(colors))
+            for colors in itertools.permutations(data.COLORS, 2)
+        ]
         told = [(None, None), *itertools.product(data.COLORS, repeat=2)]
-        found += [data.prompt_metadata("position", list(pair), list(colors), relation=relation)
-                  for colors in told for relation in data.RELATIONS]  # fmt: skip
+        found += [
+            data.prompt_metadata("position", list(pair), list(colors), relation=relation)
+            for colors in told
+            for relation in data.RELATIONS
+        ]
     return tuple(sorted(found, key=lambda m: (m["tag"], hashlib.sha256(m["prompt"].encode()).digest())))
 
 
 def split_of(metadata: dict) -> str:
-    """"pairs" for a prompt that asks for a colour-shape pair never rendered in training, else data.split_of."""
+    """ "pairs" for a prompt that asks for a colour-shape pair never rendered in training, else data.split_of."""
     pairs = {(item.get("color"), item["class"]) for item in metadata["include"]}
     return "pairs" if pairs & data.HELD_OUT_PAIRS else data.split_of(metadata["prompt"])
 
@@ -108,9 +115,9 @@ def fixed_64() -> list[dict]:
     return list(itertools.islice(itertools.cycle(simple), 64))
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Intervals
-# =====================================================================================================================
+# ============================================================================================================
 Z95 = 1.959963984540054  # the normal quantile of a two-sided 95%
 
 
@@ -136,11 +143,20 @@ def mean_interval(shares: list[tuple[int, int]]) -> tuple[float, float, float]:
     return mean, max(0.0, mean - below), min(1.0, mean + above)  # rounding may pass the ends
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Scores of a model
-# =====================================================================================================================
-def measure(loaded: sample.Loaded, asked: list[dict], images: int, steps: int, *, seed: int = 0, stream: int = 0,
-            bar: tqdm | None = None, **choices) -> list[int]:  # fmt: skip
+# ============================================================================================================
+def measure(
+    loaded: sample.Loaded,
+    asked: list[dict],
+    images: int,
+    steps: int,
+    *,
+    seed: int = 0,
+    stream: int = 0,
+    bar: tqdm | None = None,
+    **choices,
+) -> list[int]:
     """How many of `images` pictures of each prompt are right at one step count, one number per prompt.
 
     asked: metadata, as from `prompts`. choices: guidance, eta, s_rule, space of sample.generate. The noise of a picture
@@ -149,8 +165,14 @@ def measure(loaded: sample.Loaded, asked: list[dict], images: int, steps: int, *
     jobs = itertools.product(range(len(asked)), range(images))
     right = [0] * len(asked)
     while part := list(itertools.islice(jobs, 64)):
-        pictures = sample.generate(loaded, [asked[i]["prompt"] for i, _ in part], [(stream, i, j) for i, j in part],
-                                   seed=seed, steps=steps, **choices)  # fmt: skip
+        pictures = sample.generate(
+            loaded,
+            [asked[i]["prompt"] for i, _ in part],
+            [(stream, i, j) for i, j in part],
+            seed=seed,
+            steps=steps,
+            **choices,
+        )
         for (i, _), picture in zip(part, pictures):
             right[i] += score(picture, asked[i])
         if bar is not None:
@@ -184,8 +206,14 @@ def summary(asked: list[dict], right: list[int], images: int) -> dict:
 
 
 TABLE_ORDER = ("single_object", "two_object", "color_attr", "colors", "counting", "position")  # as in Table 1
-COLUMN_NAMES = {"single_object": "Single Object", "two_object": "Two Object", "color_attr": "Attribute Binding",
-                "colors": "Colors", "counting": "Counting", "position": "Position"}  # fmt: skip
+COLUMN_NAMES = {
+    "single_object": "Single Object",
+    "two_object": "Two Object",
+    "color_attr": "Attribute Binding",
+    "colors": "Colors",
+    "counting": "Counting",
+    "position": "Position",
+}
 
 
 def table(split: str, by_steps: dict[int, dict]) -> str:
@@ -226,9 +254,17 @@ def draw_figure(results: dict, path: Path) -> None:
                 panel.plot(x, y, marker=".", linewidth=1, color=f"C{i}", alpha=0.6, label=COLUMN_NAMES[tag])
         overall = [scores["overall"] for scores in by_steps.values()]
         spread = [[c["score"] - c["low"] for c in overall], [c["high"] - c["score"] for c in overall]]
-        panel.errorbar(x, [c["score"] for c in overall], spread, color="black", marker="o", capsize=3, label="Overall")
-        panel.set(xticks=x, xticklabels=list(by_steps), ylim=(-0.02, 1.02), xlabel="steps", title=f"{split} prompts",
-                  ylabel="share of pictures that are right")  # fmt: skip
+        panel.errorbar(
+            x, [c["score"] for c in overall], spread, color="black", marker="o", capsize=3, label="Overall"
+        )
+        panel.set(
+            xticks=x,
+            xticklabels=list(by_steps),
+            ylim=(-0.02, 1.02),
+            xlabel="steps",
+            title=f"{split} prompts",
+            ylabel="share of pictures that are right",
+        )
         panel.grid(alpha=0.3)
     names = {label: line for panel in panels[0] for line, label in zip(*panel.get_legend_handles_labels())}
     figure.legend(names.values(), names.keys(), fontsize=8, loc="center right")
@@ -238,9 +274,9 @@ def draw_figure(results: dict, path: Path) -> None:
     plt.close(figure)
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Pictures for GenEval's public scorer
-# =====================================================================================================================
+# ============================================================================================================
 def read_prompt_file(path: Path) -> list[dict]:
     """The lines of a prompt file of GenEval's format: JSON objects with at least a "prompt". Raises UserError."""
     if not path.is_file():
@@ -254,15 +290,23 @@ def read_prompt_file(path: Path) -> list[dict]:
         except (ValueError, RecursionError) as error:
             raise errors.UserError(f"{path}, entry {number} is not JSON ({error})") from error
         if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
-            raise errors.UserError(f'{path}, entry {number} has no "prompt"; GenEval\'s evaluation_metadata.jsonl has')
+            raise errors.UserError(
+                f'{path}, entry {number} has no "prompt"; GenEval\'s evaluation_metadata.jsonl has'
+            )
         found.append(metadata | {"prompt": data.whole(metadata["prompt"])})
     if not found:
         raise errors.UserError(f"{path} is empty")
     return found
 
 
-def export(folder: Path, asked: list[dict], images: int, settings: dict,
-           draw: Callable[[list[tuple[int, int]]], list[Image.Image]], batch_size: int) -> int:  # fmt: skip
+def export(
+    folder: Path,
+    asked: list[dict],
+    images: int,
+    settings: dict,
+    draw: Callable[[list[tuple[int, int]]], list[Image.Image]],
+    batch_size: int,
+) -> int:
     """Write pictures where GenEval's scorer reads them: 00000/metadata.jsonl, 00000/samples/0000.png, ...
 
     draw([(prompt, image), ...]) makes pictures that depend on these two numbers alone. Files that are there are kept,
@@ -271,14 +315,21 @@ def export(folder: Path, asked: list[dict], images: int, settings: dict,
     """
     if (folder / "settings.json").exists():
         if checkpoint.read_json(folder / "settings.json") != settings:
-            raise errors.UserError(f"{folder} holds pictures of other settings (settings.json); choose another folder")
+            raise errors.UserError(
+                f"{folder} holds pictures of other settings (settings.json); choose another folder"
+            )
     elif folder.exists() and any(folder.iterdir()):
-        raise errors.UserError(f"{folder} is not empty and holds no export to go on with; choose another folder")
+        raise errors.UserError(
+            f"{folder} is not empty and holds no export to go on with; choose another folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(folder / "settings.json", settings)
     for i, metadata in enumerate(asked):
         (folder / f"{i:05}" / "samples").mkdir(parents=True, exist_ok=True)
-        put(folder / f"{i:05}" / "metadata.jsonl", lambda p, m=metadata: p.write_text(json.dumps(m), encoding="utf-8"))
+        put(
+            folder / f"{i:05}" / "metadata.jsonl",
+            lambda p, m=metadata: p.write_text(json.dumps(m), encoding="utf-8"),
+        )
 
     def place(i, j):
         return folder / f"{i:05}" / "samples" / f"{j:04}.png"
@@ -309,67 +360,142 @@ def open_pipeline(name: str, device: torch.device):
         raise errors.UserError("--pipeline needs diffusers: pip install diffusers") from error
     dtype = torch.float32 if device.type == "cpu" else machine.pick_precision(device)
     try:
-        with warnings.catch_warnings():  # the argument's name differs between versions; newer ones take this, and warn
+        with (
+            warnings.catch_warnings()
+        ):  # the argument's name differs between versions; newer ones take this, and warn
             warnings.simplefilter("ignore", FutureWarning)
             pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
     except Exception as error:  # diffusers, transformers and safetensors have errors of many kinds
-        raise errors.UserError(f"cannot load the pipeline {name!r}: {' '.join(str(error).split())[:300]}") from error
+        raise errors.UserError(
+            f"cannot load the pipeline {name!r}: {' '.join(str(error).split())[:300]}"
+        ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
-def draw_with_pipeline(pipeline, asked: list[dict], seed: int, steps: int, guidance: float | None, side: int | None):
+def draw_with_pipeline(
+    pipeline, asked: list[dict], seed: int, steps: int, guidance: float | None, side: int | None
+):
     """The `draw` of `export` for a pipeline: one seeded generator per picture; None leaves a choice to the pipeline."""
     options = {"guidance_scale": guidance, "height": side, "width": side}
     options = {name: value for name, value in options.items() if value is not None}
 
     def draw(jobs):
         texts = [asked[i]["prompt"] for i, _ in jobs]
-        seeds = [int.from_bytes(hashlib.sha256(f"{seed} {i} {j}".encode()).digest()[:7], "little") for i, j in jobs]
-        generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]  # on the CPU: the same on every device
+        seeds = [
+            int.from_bytes(hashlib.sha256(f"{seed} {i} {j}".encode()).digest()[:7], "little") for i, j in jobs
+        ]
+        generators = [
+            torch.Generator("cpu").manual_seed(s) for s in seeds
+        ]  # on the CPU: the same on every device
         try:
             return pipeline(texts, num_inference_steps=steps, generator=generators, **options).images
-        except (ValueError, TypeError) as error:  # a side that it cannot draw, an option that it does not have
-            raise errors.UserError(f"the pipeline refuses {options or 'its own options'}: "
-                                   f"{' '.join(str(error).split())[:300]}") from error  # fmt: skip
+        except (
+            ValueError,
+            TypeError,
+        ) as error:  # a side that it cannot draw, an option that it does not have
+            raise errors.UserError(
+                f"the pipeline refuses {options or 'its own options'}: {' '.join(str(error).split())[:300]}"
+            ) from error
 
     return draw
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # The command
-# =====================================================================================================================
+# ============================================================================================================
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = errors.Parser("experiments/evaluate.py",
-                           "Score a model per step count, or write its pictures for GenEval's scorer.")
+    parser = errors.Parser(
+        "experiments/evaluate.py", "Score a model per step count, or write its pictures for GenEval's scorer."
+    )
     a = parser.add_argument_group("what").add_argument
-    a("--checkpoint", metavar="DIR", type=Path, default=Path("checkpoints/laptop"),
-      help="folder of a run (default: checkpoints/laptop)")  # fmt: skip
-    a("--split", nargs="+", metavar="SPLIT", choices=SPLITS, default=["test", "pairs"],
-      help=f"which prompts: {', '.join(SPLITS)} (64 of one object) (default: test pairs)")  # fmt: skip
+    a(
+        "--checkpoint",
+        metavar="DIR",
+        type=Path,
+        default=Path("checkpoints/laptop"),
+        help="folder of a run (default: checkpoints/laptop)",
+    )
+    a(
+        "--split",
+        nargs="+",
+        metavar="SPLIT",
+        choices=SPLITS,
+        default=["test", "pairs"],
+        help=f"which prompts: {', '.join(SPLITS)} (64 of one object) (default: test pairs)",
+    )
     a("--per-tag", metavar="N", type=int, default=24, help="prompts of each tag, cycling (default: 24)")
     a("--images", metavar="N", type=int, default=4, help="pictures per prompt (default: 4)")
     a("--seed", metavar="N", type=int, default=0, help="of the noise (default: 0)")
-    a("--out", metavar="FILE", type=Path,
-      help="the JSON to write, a figure beside it (default: evaluation.json in the checkpoint)")  # fmt: skip
+    a(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="the JSON to write, a figure beside it (default: evaluation.json in the checkpoint)",
+    )
     a = parser.add_argument_group("how (what has no default here: the checkpoint's own)").add_argument
-    a("--steps", metavar="N", type=int, nargs="+", default=[1, 2, 4, 8, 50],
-      help="evaluations of the network (default: 1 2 4 8 50)")  # fmt: skip
+    a(
+        "--steps",
+        metavar="N",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8, 50],
+        help="evaluations of the network (default: 1 2 4 8 50)",
+    )
     a("--guidance", type=float, help="scale of guidance; 1 is off")
-    a("--eta", type=sample.fraction_or_name({"renoise": "renoise"}), help='0 deterministic .. 1 ancestral; "renoise"')
-    a("--s-rule", type=sample.fraction_or_name(sample.S_RULES), help='"next" (t_k+1), "same" (t_k), or between: 0..1')
-    a("--space", choices=("v", "x0"), help="what keeps its norm under guidance: velocity (v) or prediction (x0)")
+    a(
+        "--eta",
+        type=sample.fraction_or_name({"renoise": "renoise"}),
+        help='0 deterministic .. 1 ancestral; "renoise"',
+    )
+    a(
+        "--s-rule",
+        type=sample.fraction_or_name(sample.S_RULES),
+        help='"next" (t_k+1), "same" (t_k), or between: 0..1',
+    )
+    a(
+        "--space",
+        choices=("v", "x0"),
+        help="what keeps its norm under guidance: velocity (v) or prediction (x0)",
+    )
     a("--device", default="auto", help="cuda, mps, cpu (default: the best there is)")
     a = parser.add_argument_group("pictures for GenEval's scorer instead of scores").add_argument
-    a("--export", metavar="DIR", type=Path, help="folder for 00000/samples/0000.png ...; goes on where it stopped")
-    a("--prompts", metavar="FILE", type=Path, help="a file of GenEval's format, one JSON object with a prompt per line")
-    a("--pipeline", metavar="NAME", type=errors.name,
-      help="a diffusers text-to-image pipeline, by name or folder, not --checkpoint")
-    a("--side", metavar="N", type=int, help="side of the pipeline's pictures in pixels (default: the pipeline's)")
+    a(
+        "--export",
+        metavar="DIR",
+        type=Path,
+        help="folder for 00000/samples/0000.png ...; goes on where it stopped",
+    )
+    a(
+        "--prompts",
+        metavar="FILE",
+        type=Path,
+        help="a file of GenEval's format, one JSON object with a prompt per line",
+    )
+    a(
+        "--pipeline",
+        metavar="NAME",
+        type=errors.name,
+        help="a diffusers text-to-image pipeline, by name or folder, not --checkpoint",
+    )
+    a(
+        "--side",
+        metavar="N",
+        type=int,
+        help="side of the pipeline's pictures in pixels (default: the pipeline's)",
+    )
     a("--batch-size", metavar="N", type=int, default=8, help="pictures at once in an export (default: 8)")
     args = parser.parse_args(argv)
-    parser.check_ranges(args, steps=(1, 10**6), images=(1, 10**4), per_tag=(1, 10**6), batch_size=(1, 2**16),
-                        seed=(0, 2**63 - 1), guidance=(0, 100), side=(1, 2**13))  # fmt: skip
+    parser.check_ranges(
+        args,
+        steps=(1, 10**6),
+        images=(1, 10**4),
+        per_tag=(1, 10**6),
+        batch_size=(1, 2**16),
+        seed=(0, 2**63 - 1),
+        guidance=(0, 100),
+        side=(1, 2**13),
+    )
     if (args.export is None) != (args.prompts is None):
         parser.error("--export and --prompts go together")
     if args.export is None and (args.pipeline or args.side):
@@ -393,26 +519,39 @@ def choices_of(args: argparse.Namespace) -> dict:
 def run_export(args: argparse.Namespace, device: torch.device) -> None:
     asked = read_prompt_file(args.prompts)
     steps = args.steps[0]
-    settings = {"prompts": hashlib.sha256(args.prompts.read_bytes()).hexdigest(), "steps": steps, "seed": args.seed}
+    settings = {
+        "prompts": hashlib.sha256(args.prompts.read_bytes()).hexdigest(),
+        "steps": steps,
+        "seed": args.seed,
+    }
     if args.pipeline:
         pipeline = open_pipeline(args.pipeline, device)
         draw = draw_with_pipeline(pipeline, asked, args.seed, steps, args.guidance, args.side)
-        settings |= {"pipeline": args.pipeline, "guidance": args.guidance, "side": args.side,
-                     "precision": str(pipeline.dtype)}
+        settings |= {
+            "pipeline": args.pipeline,
+            "guidance": args.guidance,
+            "side": args.side,
+            "precision": str(pipeline.dtype),
+        }
     else:
         loaded = sample.load(args.checkpoint, device)
         choices = choices_of(args)
         weights = hashlib.sha256((args.checkpoint / "model.safetensors").read_bytes()).hexdigest()
-        settings |= sample.choose(loaded.config, **choices) | {"weights": weights,
-                                                               "precision": str(loaded.network.precision)}
+        settings |= sample.choose(loaded.config, **choices) | {
+            "weights": weights,
+            "precision": str(loaded.network.precision),
+        }
 
         def draw(jobs):
-            pictures = sample.generate(loaded, [asked[i]["prompt"] for i, _ in jobs], jobs, seed=args.seed, steps=steps,
-                                       **choices)  # fmt: skip
+            pictures = sample.generate(
+                loaded, [asked[i]["prompt"] for i, _ in jobs], jobs, seed=args.seed, steps=steps, **choices
+            )
             return [Image.fromarray(picture) for picture in pictures]
 
     made = export(args.export, asked, args.images, settings, draw, args.batch_size)
-    print(f"wrote {args.export}: {made} new pictures, {len(asked) * args.images} in all, for GenEval's scorer")
+    print(
+        f"wrote {args.export}: {made} new pictures, {len(asked) * args.images} in all, for GenEval's scorer"
+    )
 
 
 def run_scores(args: argparse.Namespace, device: torch.device) -> None:
@@ -421,22 +560,31 @@ def run_scores(args: argparse.Namespace, device: torch.device) -> None:
         raise errors.UserError(f"--out must name a .json file in a folder that exists, not {out}")
     for path in (out, out.with_suffix(".png")):  # now, not after an hour of sampling
         if path.is_dir() or (path.parent.is_dir() and not os.access(path.parent, os.W_OK)):
-            raise errors.UserError(f"cannot write {path}: it is a folder, or in one that cannot be written; choose "
-                                   "another --out")
+            raise errors.UserError(
+                f"cannot write {path}: it is a folder, or in one that cannot be written; choose another --out"
+            )
     loaded = sample.load(args.checkpoint, device)
     if loaded.config.get("data") not in [[name] for name in data.SETS]:
-        raise errors.UserError(f"{args.checkpoint} was trained on {loaded.config.get('data')}; only the built-in "
-                               "shapes "
-                               "have exact scores. For other models: --export, and GenEval's own scorer")  # fmt: skip
+        raise errors.UserError(
+            f"{args.checkpoint} was trained on {loaded.config.get('data')}; only the built-in "
+            "shapes "
+            "have exact scores. For other models: --export, and GenEval's own scorer"
+        )
     least, most = SIDES
     if not least <= loaded.config["side"] <= most:
-        raise errors.UserError(f"{args.checkpoint} makes pictures of {loaded.config['side']} pixels a side; {least} to "
-                               f"{most} can be judged")
+        raise errors.UserError(
+            f"{args.checkpoint} makes pictures of {loaded.config['side']} pixels a side; {least} to "
+            f"{most} can be judged"
+        )
     choices = choices_of(args)
-    results = machine.provenance(device) | {"checkpoint": str(args.checkpoint), "seed": args.seed,
-                                            "images": args.images,
-                                            "per_tag": args.per_tag, "splits": {},
-                                            "choices": sample.choose(loaded.config, **choices)}  # fmt: skip
+    results = machine.provenance(device) | {
+        "checkpoint": str(args.checkpoint),
+        "seed": args.seed,
+        "images": args.images,
+        "per_tag": args.per_tag,
+        "splits": {},
+        "choices": sample.choose(loaded.config, **choices),
+    }
     began = time.perf_counter()
     asked = {split: prompts(split, args.per_tag, tags_of(loaded.config)) for split in args.split}
     total = sum(len(a) for a in asked.values()) * args.images * len(args.steps)
@@ -444,8 +592,16 @@ def run_scores(args: argparse.Namespace, device: torch.device) -> None:
         for split in args.split:
             results["splits"][split] = {}
             for steps in args.steps:
-                right = measure(loaded, asked[split], args.images, steps, seed=args.seed, stream=SPLITS.index(split),
-                                bar=bar, **choices)  # fmt: skip
+                right = measure(
+                    loaded,
+                    asked[split],
+                    args.images,
+                    steps,
+                    seed=args.seed,
+                    stream=SPLITS.index(split),
+                    bar=bar,
+                    **choices,
+                )
                 results["splits"][split][steps] = summary(asked[split], right, args.images)
     results["seconds"] = round(time.perf_counter() - began, 1)
     for split in args.split:

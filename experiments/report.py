@@ -1,8 +1,8 @@
 """Results as tables and figures: what experiments/tables.py has measured, read from its files and nowhere else.
 
-    rows = report.read_rows(Path("results"))                  # row -> seed -> what measure_row wrote
-    report.write_table(rows, Path("results"), steps)          # table2.md
-    report.draw_scores(rows, Path("results/scores.png"), steps)   # draw_progress and draw_samples likewise
+rows = report.read_rows(Path("results"))                  # row -> seed -> what measure_row wrote
+report.write_table(rows, Path("results"), steps)          # table2.md
+report.draw_scores(rows, Path("results/scores.png"), steps)   # draw_progress and draw_samples likewise
 """
 
 import sys
@@ -28,7 +28,9 @@ def measured(path: Path, *names: str) -> dict:
     """What experiments/tables.py has written, an object with entries of these names. Raises UserError."""
     found = checkpoint.read_json(path)
     if not isinstance(found, dict) or any(name not in found for name in names):
-        raise errors.UserError(f"{path} has no {' or no '.join(names)}: it is damaged; delete it to measure again")
+        raise errors.UserError(
+            f"{path} has no {' or no '.join(names)}: it is damaged; delete it to measure again"
+        )
     return found
 
 
@@ -85,9 +87,9 @@ def save(figure, path: Path) -> None:
     plt.close(figure)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The table
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def cell(values: list[float], sign: str = "") -> str:
     """Mean and half-width of the 95% interval over seeds; one seed has no interval."""
     mean, half = t_interval(values)
@@ -96,39 +98,63 @@ def cell(values: list[float], sign: str = "") -> str:
 
 def write_table(rows: dict, out: Path, steps: tuple[int, ...]) -> None:
     """OUT/table2.md: our scores, the paper's, and the differences that decide claims."""
-    lines = ["# Table 2 in miniature", "",
-             "Overall score on test prompts: mean over seeds ± half-width of the 95% interval. There are too few "
-             "prompts of one shape to hold any out. Those tags are tested on the prompts of training, with other noise "
-             "than the search; `pairs` in `rows/` are held out. Settings and scores by tag are in `rows/`. Precision "
-             "is what `--precision auto` took on the machine that trained. Made by `python experiments/tables.py`.", "",
-             f"| row | seeds | {columns(steps)} | iterations | precision |",
-             "|---" * (len(steps) + 4) + "|"]  # fmt: skip
+    lines = [
+        "# Table 2 in miniature",
+        "",
+        "Overall score on test prompts: mean over seeds ± half-width of the 95% interval. There are too few "
+        "prompts of one shape to hold any out. Those tags are tested on the prompts of training, with other noise "
+        "than the search; `pairs` in `rows/` are held out. Settings and scores by tag are in `rows/`. Precision "
+        "is what `--precision auto` took on the machine that trained. Made by `python experiments/tables.py`.",
+        "",
+        f"| row | seeds | {columns(steps)} | iterations | precision |",
+        "|---" * (len(steps) + 4) + "|",
+    ]
     for row, seeds in rows.items():
         cells = [cell([score_of(r, n) for r in seeds.values()]) for n in steps]
         precision = sorted({SHORT[r["training"]["precision"]] for r in seeds.values()})
         iterations = ", ".join(f"{n:,}" for n in sorted({r["training"]["steps"] for r in seeds.values()}))
-        lines.append(f"| {ROWS[row][0]} | {len(seeds)} | {' | '.join(cells)} | {iterations} | {', '.join(precision)} |")
-    lines += ["", "Paired differences over seeds:", "", f"| difference | seeds | {columns(steps)} |",
-              "|---" * (len(steps) + 2) + "|"]  # fmt: skip
+        lines.append(
+            f"| {ROWS[row][0]} | {len(seeds)} | {' | '.join(cells)} | {iterations} | {', '.join(precision)} |"
+        )
+    lines += [
+        "",
+        "Paired differences over seeds:",
+        "",
+        f"| difference | seeds | {columns(steps)} |",
+        "|---" * (len(steps) + 2) + "|",
+    ]
     for a, b in DIFFERENCES:
         common = sorted(set(rows.get(a, ())) & set(rows.get(b, ())))
         if common:
-            cells = [cell([score_of(rows[a][s], n) - score_of(rows[b][s], n) for s in common], "+") for n in steps]
+            cells = [
+                cell([score_of(rows[a][s], n) - score_of(rows[b][s], n) for s in common], "+") for n in steps
+            ]
             lines.append(f"| {ROWS[a][0]} minus {ROWS[b][0]} | {len(common)} | {' | '.join(cells)} |")
     lines += ["", f"The paper's ({PAPER_NOTE}):", "", f"| row | {columns(PAPER_STEPS)} |", "|---" * 5 + "|"]
-    lines += [f"| {ROWS[row][0]} | {' | '.join(f'{score:.3f}' for score in ROWS[row][2])} |"
-              for row in rows if ROWS[row][2]]  # fmt: skip
+    lines += [
+        f"| {ROWS[row][0]} | {' | '.join(f'{score:.3f}' for score in ROWS[row][2])} |"
+        for row in rows
+        if ROWS[row][2]
+    ]
     with checkpoint.in_one_piece(out / "table2.md", shared=True) as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The figures
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def style_of(row: str) -> dict:
     """Colour and line of a row, the same in all figures. Guided targets and IMM at k = 3 are dashed, in the colour of
     the row that they vary."""
-    families = ("", "matching", "shortcut", "", "meanflow", "improved_meanflow", "tim")  # C0, C3 are in both figures
+    families = (
+        "",
+        "matching",
+        "shortcut",
+        "",
+        "meanflow",
+        "improved_meanflow",
+        "tim",
+    )  # C0, C3 are in both figures
     family = {"imm_coarsest": "imm_coarse"}.get(row, row.removesuffix("_guided"))
     number = families.index(family) if row in GALLERY else GROUPS["table2"].index(family)
     return {"color": f"C{number}", "linestyle": "-" if row == family else "--"}
@@ -143,8 +169,12 @@ def draw_scores(rows: dict, path: Path, steps: tuple[int, ...]) -> None:
         panel.plot(range(len(steps)), values.mean(0), marker="o", label=ROWS[row][0], **style)
         low, high = values.min(0), values.max(0)
         panel.fill_between(range(len(steps)), low, high, color=style["color"], alpha=0.15, linewidth=0)
-    panel.set(xticks=range(len(steps)), xticklabels=steps, xlabel="steps (bands: lowest to highest seed)",
-              ylabel="overall score, test prompts")  # fmt: skip
+    panel.set(
+        xticks=range(len(steps)),
+        xticklabels=steps,
+        xlabel="steps (bands: lowest to highest seed)",
+        ylabel="overall score, test prompts",
+    )
     panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))  # outside: there are many lines
@@ -161,8 +191,14 @@ def draw_progress(out: Path, steps: tuple[int, ...]) -> None:
     for panel, n in zip(panels[0], steps):
         for row in PROGRESS:
             for i, points in enumerate(measured(file, "points")["points"] for file in files[row]):
-                panel.plot([p["step"] for p in points], [p["overall"][str(n)] for p in points], marker=".", alpha=0.8,
-                           label=None if i else ROWS[row][0], **style_of(row))  # fmt: skip
+                panel.plot(
+                    [p["step"] for p in points],
+                    [p["overall"][str(n)] for p in points],
+                    marker=".",
+                    alpha=0.8,
+                    label=None if i else ROWS[row][0],
+                    **style_of(row),
+                )
         panel.set(title=f"{n} step{'s' * (n > 1)}", xlabel="iteration")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylim(bottom=0)  # of all panels: they share it
@@ -184,8 +220,14 @@ def draw_samples(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> N
         sheet_rows = []
         for row, seeds in rows.items():
             loaded, chosen = sample.load(first[row], torch.device("cpu")), seeds[min(seeds)]["splits"]["test"]
-            sheet_rows.append([sample.generate(loaded, [metadata["prompt"]], [(0,)], steps=n,
-                                               **chosen[str(n)]["settings"])[0] for n in steps])  # fmt: skip
+            sheet_rows.append(
+                [
+                    sample.generate(
+                        loaded, [metadata["prompt"]], [(0,)], steps=n, **chosen[str(n)]["settings"]
+                    )[0]
+                    for n in steps
+                ]
+            )
         sheet = sample.sheet(sheet_rows, steps, [ROWS[row][0] for row in rows])
         with checkpoint.in_one_piece(out / f"samples_{metadata['tag']}.png", shared=True) as partial:
             sheet.save(partial, format="png")
@@ -196,7 +238,9 @@ def report(out: Path, runs: Path) -> None:
     rows = read_rows(out)
     if not rows:
         raise errors.UserError(f"nothing has been measured in {out}")
-    steps = tuple(int(n) for n in next(r["splits"]["test"] for seeds in rows.values() for r in seeds.values()))
+    steps = tuple(
+        int(n) for n in next(r["splits"]["test"] for seeds in rows.values() for r in seeds.values())
+    )
     write_table(rows, out, steps)
     print((out / "table2.md").read_text(encoding="utf-8"))
     gallery = [row for row in GALLERY if row in rows]

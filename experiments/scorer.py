@@ -22,18 +22,29 @@ import numpy as np
 import data
 
 SIDES = (16, 64)  # of the pictures that can be judged, in pixels
-GROUND_SLACK = 15  # the ground may be this much darker or lighter than any in training, and this much off grey
+GROUND_SLACK = (
+    15  # the ground may be this much darker or lighter than any in training, and this much off grey
+)
 GROUND_SHARE = 0.4  # of the picture, at least; the fullest scenes leave 63%
 LINE = 45.0  # a pixel further than this from every line from the ground to a colour belongs to no object
 GRAIN = 0.12  # of coverage that is overlooked
 AGREEMENT = 0.885  # overlap of an object with its best-fitting shape, at least
-SOFT = 0.5  # an outline may be this many units wider than a rendering's, and this many pixels in small pictures
+SOFT = (
+    0.5  # an outline may be this many units wider than a rendering's, and this many pixels in small pictures
+)
 DIAMETER = (7.0, 24.0)  # of an object, in units; training has 8 to 22
-AT_BORDER = 0.75  # a pixel at the picture's border that is covered more than this: the object goes on beyond it
+AT_BORDER = (
+    0.75  # a pixel at the picture's border that is covered more than this: the object goes on beyond it
+)
 SHARED = 1.5  # square units that two objects may both claim; a hidden part of an object is a missing part
 SMALLEST = 4.0  # square units; less is a speck, which the test of what is left over judges
-OUTSIDE, INSIDE = 25.0, 50.0  # unexplained colour, averaged over 3 x 3 units, away from and within the objects
-CLEARLY = 0.4  # "left of": the centres lie further apart along the axis than this times the sum of the diameters
+OUTSIDE, INSIDE = (
+    25.0,
+    50.0,
+)  # unexplained colour, averaged over 3 x 3 units, away from and within the objects
+CLEARLY = (
+    0.4  # "left of": the centres lie further apart along the axis than this times the sum of the diameters
+)
 
 PALETTE = np.array(list(data.COLORS.values()), dtype=float)
 COLOR_NAMES = list(data.COLORS)
@@ -76,7 +87,9 @@ def outline(shape: str) -> Outline:
     distance = data.signed_distance(shape, u[None, :], u[:, None], 1.0)
     inside = distance < 0
     rows, columns = u[inside.any(1)], u[inside.any(0)]
-    length = (np.abs(distance) < 0.02).sum() / 250**2 / 0.04  # the area of a strip along it, over the strip's width
+    length = (
+        (np.abs(distance) < 0.02).sum() / 250**2 / 0.04
+    )  # the area of a strip along it, over the strip's width
     drop = (inside * u[:, None]).sum() / inside.sum()
     return Outline(inside.sum() / 250**2, length, drop, (columns[0], columns[-1], rows[0], rows[-1]))
 
@@ -157,7 +170,9 @@ def overlap(seen: np.ndarray, candidates: np.ndarray) -> np.ndarray:
 NEIGHBOURS = np.concatenate([np.zeros((1, 3)), np.eye(3), -np.eye(3)])  # in (x, y, r)
 
 
-def fit(seen: np.ndarray, rows: np.ndarray, columns: np.ndarray, unit: float) -> tuple[str, np.ndarray, bool, float]:
+def fit(
+    seen: np.ndarray, rows: np.ndarray, columns: np.ndarray, unit: float
+) -> tuple[str, np.ndarray, bool, float]:
     """The shape that agrees best with an observed coverage: (shape, (x, y, r), whether blurred, agreement).
 
     Area and centre of mass give the first guess for each shape; the shapes that come near the best of these guesses are
@@ -207,7 +222,9 @@ def box_mean(x: np.ndarray, side: int) -> np.ndarray:
     """Mean over side x side windows (zeros beyond the border) of [H, W, C]; side is odd."""
     half = side // 2
     padded = np.pad(x, ((half + 1, half), (half + 1, half), (0, 0))).cumsum(0).cumsum(1)
-    return (padded[side:, side:] - padded[:-side, side:] - padded[side:, :-side] + padded[:-side, :-side]) / side**2
+    return (
+        padded[side:, side:] - padded[:-side, side:] - padded[side:, :-side] + padded[:-side, :-side]
+    ) / side**2
 
 
 def explain(picture: np.ndarray) -> Explanation:
@@ -216,10 +233,17 @@ def explain(picture: np.ndarray) -> Explanation:
     picture: uint8 [H, W, 3], square, 16 to 64 pixels a side; below 24, crowded scenes have objects of too few pixels to
     be told apart and true ones are refused now and then. Raises ValueError for anything else.
     """
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.shape[0] != picture.shape[1]:
+    if (
+        picture.dtype != np.uint8
+        or picture.ndim != 3
+        or picture.shape[2] != 3
+        or picture.shape[0] != picture.shape[1]
+    ):
         raise ValueError(f"expected a square uint8 picture [H, W, 3], not {picture.dtype} {picture.shape}")
     if not SIDES[0] <= len(picture) <= SIDES[1]:
-        raise ValueError(f"pictures of {SIDES[0]} to {SIDES[1]} pixels a side can be judged, not of {len(picture)}")
+        raise ValueError(
+            f"pictures of {SIDES[0]} to {SIDES[1]} pixels a side can be judged, not of {len(picture)}"
+        )
     size, unit = len(picture), len(picture) / 32
     p = picture.astype(float)
     ground = ground_color(p)
@@ -263,8 +287,11 @@ def explain(picture: np.ndarray) -> Explanation:
             complaint = f"{what} has a soft outline"
         elif not DIAMETER[0] * unit <= 2 * r <= DIAMETER[1] * unit:
             complaint = f"{what} is {2 * r:.1f} pixels wide"
-        elif box.min() < -0.5 * unit or box.max() > size + 0.5 * unit or (share[rows, columns,
-                                                                                k][at_border] > AT_BORDER).any():
+        elif (
+            box.min() < -0.5 * unit
+            or box.max() > size + 0.5 * unit
+            or (share[rows, columns, k][at_border] > AT_BORDER).any()
+        ):
             complaint = f"{what} is cut off by the border"
     return Explanation(ground, objects, complaint or left_over(p, ground, objects))
 
@@ -284,7 +311,9 @@ def left_over(p: np.ndarray, ground: np.ndarray, objects: list[Found]) -> str:
         expected = (1 - cover) * expected + cover * PALETTE[COLOR_NAMES.index(o.color)]
         shared += np.minimum(covered, cover).sum()
         covered = np.maximum(covered, cover)
-        distance = data.signed_distance(o.shape, pixel[None] + 0.5 - o.x, pixel[:, None] + 0.5 - o.y, o.diameter / 2)
+        distance = data.signed_distance(
+            o.shape, pixel[None] + 0.5 - o.x, pixel[:, None] + 0.5 - o.y, o.diameter / 2
+        )
         edge = max(1.0, unit)
         outside &= distance > edge
         inside |= distance < -edge
@@ -304,9 +333,9 @@ def find_objects(picture: np.ndarray) -> list[data.Object]:
     return [data.Object(o.shape, o.color, o.x, o.y, o.diameter) for o in explain(picture).objects]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The picture against its prompt
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def stands(relation: str, a: Found, b: Found) -> bool:
     """Whether a is clearly "left of" (or ...) b.
 
@@ -358,8 +387,13 @@ def judge(picture: np.ndarray, metadata: dict) -> tuple[bool, str]:
     matched = False
     for groups in assignments(items, objects):
         matched = True
-        if all(stands(item["position"][0], a, b) for item, group in zip(items, groups) if "position" in item
-               for a in group for b in groups[item["position"][1]]):  # fmt: skip
+        if all(
+            stands(item["position"][0], a, b)
+            for item, group in zip(items, groups)
+            if "position" in item
+            for a in group
+            for b in groups[item["position"][1]]
+        ):
             return True, f"shows {shown}"
     return False, f"out of place: {shown}" if matched else f"shows {shown}"
 

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import torch
 
-if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+if (
+    __name__ == "__main__"
+):  # started as a file: modules are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import data
@@ -35,8 +37,10 @@ def measure(state: Path, pictures: int) -> dict[str, float]:
     """The three root mean squares of one state. Raises UserError for one of a run on other data."""
     loaded = sample.load(state, torch.device("cpu"))
     if loaded.config.get("data") not in [[name] for name in data.SETS]:
-        raise errors.UserError(f"{state} was trained on {loaded.config.get('data')}; new pictures can be made of the "
-                               f"built-in shapes alone ({', '.join(data.SETS)})")  # fmt: skip
+        raise errors.UserError(
+            f"{state} was trained on {loaded.config.get('data')}; new pictures can be made of the "
+            f"built-in shapes alone ({', '.join(data.SETS)})"
+        )
     ema, network = loaded.network, copy.deepcopy(loaded.network)
     checkpoint.load_weights(state / "network.safetensors", network)
     source = data.Shapes(loaded.config["side"], loaded.config["data"][0])
@@ -50,12 +54,18 @@ def measure(state: Path, pictures: int) -> dict[str, float]:
     x_s_hat = losses.add_noise(x0_hat, s, draws.eps_s)
     null_trained, null_ema = G(network, x_s_hat, s, s, null), G(ema, x_s_hat, s, s, null)
     c_ema = G(ema, x_s_hat, s, s, c)
-    gaps = {"Delta": null_trained - c_ema, "of_prompts": null_ema - c_ema, "of_networks": null_trained - null_ema}
+    gaps = {
+        "Delta": null_trained - c_ema,
+        "of_prompts": null_ema - c_ema,
+        "of_networks": null_trained - null_ema,
+    }
     return {name: round(gap.square().mean().sqrt().item(), 4) for name, gap in gaps.items()}
 
 
 def main() -> None:
-    parser = errors.Parser("experiments/two_networks.py", "How much of Delta is the difference of two networks.")
+    parser = errors.Parser(
+        "experiments/two_networks.py", "How much of Delta is the difference of two networks."
+    )
     parser.add_argument("run", metavar="RUN", type=Path, help="a run on the built-in shapes, with milestones")
     parser.add_argument("--pictures", metavar="N", type=int, default=256, help="new pictures (default: 256)")
     parser.add_argument("--out", metavar="FILE", type=errors.file_to_write, help="write the figures as JSON")

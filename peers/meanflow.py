@@ -35,18 +35,18 @@ P_MEAN, P_STD = -0.4, 1.0  # both times are logistic normals
 FLOOR = 1e-3  # added to the squared error that a sample's squared error is divided by
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Times     t = max(a, b),  r = min(a, b),  a and b = sigmoid(z - 0.4);   r = t for most of the batch
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def times(z: Tensor, u: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
     """z normal [B], u uniform in [0, 1) [B], below [n]: the positions with r < t -> t, r [B] each."""
     t, earlier = ordered_times(z, u, P_MEAN, P_STD)
     return t, t.index_put((below,), earlier[below])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # du/dt     = v du/dx + du/dt at fixed r      (a Jacobian-vector product)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def path_derivative(V: Callable, x_t: Tensor, v: Tensor, t: Tensor, r: Tensor, c: tuple) -> Tensor:
     """The derivative of V along (v, 1, 0) in (x, t, r) by forward-mode differentiation, [n, ...].
 
@@ -68,14 +68,29 @@ class MeanFlow(nn.Module):
     power        as in tim.TiM; the paper has 1 for ImageNet and 0.75 for CIFAR-10
     """
 
-    def __init__(self, network, guidance: float = 1.0, improved: bool = False, derivative: str = "difference",
-                 power: float = 1.0):  # fmt: skip
+    def __init__(
+        self,
+        network,
+        guidance: float = 1.0,
+        improved: bool = False,
+        derivative: str = "difference",
+        power: float = 1.0,
+    ):
         super().__init__()
         self.network, self.guidance, self.improved, self.power = network, guidance, improved, power
         self.derivative = DERIVATIVES[derivative]
 
-    def forward(self, x0: Tensor, c: tuple, null: tuple, fake: tuple | None, is_null: Tensor, draws, tau: float,
-                aux: bool = False) -> tuple[Tensor, dict]:  # fmt: skip
+    def forward(
+        self,
+        x0: Tensor,
+        c: tuple,
+        null: tuple,
+        fake: tuple | None,
+        is_null: Tensor,
+        draws,
+        tau: float,
+        aux: bool = False,
+    ) -> tuple[Tensor, dict]:
         """The loss of one micro-batch and detached tensors to watch: t, s (their r) and loss, the plain one, [B].
 
         Arguments as in losses.SelfE; fake, is_null, tau and aux belong to self-evaluation and are not read.

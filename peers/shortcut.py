@@ -33,14 +33,16 @@ M = 128  # base steps: the smallest d is 1 / M
 CLIP = 4.0  # of x' and of targets
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Times     d = 1 / 128, t on its grid;   self-consistency: d = 2^-k, k = 0 .. 6 in equal shares, t on the grid of d
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def times(z: Tensor, u: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
     """z normal [B], u uniform in [0, 1) [B], below [n]: the positions that learn self-consistency -> t, d [B] each."""
     k = torch.full_like(u, math.log2(M)).index_put((below,), (math.log2(M) * u).floor()[below])
     sections = 2**k
-    place = (torch.special.ndtr(z) * sections).floor().clamp_max(sections - 1)  # ndtr makes a normal number uniform
+    place = (
+        (torch.special.ndtr(z) * sections).floor().clamp_max(sections - 1)
+    )  # ndtr makes a normal number uniform
     return 1 - place / sections, 1 / sections
 
 
@@ -52,8 +54,17 @@ class Shortcut(nn.Module):
         super().__init__()
         self.network, self.ema, self.guidance = network, ema, guidance
 
-    def forward(self, x0: Tensor, c: tuple, null: tuple, fake: tuple | None, is_null: Tensor, draws, tau: float,
-                aux: bool = False) -> tuple[Tensor, dict]:  # fmt: skip
+    def forward(
+        self,
+        x0: Tensor,
+        c: tuple,
+        null: tuple,
+        fake: tuple | None,
+        is_null: Tensor,
+        draws,
+        tau: float,
+        aux: bool = False,
+    ) -> tuple[Tensor, dict]:
         """The loss of one micro-batch and detached tensors to watch: t, s and loss, [B].
 
         Arguments as in losses.SelfE; fake, is_null, tau and aux belong to self-evaluation and are not read.
@@ -83,15 +94,23 @@ class Shortcut(nn.Module):
         return torch.where(like(d * M < 1.5, v), v_null + self.guidance * (v - v_null), v)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sampling  x_{t - 1/N} = x_t - s(x_t, t, d) / N,    d the largest power of 1/2 that is at most 1/N
-# ---------------------------------------------------------------------------------------------------------------------
-def trajectory(V: Callable, x: Tensor, cond: tuple, null: tuple | None = None, *, steps: int,
-               guidance: float = 1.0) -> Iterator[tuple[float, Tensor]]:  # fmt: skip
+# ------------------------------------------------------------------------------------------------------------
+def trajectory(
+    V: Callable, x: Tensor, cond: tuple, null: tuple | None = None, *, steps: int, guidance: float = 1.0
+) -> Iterator[tuple[float, Tensor]]:
     """Yield (t, x at that time) for the steps' ends, from standard normal x [B, ...]; the last x is the sample.
 
     With more than M steps the network is told 1/M, the smallest step that it knows, or what is left of the way.
     """
     d = max(1 / M, 2.0 ** -(steps - 1).bit_length())
-    return baselines.trajectory(lambda x, t, s, *c: V(x, t, (t - d).clamp(min=0), *c), x, cond, null, steps=steps,
-                                guidance=guidance, start=1.0)  # fmt: skip
+    return baselines.trajectory(
+        lambda x, t, s, *c: V(x, t, (t - d).clamp(min=0), *c),
+        x,
+        cond,
+        null,
+        steps=steps,
+        guidance=guidance,
+        start=1.0,
+    )

@@ -34,14 +34,16 @@ GUIDED = (0.3, 0.8)  # the times t at which the target is guided
 FLOOR = 1e-5  # added to the error that a sample's error is divided by
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Times     t = max(a, b),  r = min(a, b),  a and b = sigmoid(1.6 z);   r = t for half of the batch, 0 for a tenth
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def ordered_times(z: Tensor, u: Tensor, mean: float, std: float) -> tuple[Tensor, Tensor]:
     """z normal [B], u uniform in [0, 1) [B] -> the larger and the smaller of two logistic normals, [B] each."""
     a = torch.sigmoid(mean + std * z)
     here = u.cpu() if u.device.type == "mps" else u  # PyTorch has no ndtri for Apple GPUs
-    b = torch.sigmoid(mean + std * torch.special.ndtri(here).to(u.device))  # a uniform number made a normal one
+    b = torch.sigmoid(
+        mean + std * torch.special.ndtri(here).to(u.device)
+    )  # a uniform number made a normal one
     return torch.maximum(a, b), torch.minimum(a, b)
 
 
@@ -53,9 +55,9 @@ def times(z: Tensor, u: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
     return t, t.index_put((below,), torch.where(to_data, 0.0, earlier)[below])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # dF/dt     [ F(x_{t+e}, t + e, r) - F(x_{t-e}, t - e, r) ] / 2e,     x_{t+-e} = x_t +- e v
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def path_difference(V: Callable, x_t: Tensor, v: Tensor, t: Tensor, r: Tensor, c: tuple) -> Tensor:
     """The derivative of V along (v, 1, 0) in (x, t, r), [n, ...], to second order in EPSILON.
 
@@ -68,9 +70,9 @@ def path_difference(V: Callable, x_t: Tensor, v: Tensor, t: Tensor, r: Tensor, c
     return (ahead - behind) / (2 * EPSILON)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Guidance in training     v_w = v + (1 - 1 / w) (F(x_t, t, t, c) - F(x_t, t, t, null))
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def guided_velocity(v: Tensor, F_c: Tensor, F_null: Tensor, w: float) -> Tensor:
     """A velocity target under which F(x_t, t, t, c) becomes the guided velocity of scale w > 0.
 
@@ -81,17 +83,17 @@ def guided_velocity(v: Tensor, F_c: Tensor, F_null: Tensor, w: float) -> Tensor:
     return v + (1 - 1 / w) * (F_c - F_null)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Target    F <- sg[ v_w - (t - r) dF/dt ]
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def target(v_w: Tensor, t: Tensor, r: Tensor, dF_dt: Tensor) -> Tensor:
     """The right-hand side of the transition identity; it carries no gradient."""
     return (v_w - like(t - r, v_w) * dF_dt).detach()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Weight    1 / sqrt(1 + tan t - tan r),   1 where r = t
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def time_weight(t: Tensor, r: Tensor) -> Tensor:
     """Long steps count less, because their targets scatter more. As in their code, tan takes t as radians."""
     return (1 + torch.tan(t) - torch.tan(r)).rsqrt()
@@ -112,8 +114,17 @@ class TiM(nn.Module):
         super().__init__()
         self.network, self.ema, self.guidance, self.power = network, ema, guidance, power
 
-    def forward(self, x0: Tensor, c: tuple, null: tuple, fake: tuple | None, is_null: Tensor, draws, tau: float,
-                aux: bool = False) -> tuple[Tensor, dict]:  # fmt: skip
+    def forward(
+        self,
+        x0: Tensor,
+        c: tuple,
+        null: tuple,
+        fake: tuple | None,
+        is_null: Tensor,
+        draws,
+        tau: float,
+        aux: bool = False,
+    ) -> tuple[Tensor, dict]:
         """The loss of one micro-batch and detached tensors to watch: t, s (their r) and loss, the plain one, [B].
 
         Arguments as in losses.SelfE; fake, is_null, tau and aux belong to self-evaluation and are not read.

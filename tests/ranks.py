@@ -14,8 +14,19 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--batch-size", "4", "--device", "cpu", "--precision", "fp32", "--no-compile", "--grid-every", "0",
-         "--log-every", "1"]
+SMALL = [
+    "--batch-size",
+    "4",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--no-compile",
+    "--grid-every",
+    "0",
+    "--log-every",
+    "1",
+]
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["train", "torch.utils.tensorboard"])
@@ -30,7 +41,10 @@ def child(program: str, script: str, argv: list[str], environment: dict, out: st
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     sys.argv = [f"{program}.py", *argv]
-    sys.stdout, sys.stderr = open(1, "w", closefd=False, buffering=1), open(2, "w", closefd=False, buffering=1)
+    sys.stdout, sys.stderr = (
+        open(1, "w", closefd=False, buffering=1),
+        open(2, "w", closefd=False, buffering=1),
+    )
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
@@ -86,8 +100,13 @@ def start(world: int, *arguments, program: str = "train", script: str = "") -> l
         port = probe.getsockname()[1]
     processes = []
     for rank in range(world):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-               "MASTER_PORT": str(port)}
+        own = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         processes.append(Process(program, script, [str(a) for a in arguments], own))
     return processes
 

@@ -9,8 +9,8 @@ import torch
 import baselines
 import model
 import sampler
-from losses import add_noise
 from engine.randomness import rng
+from losses import add_noise
 
 
 class Field(torch.nn.Module):
@@ -38,9 +38,9 @@ def loss_of(network, x0, c, draws):
     return baselines.IMM(network)(x0, c, c, None, torch.zeros(len(x0), dtype=torch.bool), draws, 1.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loss
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def loop(x0, c, eps, u_t, u_s, V):
     """The loss in numpy, pair by pair, as the paper writes it: DDIM for x_r, weight by log-SNR, eta(r) by bisection."""
     total = []
@@ -62,7 +62,9 @@ def loop(x0, c, eps, u_t, u_s, V):
         def k(x, y, t=t, s=s):
             return math.exp(-max(np.sqrt(((x - y) ** 2).sum()), 1e-8) / (x.size * (t - s)))
 
-        mmd = sum(k(a, a2) + k(b, b2) - 2 * k(a, b2) for a, b in zip(y_t, y_r) for a2, b2 in zip(y_t, y_r)) / 16
+        mmd = (
+            sum(k(a, a2) + k(b, b2) - 2 * k(a, b2) for a, b in zip(y_t, y_r) for a2, b2 in zip(y_t, y_r)) / 16
+        )
         snr = 2 * math.log((1 - t) / t)
         slope = -2 / (t * (1 - t))
         total.append(0.5 / (1 + math.exp(snr - 4)) * -slope * (1 - t) ** 2 / ((1 - t) ** 2 + t**2) * mmd)
@@ -98,7 +100,9 @@ def test_only_y_t_carries_gradient():
     through_t = [(value(up, w) - value(down, w)) / (2 * h) for up, down in sides]
     through_both = [(value(up, up) - value(down, down)) / (2 * h) for up, down in sides]
     assert network.w.grad.tolist() == pytest.approx(through_t, rel=1e-3)
-    assert np.abs(np.subtract(through_both, through_t)).max() > 1e-2 * np.abs(through_t).max()  # they can be told apart
+    assert (
+        np.abs(np.subtract(through_both, through_t)).max() > 1e-2 * np.abs(through_t).max()
+    )  # they can be told apart
 
 
 @pytest.mark.parametrize("m", [1, 2, 3])
@@ -118,9 +122,9 @@ def test_the_gradient_of_each_point_is_the_finite_difference(m):
     assert torch.allclose(moving.grad, numeric, rtol=1e-5, atol=1e-9)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What the loss does to a set of samples
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def settle(m):
     """Where m samples that start close together end, facing half a set at -1 and half at +1, under a wide kernel.
 
@@ -131,7 +135,9 @@ def settle(m):
     y_r = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat_interleave(n // 2)[:, None]
     for _ in range(400):
         y.requires_grad_()
-        sets = (y[None], y_r[None]) if m > 1 else (y.repeat_interleave(n, 0)[:, None], y_r.repeat(n, 1)[:, None])
+        sets = (
+            (y[None], y_r[None]) if m > 1 else (y.repeat_interleave(n, 0)[:, None], y_r.repeat(n, 1)[:, None])
+        )
         loss = baselines.discrepancy(*sets, torch.full((len(sets[0]),), 20.0, dtype=torch.float64)).mean()
         (gradient,) = torch.autograd.grad(loss, y)
         y = (y - 0.5 * gradient).detach()
@@ -186,9 +192,9 @@ def test_nothing_moves_at_the_solution():
     assert value.item() > 1e-3 and wrong.w.grad[0] < -1e-3  # and towards it elsewhere
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Times and weights
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_the_weight_is_the_paper_s_formula():
     t = torch.linspace(0.001, 0.994, 400, dtype=torch.float64, requires_grad=True)
     log_snr = 2 * torch.log((1 - t) / t)
@@ -221,11 +227,13 @@ def test_draws_belong_to_the_global_index():
             baselines.draw(3, 7, cut, (2,))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # With the network, and sampling
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_the_denoiser_trains_on_it():
-    sizes = dict(width=32, heads=2, double=1, single=1, axes=(4, 6, 6), channels=3, patch=4, txt_dim=8, vec_dim=8)
+    sizes = dict(
+        width=32, heads=2, double=1, single=1, axes=(4, 6, 6), channels=3, patch=4, txt_dim=8, vec_dim=8
+    )
     torch.manual_seed(0)
     network = model.Denoiser(**sizes)
     x0, text, vector = torch.randn(8, 3, 8, 8), torch.randn(8, 4, 8), torch.randn(8, 8)
@@ -271,10 +279,16 @@ def test_guidance_is_linear_in_the_velocity():
 def test_its_jump_is_the_deterministic_step_of_the_sampler():
     """f_{s,t}(x_t) is Eq. 22 with s_k = s, so one network serves both samplers."""
     x, c = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
-    network, t, s = Field(), torch.full((2,), 0.8, dtype=torch.float64), torch.full((2,), 0.3, dtype=torch.float64)
+    network, t, s = (
+        Field(),
+        torch.full((2,), 0.8, dtype=torch.float64),
+        torch.full((2,), 0.3, dtype=torch.float64),
+    )
     with torch.no_grad():
         x0_hat = x - 0.8 * network(x, t, s, c)
-        assert torch.allclose(baselines.jump(network, x, t, s, (c,)), sampler.update(x, x0_hat, 0.8, 0.3, 0.0, None))
+        assert torch.allclose(
+            baselines.jump(network, x, t, s, (c,)), sampler.update(x, x0_hat, 0.8, 0.3, 0.0, None)
+        )
 
 
 @pytest.mark.parametrize("k", [12, 8, 6])
@@ -290,4 +304,6 @@ def test_k_sets_how_far_truth_spreads_in_one_step(k):
     t, s, r = baselines.times(*u, k)
     assert (r >= s).all() and (r <= t).all()
     share = (r == s)[t > 0.5].double().mean()
-    assert {12: 0.0, 8: 0.08, 6: 0.5}[k] <= share <= {12: 0.015, 8: 0.15, 6: 0.6}[k]  # what the module's text says
+    assert (
+        {12: 0.0, 8: 0.08, 6: 0.5}[k] <= share <= {12: 0.015, 8: 0.15, 6: 0.6}[k]
+    )  # what the module's text says

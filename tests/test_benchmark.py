@@ -17,7 +17,7 @@ SMALL = dict(width=32, heads=2, double=1, single=2, axes=(4, 6, 6), channels=3, 
 SETTING = benchmark.Setting(torch.device("cpu"), torch.float32, SMALL, 4, (3, 4, 6), 6, 5, False, 0)
 
 # Behind the reference code's interface: our blocks, with rotations from the positions that it is given.
-STAND_IN = '''
+STAND_IN = """
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +66,7 @@ class Flux(model.Denoiser):
         for block in self.single_blocks:
             x = block(x, vec, rope)
         return self.final_layer(x[:, txt.shape[1]:], vec)
-'''
+"""
 
 
 @pytest.fixture
@@ -84,30 +84,50 @@ def reference(tmp_path):
         del sys.modules[name]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Equal networks
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_all_three_have_the_same_parameters_but_for_gap_in(reference):
     torch.manual_seed(0)
     d, gap = 32, 256 * 32 + 32 + 32 * 32 + 32
-    blocks = [12 * d**2 + 12 * d + 2 * (12 * d**2 + 9 * d + 16 * 2) for _ in range(1)]  # modulation, the two streams
+    blocks = [
+        12 * d**2 + 12 * d + 2 * (12 * d**2 + 9 * d + 16 * 2) for _ in range(1)
+    ]  # modulation, the two streams
     blocks += [3 * d**2 + 3 * d + 12 * d**2 + 8 * d + 16 * 2 for _ in range(2)]
-    ends = (256 * d + d) + (6 * d + d) + 2 * (d**2 + d) + (12 * d + d) + (8 * d + d) + 2 * (d**2 + d) + (12 * d + 12)
+    ends = (
+        (256 * d + d)
+        + (6 * d + d)
+        + 2 * (d**2 + d)
+        + (12 * d + d)
+        + (8 * d + d)
+        + 2 * (d**2 + d)
+        + (12 * d + 12)
+    )
     expected = sum(blocks) + ends
     counts = peer_speed.check(SETTING, reference())
     assert counts == {"ours": expected + gap, "diffusers": expected, "reference": expected, "gap_in": gap}
 
 
-@pytest.mark.parametrize("old, new, complaint", [
-    ("del self.gap_in", "pass", "not the same network"),
-    ("super().__init__(p.hidden_size, p.num_heads, p.depth,", "super().__init__(p.hidden_size, p.num_heads, 2,", "not"),
-    ("self.theta = float", "self.image_in, self.theta = self.__delattr__('img_in') or torch.nn.Linear(12, 32), float",
-     "other names"),
-    ("dim=1)[0].double()", "dim=1)[0, :, [0, 2, 1]].double()", "away from"),  # rows for columns
-    ("model.sinusoid(timesteps)", "model.sinusoid(1 - timesteps)", "away from"),
-    ("float(p.theta)", "1000.0", "away from"),
-    ("import torch\n", "import torch, no_such_package\n", "no_such_package"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "old, new, complaint",
+    [
+        ("del self.gap_in", "pass", "not the same network"),
+        (
+            "super().__init__(p.hidden_size, p.num_heads, p.depth,",
+            "super().__init__(p.hidden_size, p.num_heads, 2,",
+            "not",
+        ),
+        (
+            "self.theta = float",
+            "self.image_in, self.theta = self.__delattr__('img_in') or torch.nn.Linear(12, 32), float",
+            "other names",
+        ),
+        ("dim=1)[0].double()", "dim=1)[0, :, [0, 2, 1]].double()", "away from"),  # rows for columns
+        ("model.sinusoid(timesteps)", "model.sinusoid(1 - timesteps)", "away from"),
+        ("float(p.theta)", "1000.0", "away from"),
+        ("import torch\n", "import torch, no_such_package\n", "no_such_package"),
+    ],
+)
 def test_another_network_is_refused(reference, old, new, complaint):
     torch.manual_seed(0)
     with pytest.raises(errors.UserError, match=complaint):
@@ -127,9 +147,9 @@ def test_without_a_peer_there_is_nothing_to_compare(monkeypatch):
         peer_speed.check(SETTING, None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is timed
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("faster", ["diffusers", "reference"])
 def test_the_peers_take_turns_in_whole_backward_passes(reference, monkeypatch, faster):
     """Every parameter receives a gradient and keeps none, the compiled networks have compiled blocks, and the ratios
@@ -169,8 +189,10 @@ def test_n_steps_are_set_against_as_many_evaluations_of_as_many_rows(monkeypatch
 
     rows = []
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda module, x: rows.append((len(x[0]), torch.is_grad_enabled())) if isinstance(module, model.Denoiser)
-        else None)  # fmt: skip
+        lambda module, x: (
+            rows.append((len(x[0]), torch.is_grad_enabled())) if isinstance(module, model.Denoiser) else None
+        )
+    )
     monkeypatch.setattr(benchmark, "in_turns", in_turns)
     sampling = peer_speed.against_forwards(SETTING, 1)
     hook.remove()
@@ -178,9 +200,9 @@ def test_n_steps_are_set_against_as_many_evaluations_of_as_many_rows(monkeypatch
     assert [sampling[n]["ratio"] for n in ("4", "8")] == [10 / 11, 12 / 13]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 FLAGS = ["--batch", "2", "--repeats", "1", "--device", "cpu", "--precision", "fp32"]
 
 
@@ -193,26 +215,49 @@ def test_without_a_reference_or_a_compiler_their_columns_are_left_out(blocks, tm
     assert "not compiled: no compiler" in printed and "reference" not in printed
     assert report["peers"].keys() == {"eager", "ratio to diffusers", "ratio to the faster"}
     assert report["peers"]["eager"].keys() == {"ours", "diffusers"}
-    assert ("sampling" in report) == ("steps with guidance" in printed) == (not blocks)  # parts draw no pictures
+    assert (
+        ("sampling" in report) == ("steps with guidance" in printed) == (not blocks)
+    )  # parts draw no pictures
     assert (report["image_tokens"], report["text_tokens"], report["batch"]) == (16, 14, 2)
 
 
 @pytest.mark.slow
 def test_all_columns_as_a_user_measures_them(tmp_path, reference):
-    result = subprocess.run([sys.executable, "engine/peer_speed.py", *FLAGS, "--reference", str(reference()), "--out",
-                             str(tmp_path / "p.json")], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                            capture_output=True, text=True)  # fmt: skip
+    result = subprocess.run(
+        [
+            sys.executable,
+            "engine/peer_speed.py",
+            *FLAGS,
+            "--reference",
+            str(reference()),
+            "--out",
+            str(tmp_path / "p.json"),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "p.json").read_text())
     peers = report["peers"]
     for mode in ("eager", "compiled"):
         assert peers[mode].keys() == {"ours", "diffusers", "reference"} and min(peers[mode].values()) > 0
     for n in (4, 8):
-        assert report["sampling"][str(n)]["steps"] > 0 and f"{n} steps with guidance, batch 1:" in result.stdout
+        assert (
+            report["sampling"][str(n)]["steps"] > 0 and f"{n} steps with guidance, batch 1:" in result.stdout
+        )
 
 
-@pytest.mark.parametrize("flags", [["--batch", "3"], ["--out", "/nowhere/at/all.json"], ["--blocks", "0", "0"],
-                                   ["--reference", "/nowhere"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--batch", "3"],
+        ["--out", "/nowhere/at/all.json"],
+        ["--blocks", "0", "0"],
+        ["--reference", "/nowhere"],
+    ],
+)
 def test_bad_input_is_one_line(flags, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["peer_speed.py", "--device", "cpu", "--precision", "fp32", *flags])
     with pytest.raises(SystemExit) as stopped:

@@ -18,8 +18,21 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.slow
 def test_every_objective_is_counted_and_costs_what_the_plan_says(tmp_path):
     result = subprocess.run(
-        [sys.executable, "experiments/cost.py", "--batch", "8", "--repeats", "1", "--out", str(tmp_path / "cost.json")],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)  # fmt: skip
+        [
+            sys.executable,
+            "experiments/cost.py",
+            "--batch",
+            "8",
+            "--repeats",
+            "1",
+            "--out",
+            str(tmp_path / "cost.json"),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "cost.json").read_text())["rows"]
     assert list(rows) == list(cost.KINDS) and {kind[0] for kind in cost.KINDS.values()} == set(OBJECTIVES)
@@ -31,7 +44,9 @@ def test_every_objective_is_counted_and_costs_what_the_plan_says(tmp_path):
     assert kept[1] == pytest.approx(kept[0], rel=0.01) and kept[2] > 1.3 * kept[0]
 
 
-@pytest.mark.parametrize("flags", [["--batch", "12"], ["--out", "/nowhere/at/all.json"], ["--objectives", "telepathy"]])
+@pytest.mark.parametrize(
+    "flags", [["--batch", "12"], ["--out", "/nowhere/at/all.json"], ["--objectives", "telepathy"]]
+)
 def test_bad_input_is_one_line(flags, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["cost.py", *flags])
     with pytest.raises(SystemExit) as stopped:

@@ -37,8 +37,9 @@ def test_held_out_pairs_and_prompts_never_occur(scenes):
 
 def test_the_set_of_single_shapes_has_nothing_else():
     scenes = [data.Shapes(16, "one-shape").scene(g) for g in range(200)]
-    assert {s.metadata["tag"] for s in scenes} == {"single_object",
-                                                   "colors"} and all(len(s.objects) == 1 for s in scenes)
+    assert {s.metadata["tag"] for s in scenes} == {"single_object", "colors"} and all(
+        len(s.objects) == 1 for s in scenes
+    )
 
 
 def test_every_tag_that_can_spare_prompts_has_some_held_out():
@@ -47,11 +48,14 @@ def test_every_tag_that_can_spare_prompts_has_some_held_out():
         held["counting"] += [data.prompt_metadata("counting", [a], [None], n) for n in data.COUNTS]
         for b in set(data.SHAPES) - {a}:
             held["two_object"].append(data.prompt_metadata("two_object", [a, b], [None, None]))
-            held["position"] += [data.prompt_metadata("position", [a, b], [None] * 2, relation=r)
-                                 for r in data.RELATIONS]
+            held["position"] += [
+                data.prompt_metadata("position", [a, b], [None] * 2, relation=r) for r in data.RELATIONS
+            ]
     for tag, prompts in held.items():
         lots = [data.split_of(m["prompt"]) for m in prompts]
-        assert lots.count("validation") >= 2 and lots.count("test") >= 3 and lots.count("train") > len(lots) / 2, tag
+        assert (
+            lots.count("validation") >= 2 and lots.count("test") >= 3 and lots.count("train") > len(lots) / 2
+        ), tag
 
 
 def test_prompts_say_what_is_drawn(scenes):
@@ -71,17 +75,28 @@ def test_prompts_say_what_is_drawn(scenes):
             assert shape == item.shape and color in (None, item.color)
         if match[3] and match[3] != "and":
             a, b = drawn
-            difference = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}[match[3]]
+            difference = {
+                "left of": b.x - a.x,
+                "right of": a.x - b.x,
+                "above": b.y - a.y,
+                "below": a.y - b.y,
+            }[match[3]]
             assert difference > (a.diameter + b.diameter) / 2
 
 
 def test_metadata_has_genevals_fields():
     metadata = data.prompt_metadata("position", ["ring", "cross"], ["red", None], relation="above")
-    assert metadata == {"tag": "position", "prompt": "a photo of a red ring above a cross",
-                        "include": [{"class": "cross", "count": 1},
-                                    {"class": "ring", "count": 1, "color": "red",
-                                     "position": ["above", 0]}]}  # fmt: skip
-    assert data.prompt_metadata("counting", ["cross"], [None], count=3)["prompt"] == "a photo of three crosses"
+    assert metadata == {
+        "tag": "position",
+        "prompt": "a photo of a red ring above a cross",
+        "include": [
+            {"class": "cross", "count": 1},
+            {"class": "ring", "count": 1, "color": "red", "position": ["above", 0]},
+        ],
+    }
+    assert (
+        data.prompt_metadata("counting", ["cross"], [None], count=3)["prompt"] == "a photo of three crosses"
+    )
 
 
 def test_objects_keep_apart_and_inside(scenes):
@@ -146,9 +161,9 @@ def test_pictures_and_tensors_are_inverse():
     assert all(np.array_equal(a, b) for a, b in zip(data.to_pictures(x), pictures))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Folders
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def write_pictures(folder, names, size=(40, 30)):
     folder.mkdir(exist_ok=True)
     for i, name in enumerate(names):
@@ -157,19 +172,27 @@ def write_pictures(folder, names, size=(40, 30)):
 
 
 def metadata(folder, lines):
-    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(x) if isinstance(x, dict) else x for x in lines))
+    (folder / "metadata.jsonl").write_text(
+        "\n".join(json.dumps(x) if isinstance(x, dict) else x for x in lines)
+    )
     return folder
 
 
 def test_both_caption_conventions(tmp_path):
     names = ["a.png", "b.jpg", "c.webp"]
-    jsonl = metadata(write_pictures(tmp_path / "j", names), [{"file_name": n, "text": n.upper()} for n in names])
+    jsonl = metadata(
+        write_pictures(tmp_path / "j", names), [{"file_name": n, "text": n.upper()} for n in names]
+    )
     txt = write_pictures(tmp_path / "t", names)
     for name in names:
         (txt / name).with_suffix(".txt").write_text(name.upper() + "\n")
     for folder in (jsonl, txt):
         source = data.ImageFolder(folder, 16)
-        assert sorted(source.captions) == ["A.PNG", "B.JPG", "C.WEBP"] and source.pictures[0].shape == (16, 16, 3)
+        assert sorted(source.captions) == ["A.PNG", "B.JPG", "C.WEBP"] and source.pictures[0].shape == (
+            16,
+            16,
+            3,
+        )
 
 
 def test_every_epoch_shows_every_picture_once_in_another_order(tmp_path):
@@ -178,7 +201,11 @@ def test_every_epoch_shows_every_picture_once_in_another_order(tmp_path):
     source = data.ImageFolder(folder, 8)
     epochs = [[source.sample(g, 5).key for g in range(7 * e, 7 * e + 7)] for e in range(3)]
     assert all(sorted(epoch) == names for epoch in epochs) and len(set(map(tuple, epochs))) > 1
-    assert [source.sample(g, 5).key for g in range(7)] == epochs[0] != [source.sample(g, 6).key for g in range(7)]
+    assert (
+        [source.sample(g, 5).key for g in range(7)]
+        == epochs[0]
+        != [source.sample(g, 6).key for g in range(7)]
+    )
 
 
 def lanczos(line: np.ndarray, n: int) -> np.ndarray:
@@ -212,7 +239,9 @@ def test_cameras_are_held_upright_and_deep_grey_is_refused(tmp_path):
     tag[0x0112] = 6
     image.save(tmp_path / "x.png", exif=tag)
     Image.fromarray(np.full((9, 9), 30000, np.uint16)).save(tmp_path / "deep.png")
-    source = data.ImageFolder(metadata(tmp_path, [{"file_name": n, "text": n} for n in ("x.png", "deep.png")]), 10)
+    source = data.ImageFolder(
+        metadata(tmp_path, [{"file_name": n, "text": n} for n in ("x.png", "deep.png")]), 10
+    )
     assert source.keys == ["x.png"] and "not of 8 bits" in source.skipped["deep.png"]
     assert (source.pictures[0][:4, :, 0] > 200).all() and (source.pictures[0][6:, :, 2] > 200).all()
 
@@ -234,11 +263,18 @@ def test_broken_pictures_are_skipped_counted_and_named(tmp_path, capsys):
     assert samples == {"good.png": (20, "caption of good.png"), "well.png": (40, "caption of well.png")}
 
 
-@pytest.mark.parametrize("lines, complaint", [
-    (["{not json"], "line 1"), ([{"file_name": "good.png"}], "KeyError"),
-    ([{"file_name": "good.png", "text": 3}], "line 1"), ([{"file_name": 3, "text": "x"}], "line 1"),
-    (["[1, 2]"], "line 1"), ([""], "empty"), ([{"file_name": "absent.png", "text": "x"}], "none of its 1 pictures"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "lines, complaint",
+    [
+        (["{not json"], "line 1"),
+        ([{"file_name": "good.png"}], "KeyError"),
+        ([{"file_name": "good.png", "text": 3}], "line 1"),
+        ([{"file_name": 3, "text": "x"}], "line 1"),
+        (["[1, 2]"], "line 1"),
+        ([""], "empty"),
+        ([{"file_name": "absent.png", "text": "x"}], "none of its 1 pictures"),
+    ],
+)
 def test_unusable_metadata_is_one_clear_error(tmp_path, lines, complaint):
     folder = metadata(write_pictures(tmp_path / "f", ["good.png"]), lines)
     with pytest.raises(data.DataError, match=complaint):

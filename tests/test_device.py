@@ -23,7 +23,9 @@ ROOT = Path(__file__).parent.parent
 NAME = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(NAME == "cpu", reason="this machine has no CUDA or MPS device")
 only_cuda = pytest.mark.skipif(NAME != "cuda", reason="of CUDA alone")
-SIZE = dict(width=64, heads=2, double=2, single=2, axes=(8, 12, 12), channels=3, patch=4, txt_dim=16, vec_dim=8)
+SIZE = dict(
+    width=64, heads=2, double=2, single=2, axes=(8, 12, 12), channels=3, patch=4, txt_dim=16, vec_dim=8
+)
 
 
 def network(precision=torch.float32) -> model.Denoiser:
@@ -57,11 +59,16 @@ def exact():
     return gradient("cpu")
 
 
-@pytest.mark.parametrize("choices, close", [
-    (dict(), 1e-4), (dict(recompute=3), 1e-4), (dict(precision=torch.bfloat16), 0.05),
-    pytest.param(dict(compiled=True), 1e-4, marks=only_cuda),
-    pytest.param(dict(compiled=True, precision=torch.bfloat16, recompute=2), 0.05, marks=only_cuda),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "choices, close",
+    [
+        (dict(), 1e-4),
+        (dict(recompute=3), 1e-4),
+        (dict(precision=torch.bfloat16), 0.05),
+        pytest.param(dict(compiled=True), 1e-4, marks=only_cuda),
+        pytest.param(dict(compiled=True, precision=torch.bfloat16, recompute=2), 0.05, marks=only_cuda),
+    ],
+)
 def test_a_step_has_the_gradients_of_the_cpu(exact, choices, close):
     other = gradient(NAME, **choices)
     torch._dynamo.reset()
@@ -76,17 +83,27 @@ def test_sampling_gives_the_pictures_of_the_cpu(steps, guidance, eta):
 
     def made(device):
         V = network().to(device).requires_grad_(False)
-        noise = [torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(k)).to(device) for k in range(steps)]
+        noise = [
+            torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(k)).to(device)
+            for k in range(steps)
+        ]
         there = [tuple(x.to(device) for x in pair) for pair in (c, null)]
-        return sampler.sample(V, x1.to(device), *there, steps=steps, guidance=guidance, eta=eta,
-                              draw_noise=noise.__getitem__).cpu()  # fmt: skip
+        return sampler.sample(
+            V, x1.to(device), *there, steps=steps, guidance=guidance, eta=eta, draw_noise=noise.__getitem__
+        ).cpu()
 
     torch.testing.assert_close(made(NAME), made("cpu"), atol=1e-3, rtol=1e-3)
 
 
 def call(*words, code: int = 0, **environment) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env=os.environ | environment)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | environment,
+    )
     assert done.returncode == code, done.stderr[-2000:]
     return done
 
@@ -109,15 +126,39 @@ def test_it_trains_stops_resumes_and_samples_there(tmp_path, flags):
     off = sum(float((weights[0][k].float() - weights[1][k].float()).square().sum()) for k in weights[0])
     size = sum(float(w.float().square().sum()) for w in weights[0].values())
     assert (off / size) ** 0.5 < 0.02
-    call("sample.py", "--checkpoint", whole, "--prompt", "a photo of a red circle", "--device", NAME, "--out",
-         tmp_path / "x.png")  # fmt: skip
+    call(
+        "sample.py",
+        "--checkpoint",
+        whole,
+        "--prompt",
+        "a photo of a red circle",
+        "--device",
+        NAME,
+        "--out",
+        tmp_path / "x.png",
+    )
     assert (tmp_path / "x.png").stat().st_size > 100
 
 
 @only_cuda
 def test_what_does_not_fit_is_one_line_before_the_first_iteration(tmp_path):
-    done = call("train.py", "--device", "cuda", "--batch-size", 2**14, "--side", 64, "--steps", 10, "--no-compile",
-                "--grid-every", 0, "--out", tmp_path / "r", code=2)  # fmt: skip
+    done = call(
+        "train.py",
+        "--device",
+        "cuda",
+        "--batch-size",
+        2**14,
+        "--side",
+        64,
+        "--steps",
+        10,
+        "--no-compile",
+        "--grid-every",
+        0,
+        "--out",
+        tmp_path / "r",
+        code=2,
+    )
     assert "do not fit into the device's memory: a smaller --micro-batch" in done.stderr
     assert done.stderr.count("\n") == 1
 
@@ -128,17 +169,20 @@ def test_one_process_of_torchrun_over_nccl(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    script = ("import torch, torch.distributed as dist; torch.cuda.set_device(0); dist.init_process_group('nccl'); "
-              "import copy, losses, model; from torch.nn.parallel import DistributedDataParallel as DDP; "
-              f"V = model.Denoiser(**{SIZE!r}).cuda(); step = losses.SelfE(V, copy.deepcopy(V).requires_grad_(False)); "
-              "ddp = DDP(step, gradient_as_bucket_view=True); "
-              "c = torch.randn(4, 5, 16).cuda(), torch.zeros(4, 8).cuda(); x = torch.randn(4, 3, 16, 16).cuda(); "
-              "draws = losses.draw(0, 0, [0, 1, 2, 3], (3, 16, 16), device='cuda'); "
-              "ddp(x, c, c, c, torch.zeros(4, dtype=torch.bool).cuda(), draws, 0.5, True)[0].backward(); "
-              "n = sum(p.grad is not None for p in V.parameters()); told = torch.ones(1).cuda(); "
-              "dist.all_reduce(told); dist.destroy_process_group(); print(n, int(told))")  # fmt: skip
-    done = call("-c", script, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port))  # fmt: skip
+    script = (
+        "import torch, torch.distributed as dist; torch.cuda.set_device(0); dist.init_process_group('nccl'); "
+        "import copy, losses, model; from torch.nn.parallel import DistributedDataParallel as DDP; "
+        f"V = model.Denoiser(**{SIZE!r}).cuda(); step = losses.SelfE(V, copy.deepcopy(V).requires_grad_(False)); "
+        "ddp = DDP(step, gradient_as_bucket_view=True); "
+        "c = torch.randn(4, 5, 16).cuda(), torch.zeros(4, 8).cuda(); x = torch.randn(4, 3, 16, 16).cuda(); "
+        "draws = losses.draw(0, 0, [0, 1, 2, 3], (3, 16, 16), device='cuda'); "
+        "ddp(x, c, c, c, torch.zeros(4, dtype=torch.bool).cuda(), draws, 0.5, True)[0].backward(); "
+        "n = sum(p.grad is not None for p in V.parameters()); told = torch.ones(1).cuda(); "
+        "dist.all_reduce(told); dist.destroy_process_group(); print(n, int(told))"
+    )
+    done = call(
+        "-c", script, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     assert done.stdout.split() == [str(len(list(network().parameters()))), "1"]
 
 

@@ -26,14 +26,27 @@ import encoders
 import model
 import sample
 import train
-from engine import benchmark, cache, checkpoint, data_speed, errors, loop_speed, peer_speed
-from engine import preparation, scaling, shards, watch
+from engine import (
+    benchmark,
+    cache,
+    checkpoint,
+    data_speed,
+    errors,
+    loop_speed,
+    peer_speed,
+    preparation,
+    scaling,
+    shards,
+    watch,
+)
 from engine.processes import Ranks
 from experiments import cost, dose, evaluate, tables, two_networks
 from toy import any_step, explore, identities
 
 ROOT = Path(__file__).parent.parent
-TINY = dict(width=16, heads=2, double=1, single=1, axes=(2, 2, 4), channels=3, patch=4, txt_dim=256, vec_dim=256)
+TINY = dict(
+    width=16, heads=2, double=1, single=1, axes=(2, 2, 4), channels=3, patch=4, txt_dim=256, vec_dim=256
+)
 CPU = ["--device", "cpu", "--precision", "fp32"]
 QUICK = ["--batch-size", "4", *CPU, "--no-compile", "--grid-every", "0"]
 
@@ -54,7 +67,9 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "tiny"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(model.SIZES, "laptop", TINY)
-        patch.setattr(sys, "argv", ["train.py", "--steps", "2", "--save-every", "1", "--out", str(out), *QUICK])
+        patch.setattr(
+            sys, "argv", ["train.py", "--steps", "2", "--save-every", "1", "--out", str(out), *QUICK]
+        )
         train.main()
     return out
 
@@ -77,30 +92,56 @@ def tree(folder: Path) -> dict:
     return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Flags
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 HUGE = 2**62
 FLAGS = [
-    (train, ["--data", ""]), (train, ["--init", ""]), (train, ["--index", "", "--data", "one-shape"]),
-    (train, ["--out", "a" * 300]), (sample, ["--checkpoint", "", "--prompt", "x"]),
-    (sample, ["--prompt", "x", "--images", 20000, "--scale", 64]), (data, ["--out", ""]), (data, ["--data", ""]),
-    (benchmark, ["--batch", HUGE]), (benchmark, ["--txt-len", HUGE]), (benchmark, ["--blocks", 10**15, 0]),
-    (benchmark, ["--side", 2**40]), (benchmark, ["--repeats", 10**15]), (benchmark, ["--out", "."]),
-    (benchmark, ["--data", "absent", "--repeats", 1, "--batch", 2]), (cost, ["--repeats", 10**15]),
-    (cost, ["--out", "."]), (loop_speed, ["--threads", 10**18]), (loop_speed, ["--out", "."]),
-    (loop_speed, ["--objec", "imm"]), (loop_speed, ["--resume"]), (scaling, ["--measure", 2, "--out", "."]),
-    (two_networks, ["r", "--pictures", 0]), (two_networks, ["r", "--pictures", 10**15]),
+    (train, ["--data", ""]),
+    (train, ["--init", ""]),
+    (train, ["--index", "", "--data", "one-shape"]),
+    (train, ["--out", "a" * 300]),
+    (sample, ["--checkpoint", "", "--prompt", "x"]),
+    (sample, ["--prompt", "x", "--images", 20000, "--scale", 64]),
+    (data, ["--out", ""]),
+    (data, ["--data", ""]),
+    (benchmark, ["--batch", HUGE]),
+    (benchmark, ["--txt-len", HUGE]),
+    (benchmark, ["--blocks", 10**15, 0]),
+    (benchmark, ["--side", 2**40]),
+    (benchmark, ["--repeats", 10**15]),
+    (benchmark, ["--out", "."]),
+    (benchmark, ["--data", "absent", "--repeats", 1, "--batch", 2]),
+    (cost, ["--repeats", 10**15]),
+    (cost, ["--out", "."]),
+    (loop_speed, ["--threads", 10**18]),
+    (loop_speed, ["--out", "."]),
+    (loop_speed, ["--objec", "imm"]),
+    (loop_speed, ["--resume"]),
+    (scaling, ["--measure", 2, "--out", "."]),
+    (two_networks, ["r", "--pictures", 0]),
+    (two_networks, ["r", "--pictures", 10**15]),
     (cache, ["", "c", "--side", 32]),
-    (cache, ["t", "", "--side", 32]), (evaluate, ["--images", 10**18, "--per-tag", 1]),
-    (evaluate, ["--pipeline", "", "--prompts", "p", "--export", "o"]), (tables, ["--images", 10**18]),
-    (tables, ["--sample-steps", 10**18]), (tables, ["--seeds", -1]), (any_step, ["--jobs", 2**32]),
-    (explore, ["--out", ""]), (identities, ["--seed", "x"]), (identities, ["--seed", 10**30]),
-    (identities, ["--out", "."]), (tables, ["--quick", "--out", "."]), (dose, ["--quick", "--runs", "/"]),
-    (data_speed, ["--out", "."]), (peer_speed, ["--out", "."]), (peer_speed, ["--batch", 2**62]),
-    (peer_speed, ["--repeats", 10**15]), (train, ["--dry-run", "--side", 6]),
+    (cache, ["t", "", "--side", 32]),
+    (evaluate, ["--images", 10**18, "--per-tag", 1]),
+    (evaluate, ["--pipeline", "", "--prompts", "p", "--export", "o"]),
+    (tables, ["--images", 10**18]),
+    (tables, ["--sample-steps", 10**18]),
+    (tables, ["--seeds", -1]),
+    (any_step, ["--jobs", 2**32]),
+    (explore, ["--out", ""]),
+    (identities, ["--seed", "x"]),
+    (identities, ["--seed", 10**30]),
+    (identities, ["--out", "."]),
+    (tables, ["--quick", "--out", "."]),
+    (dose, ["--quick", "--runs", "/"]),
+    (data_speed, ["--out", "."]),
+    (peer_speed, ["--out", "."]),
+    (peer_speed, ["--batch", 2**62]),
+    (peer_speed, ["--repeats", 10**15]),
+    (train, ["--dry-run", "--side", 6]),
     (train, ["--dry-run", "--size", "2b", "--side", 104]),
-]  # fmt: skip
+]
 
 
 def called(x) -> str:
@@ -115,22 +156,64 @@ def test_odd_flags(program, words, tmp_path, monkeypatch, capsys):
 
 
 BUDGET = "--steps 2 --batch-size 4 --grid-every 0 --no-compile --precision fp32"
-SMALL = ["--rows", "flow_matching", "--seeds", 0, "--images", 1, "--search-images", 1, "--per-tag", 1,
-         "--sample-steps", 1, "--milestones", 0, "--out", "o", "--runs", "u", "--device", "cpu"]  # fmt: skip
+SMALL = [
+    "--rows",
+    "flow_matching",
+    "--seeds",
+    0,
+    "--images",
+    1,
+    "--search-images",
+    1,
+    "--per-tag",
+    1,
+    "--sample-steps",
+    1,
+    "--milestones",
+    0,
+    "--out",
+    "o",
+    "--runs",
+    "u",
+    "--device",
+    "cpu",
+]
 
 
-@pytest.mark.parametrize("more", ["--out x", "--resume", "--dry-run", "--seed 5", "--se 0", "--objective imm",
-                                  "--data absent", "--steps x"])  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--out x",
+        "--resume",
+        "--dry-run",
+        "--seed 5",
+        "--se 0",
+        "--objective imm",
+        "--data absent",
+        "--steps x",
+    ],
+)
 def test_a_budget_has_no_flags_that_tables_chooses(more, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     refused(tables, ["--budget", f"{BUDGET} {more}", *SMALL], monkeypatch, capsys)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("variables", [
-    {"WORLD_SIZE": "two"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "-1"}, {"RANK": "1"}, {"RANK": "x"},
-    {"WORLD_SIZE": "2", "RANK": "5"}, {"WORLD_SIZE": "2", "RANK": "-1"}, {"WORLD_SIZE": "1", "RANK": "3"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"WORLD_SIZE": "two"},
+        {"WORLD_SIZE": ""},
+        {"WORLD_SIZE": "0"},
+        {"WORLD_SIZE": "-1"},
+        {"RANK": "1"},
+        {"RANK": "x"},
+        {"WORLD_SIZE": "2", "RANK": "5"},
+        {"WORLD_SIZE": "2", "RANK": "-1"},
+        {"WORLD_SIZE": "1", "RANK": "3"},
+    ],
+    ids=str,
+)
 def test_an_environment_that_torchrun_did_not_make(variables, monkeypatch):
     for name in ("WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -141,8 +224,15 @@ def test_an_environment_that_torchrun_did_not_make(variables, monkeypatch):
         Ranks.of_environment()
 
 
-@pytest.mark.parametrize("variables", [{}, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"},
-                                       {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"},
+        {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"},
+    ],
+    ids=str,
+)
 def test_processes_without_a_place_to_meet(variables, monkeypatch):
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -155,22 +245,29 @@ def test_processes_without_a_place_to_meet(variables, monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no full device")
 def test_a_full_disk_behind_stdout_is_one_line(tmp_path):
     with open("/dev/full", "w") as full:
-        result = subprocess.run([sys.executable, str(ROOT / "data.py"), "--out", str(tmp_path / "x.png")], stdout=full,
-                                stderr=subprocess.PIPE, text=True)  # fmt: skip
+        result = subprocess.run(
+            [sys.executable, str(ROOT / "data.py"), "--out", str(tmp_path / "x.png")],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Folders, captions, tars
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def png(size=(32, 32), color=(200, 0, 0)) -> bytes:
     content = io.BytesIO()
     Image.new("RGB", size, color).save(content, "PNG")
     return content.getvalue()
 
 
-GOOD = [(f"g{i}.{kind}", png(color=(20 * i, 0, 0)) if kind == "png" else f"good {i}".encode())
-        for i in range(8) for kind in ("png", "txt")]  # fmt: skip
+GOOD = [
+    (f"g{i}.{kind}", png(color=(20 * i, 0, 0)) if kind == "png" else f"good {i}".encode())
+    for i in range(8)
+    for kind in ("png", "txt")
+]
 
 
 def tar(path: Path, members, more: bytes = b"") -> Path:
@@ -204,19 +301,25 @@ def sparse(**fields) -> bytes:
     return header("pax", b"%011o\0" % len(body), b"x", body)
 
 
-@pytest.mark.parametrize("more", [
-    header("a.png", b"\xff" + (256**11 - 512).to_bytes(11, "big"), content=b"x"),
-    header("a.png", b"\x80" + (2**80).to_bytes(11, "big"), content=b"x"),
-    sparse(map="a,b", size=1000) + header("s.txt", b"%011o\0" % 4, content=b"abcd"),
-    sparse(map="0,4", size="x", name="s.txt") + header("s.txt", b"%011o\0" % 4, content=b"abcd"),
-], ids=["negative size", "size 2^80", "sparse map of letters", "sparse size of letters"])  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        header("a.png", b"\xff" + (256**11 - 512).to_bytes(11, "big"), content=b"x"),
+        header("a.png", b"\x80" + (2**80).to_bytes(11, "big"), content=b"x"),
+        sparse(map="a,b", size=1000) + header("s.txt", b"%011o\0" % 4, content=b"abcd"),
+        sparse(map="0,4", size="x", name="s.txt") + header("s.txt", b"%011o\0" % 4, content=b"abcd"),
+    ],
+    ids=["negative size", "size 2^80", "sparse map of letters", "sparse size of letters"],
+)
 def test_a_tar_with_an_odd_header_is_named(more, tmp_path):
     tar(tmp_path / "0.tar", GOOD, more)
     with pytest.raises(errors.UserError, match="0.tar"):
         shards.read_index(tmp_path)
 
 
-@pytest.mark.parametrize("caption", [b"a\0b", "a cat".encode("utf-16-le")], ids=["zero bytes", "UTF-16 without a mark"])
+@pytest.mark.parametrize(
+    "caption", [b"a\0b", "a cat".encode("utf-16-le")], ids=["zero bytes", "UTF-16 without a mark"]
+)
 def test_captions_of_zero_bytes(caption, tmp_path):
     """In a tar the sample is skipped and counted; in a folder the file is named."""
     tar(tmp_path / "0.tar", [*GOOD, ("o.png", png()), ("o.txt", caption)])
@@ -254,9 +357,9 @@ def test_packing_spares_what_is_called_partial(tmp_path):
     assert (theirs / "notes").read_text() == "theirs"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The index of a tar: an odd one is made again
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def rows_with(**values):
     def change(stored):
         stored["rows"] = stored["rows"].copy()
@@ -267,10 +370,13 @@ def rows_with(**values):
 
 
 INDICES = {
-    "offset negative": rows_with(offset=-1000), "offset past the end": rows_with(offset=10**12),
-    "size huge": rows_with(size=2**62), "size negative": rows_with(size=-1),
+    "offset negative": rows_with(offset=-1000),
+    "offset past the end": rows_with(offset=10**12),
+    "size huge": rows_with(size=2**62),
+    "size negative": rows_with(size=-1),
     "caption huge": rows_with(text_size=2**31 - 1),
-    "caption negative": rows_with(text_size=-7), "width 0": rows_with(width=0),
+    "caption negative": rows_with(text_size=-7),
+    "width 0": rows_with(width=0),
     "one row": lambda stored: stored.update(rows=stored["rows"][0]),
     "rows of rows": lambda stored: stored.update(rows=stored["rows"][None]),
     "keys too few": lambda stored: stored.update(keys=stored["keys"][:5]),
@@ -280,7 +386,7 @@ INDICES = {
     "skipped a list": lambda stored: stored.update(skipped=np.frombuffer(b"[1]", np.uint8)),
     "skipped null": lambda stored: stored.update(skipped=np.frombuffer(b"null", np.uint8)),
     "skipped of numbers": lambda stored: stored.update(skipped=np.frombuffer(b'{"a": [1]}', np.uint8)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", INDICES)
@@ -297,24 +403,44 @@ def test_an_odd_index_is_made_again(what, tmp_path, capsys):
     assert again.skipped == right.skipped and "damaged" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A cache
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     (folder / "t").mkdir()
     tar(folder / "t/0.tar", GOOD)
     encoders_used = encoders.text_encoder("words", 14), encoders.autoencoder("pixels")
-    cache.make(folder / "t", folder / "c", 16, encoders_used,
-               cache.Settings(batch_size=4, per_shard=4, multiple=4, tokens="fp32"))  # fmt: skip
+    cache.make(
+        folder / "t",
+        folder / "c",
+        16,
+        encoders_used,
+        cache.Settings(batch_size=4, per_shard=4, multiple=4, tokens="fp32"),
+    )
     return folder / "c"
 
 
-SPECS = [{"per_shard": ...}, {"per_shard": 0}, {"per_shard": "4"}, {"side": ...}, {"side": [16]}, {"buckets": None},
-         {"buckets": []}, {"buckets": [[16, 16]]}, {"buckets": [["a", 16, 8]]}, {"buckets": [[16, 16, -8]]},
-         {"buckets": [[16, 16, 7]]}, {"source": None}, {"fake": "yes"}, {"fake": True}, {"text": ...},
-         {"txt_len": "14"}, {"txt_len": 8}]  # fmt: skip
+SPECS = [
+    {"per_shard": ...},
+    {"per_shard": 0},
+    {"per_shard": "4"},
+    {"side": ...},
+    {"side": [16]},
+    {"buckets": None},
+    {"buckets": []},
+    {"buckets": [[16, 16]]},
+    {"buckets": [["a", 16, 8]]},
+    {"buckets": [[16, 16, -8]]},
+    {"buckets": [[16, 16, 7]]},
+    {"source": None},
+    {"fake": "yes"},
+    {"fake": True},
+    {"text": ...},
+    {"txt_len": "14"},
+    {"txt_len": 8},
+]
 
 
 def opened_and_checked(folder: Path) -> None:
@@ -337,10 +463,13 @@ def replaced(**tensors):
 
 
 SHARDS = {
-    "no latent": lambda stored: stored.pop("latent"), "no tokens": lambda stored: stored.pop("tokens"),
+    "no latent": lambda stored: stored.pop("latent"),
+    "no tokens": lambda stored: stored.pop("tokens"),
     "no text_end": lambda stored: stored.pop("text_end"),
-    "another side": replaced(latent=torch.zeros(4, 3, 8, 8)), "channels": replaced(latent=torch.zeros(4, 4, 16, 16)),
-    "flat": replaced(latent=torch.zeros(4)), "fewer rows": replaced(latent=torch.zeros(2, 3, 16, 16)),
+    "another side": replaced(latent=torch.zeros(4, 3, 8, 8)),
+    "channels": replaced(latent=torch.zeros(4, 4, 16, 16)),
+    "flat": replaced(latent=torch.zeros(4)),
+    "fewer rows": replaced(latent=torch.zeros(2, 3, 16, 16)),
     "whole numbers": replaced(latent=torch.zeros(4, 3, 16, 16, dtype=torch.int64)),
     "longer tokens": replaced(tokens=torch.zeros(4, 9, 256)),
     "narrower tokens": replaced(tokens=torch.zeros(4, 14, 128)),
@@ -350,7 +479,7 @@ SHARDS = {
     "texts before the start": lambda stored: stored.update(text_end=stored["text_end"] - 10),
     "ends of floats": lambda stored: stored.update(text_end=stored["text_end"].float()),
     "texts of floats": lambda stored: stored.update(text=stored["text"].float()),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", [*SHARDS, "no metadata", "metadata a list", "metadata not JSON"])
@@ -363,7 +492,11 @@ def test_a_cache_whose_tensors_are_odd(what, cached, tmp_path):
     if what in SHARDS:
         SHARDS[what](stored)
     else:
-        odd = {"no metadata": None, "metadata a list": {"skipped": "[1]"}, "metadata not JSON": {"skipped": "{"}}
+        odd = {
+            "no metadata": None,
+            "metadata a list": {"skipped": "[1]"},
+            "metadata not JSON": {"skipped": "{"},
+        }
         metadata = odd[what]
     save_file(stored, path, metadata)
     with pytest.raises(errors.UserError, match="16x16_00001.safetensors"):
@@ -381,27 +514,35 @@ def test_captions_that_are_no_json_are_named_when_they_are_read(cached, tmp_path
         [source.sample(g) for g in range(8)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Runs and their weights
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.int8, torch.complex64], ids=str)
 def test_weights_are_numbers_with_a_point(dtype, run, monkeypatch, capsys):
     path = run / "model.safetensors"
     weights = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
     path.unlink()
     save_file(weights, path)
-    for program, words in ((sample, ["--checkpoint", "r", "--prompt", "x", "--device", "cpu", "--out", "x.png"]),
-                           (checkpoint, ["r", "m"]), (train, ["--init", "r", "--out", "n", *QUICK])):  # fmt: skip
+    for program, words in (
+        (sample, ["--checkpoint", "r", "--prompt", "x", "--device", "cpu", "--out", "x.png"]),
+        (checkpoint, ["r", "m"]),
+        (train, ["--init", "r", "--out", "n", *QUICK]),
+    ):
         assert "model.safetensors" in refused(program, words, monkeypatch, capsys)
     assert sorted(path.name for path in Path(".").iterdir()) == ["r"]
 
 
-@pytest.mark.parametrize("spoil, words", [
-    (lambda run: None, ["r", "r/state/step_00000001"]), (lambda run: None, ["r", ""]),
-    (lambda run: (run / "config.json").write_text("null"), ["r", "m"]),
-    (lambda run: (run / "config.json").write_text('{"a": 1}'), ["r", "m"]),
-    (lambda run: [(run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()], ["r", "m"]),
-], ids=["onto its own state", "to nowhere", "no config", "another's config", "metrics a folder"])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda run: None, ["r", "r/state/step_00000001"]),
+        (lambda run: None, ["r", ""]),
+        (lambda run: (run / "config.json").write_text("null"), ["r", "m"]),
+        (lambda run: (run / "config.json").write_text('{"a": 1}'), ["r", "m"]),
+        (lambda run: [(run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()], ["r", "m"]),
+    ],
+    ids=["onto its own state", "to nowhere", "no config", "another's config", "metrics a folder"],
+)
 def test_exports_that_would_lose_something(spoil, words, run, monkeypatch, capsys):
     spoil(run)
     before = tree(Path("."))
@@ -415,10 +556,14 @@ def test_a_weight_too_large_for_fp16_is_not_given_away_as_infinity(run, monkeypa
     weights["img_in.weight"][0, 0] = 1e6
     path.unlink()
     save_file(weights, path)
-    assert "too large for torch.float16" in refused(checkpoint, ["r", "m", "--dtype", "fp16"], monkeypatch, capsys)
+    assert "too large for torch.float16" in refused(
+        checkpoint, ["r", "m", "--dtype", "fp16"], monkeypatch, capsys
+    )
 
 
-@pytest.mark.parametrize("words", [["--objective", "meanflow"], ["--init", "r", "--resume", "--out", "r"]], ids=str)
+@pytest.mark.parametrize(
+    "words", [["--objective", "meanflow"], ["--init", "r", "--resume", "--out", "r"]], ids=str
+)
 def test_weights_that_mean_something_else_in_this_run(words, run, monkeypatch, capsys):
     """Shapes agree where the scale of times does not; and a run that goes on has begun already."""
     refused(train, ["--init", "r", "--steps", 3, "--out", "n", *QUICK, *words], monkeypatch, capsys)
@@ -443,13 +588,23 @@ def test_a_damaged_state_says_what_to_delete(name, how, run, monkeypatch, capsys
 def test_the_hundred_millionth_iteration_is_newer_than_the_one_before(tmp_path):
     for step in (99_999_999, 100_000_000):
         (tmp_path / "state" / f"step_{step}").mkdir(parents=True)
-    assert [checkpoint.step_of(state) for state in checkpoint.complete_states(tmp_path)] == [99_999_999, 100_000_000]
+    assert [checkpoint.step_of(state) for state in checkpoint.complete_states(tmp_path)] == [
+        99_999_999,
+        100_000_000,
+    ]
 
 
-@pytest.mark.parametrize("name, kind", [
-    ("state", "file"), ("grids", "file"), ("metrics.jsonl", "folder"), ("config.json", "folder"), ("lock", "folder"),
-    ("config.json", "theirs"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("state", "file"),
+        ("grids", "file"),
+        ("metrics.jsonl", "folder"),
+        ("config.json", "folder"),
+        ("lock", "folder"),
+        ("config.json", "theirs"),
+    ],
+)
 def test_a_folder_in_which_no_run_can_lie(name, kind, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(model.SIZES, "laptop", TINY)
     place = tmp_path / "r" / name
@@ -502,7 +657,9 @@ def test_a_run_outlives_its_grids_and_its_terminal(tmp_path, monkeypatch):
         return Image.new("RGB", (4, 4))
 
     monkeypatch.setattr(watch, "draw_grid", draw_grid)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "2", "--out", str(out), *QUICK, "--grid-every", "1"])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "--steps", "2", "--out", str(out), *QUICK, "--grid-every", "1"]
+    )
     with open(writer, "w", buffering=1) as closed:
         monkeypatch.setattr(sys, "stderr", closed)
         train.main()
@@ -530,9 +687,9 @@ def test_commands_for_a_folder_with_a_dash(tmp_path, monkeypatch, capsys):
     assert "--checkpoint ./-dash " in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is not read is said
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def picture_folder(folder: Path) -> Path:
     folder.mkdir()
     for name in ("a", "b"):
@@ -556,8 +713,24 @@ def test_captions_that_are_cut_are_counted(txt_len, cut, tmp_path, monkeypatch, 
     """Four words and the end."""
     monkeypatch.setitem(model.SIZES, "laptop", TINY)
     folder = picture_folder(tmp_path / "p")
-    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "1", "--data", str(folder), "--side", "8", "--txt-len",
-                                      str(txt_len), "--out", str(tmp_path / "r"), *QUICK])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "train.py",
+            "--steps",
+            "1",
+            "--data",
+            str(folder),
+            "--side",
+            "8",
+            "--txt-len",
+            str(txt_len),
+            "--out",
+            str(tmp_path / "r"),
+            *QUICK,
+        ],
+    )
     train.main()
     assert (f"{cut} of 2 captions are longer" in capsys.readouterr().err) == bool(cut)
 
@@ -566,25 +739,55 @@ def test_a_prompt_that_is_cut_is_named(run, tmp_path, monkeypatch, capsys):
     read = json.loads((run / "config.json").read_text())["txt_len"] - 1
     words = [" ".join(["red"] * n) for n in (read, read + 1)]
     out = tmp_path / "a.png"
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--checkpoint", str(run), "--prompt", words[0], "--prompt", words[1],
-                                      "--images", "3", "--out", str(out), "--device", "cpu"])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "sample.py",
+            "--checkpoint",
+            str(run),
+            "--prompt",
+            words[0],
+            "--prompt",
+            words[1],
+            "--images",
+            "3",
+            "--out",
+            str(out),
+            "--device",
+            "cpu",
+        ],
+    )
     sample.main()
     printed = capsys.readouterr()
     assert printed.err.count("is not read") == 1 and printed.err.strip().endswith(f": {words[1]}")
     assert "2 prompts, 3 pictures each, at [2] steps" in printed.out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Results of other programs
-# ---------------------------------------------------------------------------------------------------------------------
-ROW = {"seed": 0, "training": {"precision": "float32", "data": ["one-shape"]},
-       "splits": {"test": {"1": {"overall": {"score": 0.5}, "settings": {}}}}}  # fmt: skip
+# ------------------------------------------------------------------------------------------------------------
+ROW = {
+    "seed": 0,
+    "training": {"precision": "float32", "data": ["one-shape"]},
+    "splits": {"test": {"1": {"overall": {"score": 0.5}, "settings": {}}}},
+}
 
 
-@pytest.mark.parametrize("change", [
-    {"seed": ...}, {"seed": [0]}, {"splits": ...}, {"splits": []}, {"training": ...},
-    {"splits": {"test": {"1": {"overall": {"score": "x"}}}}}, {"splits": {"test": {"one": {}}}}, None,
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": ...},
+        {"seed": [0]},
+        {"splits": ...},
+        {"splits": []},
+        {"training": ...},
+        {"splits": {"test": {"1": {"overall": {"score": "x"}}}}},
+        {"splits": {"test": {"one": {}}}},
+        None,
+    ],
+    ids=str,
+)
 def test_a_row_that_was_not_measured(change, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("o/rows").mkdir(parents=True)
@@ -594,11 +797,17 @@ def test_a_row_that_was_not_measured(change, tmp_path, monkeypatch, capsys):
     assert str(path) in refused(tables, ["--report", "--out", "o", "--runs", "u"], monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("name, content", [
-    ("done.json", "null"), ("done.json", "{}"), ("search", "null"), ("search", '{"chosen": null}'),
-    ("search", '{"chosen": {"1": {"settings": {"colour": 1}}}}'),
-    ("search", '{"chosen": {"1": {"settings": {"guidance": "x"}}}}'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("done.json", "null"),
+        ("done.json", "{}"),
+        ("search", "null"),
+        ("search", '{"chosen": null}'),
+        ("search", '{"chosen": {"1": {"settings": {"colour": 1}}}}'),
+        ("search", '{"chosen": {"1": {"settings": {"guidance": "x"}}}}'),
+    ],
+)
 def test_what_tables_goes_on_from(name, content, run, monkeypatch, capsys):
     Path("u").mkdir()
     shutil.move("r", "u/flow_matching-0")
@@ -625,8 +834,9 @@ def test_records_of_another_study(content, tmp_path, monkeypatch, capsys):
     assert "s_rule.json" in line and (tmp_path / "s_rule.json").read_text() == content
 
 
-@pytest.mark.parametrize("content", [b"\x89PNG\xff\xfe", b"my notes",
-                                     b'<script type="application/json" id="world">{</script>'])  # fmt: skip
+@pytest.mark.parametrize(
+    "content", [b"\x89PNG\xff\xfe", b"my notes", b'<script type="application/json" id="world">{</script>']
+)
 def test_a_file_that_is_no_page_is_not_written_over(content, tmp_path, monkeypatch, capsys):
     path = tmp_path / "x.html"
     path.write_bytes(content)

@@ -55,13 +55,19 @@ def test_words_layout_by_hand(words):
     end, beyond = signs(b"mark", "end"), signs(b"mark", "beyond")
     places = [signs(b"position", str(i))[:32] for i in range(3)]
     tokens, pooled = words(["Red  circle"])
-    assert tokens.dtype == pooled.dtype == torch.float32 and tokens.shape == (1, 16, 256) and pooled.shape == (1, 256)
+    assert (
+        tokens.dtype == pooled.dtype == torch.float32
+        and tokens.shape == (1, 16, 256)
+        and pooled.shape == (1, 256)
+    )
     assert tokens[0, 0].tolist() == red + beyond[:48] + circle[:48] + places[0]
     assert tokens[0, 1].tolist() == circle + red[:48] + end[:48] + places[1]
     assert tokens[0, 2].tolist() == end + circle[:48] + beyond[:48] + places[2]
     assert tokens[0, 3:].eq(0).all()
     assert pooled[0, :128].tolist() == [(a + b + c) / 2 for a, b, c in zip(red, circle, end)]  # sqrt(3) -> 2
-    assert pooled[0, 128:].tolist() == [2 * (c - a) / 4 for a, c in zip(red, end)]  # places -2, 0, 2; sqrt(8) -> 4
+    assert pooled[0, 128:].tolist() == [
+        2 * (c - a) / 4 for a, c in zip(red, end)
+    ]  # places -2, 0, 2; sqrt(8) -> 4
 
 
 def test_words_order_matters_to_every_part(words):
@@ -74,11 +80,23 @@ def test_words_order_matters_to_every_part(words):
     assert tokens[0, 1, :224].equal(tokens[0, 4, :224]) and not tokens[0, 1].equal(tokens[0, 4])
     # "circle" knows its colour: its state differs between the two prompts at the very same place.
     tokens, _ = words(PAIR)
-    assert tokens[0, 5, :128].equal(tokens[1, 5, :128]) and not tokens[0, 5, 128:176].equal(tokens[1, 5, 128:176])
+    assert tokens[0, 5, :128].equal(tokens[1, 5, :128]) and not tokens[0, 5, 128:176].equal(
+        tokens[1, 5, 128:176]
+    )
 
 
 def test_words_any_vocabulary(words):
-    odd = ["zxqv", "zxqw", "smiling face with 🕶️", "🕶", "красный круг", "红色圆形", "\ud800 lone", "\x00", "e\u0301"]
+    odd = [
+        "zxqv",
+        "zxqw",
+        "smiling face with 🕶️",
+        "🕶",
+        "красный круг",
+        "红色圆形",
+        "\ud800 lone",
+        "\x00",
+        "e\u0301",
+    ]
     tokens, pooled = words(odd)
     assert tokens[:, 0].abs().eq(1).all()  # every one has a first token, all signs
     assert len({sha256(t) for t in tokens}) == len(odd) == len({sha256(p) for p in pooled})
@@ -94,7 +112,9 @@ def test_words_have_unit_scale(words):
         assert 0.6 < pooled[:, :128].std() < 1.5 and 0.6 < pooled[:, 128:].std() < 1.5, n
     vectors = tokens.new_tensor([encoders.hashed_signs(b"word", w).tolist() for w in vocabulary])
     cosines = (vectors @ vectors.T / 128).fill_diagonal_(0)
-    assert abs(cosines.square().mean().sqrt() - 128**-0.5) < 0.01 and cosines.abs().max() < 0.6  # as random signs
+    assert (
+        abs(cosines.square().mean().sqrt() - 128**-0.5) < 0.01 and cosines.abs().max() < 0.6
+    )  # as random signs
 
 
 def test_words_null_and_fake_prompt(words):
@@ -107,8 +127,12 @@ def test_words_null_and_fake_prompt(words):
     tokens, _ = words([long, encoders.fake_prompt(long), encoders.fake_prompt("w0")])
     assert tokens[1, 0].equal(tokens[2, 0])  # "fake" at the front, with "image" behind it
     assert tokens[1, 2, :128].equal(tokens[0, 0, :128])  # then the prompt
-    assert tokens[0, 15, :128].equal(tokens[1, 15, :128]) and tokens[1, 15, :128].equal(tokens[2, 3, :128])  # the end
-    assert words([long])[0].equal(words([" ".join(long.split()[:15])])[0])  # what is cut is the end of the prompt
+    assert tokens[0, 15, :128].equal(tokens[1, 15, :128]) and tokens[1, 15, :128].equal(
+        tokens[2, 3, :128]
+    )  # the end
+    assert words([long])[0].equal(
+        words([" ".join(long.split()[:15])])[0]
+    )  # what is cut is the end of the prompt
 
 
 def test_words_are_the_same_in_any_batch_and_rebuilt(words):
@@ -122,7 +146,21 @@ def test_words_are_the_same_in_any_batch_and_rebuilt(words):
 
 
 # ------------------------------------------------------------------------------------------- tiny Hugging Face models
-VOCABULARY = ["<pad>", "</s>", "<unk>", "<s>", "fake", "image", "a", "photo", "of", "red", "blue", "circle", "square"]
+VOCABULARY = [
+    "<pad>",
+    "</s>",
+    "<unk>",
+    "<s>",
+    "fake",
+    "image",
+    "a",
+    "photo",
+    "of",
+    "red",
+    "blue",
+    "circle",
+    "square",
+]
 
 
 def save_tokenizer(folder, template, **special):
@@ -160,7 +198,9 @@ def t5(tmp_path_factory):
     from transformers import T5Config, T5ForConditionalGeneration
 
     folder = tmp_path_factory.mktemp("t5")
-    config = T5Config(vocab_size=16, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    config = T5Config(
+        vocab_size=16, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
     model = shake(T5ForConditionalGeneration(config))
     model.save_pretrained(folder)
     save_tokenizer(folder, "$A </s>", pad_token="<pad>")
@@ -173,9 +213,17 @@ def clip(tmp_path_factory):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     folder = tmp_path_factory.mktemp("clip")
-    config = CLIPTextConfig(vocab_size=16, hidden_size=20, intermediate_size=32, num_hidden_layers=2,
-                            num_attention_heads=2, max_position_embeddings=9, bos_token_id=3, eos_token_id=1,
-                            pad_token_id=0)  # fmt: skip
+    config = CLIPTextConfig(
+        vocab_size=16,
+        hidden_size=20,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=9,
+        bos_token_id=3,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     model = shake(CLIPTextModel(config))
     model.save_pretrained(folder)
     save_tokenizer(folder, "<s> $A </s>", pad_token="<pad>", bos_token="<s>")
@@ -185,8 +233,15 @@ def clip(tmp_path_factory):
 def bert_config():
     from transformers import BertConfig
 
-    return BertConfig(vocab_size=16, hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-                      max_position_embeddings=40, pad_token_id=0)  # fmt: skip
+    return BertConfig(
+        vocab_size=16,
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=40,
+        pad_token_id=0,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -206,9 +261,18 @@ def vae(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("vae")
     model = AutoencoderKL(
-        block_out_channels=(4, 4, 8, 8), norm_num_groups=2, layers_per_block=1, latent_channels=16, sample_size=32,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, use_quant_conv=False,
-        use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159)  # fmt: skip
+        block_out_channels=(4, 4, 8, 8),
+        norm_num_groups=2,
+        layers_per_block=1,
+        latent_channels=16,
+        sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    )
     model = shake(model)
     model.save_pretrained(folder)
     return str(folder), model
@@ -224,7 +288,9 @@ def test_t5_alone(t5):
     prompt = "a photo of a red circle"
     tokens, pooled = text([prompt, ""])
     with torch.no_grad():
-        want = reference(input_ids=ids(prompt, 10)).last_hidden_state[0]  # unmasked: the padding is read, as in FLUX
+        want = reference(input_ids=ids(prompt, 10)).last_hidden_state[
+            0
+        ]  # unmasked: the padding is read, as in FLUX
     assert tokens.shape == (2, 10, 24) and pooled.shape == (2, 24) and (text.d_txt, text.d_vec) == (24, 24)
     torch.testing.assert_close(tokens[0], want)
     torch.testing.assert_close(pooled[0], want[:7].mean(dim=0))  # six words and the end token
@@ -292,7 +358,9 @@ def test_fake_prefix_survives_truncation(tmp_path, t5, clip):
     text = encoders.text_encoder(f"hf:{folder},{clip[0]}", 12, "cpu")
     tokens, pooled = text([encoders.fake_prompt(long), long])
     torch.testing.assert_close(tokens[0], want_tokens[0])
-    torch.testing.assert_close(text(["red"])[0][0], encoders.text_encoder("hf:" + t5[0], 12, "cpu")(["red"])[0][0])
+    torch.testing.assert_close(
+        text(["red"])[0][0], encoders.text_encoder("hf:" + t5[0], 12, "cpu")(["red"])[0][0]
+    )
     assert not pooled[0].equal(pooled[1])
     with torch.no_grad():
         want = t5[1](input_ids=ids(encoders.fake_prompt(long), 12)).last_hidden_state[0]
@@ -318,7 +386,9 @@ def test_vae(vae):
     images = torch.rand(2, 3, 32, 48) * 2 - 1
     latents = ae.encode(images)
     with torch.no_grad():
-        mean = reference.encoder(images)[:, :16]  # the encoder gives mean and log-variance; no sample is drawn
+        mean = reference.encoder(images)[
+            :, :16
+        ]  # the encoder gives mean and log-variance; no sample is drawn
         want = reference.decoder(mean)
     torch.testing.assert_close(latents, (mean - 0.1159) * 0.3611)
     assert latents.shape == (2, 16, 4, 6) and latents.equal(ae.encode(images)) and not latents.requires_grad
@@ -347,9 +417,14 @@ def test_default_names_load_from_a_hugging_face_cache(tmp_path, monkeypatch, t5,
     """A repository laid out like FLUX.1-schnell's, with tiny weights, where the hub's client keeps its downloads."""
     repository = tmp_path / "models--black-forest-labs--FLUX.1-schnell"
     snapshot = repository / "snapshots" / ("0" * 40)
-    for source, model, tokenizer in ((clip[0], "text_encoder", "tokenizer"), (t5[0], "text_encoder_2", "tokenizer_2")):
+    for source, model, tokenizer in (
+        (clip[0], "text_encoder", "tokenizer"),
+        (t5[0], "text_encoder_2", "tokenizer_2"),
+    ):
         of_model = shutil.ignore_patterns("model*", "config.json", "generation*")
-        shutil.copytree(source, snapshot / model, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*"))
+        shutil.copytree(
+            source, snapshot / model, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*")
+        )
         shutil.copytree(source, snapshot / tokenizer, ignore=of_model)
     shutil.copytree(vae[0], snapshot / "vae")
     (repository / "refs").mkdir()
@@ -358,7 +433,14 @@ def test_default_names_load_from_a_hugging_face_cache(tmp_path, monkeypatch, t5,
     monkeypatch.setattr(encoders, "load", cached)
 
     text, ae = encoders.text_encoder("flux", 12, "cpu"), encoders.autoencoder("flux", "cpu")
-    assert (text.name, ae.name, text.d_txt, text.d_vec, ae.channels, ae.factor) == ("flux", "flux", 24, 20, 16, 8)
+    assert (text.name, ae.name, text.d_txt, text.d_vec, ae.channels, ae.factor) == (
+        "flux",
+        "flux",
+        24,
+        20,
+        16,
+        8,
+    )
     want = text(PAIR)
     for name in (
         encoders.FLUX_TEXT,
@@ -381,7 +463,12 @@ def test_half_precision_inside_single_outside(monkeypatch, t5, clip, bert, vae):
         ae = encoders.autoencoder("kl:" + vae[0], "cpu")
         for network in (*(text.of_pooled.model for text in texts), ae.vae):
             assert {p.dtype for p in network.parameters()} == {dtype}
-        results[dtype] = [*texts[0](PAIR), *texts[1](PAIR), ae.encode(images), ae.decode(torch.ones(1, 16, 2, 2))]
+        results[dtype] = [
+            *texts[0](PAIR),
+            *texts[1](PAIR),
+            ae.encode(images),
+            ae.decode(torch.ones(1, 16, 2, 2)),
+        ]
     for single, half in zip(*results.values()):
         assert single.dtype == half.dtype == torch.float32
         assert 0 < (single - half).abs().max() and (single - half).norm() < 0.05 * single.norm()
@@ -425,8 +512,12 @@ def test_unknown_names():
 
 
 def test_names_that_can_not_be_downloaded():
-    assert "no-such-owner/no-such-model" in refused(encoders.text_encoder, "hf:no-such-owner/no-such-model", 16)
-    assert "no-such-owner/no-such-model" in refused(encoders.autoencoder, "kl:no-such-owner/no-such-model/vae")
+    assert "no-such-owner/no-such-model" in refused(
+        encoders.text_encoder, "hf:no-such-owner/no-such-model", 16
+    )
+    assert "no-such-owner/no-such-model" in refused(
+        encoders.autoencoder, "kl:no-such-owner/no-such-model/vae"
+    )
     assert "not a name!" in refused(encoders.text_encoder, "hf:not a name!", 16)
 
 
@@ -437,7 +528,9 @@ def test_folders_that_are_not_what_they_should_be(tmp_path, t5, bert, vae):
     for source, call, prefix in ((bert, encoders.text_encoder, "hf:"), (vae, encoders.autoencoder, "kl:")):
         pickled = shutil.copytree(source[0], tmp_path / prefix[:2] / "pickled")
         (weights,) = pickled.glob("*.safetensors")
-        torch.save(source[1].state_dict(), pickled / (weights.stem.replace("model", "pytorch_model") + ".bin"))
+        torch.save(
+            source[1].state_dict(), pickled / (weights.stem.replace("model", "pytorch_model") + ".bin")
+        )
         intact = weights.read_bytes()
         weights.write_bytes(intact[: len(intact) // 2])  # cut short, as a broken download
         assert "cannot load" in refused(call, f"{prefix}{pickled}")

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROWS = re.findall(r"^\| ([s\d.]+) \| (.+?) \| `(\w+)\.([\w.]+)` \| (.+?) \|$", (ROOT / "EQUATIONS.md").read_text(),
-                  re.M)
+ROWS = re.findall(
+    r"^\| ([s\d.]+) \| (.+?) \| `(\w+)\.([\w.]+)` \| (.+?) \|$", (ROOT / "EQUATIONS.md").read_text(), re.M
+)
 EQUATIONS = [str(n) for n in range(1, 23)] + [f"s.{n}" for n in range(1, 14)]
 
 
@@ -38,7 +39,11 @@ def test_every_equation_is_in_the_table_once():
 @pytest.mark.parametrize("number, module, name", [(r[0], r[2], r[3]) for r in ROWS], ids=[r[0] for r in ROWS])
 def test_the_function_stands_under_the_banner(number, module, name):
     """The nearest banner above the function, or its own docstring, has the number."""
-    above = (ROOT / f"{module}.py").read_text().splitlines()[: inspect.getsourcelines(function_of(module, name))[1] - 1]
+    above = (
+        (ROOT / f"{module}.py")
+        .read_text()
+        .splitlines()[: inspect.getsourcelines(function_of(module, name))[1] - 1]
+    )
     first = max(i for i, line in enumerate(above) if re.match(r"# Eq\. ", line))
     banner = list(itertools.takewhile(lambda line: line.startswith("#"), above[first:]))
     while above[first - 1].startswith("# ") and not above[first - 1].startswith("# ---"):
@@ -47,7 +52,9 @@ def test_the_function_stands_under_the_banner(number, module, name):
     said = "\n".join([*banner, function_of(module, name).__doc__])
     spans = re.findall(r"s\.(\d+)\s*(?:to|-)\s*s\.(\d+)", said)
     within = number.startswith("s.") and any(int(a) <= int(number[2:]) <= int(b) for a, b in spans)
-    assert within or re.search(rf"(?<![\d.]){re.escape(number)}(?![\d.])", said), f"no {number} above {module}.{name}"
+    assert within or re.search(rf"(?<![\d.]){re.escape(number)}(?![\d.])", said), (
+        f"no {number} above {module}.{name}"
+    )
 
 
 def test_the_rows_of_one_function_share_its_name():
@@ -87,13 +94,15 @@ sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', '-m', '', sys.argv[2
 
 def outcome(function: str, test: str, *more: str) -> int:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", WRONG, function, test, *more], cwd=ROOT, env=environment,
-                          capture_output=True).returncode
+    return subprocess.run(
+        [sys.executable, "-c", WRONG, function, test, *more], cwd=ROOT, env=environment, capture_output=True
+    ).returncode
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, function, proof", [(r[0], f"{r[2]}.{r[3]}", node(r[4])) for r in ROWS],
-                         ids=[r[0] for r in ROWS])
+@pytest.mark.parametrize(
+    "number, function, proof", [(r[0], f"{r[2]}.{r[3]}", node(r[4])) for r in ROWS], ids=[r[0] for r in ROWS]
+)
 def test_a_wrong_function_fails_its_proof(number, function, proof):
     assert outcome(function, proof, "--right") == 0, f"{proof} is not there, or fails by itself"
     assert outcome(function, proof) == 1, f"{proof} does not notice a wrong {function}"

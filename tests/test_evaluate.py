@@ -16,10 +16,10 @@ from PIL import Image, ImageFilter
 
 import data
 import model
-from engine import checkpoint, errors
-from experiments import evaluate, scorer
 from data import Object, Scene
+from engine import checkpoint, errors
 from engine.randomness import rng
+from experiments import evaluate, scorer
 
 SIZES = (24, 28, 32, 40, 48, 64)
 
@@ -39,8 +39,9 @@ def anywhere(random, scene, size):
             x, y = random.uniform(d / 2 + 1.5 * unit, size - d / 2 - 1.5 * unit, size=2)
             if all(max(abs(x - p.x), abs(y - p.y)) > (d + p.diameter) / 2 + 1.5 * unit for p in placed):
                 placed.append(dataclasses.replace(o, x=x, y=y, diameter=d))
-        if len(placed) == len(scene.objects) and (not relation
-                                                  or data.holds(relation, *((o.x, o.y, o.diameter) for o in placed))):
+        if len(placed) == len(scene.objects) and (
+            not relation or data.holds(relation, *((o.x, o.y, o.diameter) for o in placed))
+        ):
             return dataclasses.replace(scene, objects=tuple(placed))
 
 
@@ -65,9 +66,9 @@ def accepted(size, n, alter=lambda picture, random: picture):
     return 1 - len(wrong) / n, wrong
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # True renderings
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("size", SIZES)
 def test_true_renderings_are_accepted(size):
     share, wrong = accepted(size, 120 if size == 32 else 36)
@@ -121,14 +122,18 @@ def test_objects_are_found_where_they_are(size):
 
 
 def test_pictures_of_another_kind_are_refused():
-    for picture in (np.zeros((32, 32, 3)), np.zeros((32, 40, 3), np.uint8), np.zeros((128, 128, 3), np.uint8)):
+    for picture in (
+        np.zeros((32, 32, 3)),
+        np.zeros((32, 40, 3), np.uint8),
+        np.zeros((128, 128, 3), np.uint8),
+    ):
         with pytest.raises(ValueError, match="picture"):
             scorer.explain(picture)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Near misses: one fault each, made from a scene whose true rendering is accepted
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def changed(scene, i=0, **fields):
     objects = list(scene.objects)
     objects[i] = dataclasses.replace(objects[i], **fields)
@@ -146,8 +151,11 @@ def mean_of(*pictures):
 def wrong_color(scene, size, random):
     if not any("color" in item for item in scene.metadata["include"]):
         return None
-    i = next(i for i, o in enumerate(scene.objects)
-             if any(item["class"] == o.shape and "color" in item for item in scene.metadata["include"]))  # fmt: skip
+    i = next(
+        i
+        for i, o in enumerate(scene.objects)
+        if any(item["class"] == o.shape and "color" in item for item in scene.metadata["include"])
+    )
     return data.render(changed(scene, i, color=other(random, data.COLORS, {scene.objects[i].color})), size)
 
 
@@ -167,7 +175,9 @@ def swapped_relation(scene, size, random):
     if scene.metadata["tag"] != "position":
         return None
     a, b = scene.objects
-    return data.render(changed(changed(scene, 0, shape=b.shape, color=b.color), 1, shape=a.shape, color=a.color), size)
+    return data.render(
+        changed(changed(scene, 0, shape=b.shape, color=b.color), 1, shape=a.shape, color=a.color), size
+    )
 
 
 def missing(scene, size, random):
@@ -257,7 +267,9 @@ def averaged(scene, size, random):
 
 def smeared(scene, size, random):
     """A blur over a shape's radius."""
-    return np.asarray(Image.fromarray(data.render(scene, size)).filter(ImageFilter.GaussianBlur(3 * size / 32)))
+    return np.asarray(
+        Image.fromarray(data.render(scene, size)).filter(ImageFilter.GaussianBlur(3 * size / 32))
+    )
 
 
 def softened(scene, size, random):
@@ -284,8 +296,24 @@ def off_palette(scene, size, random):
     return None
 
 
-FAULTS = [wrong_color, wrong_shape, swapped_colors, swapped_relation, missing, additional, faded, ghost, merged,
-          overlapping, over_the_border, sliced, averaged, smeared, softened, off_palette]  # fmt: skip
+FAULTS = [
+    wrong_color,
+    wrong_shape,
+    swapped_colors,
+    swapped_relation,
+    missing,
+    additional,
+    faded,
+    ghost,
+    merged,
+    overlapping,
+    over_the_border,
+    sliced,
+    averaged,
+    smeared,
+    softened,
+    off_palette,
+]
 
 
 def fooled(fault, size, n):
@@ -325,9 +353,18 @@ def means(size, tag, n, scenes_drawn):
             yield mean_of(*(data.render(scene, size) for scene in same[:n])), same[0].metadata
 
 
-@pytest.mark.parametrize("size, tag",
-                         [(16, "single_object"), (24, "single_object"), (24, "two_object"), (24, "counting"),
-                                       (24, "position"), (32, "colors"), (64, "colors")])  # fmt: skip
+@pytest.mark.parametrize(
+    "size, tag",
+    [
+        (16, "single_object"),
+        (24, "single_object"),
+        (24, "two_object"),
+        (24, "counting"),
+        (24, "position"),
+        (32, "colors"),
+        (64, "colors"),
+    ],
+)
 def test_the_mean_of_a_prompts_pictures_is_rejected(size, tag):
     asked = list(means(size, tag, 8, 4000 if tag == "position" else 600))
     assert len(asked) >= 5
@@ -341,7 +378,9 @@ def test_softness_is_how_much_wider_an_outline_is_than_a_pixel(shape, wide):
     one. GRAIN cuts a share off both ends."""
     pixel, measured = np.arange(64) + 0.5, []
     for x, y in rng(7, "softness").uniform(31.5, 32.5, (100, 2)):
-        seen = np.clip(0.5 - data.signed_distance(shape, pixel[None] - x, pixel[:, None] - y, 21.0) / wide, 0.0, 1.0)
+        seen = np.clip(
+            0.5 - data.signed_distance(shape, pixel[None] - x, pixel[:, None] - y, 21.0) / wide, 0.0, 1.0
+        )
         measured.append(scorer.softness(seen, shape, x, y, 21.0))
     assert np.mean(measured) == pytest.approx((1 - 2 * scorer.GRAIN) * (wide - 1), abs=0.12)
 
@@ -351,58 +390,121 @@ def test_in_small_pictures_the_mean_of_one_colored_shape_passes_now_and_then(siz
     """A limit that the README tells: these shapes differ in size by two or
     three pixels, and some of their means are hardly soft."""
     asked = list(means(size, "colors", 8, 600))
-    assert sum(scorer.score(picture, metadata)
-               for picture, metadata in asked) <= share * len(asked) and len(asked) >= 20
+    assert (
+        sum(scorer.score(picture, metadata) for picture, metadata in asked) <= share * len(asked)
+        and len(asked) >= 20
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Metadata is judged by its fields
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def picture_of(*objects, ground=120, size=32):
     return data.render(Scene(tuple(Object(*o) for o in objects), ground, {}), size)
 
 
-TWO_CIRCLES_AND_A_SQUARE = (("circle", "red", 6, 7, 9), ("circle", "red", 6, 24, 9), ("square", "blue", 24, 16, 10))
+TWO_CIRCLES_AND_A_SQUARE = (
+    ("circle", "red", 6, 7, 9),
+    ("circle", "red", 6, 24, 9),
+    ("square", "blue", 24, 16, 10),
+)
 
 
-@pytest.mark.parametrize("metadata, expected", [
-    ({"include": [{"class": "circle", "count": 2, "color": "red"}, {"class": "square", "count": 1}]}, True),
-    ({"include": [{"class": "square", "count": 1, "color": "blue"},
-                  {"class": "circle", "count": 2, "position": ["left of", 0]}]}, True),
-    ({"include": [{"class": "square", "count": 1, "color": "blue"},
-                  {"class": "circle", "count": 2, "position": ["right of", 0]}]}, False),
-    ({"include": [{"class": "square", "count": 1}, {"class": "circle", "count": 2, "position": ["above", 0]}]}, False),
-    ({"include": [{"class": "circle", "count": 1}, {"class": "circle", "count": 1, "position": ["below", 0]},
-                  {"class": "square", "count": 1}]}, True),
-    ({"include": [{"class": "circle", "count": 2}]}, False),
-    ({"include": [{"class": "circle", "count": 1}, {"class": "square", "count": 1}]}, False),
-    ({"include": [{"class": "circle", "count": 2, "color": "pink"}, {"class": "square", "count": 1}]}, False),
-    ({"include": [{"class": "circle", "count": 2}, {"class": "square", "count": 1}],
-      "exclude": [{"class": "circle", "count": 3}]}, True),
-    ({"include": [{"class": "circle", "count": 2}, {"class": "square", "count": 1}],
-      "exclude": [{"class": "circle", "count": 1, "color": "red"}]}, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "metadata, expected",
+    [
+        (
+            {"include": [{"class": "circle", "count": 2, "color": "red"}, {"class": "square", "count": 1}]},
+            True,
+        ),
+        (
+            {
+                "include": [
+                    {"class": "square", "count": 1, "color": "blue"},
+                    {"class": "circle", "count": 2, "position": ["left of", 0]},
+                ]
+            },
+            True,
+        ),
+        (
+            {
+                "include": [
+                    {"class": "square", "count": 1, "color": "blue"},
+                    {"class": "circle", "count": 2, "position": ["right of", 0]},
+                ]
+            },
+            False,
+        ),
+        (
+            {
+                "include": [
+                    {"class": "square", "count": 1},
+                    {"class": "circle", "count": 2, "position": ["above", 0]},
+                ]
+            },
+            False,
+        ),
+        (
+            {
+                "include": [
+                    {"class": "circle", "count": 1},
+                    {"class": "circle", "count": 1, "position": ["below", 0]},
+                    {"class": "square", "count": 1},
+                ]
+            },
+            True,
+        ),
+        ({"include": [{"class": "circle", "count": 2}]}, False),
+        ({"include": [{"class": "circle", "count": 1}, {"class": "square", "count": 1}]}, False),
+        (
+            {"include": [{"class": "circle", "count": 2, "color": "pink"}, {"class": "square", "count": 1}]},
+            False,
+        ),
+        (
+            {
+                "include": [{"class": "circle", "count": 2}, {"class": "square", "count": 1}],
+                "exclude": [{"class": "circle", "count": 3}],
+            },
+            True,
+        ),
+        (
+            {
+                "include": [{"class": "circle", "count": 2}, {"class": "square", "count": 1}],
+                "exclude": [{"class": "circle", "count": 1, "color": "red"}],
+            },
+            False,
+        ),
+    ],
+)
 def test_mixed_prompts_are_judged_by_include_and_exclude(metadata, expected):
     ok, why = scorer.judge(picture_of(*TWO_CIRCLES_AND_A_SQUARE), metadata)
     assert ok == expected, why
 
 
 @pytest.mark.parametrize("relation", ["left of", "right of", "above", "below"])
-@pytest.mark.parametrize("dx, dy", [(-14, 2), (14, -2), (2, -14), (-2, 14), (-13, -13), (13, 13), (-13, 4), (5, 13)])
+@pytest.mark.parametrize(
+    "dx, dy", [(-14, 2), (14, -2), (2, -14), (-2, 14), (-13, -13), (13, 13), (-13, 4), (5, 13)]
+)
 def test_a_relation_holds_only_along_its_axis(relation, dx, dy):
-    picture = picture_of(("ring", "red", 16 + dx / 2, 16 + dy / 2, 9), ("cross", "blue", 16 - dx / 2, 16 - dy / 2, 9))
+    picture = picture_of(
+        ("ring", "red", 16 + dx / 2, 16 + dy / 2, 9), ("cross", "blue", 16 - dx / 2, 16 - dy / 2, 9)
+    )
     metadata = data.prompt_metadata("position", ["ring", "cross"], [None, None], relation=relation)
     distance = {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation]
     assert scorer.score(picture, metadata) == (distance > 9)
 
 
-@pytest.mark.parametrize("change, why", [
-    (lambda p: np.where((p == 120).all(2, keepdims=True), [120, 120, 160], p), "not grey"),
-    (lambda p: np.where((p == 120).all(2, keepdims=True), [220, 220, 220], p), "not grey"),
-    (lambda p: p + 50 * (np.indices(p.shape[:2]).sum(0)[..., None] % 3 - 1), "too little ground"),
-    (lambda p: p * 0 + 60 + 120 * (np.indices(p.shape[:2]).sum(0)[..., None] % 2), "too little ground"),
-    (lambda p: np.where(np.arange(32)[:, None, None] < 3, p + 40, p), "unexplained on the ground"),
-], ids=["blue", "light", "pattern", "checkers", "band"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (lambda p: np.where((p == 120).all(2, keepdims=True), [120, 120, 160], p), "not grey"),
+        (lambda p: np.where((p == 120).all(2, keepdims=True), [220, 220, 220], p), "not grey"),
+        (lambda p: p + 50 * (np.indices(p.shape[:2]).sum(0)[..., None] % 3 - 1), "too little ground"),
+        (lambda p: p * 0 + 60 + 120 * (np.indices(p.shape[:2]).sum(0)[..., None] % 2), "too little ground"),
+        (lambda p: np.where(np.arange(32)[:, None, None] < 3, p + 40, p), "unexplained on the ground"),
+    ],
+    ids=["blue", "light", "pattern", "checkers", "band"],
+)
 def test_the_ground_must_be_plain_grey(change, why):
     picture = picture_of(("circle", "red", 16, 16, 10)).astype(int)
     metadata = {"include": [{"class": "circle", "count": 1}]}
@@ -441,15 +543,20 @@ def test_an_empty_picture_shows_nothing():
     assert scorer.find_objects(picture_of()) == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Prompts
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_unseen_prompts_and_pairs_never_occur_in_training():
-    source, unseen = data.Shapes(32), {m["prompt"] for m in evaluate.all_prompts() if evaluate.split_of(m) != "train"}
+    source, unseen = (
+        data.Shapes(32),
+        {m["prompt"] for m in evaluate.all_prompts() if evaluate.split_of(m) != "train"},
+    )
     drawn = [source.scene(g).metadata for g in range(3000)]
     assert len(unseen) > 1000 and not unseen & {m["prompt"] for m in drawn}
     known = {m["prompt"] for m in evaluate.all_prompts()}
-    assert sum(m["prompt"] in known for m in drawn) > 2000  # the same wording, so that no overlap means something
+    assert (
+        sum(m["prompt"] in known for m in drawn) > 2000
+    )  # the same wording, so that no overlap means something
     for split in ("validation", "test", "pairs"):
         own = {m["prompt"] for m in evaluate.prompts(split) if evaluate.split_of(m) == split}
         assert own and own <= unseen
@@ -471,7 +578,10 @@ def test_splits_are_balanced_disjoint_and_fixed():
     for m in evaluate.prompts("pairs"):
         assert any((item.get("color"), item["class"]) in held_out for item in m["include"])
     # The order is part of what a seed means.
-    assert [m["prompt"] for m in evaluate.prompts("test", 2)[:2]] == ["a photo of a square", "a photo of a cross"]
+    assert [m["prompt"] for m in evaluate.prompts("test", 2)[:2]] == [
+        "a photo of a square",
+        "a photo of a cross",
+    ]
 
 
 def test_the_64_fixed_prompts_are_of_one_object_seen_in_training():
@@ -484,9 +594,9 @@ def test_the_64_fixed_prompts_are_of_one_object_seen_in_training():
     assert f"{sum(right) / 64:.3f} [" in text and "of all 64 pictures" in text and "0.500 [" in text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Intervals and tables
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("right, total", [(0, 12), (1, 12), (37, 100), (96, 96)])
 def test_wilson_limits_solve_their_equation(right, total):
     """A limit L is a share at which the observed one lies exactly 1.96 standard errors of L away."""
@@ -537,7 +647,10 @@ class Painter:
 @pytest.mark.parametrize("apart, right", [(11.5, True), (10.0, False)])
 def test_two_whole_circles_must_not_share_ground(apart, right):
     """So little of one is hidden that it still is a circle; both are 11 wide."""
-    first, second = Object("circle", "red", 11.0, 16.0, 11.0), Object("circle", "blue", 11.0 + apart, 16.0, 11.0)
+    first, second = (
+        Object("circle", "red", 11.0, 16.0, 11.0),
+        Object("circle", "blue", 11.0 + apart, 16.0, 11.0),
+    )
     metadata = data.prompt_metadata("color_attr", ["circle"] * 2, ["red", "blue"])
     assert scorer.score(data.render(Scene((first, second), 120, metadata), 32), metadata) == right
 
@@ -552,8 +665,12 @@ def test_measure_counts_the_right_pictures_of_each_prompt(monkeypatch):
 
     scores = evaluate.summary(asked, right, 4)
     assert scores["overall"]["score"] == pytest.approx(0.75 * 5 / 6)  # unweighted mean of the six tags
-    assert scores["tags"]["position"] == {"score": 0.75, "right": 18, "total": 24,
-                                          **dict(zip(("low", "high"), evaluate.wilson(18, 24)))}  # fmt: skip
+    assert scores["tags"]["position"] == {
+        "score": 0.75,
+        "right": 18,
+        "total": 24,
+        **dict(zip(("low", "high"), evaluate.wilson(18, 24))),
+    }
     assert set(scores["unseen"]["tags"]) == {"two_object", "position", "color_attr", "counting"}
     splits = ("train", "validation", "test", "pairs")
     of_each = [m for split in splits for m in evaluate.prompts(split, 2, ("position",))]
@@ -562,17 +679,21 @@ def test_measure_counts_the_right_pictures_of_each_prompt(monkeypatch):
     assert "Attribute Binding" in text and "0.625 [" in text and "0.750 [" in text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command, as a user meets it
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 ROOT = Path(__file__).parent.parent
 
 
 def run(*arguments, cwd):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, ROOT / "experiments/evaluate.py", *map(str, arguments)], cwd=cwd,
-                          env=environment,
-                          capture_output=True, text=True)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, ROOT / "experiments/evaluate.py", *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -580,36 +701,83 @@ def tiny(tmp_path_factory):
     """The folder of an untrained run with a network of a few thousand weights."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     folder.mkdir()
-    sizes = dict(width=32, heads=2, double=1, single=1, axes=(4, 6, 6), channels=3, patch=8, txt_dim=256, vec_dim=256)
+    sizes = dict(
+        width=32, heads=2, double=1, single=1, axes=(4, 6, 6), channels=3, patch=8, txt_dim=256, vec_dim=256
+    )
     torch.manual_seed(0)
     checkpoint.save_weights(folder / "model.safetensors", model.Denoiser(**sizes))
-    checkpoint.write_json(folder / "config.json", {
-        "format": 1, "model": sizes, "objective": "flow_matching", "side": 32, "mu": 0.0, "text_encoder": "words",
-        "txt_len": 16, "autoencoder": "pixels", "data": ["shapes"], "s_rule": 0.0, "eta": 1.0, "guidance": 1.0,
-        "guidance_space": "v", "precision": "float32"})  # fmt: skip
+    checkpoint.write_json(
+        folder / "config.json",
+        {
+            "format": 1,
+            "model": sizes,
+            "objective": "flow_matching",
+            "side": 32,
+            "mu": 0.0,
+            "text_encoder": "words",
+            "txt_len": 16,
+            "autoencoder": "pixels",
+            "data": ["shapes"],
+            "s_rule": 0.0,
+            "eta": 1.0,
+            "guidance": 1.0,
+            "guidance_space": "v",
+            "precision": "float32",
+        },
+    )
     return folder
 
 
 def test_a_model_of_single_shapes_is_asked_for_those_only(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "one")
-    checkpoint.write_json(tmp_path / "one" / "config.json",
-                          checkpoint.read_json(tiny / "config.json") | {"data": ["one-shape"], "side": 16})
-    done = run("--checkpoint", tmp_path / "one", "--steps", 1, "--per-tag", 3, "--images", 1, "--out",
-               tmp_path / "a.json", cwd=tmp_path)
+    checkpoint.write_json(
+        tmp_path / "one" / "config.json",
+        checkpoint.read_json(tiny / "config.json") | {"data": ["one-shape"], "side": 16},
+    )
+    done = run(
+        "--checkpoint",
+        tmp_path / "one",
+        "--steps",
+        1,
+        "--per-tag",
+        3,
+        "--images",
+        1,
+        "--out",
+        tmp_path / "a.json",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     splits = json.loads((tmp_path / "a.json").read_text())["splits"]
-    assert set(splits["test"]["1"]["tags"]) == {"single_object",
-                                                "colors"} and set(splits["pairs"]["1"]["tags"]) == {"colors"}
+    assert set(splits["test"]["1"]["tags"]) == {"single_object", "colors"} and set(
+        splits["pairs"]["1"]["tags"]
+    ) == {"colors"}
 
 
 def test_the_command_prints_the_table_and_writes_json_and_figure(tiny, tmp_path):
-    done = run("--checkpoint", tiny, "--steps", 1, 2, "--per-tag", 2, "--images", 2, "--seed", 3,
-               "--out", tmp_path / "a.json", cwd=tmp_path)  # fmt: skip
+    done = run(
+        "--checkpoint",
+        tiny,
+        "--steps",
+        1,
+        2,
+        "--per-tag",
+        2,
+        "--images",
+        2,
+        "--seed",
+        3,
+        "--out",
+        tmp_path / "a.json",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     for word in ("Steps", "Overall", "Attribute Binding", "test prompts, 24 pictures a row", "pairs prompts"):
         assert word in done.stdout
     results = json.loads((tmp_path / "a.json").read_text())
-    assert results["choices"]["s_rule"] == 1.0  # flow matching is sampled at s_k = t_k, whatever its config says
+    assert (
+        results["choices"]["s_rule"] == 1.0
+    )  # flow matching is sampled at s_k = t_k, whatever its config says
     assert results["seed"] == 3 and results["hardware"] and results["commit"] and results["seconds"] > 0
     assert "--per-tag 2" in results["command"] and set(results["splits"]["test"]) == {"1", "2"}
     assert results["splits"]["test"]["2"]["tags"]["counting"]["total"] == 4
@@ -619,34 +787,41 @@ def test_the_command_prints_the_table_and_writes_json_and_figure(tiny, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.png"]
 
 
-@pytest.mark.parametrize("arguments, complaint", [
-    (["--checkpoint", "nowhere"], "no such checkpoint folder: nowhere"),
-    (["--steps", "0"], "--steps must lie between 1 and"),
-    (["--split", "holdout"], "invalid choice"),
-    (["--export", "out"], "--export and --prompts go together"),
-    (["--pipeline", "somebody/something"], "--pipeline and --side need --export"),
-    (["--export", "out", "--prompts", "none.jsonl", "--steps", "2"], "no such prompt file: none.jsonl"),
-    (["--export", "out", "--prompts", "none.jsonl"], "--export takes one step count"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--checkpoint", "nowhere"], "no such checkpoint folder: nowhere"),
+        (["--steps", "0"], "--steps must lie between 1 and"),
+        (["--split", "holdout"], "invalid choice"),
+        (["--export", "out"], "--export and --prompts go together"),
+        (["--pipeline", "somebody/something"], "--pipeline and --side need --export"),
+        (["--export", "out", "--prompts", "none.jsonl", "--steps", "2"], "no such prompt file: none.jsonl"),
+        (["--export", "out", "--prompts", "none.jsonl"], "--export takes one step count"),
+    ],
+)
 def test_what_the_user_can_mend_is_one_line(arguments, complaint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["experiments/evaluate.py", *arguments])
     with pytest.raises(SystemExit) as end:
         errors.run(evaluate.main)
     said = capsys.readouterr().err
-    assert end.value.code == 2 and complaint in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert (
+        end.value.code == 2 and complaint in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+    )
 
 
-@pytest.mark.parametrize("text, complaint", [("", "is empty"), ('{"tag": 1}\n', 'no "prompt"'), ("{\n", "not JSON")])
+@pytest.mark.parametrize(
+    "text, complaint", [("", "is empty"), ('{"tag": 1}\n', 'no "prompt"'), ("{\n", "not JSON")]
+)
 def test_a_bad_prompt_file_is_refused(text, complaint, tmp_path):
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(errors.UserError, match=complaint):
         evaluate.read_prompt_file(tmp_path / "p.jsonl")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Exports for GenEval's scorer
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def read_like_geneval(folder):
     """{number: (metadata, names of samples)}, by the rules by which GenEval's evaluate_images.py walks a folder."""
     found = {}
@@ -665,7 +840,9 @@ def prompt_file(tmp_path):
     return path
 
 
-def test_an_export_is_what_geneval_reads_and_goes_on_where_it_stopped(tiny, prompt_file, tmp_path, monkeypatch, capsys):
+def test_an_export_is_what_geneval_reads_and_goes_on_where_it_stopped(
+    tiny, prompt_file, tmp_path, monkeypatch, capsys
+):
     arguments = ("--checkpoint", tiny, "--steps", 2, "--images", 2, "--prompts", prompt_file)
     done = run(*arguments, "--export", tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -679,9 +856,18 @@ def test_an_export_is_what_geneval_reads_and_goes_on_where_it_stopped(tiny, prom
     files[3].unlink()  # a run that was stopped here
     files[4].unlink()
     kept = {f: f.stat().st_mtime_ns for f in files if f.exists()}
-    monkeypatch.setattr(sys, "argv",
-                        ["experiments/evaluate.py", *map(str, arguments), "--export", str(tmp_path / "out"),
-                                      "--batch-size", "1"])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "experiments/evaluate.py",
+            *map(str, arguments),
+            "--export",
+            str(tmp_path / "out"),
+            "--batch-size",
+            "1",
+        ],
+    )
     errors.run(evaluate.main)
     assert "2 new pictures, 6 in all" in capsys.readouterr().out
     assert {f: f.read_bytes() for f in files} == before  # the same pictures, in batches of another size
@@ -732,20 +918,47 @@ def tiny_pipeline(tmp_path_factory):
     words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    tokenizer = transformers.CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16
+    )
     torch.manual_seed(0)
-    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=16, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1))  # fmt: skip
+    text = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            bos_token_id=len(words) - 2,
+            eos_token_id=len(words) - 1,
+        )
+    )
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16, attention_head_dim=4)  # fmt: skip
-    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8)
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8
+    )
     pipeline = diffusers.StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet,
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
         scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # fmt: skip
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.save_pretrained(folder / "pipeline")
     return folder / "pipeline"
 

@@ -57,16 +57,21 @@ def draw(q: Mixture, n: int = 60, seed: int = 0):
     return tuple(torch.from_numpy(a) for a in (2 * g.standard_normal((n, 2)), t, g.integers(0, q.C + 1, n)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The mathematics, in Node.js
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_closed_form_is_that_of_the_mixture(layout):
     q = Mixture(**LAYOUTS[layout], **DOUBLE)
     x, t, c = draw(q)
     found = node(
-        "x.map((point, n) => [posterior_mean(q, point, t[n], c[n]), log_density(q, point, t[n], c[n])])"
-        .replace("q,", f"mixture(WORLD.layouts.{layout}),"), x=x.tolist(), t=t.tolist(), c=c.tolist())  # fmt: skip
+        "x.map((point, n) => [posterior_mean(q, point, t[n], c[n]), log_density(q, point, t[n], c[n])])".replace(
+            "q,", f"mixture(WORLD.layouts.{layout}),"
+        ),
+        x=x.tolist(),
+        t=t.tolist(),
+        c=c.tolist(),
+    )
     close([mean for mean, _ in found], q.posterior_mean(x, t, c))
     close([log for _, log in found], q.log_density(x, t, c), 1e-5)  # of the size of 1000, where t is near 0
 
@@ -77,7 +82,10 @@ def test_what_is_said_of_samples_is_what_measures_say():
     x, y = q.sample(torch.ones(80, dtype=torch.int64), g), q.sample(torch.full((90,), 3), g)
     near = node(
         "[energy_distance(x, y), y.map((p) => off_by(mixture(WORLD.layouts.between), p, 1)),"
-        " y.map((p) => nearest_mode(mixture(WORLD.layouts.between), p, 1))]", x=x.tolist(), y=y.tolist())
+        " y.map((p) => nearest_mode(mixture(WORLD.layouts.between), p, 1))]",
+        x=x.tolist(),
+        y=y.tolist(),
+    )
     distance = torch.cdist(y, q.means[1]) / 0.12
     close(near[0], measures.energy_distance(x, y))
     close(near[1], distance.min(1).values)
@@ -102,8 +110,21 @@ def step_in_python(q: Mixture, given: dict) -> dict:
     x_renorm = losses.renormalise(x_tar, x0)
     loss = losses.time_weight(t) * losses.target_loss(x0_hat, x_renorm)
     eps = (x_t - (1 - t) * x0) / t
-    made = dict(x0=x0, eps=eps, x_t=x_t, x0_hat=x0_hat, x_s_hat=x_s_hat, G_c=G_c, G_null=G_null, Delta=Delta,
-                x_self=x_self, mix=mix, x_tar=x_tar, x_renorm=x_renorm, loss=loss)  # fmt: skip
+    made = dict(
+        x0=x0,
+        eps=eps,
+        x_t=x_t,
+        x0_hat=x0_hat,
+        x_s_hat=x_s_hat,
+        G_c=G_c,
+        G_null=G_null,
+        Delta=Delta,
+        x_self=x_self,
+        mix=mix,
+        x_tar=x_tar,
+        x_renorm=x_renorm,
+        loss=loss,
+    )
     made |= {"G_fake": G_fake} if G_fake is not None else {}
     made |= {"lambda": losses.lam(t, s)} if given["t"] < 1 else {}
     return {name: value[0].numpy() for name, value in made.items()}
@@ -111,7 +132,14 @@ def step_in_python(q: Mixture, given: dict) -> dict:
 
 def test_a_training_step_is_that_of_losses():
     q, g, steps = Mixture(**LAYOUTS["between"], **DOUBLE), np.random.default_rng(2), []
-    times = (0.8, 0.3, 1.0), (0.8, 0.3, 0.9), (0.5, 0.5, 0.0), (1.0, 0.4, 0.5), (0.9, 0.0, 1.0), (0.3, 0.1, 0.2)
+    times = (
+        (0.8, 0.3, 1.0),
+        (0.8, 0.3, 0.9),
+        (0.5, 0.5, 0.0),
+        (1.0, 0.4, 0.5),
+        (0.9, 0.0, 1.0),
+        (0.3, 0.1, 0.2),
+    )
     for t, s, k in times:
         points = {name: g.standard_normal(2).tolist() for name in ("x0", "x_t", "eps_s")}
         answers = g.standard_normal((7, 2)).tolist()
@@ -136,11 +164,22 @@ def test_a_trajectory_is_that_of_the_sampler(eta):
     network = "(x, t, s, c) => x.map(([u, w]) => [u * (1 + c) + t - 2 * s, w * (1 + c) + t * s * (c - 1.5)])"
     for choices in (dict(s_rule=0.0, guidance=1.0, mu=0.0), dict(s_rule=0.3, guidance=2.5, mu=0.4)):
         told = json.dumps({"steps": steps, "eta": eta, **choices})
-        found = node(f"[...trajectory({network}, x, 1, 3, {{...{told}, draw_noise: (k) => noise[k]}})]",
-                     x=x.tolist(), noise=noise.tolist())  # fmt: skip
+        found = node(
+            f"[...trajectory({network}, x, 1, 3, {{...{told}, draw_noise: (k) => noise[k]}})]",
+            x=x.tolist(),
+            noise=noise.tolist(),
+        )
         cond, null = (torch.full((n,), c) for c in (1, 3))
-        expected = sampler.trajectory(V, torch.from_numpy(x), (cond,), (null,), steps=steps, eta=eta,
-                                      draw_noise=lambda k: torch.from_numpy(noise[k]), **choices)  # fmt: skip
+        expected = sampler.trajectory(
+            V,
+            torch.from_numpy(x),
+            (cond,),
+            (null,),
+            steps=steps,
+            eta=eta,
+            draw_noise=lambda k: torch.from_numpy(noise[k]),
+            **choices,
+        )
         for step, (t, x_t, x0_hat) in zip(found, expected, strict=True):
             close(step["t"], t)
             close(step["x"], x_t)
@@ -164,10 +203,14 @@ def test_the_networks_are_those_of_pytorch():
     x = np.random.default_rng(4).standard_normal((20, 2)).astype(np.float32)
     asked = [(t, s, c) for t, s in ((1.0, 0.0), (0.7, 0.7), (0.31, 0.02)) for c in range(4)]
     which = [(layout, label) for layout in LAYOUTS for label in explore.OBJECTIVES]
-    found = node("which.map(([layout, label]) => { const { weights, shapes } = WORLD.networks;"
-                 " const V = toy_network(unpack(weights[layout][label], shapes));"
-                 " return asked.map(([t, s, c]) => V(x, t, s, c)); })",
-                 x=x.tolist(), asked=asked, which=which)  # fmt: skip
+    found = node(
+        "which.map(([layout, label]) => { const { weights, shapes } = WORLD.networks;"
+        " const V = toy_network(unpack(weights[layout][label], shapes));"
+        " return asked.map(([t, s, c]) => V(x, t, s, c)); })",
+        x=x.tolist(),
+        asked=asked,
+        which=which,
+    )
     for (layout, label), answers in zip(which, found, strict=True):
         net = toy_net(layout, label)
         for (t, s, c), velocities in zip(asked, answers, strict=True):
@@ -177,17 +220,21 @@ def test_the_networks_are_those_of_pytorch():
 
 def test_half_precision_is_read_right():
     bits = [0, 1, 0x3FF, 0x400, 0x3C00, 0xBC01, 0x7BFF, 0x8001]
-    close(node("bits.map(half)", bits=bits), np.array(bits, dtype=np.uint16).view(np.float16).astype(float), 0)
+    close(
+        node("bits.map(half)", bits=bits), np.array(bits, dtype=np.uint16).view(np.float16).astype(float), 0
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What the page is made of
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_the_page_holds_the_present_sources():
     """If this fails: python toy/explore.py --no-open"""
     assert tuple(SCRIPTS) == explore.SOURCES
     for name, text in SCRIPTS.items():
-        assert text == (explore.FOLDER / name).read_text().rstrip(), f"{name} changed: run python toy/explore.py"
+        assert text == (explore.FOLDER / name).read_text().rstrip(), (
+            f"{name} changed: run python toy/explore.py"
+        )
     assert all((explore.FOLDER / name).read_text().rstrip() in PAGE for name in explore.STYLES)
     for part in re.split(r"\{\{\w+\}\}", (explore.FOLDER / "template.html").read_text()):
         assert part in PAGE
@@ -207,25 +254,34 @@ def test_the_page_holds_the_layouts_and_says_where_its_networks_come_from():
 def test_the_page_is_small_and_asks_the_network_for_nothing():
     assert len(PAGE.encode()) < 1_500_000
     page = re.sub(r"<script.*?</script>", "", PAGE, flags=re.S)
-    assert all(value.startswith("data:") for value in re.findall(r"""(?:src|href)\s*=\s*["']?([^\s"'>]+)""", page))
+    assert all(
+        value.startswith("data:") for value in re.findall(r"""(?:src|href)\s*=\s*["']?([^\s"'>]+)""", page)
+    )
     assert not re.search(r"<script[^>]*\bsrc\b", PAGE)
     code = "".join(SCRIPTS.values())
     assert not re.search(r"XMLHttpRequest|WebSocket|import\(|@import|url\((?!#)|https:", code)
     # The pictures' model, from beside the page and only once its tab is shown (tests/test_explore_pictures.py).
     assert re.findall(r"fetch\((.*)\);", code) == ["FOLDER + name"] and 'FOLDER = "../checkpoints/' in code
-    addresses = set(re.findall(r"https?://[\w.]+", PAGE)) - {"http://localhost"}  # the last is named to the reader
-    assert addresses <= {"https://d3js.org", "http://www.w3.org"}, addresses  # comments and names of XML, not requests
+    addresses = set(re.findall(r"https?://[\w.]+", PAGE)) - {
+        "http://localhost"
+    }  # the last is named to the reader
+    assert addresses <= {"https://d3js.org", "http://www.w3.org"}, (
+        addresses
+    )  # comments and names of XML, not requests
 
 
 def test_libraries_are_pinned_and_keep_their_licences():
     assert list(LIBRARIES) == [f"{name} {version}" for name, version in explore.LIBRARIES.items()]
     for name, text in LIBRARIES.items():
         version = name.split()[1]
-        assert "Permission to use, copy, modify" in text and "Copyright" in text and f"v{version} " in text, name
+        assert "Permission to use, copy, modify" in text and "Copyright" in text and f"v{version} " in text, (
+            name
+        )
 
 
 def test_the_same_sources_and_networks_give_the_same_page(tmp_path, monkeypatch):
     """Built again from the parts that the page itself holds, byte for byte; so nothing else goes in."""
+
     def library(name: str, text: str) -> tuple[str, str]:
         licence, code = re.fullmatch(rf"/\*\n{name} [\d.]+\n\n(.*?)\n\*/\n(.*)", text, re.S).groups()
         return licence, code
@@ -266,9 +322,9 @@ def test_a_script_that_would_end_its_element_is_refused():
         explore.script("const text = '</script>';", source="a.js")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The page in a real browser
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def browser():
     pytest.importorskip("playwright", reason="pip install -r requirements-browser.txt")
@@ -282,9 +338,15 @@ def browser():
 def tab(browser):
     """The page, open. Afterwards: nothing complained, and nothing but the page itself was asked for."""
     tab, wrong = browser.new_page(viewport={"width": 1240, "height": 1000}), []
-    tab.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    tab.on(
+        "console",
+        lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None,
+    )
     tab.on("pageerror", lambda error: wrong.append(str(error)))
-    tab.on("request", lambda request: wrong.append(request.url) if not request.url.startswith(("data:", url)) else None)
+    tab.on(
+        "request",
+        lambda request: wrong.append(request.url) if not request.url.startswith(("data:", url)) else None,
+    )
     url = explore.PAGE.as_uri()
     tab.goto(url)
     tab.wait_for_function("plane.n !== null")
@@ -384,11 +446,18 @@ def test_next_and_back_go_through_the_step_and_every_quantity_has_its_part(tab):
         assert tab.locator("#numbers tr.now").count() >= 1
         if part < parts:
             tab.click("#next")
-    assert len(set(sentences)) == parts and tab.is_disabled("#next") and not tab.locator("#numbers tr.later").count()
+    assert (
+        len(set(sentences)) == parts
+        and tab.is_disabled("#next")
+        and not tab.locator("#numbers tr.later").count()
+    )
     for part in range(parts - 1, 0, -1):
         tab.click("#back")
         settle(tab)
-        assert tab.inner_text("#part-title").startswith(f"{part}. ") and tab.inner_text("#say") == sentences[part - 1]
+        assert (
+            tab.inner_text("#part-title").startswith(f"{part}. ")
+            and tab.inner_text("#say") == sentences[part - 1]
+        )
 
 
 @pytest.mark.slow
@@ -421,8 +490,10 @@ def test_it_fits_a_phone(tab, width):
         tab.click(f"#tab-{name}")
         settle(tab)
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        sizes = ("[...document.querySelectorAll('main *')].filter((e) => e.offsetParent && !e.childElementCount &&"
-                 " e.textContent.trim()).map((e) => parseFloat(getComputedStyle(e).fontSize))")  # fmt: skip
+        sizes = (
+            "[...document.querySelectorAll('main *')].filter((e) => e.offsetParent && !e.childElementCount &&"
+            " e.textContent.trim()).map((e) => parseFloat(getComputedStyle(e).fontSize))"
+        )
         assert min(tab.evaluate(sizes)) > 11
 
 
@@ -448,7 +519,9 @@ def test_a_finger_drags_too(browser):
 def test_nothing_is_told_by_colour_alone(tab):
     dashes = tab.evaluate("CONDITIONS.map(({dash}) => JSON.stringify(dash))")
     assert len(set(dashes)) == len(dashes) == 3
-    shapes = tab.evaluate("QUANTITIES.filter(({symbol}) => symbol).map(({symbol}) => d3.symbol(symbol, 100)())")
+    shapes = tab.evaluate(
+        "QUANTITIES.filter(({symbol}) => symbol).map(({symbol}) => d3.symbol(symbol, 100)())"
+    )
     assert len(set(shapes)) == len(shapes)
     lines = tab.evaluate("OBJECTIVES.map(({symbol, dash}) => `${d3.symbol(symbol, 100)()} ${dash}`)")
     assert len(set(lines)) == 3
@@ -468,14 +541,25 @@ def test_sampling_gives_the_samples_of_python(tab, steps):
     run = "paths.runs.get(name_of(paths, label, paths.steps))"
     tab.wait_for_function(f"OBJECTIVES.every(({{label}}) => {run})", timeout=120_000)
     settle(tab)
-    noise = tab.evaluate('d3.range(-1, paths.steps).map((k) => normal_points(SAMPLES, "sampling", paths.seed, 1, k))')
+    noise = tab.evaluate(
+        'd3.range(-1, paths.steps).map((k) => normal_points(SAMPLES, "sampling", paths.seed, 1, k))'
+    )
     noise = torch.tensor(noise, dtype=torch.float32)
     c, null = (torch.full((noise.shape[1],), k) for k in (1, 3))
     q = Mixture(**LAYOUTS["far"])
     for label in explore.OBJECTIVES:
         s_rule = 1.0 if label == "flow matching" else 0.25
-        x = sampler.sample(toy_net("far", label), noise[0], (c,), (null,), steps=steps, eta=0.5, s_rule=s_rule,
-                           guidance=2.0, draw_noise=lambda k: noise[k + 1])  # fmt: skip
+        x = sampler.sample(
+            toy_net("far", label),
+            noise[0],
+            (c,),
+            (null,),
+            steps=steps,
+            eta=0.5,
+            s_rule=s_rule,
+            guidance=2.0,
+            draw_noise=lambda k: noise[k + 1],
+        )
         found = tab.evaluate(f"(label) => {run}.frames.at(-1)", label)
         close(found, x, 2e-3)
         blends = float((torch.cdist(x, q.means[1]).min(1).values > 4 * 0.12).float().mean())

@@ -24,7 +24,11 @@ import sampler
 from engine.randomness import normal
 
 ROOT = Path(__file__).parent.parent
-EXPLORE, PAGE, LAPTOP = ROOT / "toy" / "explore", ROOT / "toy" / "explore.html", ROOT / "checkpoints" / "laptop"
+EXPLORE, PAGE, LAPTOP = (
+    ROOT / "toy" / "explore",
+    ROOT / "toy" / "explore.html",
+    ROOT / "checkpoints" / "laptop",
+)
 SOURCES = ("random.js", "words.js", "network.js", "pictures.js")
 CPU = torch.device("cpu")
 
@@ -65,8 +69,14 @@ def test_the_word_of_the_purpose_is_its_sha256():
 def test_noise_is_numpys_bit_for_bit():
     """Seeds of one and of two words; enough values for every branch of the ziggurat. Beyond 3.65 a library's log1p
     decides the last bit."""
-    keys = [(seed, (k, i)) for seed in (0, 1, 2**32 - 1, 2**32, 2**53 - 1) for k, i in ((0, 0), (8, 0), (3, 2**33))]
-    ours = node("answer(given.map(([seed, key]) => picture_random.normal(seed, 'sampling', key, 4000)))", keys)
+    keys = [
+        (seed, (k, i))
+        for seed in (0, 1, 2**32 - 1, 2**32, 2**53 - 1)
+        for k, i in ((0, 0), (8, 0), (3, 2**33))
+    ]
+    ours = node(
+        "answer(given.map(([seed, key]) => picture_random.normal(seed, 'sampling', key, 4000)))", keys
+    )
     ours = np.array(ours, np.float32)
     numpys = np.stack([normal(seed, "sampling", [key], (4000,))[0].numpy() for seed, key in keys])
     tail = np.abs(numpys) > 3.654
@@ -77,22 +87,41 @@ def test_noise_is_numpys_bit_for_bit():
 
 # --- words.js --------------------------------------------------------------------------------------------------------
 PROMPTS = [
-    "", "   ", "a photo of a red circle", "A red-hot café!", "cafe\u0301 ＦＵＬＬ　width", "猫と犬 ½ ① ﬁ", "tab\tnew\nline",
-    "emoji 👩‍👩‍👧 ❤️ x", "İstanbul ΣΑΣ ẞ", "a\x1cb\x85c\ufeffd\u2028e\u200bf", "[`{|}~]^_\\", "\ud800 lone", "x" * 127,
-    "x" * 128, "x" * 129, "é" * 300, " ".join(f"w{i}" for i in range(40)), "fake image a photo of a circle",
-]  # fmt: skip
+    "",
+    "   ",
+    "a photo of a red circle",
+    "A red-hot café!",
+    "cafe\u0301 ＦＵＬＬ　width",
+    "猫と犬 ½ ① ﬁ",
+    "tab\tnew\nline",
+    "emoji 👩‍👩‍👧 ❤️ x",
+    "İstanbul ΣΑΣ ẞ",
+    "a\x1cb\x85c\ufeffd\u2028e\u200bf",
+    "[`{|}~]^_\\",
+    "\ud800 lone",
+    "x" * 127,
+    "x" * 128,
+    "x" * 129,
+    "é" * 300,
+    " ".join(f"w{i}" for i in range(40)),
+    "fake image a photo of a circle",
+]
 
 
 def random_prompts(n: int) -> list[str]:
     """Of characters that Unicode has had since 3.2, on whose lower case every program agrees."""
     random = np.random.default_rng(0)
-    letters = [chr(c) for c in range(0x20000) if unicodedata.ucd_3_2_0.category(chr(c)) not in ("Cn", "Cs", "Co")]
+    letters = [
+        chr(c) for c in range(0x20000) if unicodedata.ucd_3_2_0.category(chr(c)) not in ("Cn", "Cs", "Co")
+    ]
     return ["".join(random.choice(letters, random.integers(1, 20))) for _ in range(n)]
 
 
 def test_prompts_become_pythons_words_and_vectors():
     prompts = PROMPTS + random_prompts(50)
-    assert node("answer(given.map(picture_words.split_words))", prompts) == [*map(encoders.split_words, prompts)]
+    assert node("answer(given.map(picture_words.split_words))", prompts) == [
+        *map(encoders.split_words, prompts)
+    ]
     for txt_len in (4, 12):
         vectors = node(f"answer(given.map(picture_words.encoder({txt_len})))", prompts)
         tokens, pooled = encoders.text_encoder("words", txt_len)(prompts)
@@ -102,8 +131,12 @@ def test_prompts_become_pythons_words_and_vectors():
 
 # --- network.js ------------------------------------------------------------------------------------------------------
 # Other sizes than the shipped one: tokens that are no multiple of 4, an odd number of text tokens, several patches.
-SMALL = dict(width=48, heads=2, double=1, single=2, axes=[8, 4, 12], channels=3, patch=2, txt_dim=256, vec_dim=256)
-DEEP = dict(width=32, heads=4, double=3, single=1, axes=[2, 2, 4], channels=3, patch=1, txt_dim=256, vec_dim=256)
+SMALL = dict(
+    width=48, heads=2, double=1, single=2, axes=[8, 4, 12], channels=3, patch=2, txt_dim=256, vec_dim=256
+)
+DEEP = dict(
+    width=32, heads=4, double=3, single=1, axes=[2, 2, 4], channels=3, patch=1, txt_dim=256, vec_dim=256
+)
 
 
 def save_model(folder: Path, size: dict, dtype=torch.float32, **changes) -> Path:
@@ -114,19 +147,26 @@ def save_model(folder: Path, size: dict, dtype=torch.float32, **changes) -> Path
         noise = torch.randn(p.shape, generator=generator)
         state[name] = noise / p.shape[1] ** 0.5 if p.dim() == 2 else 0.3 * noise + name.endswith("norm.scale")
     folder.mkdir(parents=True)
-    save_file({name: value.to(dtype).contiguous() for name, value in state.items()}, folder / "model.safetensors")
+    save_file(
+        {name: value.to(dtype).contiguous() for name, value in state.items()}, folder / "model.safetensors"
+    )
     config = json.loads((LAPTOP / "config.json").read_text()) | dict(model=size, side=6, txt_len=5) | changes
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-@pytest.mark.parametrize("size, dtype", [(SMALL, torch.float32), (SMALL, torch.float16), (DEEP, torch.bfloat16),
-                                         (None, None)],
-                         ids=["fp32", "fp16", "bf16", "shipped"])  # fmt: skip
+@pytest.mark.parametrize(
+    "size, dtype",
+    [(SMALL, torch.float32), (SMALL, torch.float16), (DEEP, torch.bfloat16), (None, None)],
+    ids=["fp32", "fp16", "bf16", "shipped"],
+)
 def test_the_network_answers_as_pytorchs(size, dtype, tmp_path):
     folder = save_model(tmp_path / "run", size, dtype) if size else LAPTOP
     loaded = sample.load(folder, CPU)
-    side, prompts = loaded.config["side"], ["a photo of a red circle", "", "two squares left of a ring and a cross"]
+    side, prompts = (
+        loaded.config["side"],
+        ["a photo of a red circle", "", "two squares left of a ring and a cross"],
+    )
     x_t = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(1))
     t, s = torch.tensor([[1.0, 0.61, 0.02], [0.4, 0.61, 0.0]])
     with torch.no_grad():
@@ -137,17 +177,21 @@ def test_the_network_answers_as_pytorchs(size, dtype, tmp_path):
            for (let i = 0; i < t.length; i++) {
              out.push(await picture_network.velocity(V, Float32Array.from(x_t[i]), t[i], s[i], text(prompts[i])));
            }
-           answer(out);""", given)  # fmt: skip
+           answer(out);""",
+        given,
+    )
     difference = (torch.tensor(ours).view_as(expected) - expected).abs().amax((1, 2, 3))
     assert (difference < 1e-4 * expected.abs().amax((1, 2, 3))).all()
 
 
 # --- pictures.js: the sampler ----------------------------------------------------------------------------------------
 STEPWISE = [
-    dict(steps=1, guidance=1, eta=1, s_rule=0), dict(steps=4, guidance=1.5, eta=1, s_rule=0),
-    dict(steps=3, guidance=3, eta=0, s_rule=0.5), dict(steps=3, guidance=0, eta="renoise", s_rule=1),
+    dict(steps=1, guidance=1, eta=1, s_rule=0),
+    dict(steps=4, guidance=1.5, eta=1, s_rule=0),
+    dict(steps=3, guidance=3, eta=0, s_rule=0.5),
+    dict(steps=3, guidance=0, eta="renoise", s_rule=1),
     dict(steps=2, guidance=2, eta=0.5, s_rule=0),
-]  # fmt: skip
+]
 DRAW = """const { folder, prompt, seed, runs } = given, drawn = read(folder), out = [];
   for (const choices of runs) {
     const frames = [];
@@ -165,8 +209,11 @@ def test_every_step_is_the_samplers(space, tmp_path):
     given = dict(folder=str(folder), prompt=prompt, seed=seed, runs=STEPWISE)
     for choices, ours in zip(STEPWISE, node(DRAW, given), strict=True):
         noise = lambda k: normal(seed, "sampling", [(k + 1, 0)], (3, 6, 6))  # noqa: E731
-        path = [*sampler.trajectory(loaded.network, noise(-1), cond, null, draw_noise=noise, mu=0.7, space=space,
-                                    **choices)]  # fmt: skip
+        path = [
+            *sampler.trajectory(
+                loaded.network, noise(-1), cond, null, draw_noise=noise, mu=0.7, space=space, **choices
+            )
+        ]
         seen = [noise(-1), *(x for _, x, _ in path[:-1])]
         times = sampler.time_grid(choices["steps"], 0.7)
         for k, frame in enumerate(ours["frames"]):
@@ -188,7 +235,9 @@ def alike(ours, expected: np.ndarray) -> None:
 
 def test_the_shipped_model_draws_what_sample_py_draws():
     loaded, prompt, seed = sample.load(LAPTOP, CPU), "a photo of a red circle left of a blue square", 3
-    runs = [dict(steps=n, **{name: loaded.config[name] for name in ("guidance", "eta", "s_rule")}) for n in (1, 4)]
+    runs = [
+        dict(steps=n, **{name: loaded.config[name] for name in ("guidance", "eta", "s_rule")}) for n in (1, 4)
+    ]
     for choices, ours in zip(runs, node(DRAW, dict(folder=str(LAPTOP), prompt=prompt, seed=seed, runs=runs))):
         alike(ours["bytes"], sample.generate(loaded, [prompt], [(0,)], seed=seed, steps=choices["steps"])[0])
 
@@ -196,7 +245,10 @@ def test_the_shipped_model_draws_what_sample_py_draws():
 # --- Files that do not fit -------------------------------------------------------------------------------------------
 def test_files_that_do_not_fit_are_refused_in_one_line(tmp_path):
     folder = save_model(tmp_path / "run", SMALL)
-    config, weights = json.loads((folder / "config.json").read_text()), (folder / "model.safetensors").read_bytes()
+    config, weights = (
+        json.loads((folder / "config.json").read_text()),
+        (folder / "model.safetensors").read_bytes(),
+    )
     save_file({"x": torch.zeros(2, dtype=torch.float64)}, tmp_path / "double")
     save_file({"x": torch.zeros(2)}, tmp_path / "other")
     save_file(sample.load(folder, CPU).network.state_dict() | {"x": torch.zeros(2)}, tmp_path / "more")
@@ -204,16 +256,21 @@ def test_files_that_do_not_fit_are_refused_in_one_line(tmp_path):
     wider = copy.deepcopy(config)
     wider["model"]["txt_dim"] = 300
     cases = {
-        "not valid JSON": ("{", weights), "config.json: model": ("3", weights), "mu must be": (without, weights),
+        "not valid JSON": ("{", weights),
+        "config.json: model": ("3", weights),
+        "mu must be": (without, weights),
         "objective must be self_e": (config | {"objective": "imm"}, weights),
         "text_encoder must be words": (config | {"text_encoder": "flux"}, weights),
         "autoencoder must be pixels": (config | {"autoencoder": "flux"}, weights),
         "multiple of patch": (config | {"side": 7}, weights),
         "txt_in.weight is not [48,300]": (wider, weights),
         "truncated or not a safetensors file": (config, b"hello, this is text and no model"),
-        "truncated at": (config, weights[:-100]), "or not a": (config, weights[:50]), "holds F64": (config, "double"),
-        "is not the model of this config.json": (config, "other"), "x is unknown": (config, "more"),
-    }  # fmt: skip
+        "truncated at": (config, weights[:-100]),
+        "or not a": (config, weights[:50]),
+        "holds F64": (config, "double"),
+        "is not the model of this config.json": (config, "other"),
+        "x is unknown": (config, "more"),
+    }
     given = []
     for i, (text, content) in enumerate(cases.values()):
         path = tmp_path / (content if isinstance(content, str) else f"case{i}")
@@ -224,7 +281,9 @@ def test_files_that_do_not_fit_are_refused_in_one_line(tmp_path):
         """answer(given.map(([text, path]) => {
              try { picture_model(text, bytes(path)); return "nothing"; }
              catch (error) { return error instanceof PictureError ? error.message : `a defect: ${error}`; }
-           }));""", given)  # fmt: skip
+           }));""",
+        given,
+    )
     for expected, message in zip(cases, said, strict=True):
         assert expected in message and "\n" not in message, (expected, message)
 
@@ -236,20 +295,32 @@ def test_broken_numbers_do_not_become_a_picture(tmp_path):
     save_file({name: value.half() for name, value in loaded.items()}, folder / "model.safetensors")
     said = node(
         """try { for await (const _ of picture_trajectory(read(given), "x", { seed: 0, steps: 1, guidance: 1, eta: 1,
-             s_rule: 0 })) answer("a picture"); } catch (error) { answer(error.message); }""", str(folder))  # fmt: skip
+             s_rule: 0 })) answer("a picture"); } catch (error) { answer(error.message); }""",
+        str(folder),
+    )
     assert "no number" in said
 
 
 # --- The browser -----------------------------------------------------------------------------------------------------
-ARGUMENTS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync")  # fmt: skip
+ARGUMENTS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 CANVAS = """(canvas) =>
     Array.from(canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data)"""
 
 
 @pytest.fixture(scope="module")
 def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; it drives the browser")
+    api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed; it drives the browser"
+    )
     if (chromium := shutil.which("chromium")) is None:
         pytest.skip("chromium is not installed")
     with api.sync_playwright() as playwright:
@@ -264,14 +335,18 @@ def build_page(file: Path) -> None:
     if PAGE.exists():
         shutil.copy(PAGE, file)
         return
-    scripts = "".join(f"<script>\n{(EXPLORE / name).read_text(encoding='utf-8')}</script>\n" for name in SOURCES)
+    scripts = "".join(
+        f"<script>\n{(EXPLORE / name).read_text(encoding='utf-8')}</script>\n" for name in SOURCES
+    )
     file.write_text(
         f"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Pictures</title>
         <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
         <style>* {{ box-sizing: border-box }} [hidden] {{ display: none !important }}
         {(EXPLORE / "pictures.css").read_text(encoding="utf-8")}</style></head>
         <body><button onclick="mountPictures(document.querySelector('#pictures'))">Pictures</button>
-        <section id="pictures"></section>{scripts}</body></html>""", encoding="utf-8")  # fmt: skip
+        <section id="pictures"></section>{scripts}</body></html>""",
+        encoding="utf-8",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -286,11 +361,14 @@ def folder(tmp_path_factory):
 @contextlib.contextmanager
 def served(folder: Path):
     """The address at which a folder is served, by what `python -m http.server` is."""
+
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as server:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=folder)
+    ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_port}"
@@ -315,8 +393,10 @@ def opened(browser, address: str, **settings):
 
 def wait_until_drawn(page, prompt: str, seed: int) -> None:
     page.wait_for_function(
-        "(text) => document.querySelector('.picture-state').textContent === text", timeout=120_000,
-        arg=f'Drawn: "{prompt}", seed {seed}.')  # fmt: skip
+        "(text) => document.querySelector('.picture-state').textContent === text",
+        timeout=120_000,
+        arg=f'Drawn: "{prompt}", seed {seed}.',
+    )
 
 
 def compare(page, loaded, prompt: str, seed: int, **choices) -> None:
@@ -331,7 +411,10 @@ def compare(page, loaded, prompt: str, seed: int, **choices) -> None:
 @pytest.mark.slow
 def test_a_prompt_gives_the_picture_of_sample_py(browser, folder):
     loaded = sample.load(LAPTOP, CPU)
-    with served(folder) as address, opened(browser, f"{address}/toy/explore.html") as (page, errors, requests):
+    with (
+        served(folder) as address,
+        opened(browser, f"{address}/toy/explore.html") as (page, errors, requests),
+    ):
         view = page.locator("#pictures")
         assert not [url for url in requests if "checkpoints" in url]  # nothing before the view is opened
         page.get_by_text("Pictures", exact=True).click()
@@ -344,7 +427,9 @@ def test_a_prompt_gives_the_picture_of_sample_py(browser, folder):
         view.get_by_label("Fresh noise eta").select_option("renoise")
         view.get_by_role("button", name="Draw").click()
         wait_until_drawn(page, "Three pink rings; a zebra?", 12345678901)
-        compare(page, loaded, "Three pink rings; a zebra?", 12345678901, guidance=3, s_rule=0.5, eta="renoise")
+        compare(
+            page, loaded, "Three pink rings; a zebra?", 12345678901, guidance=3, s_rule=0.5, eta="renoise"
+        )
         assert not errors
 
 
@@ -367,9 +452,15 @@ def test_keys_are_enough_and_the_film_shows_every_step(browser, folder):
         page.keyboard.press(" ")
         assert page.locator(".picture-columns [aria-pressed=true]").inner_text().split("\n")[0] == "8 steps"
         film = page.locator(".picture-film li")
-        assert film.count() == 8 and "t\xa0=\xa01.00" in film.first.inner_text() and "0.00" in film.last.inner_text()
+        assert (
+            film.count() == 8
+            and "t\xa0=\xa01.00" in film.first.inner_text()
+            and "0.00" in film.last.inner_text()
+        )
         last = film.last.locator("canvas").last.evaluate(CANVAS)
-        assert last == page.locator("canvas[data-steps='8']").evaluate(CANVAS)  # the last x0_hat is the picture
+        assert last == page.locator("canvas[data-steps='8']").evaluate(
+            CANVAS
+        )  # the last x0_hat is the picture
         assert not errors
 
 
@@ -435,7 +526,10 @@ def test_a_missing_model_is_one_clear_line(browser, folder, tmp_path):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_reads_on_a_phone(scheme, browser, folder):
     settings = dict(viewport={"width": 360, "height": 740}, color_scheme=scheme)
-    with served(folder) as address, opened(browser, f"{address}/toy/explore.html", **settings) as (page, errors, _):
+    with (
+        served(folder) as address,
+        opened(browser, f"{address}/toy/explore.html", **settings) as (page, errors, _),
+    ):
         page.get_by_text("Pictures", exact=True).click()
         wait_until_drawn(page, "a photo of a red circle", 0)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360

@@ -30,8 +30,12 @@ def plan_of(*stages, steps=6, **changes):
 
 def feed_of(plan, **arguments):
     ranks = Ranks(arguments.pop("world", 1), arguments.pop("rank", 0))
-    reading = feed.Reading(**{name: arguments.pop(name) for name in ("workers", "index") if name in arguments})
-    return feed.Feed(plan, DRAW, 3, feed.Codec(TEXT, PIXELS, DEVICE, patch=4), ranks, reading=reading, **arguments)
+    reading = feed.Reading(
+        **{name: arguments.pop(name) for name in ("workers", "index") if name in arguments}
+    )
+    return feed.Feed(
+        plan, DRAW, 3, feed.Codec(TEXT, PIXELS, DEVICE, patch=4), ranks, reading=reading, **arguments
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +46,19 @@ def tars(tmp_path_factory):
     random = np.random.default_rng(0)
     for i in range(16):
         height, width = (32, 64) if i < 10 else (40, 40)
-        Image.fromarray(random.integers(0, 255, (height, width, 3),
-                                        dtype=np.uint8)).save(folder / "pictures" / f"{i}.png")
+        Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(
+            folder / "pictures" / f"{i}.png"
+        )
         (folder / "pictures" / f"{i}.txt").write_text(f"picture number {i}")
     shards.pack(folder / "pictures", folder / "tars", per_shard=5)
     for side in (16, 32):
-        cache.make(folder / "tars", folder / f"cache{side}", side, (TEXT, PIXELS),
-                   cache.Settings(batch_size=4, fake=True, tokens="fp32",
-                     multiple=4, per_shard=4))  # fmt: skip
+        cache.make(
+            folder / "tars",
+            folder / f"cache{side}",
+            side,
+            (TEXT, PIXELS),
+            cache.Settings(batch_size=4, fake=True, tokens="fp32", multiple=4, per_shard=4),
+        )
     return folder
 
 
@@ -86,7 +95,10 @@ def test_a_batch_holds_what_the_indices_say():
         assert all(torch.equal(a, b) for a, b in zip(batch.draws, expected))
         assert (batch.fake is not None) == (step == 2)
         if batch.fake:
-            assert all(torch.equal(a, b) for a, b in zip(batch.fake, TEXT([encoders.fake_prompt(p) for p in prompts])))
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(batch.fake, TEXT([encoders.fake_prompt(p) for p in prompts]))
+            )
 
 
 def test_an_empty_caption_is_a_null_prompt(tmp_path):
@@ -97,15 +109,22 @@ def test_an_empty_caption_is_a_null_prompt(tmp_path):
         (tmp_path / name).with_suffix(".txt").write_text(caption)
     (batch,) = feed_of(plan_of((0, (24,), 4), data=(str(tmp_path),), steps=1, dropout=0.0)).stream(0)
     assert sorted(batch.keys) == sorted(captions)
-    assert dict(zip(batch.keys, batch.is_null.tolist())) == {"0.png": False, "1.png": True, "2.png": False,
-                                                             "3.png": True}
+    assert dict(zip(batch.keys, batch.is_null.tolist())) == {
+        "0.png": False,
+        "1.png": True,
+        "2.png": False,
+        "3.png": True,
+    }
     for c, null in zip(batch.c, batch.null):
         assert [torch.equal(a, b) for a, b in zip(c, null)] == batch.is_null.tolist()
 
 
 def test_larger_pictures_come_in_smaller_micro_batches():
     """A micro-batch of 8 at side 16 has the pixels of 2 at side 32."""
-    shapes = [tuple(batch.x0.shape) for batch in feed_of(plan_of((0, (16, 32), 16), micro_batch=8, steps=4)).stream(0)]
+    shapes = [
+        tuple(batch.x0.shape)
+        for batch in feed_of(plan_of((0, (16, 32), 16), micro_batch=8, steps=4)).stream(0)
+    ]
     assert shapes == 2 * (2 * [(8, 3, 16, 16)] + 8 * [(2, 3, 32, 32)])
 
 
@@ -140,23 +159,34 @@ def test_caches_feed_what_their_tars_feed(tars):
         assert a.keys == b.keys and torch.equal(a.is_null, b.is_null)
         assert torch.equal(a.x0, b.x0) and all(torch.equal(x, y) for x, y in zip(a.draws, b.draws))
         for x, y in zip((a.c, a.null, a.fake), (b.c, b.null, b.fake)):
-            assert (x is None) == (y is None) and all(p.dtype == q.dtype and torch.equal(p, q)
-                                                      for p, q in zip(x or (), y or ()))
+            assert (x is None) == (y is None) and all(
+                p.dtype == q.dtype and torch.equal(p, q) for p, q in zip(x or (), y or ())
+            )
 
 
-@pytest.mark.parametrize("names, sides, said", [
-    (("shapes",), (26,), "multiple of 4"), (("absent",), (24,), "no such folder"),
-    (("{}/cache16",), (32,), "--side 32"),
-    (("{}/cache16", "{}/tars"), (16,), "several caches"), (("{}/tars",), (18,), "multiple of 4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names, sides, said",
+    [
+        (("shapes",), (26,), "multiple of 4"),
+        (("absent",), (24,), "no such folder"),
+        (("{}/cache16",), (32,), "--side 32"),
+        (("{}/cache16", "{}/tars"), (16,), "several caches"),
+        (("{}/tars",), (18,), "multiple of 4"),
+    ],
+)
 def test_what_cannot_be_opened(tars, names, sides, said):
     with pytest.raises(data.DataError, match=said):
         feed.open_source(tuple(name.format(tars) for name in names), recipe.Stage(0, sides, 4), 4)
 
 
-@pytest.mark.parametrize("changes, said",
-                         [(dict(txt_len=11), "txt_len"), (dict(text="flux"), "text 'words'"),
-                          (dict(autoencoder="flux"), "autoencoder")])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(txt_len=11), "txt_len"),
+        (dict(text="flux"), "text 'words'"),
+        (dict(autoencoder="flux"), "autoencoder"),
+    ],
+)
 def test_a_cache_of_other_encoders_is_refused_at_the_start(tars, changes, said):
     plan = recipe.replace(plan_of((0, (16,), 4), data=(str(tars / "cache16"),)), **changes)
     with pytest.raises(data.DataError, match=said):
@@ -165,20 +195,32 @@ def test_a_cache_of_other_encoders_is_refused_at_the_start(tars, changes, said):
 
 def test_a_cache_without_fake_prompts_is_refused_at_the_start(tars):
     """Where the auxiliary term will join, however late; where it never does, such a cache is enough."""
-    cache.make(tars / "tars", tars / "plain", 16, (TEXT, PIXELS),
-               cache.Settings(batch_size=4, tokens="fp32", multiple=4))
+    cache.make(
+        tars / "tars",
+        tars / "plain",
+        16,
+        (TEXT, PIXELS),
+        cache.Settings(batch_size=4, tokens="fp32", multiple=4),
+    )
     plan = plan_of((0, (16,), 4), data=(str(tars / "plain"),), aux_from=0.9)
     with pytest.raises(data.DataError, match="without --fake"):
         feed.Feed(plan, DRAW, 3, feed.Codec(None, None, DEVICE, patch=4))
     plan = recipe.replace(plan, aux_from=1.0)
-    assert len(list(feed.Feed(plan, DRAW, 3, feed.Codec(None, None, DEVICE, patch=4)).stream(0))) == plan.steps
+    assert (
+        len(list(feed.Feed(plan, DRAW, 3, feed.Codec(None, None, DEVICE, patch=4)).stream(0))) == plan.steps
+    )
 
 
 def test_only_the_caches_of_a_stages_sides_are_opened(tars):
     """A cache for the larger pictures of a later stage may be made for that stage's smaller batch."""
     plan = plan_of((0, (16,), 12), data=(str(tars / "cache16whole"), str(tars / "cache32")))
-    cache.make(tars / "tars", tars / "cache16whole", 16, (TEXT, PIXELS),
-               cache.Settings(batch_size=12, tokens="fp32", multiple=4))
+    cache.make(
+        tars / "tars",
+        tars / "cache16whole",
+        16,
+        (TEXT, PIXELS),
+        cache.Settings(batch_size=12, tokens="fp32", multiple=4),
+    )
     assert len(next(feed.Feed(plan, DRAW, 3, feed.Codec(None, None, DEVICE, patch=4)).stream(0)).keys) == 12
     with pytest.raises(data.DataError, match="fewer than a batch of 12"):
         feed.open_source(plan.data, recipe.Stage(0, (32,), 12), 4)
@@ -186,11 +228,19 @@ def test_only_the_caches_of_a_stages_sides_are_opened(tars):
 
 def test_what_the_order_follows_from_is_in_the_fingerprint(tars):
     """Another side, batch or multiple is another sequence; the cache made with the same three is the same one."""
-    same = {feed.open_source((str(tars / name),), recipe.Stage(0, (16,), 4), 4).fingerprint
-            for name in ("tars", "cache16")}
-    others = {shards.Shards(tars / "tars", side, batch, multiple=multiple).fingerprint
-              for side, batch, multiple in ((32, 4, 4), (16, 12, 4), (16, 4, 8))}
-    assert len(same) == 1 and len(others | same) == 4 and data.Shapes(16).fingerprint != data.Shapes(24).fingerprint
+    same = {
+        feed.open_source((str(tars / name),), recipe.Stage(0, (16,), 4), 4).fingerprint
+        for name in ("tars", "cache16")
+    }
+    others = {
+        shards.Shards(tars / "tars", side, batch, multiple=multiple).fingerprint
+        for side, batch, multiple in ((32, 4, 4), (16, 12, 4), (16, 4, 8))
+    }
+    assert (
+        len(same) == 1
+        and len(others | same) == 4
+        and data.Shapes(16).fingerprint != data.Shapes(24).fingerprint
+    )
 
 
 def test_another_batch_is_another_sequence_of_iterations():
@@ -222,7 +272,13 @@ def test_other_content_under_the_same_names_is_noticed(tars, tmp_path):
 
 
 def test_a_cache_whose_sides_do_not_fit_the_patch_is_refused(tars):
-    cache.make(tars / "tars", tars / "odd", 16, (TEXT, PIXELS), cache.Settings(batch_size=4, tokens="fp32", multiple=1))
+    cache.make(
+        tars / "tars",
+        tars / "odd",
+        16,
+        (TEXT, PIXELS),
+        cache.Settings(batch_size=4, tokens="fp32", multiple=1),
+    )
     with pytest.raises(data.DataError, match="--multiple 8"):
         feed.open_source((str(tars / "odd"),), recipe.Stage(0, (16,), 4), 8)
 

@@ -24,7 +24,9 @@ import train
 from engine import arguments, checkpoint, errors, limits, machine, optimizers, shards
 
 ROOT = Path(__file__).parent.parent
-TINY = dict(width=16, heads=2, double=1, single=1, axes=(2, 2, 4), channels=3, patch=4, txt_dim=256, vec_dim=256)
+TINY = dict(
+    width=16, heads=2, double=1, single=1, axes=(2, 2, 4), channels=3, patch=4, txt_dim=256, vec_dim=256
+)
 QUICK = ["--batch-size", "4", "--device", "cpu", "--precision", "fp32", "--no-compile", "--grid-every", "0"]
 
 
@@ -44,7 +46,9 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "tiny"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(model.SIZES, "laptop", TINY)
-        patch.setattr(sys, "argv", ["train.py", "--steps", "2", "--out", str(out), "--log-every", "1", *QUICK])
+        patch.setattr(
+            sys, "argv", ["train.py", "--steps", "2", "--out", str(out), "--log-every", "1", *QUICK]
+        )
         train.main()
     return out
 
@@ -72,15 +76,17 @@ def edit(path: Path, **changes) -> None:
 
 
 def tree(folder: Path) -> dict:
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 RESUME = ["--resume", "--steps", "4", "--device", "cpu"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The training state
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def smaller(adam):
     adam["state"][0]["exp_avg"] = torch.zeros(1)
 
@@ -90,8 +96,11 @@ def larger(adam):
 
 
 def turned(adam):
-    number = next(n for n, own in adam["state"].items() if own["exp_avg"].dim() == 2
-                  and own["exp_avg"].shape[0] != own["exp_avg"].shape[1])  # fmt: skip
+    number = next(
+        n
+        for n, own in adam["state"].items()
+        if own["exp_avg"].dim() == 2 and own["exp_avg"].shape[0] != own["exp_avg"].shape[1]
+    )
     adam["state"][number]["exp_avg"] = adam["state"][number]["exp_avg"].T
 
 
@@ -104,7 +113,9 @@ def one_for_two(adam):
 
 
 SPOILT_ADAM = {
-    "a smaller tensor": smaller, "a larger tensor": larger, "a transposed tensor": turned,
+    "a smaller tensor": smaller,
+    "a larger tensor": larger,
+    "a transposed tensor": turned,
     "another type": lambda adam: adam["state"][0].update(exp_avg=adam["state"][0]["exp_avg"].double()),
     "whole numbers": lambda adam: adam["state"][0].update(exp_avg_sq=adam["state"][0]["exp_avg_sq"].long()),
     "a count with a dimension": lambda adam: adam["state"][0].update(step=torch.ones(3)),
@@ -117,10 +128,11 @@ SPOILT_ADAM = {
     "a group too few": lambda adam: adam["param_groups"].pop(),
     "groups of nothing": lambda adam: adam["param_groups"][0].update(params=[]),
     "one parameter twice": lambda adam: adam["param_groups"][0]["params"].__setitem__(1, 0),
-    "one entry for two": one_for_two, "another division": lambda adam: adam["param_groups"].append({"params": []}),
+    "one entry for two": one_for_two,
+    "another division": lambda adam: adam["param_groups"].append({"params": []}),
     "no groups": lambda adam: adam.pop("param_groups"),
     "groups of text": lambda adam: adam.update(param_groups="abc"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", SPOILT_ADAM)
@@ -153,7 +165,9 @@ def test_the_recipe_sets_adam_not_its_file(trained, tmp_path):
     state = checkpoint.complete_states(trained)[-1]
     shutil.copytree(state, tmp_path / "state")
     adam = torch.load(state / "adam.pt", weights_only=True)
-    adam["param_groups"][0].update(lr=7.0, betas=(0.1, 0.2), eps=1.0, weight_decay=3.0, fused=False, amsgrad=True)
+    adam["param_groups"][0].update(
+        lr=7.0, betas=(0.1, 0.2), eps=1.0, weight_decay=3.0, fused=False, amsgrad=True
+    )
     torch.save(adam, tmp_path / "state" / "adam.pt")
     network, ema = (model.Denoiser(**TINY) for _ in range(2))
     optimizer = optimizers.build("adam", network, 1e-3, (0.9, 0.99))
@@ -162,8 +176,10 @@ def test_the_recipe_sets_adam_not_its_file(trained, tmp_path):
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-3, (0.9, 0.99), 1e-8, 0)
     assert group["fused"] and not group["amsgrad"]
     for number, p in enumerate(network.parameters()):
-        assert all(torch.equal(optimizer.state[p][name], adam["state"][number][name])
-                   for name in ("step", "exp_avg", "exp_avg_sq"))  # fmt: skip
+        assert all(
+            torch.equal(optimizer.state[p][name], adam["state"][number][name])
+            for name in ("step", "exp_avg", "exp_avg_sq")
+        )
 
 
 def test_muons_moments_are_checked_too():
@@ -181,12 +197,33 @@ def test_muons_moments_are_checked_too():
         checkpoint.checked(saved, again)
 
 
-@pytest.mark.parametrize("changes", [
-    {"step": 3}, {"step": 1}, {"step": "2"}, {"step": 2.0}, {"step": None}, {"step": True}, {"step": ...}, {"seed": -1},
-    {"seed": "0"}, {"seed": ...}, {"elapsed": "long"}, {"elapsed": -1}, {"elapsed": float("nan")}, {"elapsed": None},
-    {"steps": "2"}, {"steps": 0}, {"data": 3}, {"data": [1]}, {"data": {"0": 5}}, {"nonfinite": "none"},
-    {"nonfinite": -1},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": 3},
+        {"step": 1},
+        {"step": "2"},
+        {"step": 2.0},
+        {"step": None},
+        {"step": True},
+        {"step": ...},
+        {"seed": -1},
+        {"seed": "0"},
+        {"seed": ...},
+        {"elapsed": "long"},
+        {"elapsed": -1},
+        {"elapsed": float("nan")},
+        {"elapsed": None},
+        {"steps": "2"},
+        {"steps": 0},
+        {"data": 3},
+        {"data": [1]},
+        {"data": {"0": 5}},
+        {"nonfinite": "none"},
+        {"nonfinite": -1},
+    ],
+    ids=str,
+)
 def test_a_state_that_contradicts_itself_is_refused(changes, run, monkeypatch, capsys):
     path = checkpoint.complete_states(run)[-1] / "state.json"
     edit(path, **changes)
@@ -228,23 +265,54 @@ def test_records_that_are_none_are_left_out_and_counted(tmp_path, capsys):
     path.write_bytes(b"".join(good) + b'{"step": 4, "lo')
     checkpoint.cut_metrics(path, 2)
     assert path.read_bytes() == b"".join(good[:2]) and capsys.readouterr().err == ""
-    path.write_bytes(good[0] + b'\xff\xfe{"step": 1}\n' + good[1] + b'{"step": "2"}\n[3]\n' + good[2] + b'{"st')
+    path.write_bytes(
+        good[0] + b'\xff\xfe{"step": 1}\n' + good[1] + b'{"step": "2"}\n[3]\n' + good[2] + b'{"st'
+    )
     checkpoint.cut_metrics(path, 3)
     assert path.read_bytes() == b"".join(good) and "4 lines are no records" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # config.json
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 WRONG_ARGUMENTS = [
-    {"seed": None}, {"seed": [1]}, {"seed": "0"}, {"seed": 2**63}, {"seed": True}, {"steps": "many"}, {"steps": 2.5},
-    {"steps": [4]}, {"steps": 10**30}, {"batch_size": 3}, {"batch_size": 2**40}, {"size": "7b"}, {"size": None},
-    {"size": ["laptop"]}, {"target": "both"}, {"precision": "int8"}, {"precision": 16}, {"objective": {}}, {"data": []},
-    {"data": "one-shape"}, {"data": [None]}, {"zero": "no"}, {"zero": None}, {"compile": "yes"},
-    {"wrong_captions": "0.1"}, {"wrong_captions": 2},
-    {"aux_from": [0.5]}, {"text": 5}, {"txt_len": 2**31}, {"workers": -1}, {"k": float("nan")},
-    {"colour": "blue"}, {"optimizer": "sgd"}, {"init": 1}, {"lr": "fast"}, {"lr": 0},
-]  # fmt: skip
+    {"seed": None},
+    {"seed": [1]},
+    {"seed": "0"},
+    {"seed": 2**63},
+    {"seed": True},
+    {"steps": "many"},
+    {"steps": 2.5},
+    {"steps": [4]},
+    {"steps": 10**30},
+    {"batch_size": 3},
+    {"batch_size": 2**40},
+    {"size": "7b"},
+    {"size": None},
+    {"size": ["laptop"]},
+    {"target": "both"},
+    {"precision": "int8"},
+    {"precision": 16},
+    {"objective": {}},
+    {"data": []},
+    {"data": "one-shape"},
+    {"data": [None]},
+    {"zero": "no"},
+    {"zero": None},
+    {"compile": "yes"},
+    {"wrong_captions": "0.1"},
+    {"wrong_captions": 2},
+    {"aux_from": [0.5]},
+    {"text": 5},
+    {"txt_len": 2**31},
+    {"workers": -1},
+    {"k": float("nan")},
+    {"colour": "blue"},
+    {"optimizer": "sgd"},
+    {"init": 1},
+    {"lr": "fast"},
+    {"lr": 0},
+]
 
 
 @pytest.mark.parametrize("change", WRONG_ARGUMENTS, ids=str)
@@ -258,25 +326,55 @@ def test_an_argument_that_no_run_has(change, run, monkeypatch, capsys):
 
 
 WRONG_MODELS = [
-    {"axes": [2, 2, 2, 2]}, {"axes": [4, 4]}, {"axes": [1, 3, 4]}, {"axes": "abc"}, {"axes": [2, 2, 4.0]},
-    {"axes": [-2, 4, 6]}, {"patch": 0}, {"patch": 2**31}, {"double": 10**9}, {"single": -1}, {"width": 2**31},
-    {"width": 17}, {"heads": 3}, {"channels": True}, {"txt_dim": None}, {"vec_dim": [256]}, {"time_factor": "fast"},
-    {"time_factor": float("inf")}, {"colour": 1}, {"width": ...}, {"double": 99, "single": 99},
-]  # fmt: skip
+    {"axes": [2, 2, 2, 2]},
+    {"axes": [4, 4]},
+    {"axes": [1, 3, 4]},
+    {"axes": "abc"},
+    {"axes": [2, 2, 4.0]},
+    {"axes": [-2, 4, 6]},
+    {"patch": 0},
+    {"patch": 2**31},
+    {"double": 10**9},
+    {"single": -1},
+    {"width": 2**31},
+    {"width": 17},
+    {"heads": 3},
+    {"channels": True},
+    {"txt_dim": None},
+    {"vec_dim": [256]},
+    {"time_factor": "fast"},
+    {"time_factor": float("inf")},
+    {"colour": 1},
+    {"width": ...},
+    {"double": 99, "single": 99},
+]
 
 
 @pytest.mark.parametrize("change", WRONG_MODELS, ids=str)
 def test_a_model_that_is_none(change, run, tmp_path, monkeypatch, capsys):
     edit(run / "config.json", **{f"model.{name}": value for name, value in change.items()})
-    line = refused(sample, ["--checkpoint", run, "--prompt", "x", "--out", tmp_path / "x.png", "--device", "cpu"],
-                   monkeypatch, capsys)  # fmt: skip
+    line = refused(
+        sample,
+        ["--checkpoint", run, "--prompt", "x", "--out", tmp_path / "x.png", "--device", "cpu"],
+        monkeypatch,
+        capsys,
+    )
     assert str(run) in line and not (tmp_path / "x.png").exists()
 
 
-@pytest.mark.parametrize("change", [
-    {"side": 2**31}, {"side": 2**14}, {"txt_len": 2**31}, {"txt_len": 2**13}, {"precision": ...},
-    {"objective": ["self_e"]}, {"side": True},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"side": 2**31},
+        {"side": 2**14},
+        {"txt_len": 2**31},
+        {"txt_len": 2**13},
+        {"precision": ...},
+        {"objective": ["self_e"]},
+        {"side": True},
+    ],
+    ids=str,
+)
 def test_a_number_that_would_become_memory(change, run, tmp_path, monkeypatch, capsys):
     edit(run / "config.json", **change)
     words = ["--checkpoint", run, "--prompt", "x", "--out", tmp_path / "x.png", "--device", "cpu"]
@@ -292,8 +390,16 @@ def test_a_network_turns_pairs_along_three_axes(axes):
 
 def test_no_memory_is_taken_for_a_model_that_the_weights_are_not(run, monkeypatch):
     """A hundred blocks of width 16,384 would be 300 GB: the header of the weights' file says that it is another."""
-    edit(run / "config.json", **{"model.width": 16384, "model.heads": 2048 // 2, "model.axes": [4, 6, 6],
-                                 "model.double": 50, "model.single": 50})  # fmt: skip
+    edit(
+        run / "config.json",
+        **{
+            "model.width": 16384,
+            "model.heads": 2048 // 2,
+            "model.axes": [4, 6, 6],
+            "model.double": 50,
+            "model.single": 50,
+        },
+    )
     monkeypatch.setattr(checkpoint, "load_file", None)  # not even called
     with pytest.raises(errors.UserError, match="another shape"):
         sample.load(run, torch.device("cpu"))
@@ -308,13 +414,29 @@ def test_what_train_writes_is_what_is_checked(trained):
     assert set(config["arguments"]) == own and set(limits.RANGES) <= own
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Flags
-# ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("flag", ["--steps", "--batch-size", "--micro-batch", "--side", "--txt-len", "--workers",
-                                  "--seed", "--keep", "--recompute", "--log-every"])  # fmt: skip
-@pytest.mark.parametrize("value", [str(2**31), "9" * 400, "9" * 5000, "-" + "9" * 5000, "1e3", ""],
-                         ids=["2^31", "400 digits", "5000 digits", "minus 5000 digits", "1e3", "nothing"])  # fmt: skip
+# ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--steps",
+        "--batch-size",
+        "--micro-batch",
+        "--side",
+        "--txt-len",
+        "--workers",
+        "--seed",
+        "--keep",
+        "--recompute",
+        "--log-every",
+    ],
+)
+@pytest.mark.parametrize(
+    "value",
+    [str(2**31), "9" * 400, "9" * 5000, "-" + "9" * 5000, "1e3", ""],
+    ids=["2^31", "400 digits", "5000 digits", "minus 5000 digits", "1e3", "nothing"],
+)
 def test_whole_numbers_have_an_end(flag, value, tmp_path, monkeypatch, capsys):
     if flag == "--seed" and value == str(2**31):
         return  # a seed like any other
@@ -323,11 +445,17 @@ def test_whole_numbers_have_an_end(flag, value, tmp_path, monkeypatch, capsys):
     assert len(line) < 400 and flag in line and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("program, words", [
-    (sample, ["--prompt", "x", "--steps", "9" * 400]), (sample, ["--prompt", "x", "--images", "9" * 400]),
-    (sample, ["--prompt", "x", "--seed", "9" * 5000]), (data, ["--side", "9" * 400]), (data, ["--side", str(2**31)]),
-    (checkpoint, ["a", "b", "--dtype", "z" * 5000]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "program, words",
+    [
+        (sample, ["--prompt", "x", "--steps", "9" * 400]),
+        (sample, ["--prompt", "x", "--images", "9" * 400]),
+        (sample, ["--prompt", "x", "--seed", "9" * 5000]),
+        (data, ["--side", "9" * 400]),
+        (data, ["--side", str(2**31)]),
+        (checkpoint, ["a", "b", "--dtype", "z" * 5000]),
+    ],
+)
 def test_other_programs_numbers_too(program, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert len(refused(program, words, monkeypatch, capsys)) < 400 and not list(tmp_path.iterdir())
@@ -346,11 +474,17 @@ def test_a_long_word_is_shortened_and_a_path_is_not():
         parser.error("a/" * 60 + "b is missing")
 
 
-@pytest.mark.parametrize("error, code", [
-    (MemoryError(), 2), (torch.OutOfMemoryError("CUDA out of memory\nlong"), 2),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2), (RuntimeError("a defect"), None),
-    (ValueError("a defect"), None),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (MemoryError(), 2),
+        (torch.OutOfMemoryError("CUDA out of memory\nlong"), 2),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2),
+        (RuntimeError("a defect"), None),
+        (ValueError("a defect"), None),
+    ],
+    ids=str,
+)
 def test_a_full_memory_is_one_line_and_a_defect_keeps_its_traceback(error, code, capsys):
     def main():
         raise error
@@ -362,9 +496,9 @@ def test_a_full_memory_is_one_line_and_a_defect_keeps_its_traceback(error, code,
         assert raised.value.code == code and "out of memory" in line and line.count("\n") == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is not a regular file
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def in_time(work, seconds: float = 20.0):
     """What `work()` returns or raises; fails where it waits, as on a pipe that nobody writes to."""
     result = {}
@@ -414,17 +548,19 @@ def test_a_pipe_among_the_files_is_named(name, tmp_path):
 
 
 @pipes
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "lock", "state/step_00000002/adam.pt",
-                                  "state/step_00000002/state.json"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "metrics.jsonl", "lock", "state/step_00000002/adam.pt", "state/step_00000002/state.json"],
+)
 def test_a_pipe_in_a_run_is_named(name, run, monkeypatch, capsys):
     (run / name).unlink(missing_ok=True)
     os.mkfifo(run / name)
     assert f"{name} is not a regular file" in refused(train, [*RESUME, "--out", run], monkeypatch, capsys)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The disk and the memory
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="has no such users")
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     """Said at once, before the data is read: a folder that is not this user's, and one below a file."""

@@ -28,14 +28,16 @@ from engine.randomness import rng
 from engine.watch import Watch
 
 ROOT = Path(__file__).parent.parent
-TINY = dict(width=16, heads=2, double=1, single=1, axes=(2, 2, 4), channels=3, patch=4, txt_dim=256, vec_dim=256)
+TINY = dict(
+    width=16, heads=2, double=1, single=1, axes=(2, 2, 4), channels=3, patch=4, txt_dim=256, vec_dim=256
+)
 STEPS, B, SEED, SIDES, CLIP, AUX_FROM = 20, 4, 3, (16, 24), 0.02, 0.7
 LR, LR_END, TAU_UNTIL, DROPOUT, EMA = 4e-3, 1e-5, 0.5, 0.3, 0.6
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The paper's loop (Sec. 3.3, S.2): no data loading in the background, no accumulation, no processes, nothing watched
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def the_loop() -> tuple[model.Denoiser, model.Denoiser]:
     """The network and its moving average after STEPS iterations; pictures of two resolutions take turns."""
     text, pixels = encoders.text_encoder("words", 10, "cpu"), encoders.autoencoder("pixels", "cpu")
@@ -49,10 +51,16 @@ def the_loop() -> tuple[model.Denoiser, model.Denoiser]:
         turn, which = divmod(step, 2)
         samples = [sources[which].sample(turn * B + i, SEED) for i in range(B)]
         index = [step * B + i for i in range(B)]
-        prompts = ["" if rng(SEED, "dropout", g).random() < DROPOUT else s.caption for g, s in zip(index, samples)]
+        prompts = [
+            "" if rng(SEED, "dropout", g).random() < DROPOUT else s.caption for g, s in zip(index, samples)
+        ]
         x0 = pixels.encode(data.to_tensor([s.picture for s in samples]))
         is_null = torch.tensor([prompt == "" for prompt in prompts])
-        c, null, fake = text(prompts), text([""] * B), text([encoders.fake_prompt(prompt) for prompt in prompts])
+        c, null, fake = (
+            text(prompts),
+            text([""] * B),
+            text([encoders.fake_prompt(prompt) for prompt in prompts]),
+        )
         self_e.mu = losses.mu_of_length((SIDES[which] // 4) ** 2)
         tau, aux = min(1, step / (TAU_UNTIL * STEPS)), step >= AUX_FROM * STEPS
         loss, _ = self_e(x0, c, null, fake, is_null, losses.draw(SEED, step, index, x0.shape[1:]), tau, aux)
@@ -77,22 +85,51 @@ def expected():
     return the_loop()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # train.py on the same numbers
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 NEVER = ("--grid-every", "0", "--save-every", "0")
 
 
-def train_py(source: str, out: Path, monkeypatch, flags=NEVER, steps=STEPS, stages=((0, SIDES),), **constants) -> Path:
+def train_py(
+    source: str, out: Path, monkeypatch, flags=NEVER, steps=STEPS, stages=((0, SIDES),), **constants
+) -> Path:
     """Run a text of train.py, with other constants, as a program; returns its last state."""
     stages = tuple(recipe.Stage(begin, sides, B) for begin, sides in stages)
-    plan = recipe.replace(recipe.RECIPES["laptop"], stages=stages, lr=LR, lr_end=LR_END, tau_until=TAU_UNTIL,
-                          clip=CLIP, dropout=DROPOUT, txt_len=10, ema=EMA)  # fmt: skip
+    plan = recipe.replace(
+        recipe.RECIPES["laptop"],
+        stages=stages,
+        lr=LR,
+        lr_end=LR_END,
+        tau_until=TAU_UNTIL,
+        clip=CLIP,
+        dropout=DROPOUT,
+        txt_len=10,
+        ema=EMA,
+    )
     monkeypatch.setitem(recipe.RECIPES, "laptop", plan)
     monkeypatch.setitem(model.SIZES, "laptop", TINY)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", str(steps), "--seed", str(SEED), "--out", str(out),
-                                      "--aux-from", str(AUX_FROM), "--device", "cpu", "--precision", "fp32",
-                                      "--no-compile", *flags])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "train.py",
+            "--steps",
+            str(steps),
+            "--seed",
+            str(SEED),
+            "--out",
+            str(out),
+            "--aux-from",
+            str(AUX_FROM),
+            "--device",
+            "cpu",
+            "--precision",
+            "fp32",
+            "--no-compile",
+            *flags,
+        ],
+    )
     module = types.ModuleType("train")
     exec(compile(source, "train.py", "exec"), module.__dict__)
     vars(module).update(constants)
@@ -106,7 +143,9 @@ def distance(state: Path, expected) -> float:
     worst = 0.0
     for name, module in zip(("network", "model"), expected):
         found = load_file(state / f"{name}.safetensors")
-        worst = max(worst, *(float((found[key] - value).abs().max()) for key, value in module.state_dict().items()))
+        worst = max(
+            worst, *(float((found[key] - value).abs().max()) for key, value in module.state_dict().items())
+        )
     return worst
 
 
@@ -125,37 +164,56 @@ MUTANTS = [  # (what is wrong, the text, its replacement)
     ("tau of the iteration before", "run.plan.tau(step)", "run.plan.tau(max(0, step - 1))"),
     ("the auxiliary term never joins", "run.plan.aux(step)  #", "False  #"),
     ("mu not set by the picture's size", "if hasattr(run.objective", "if False and hasattr(run.objective"),
-    ("prompts ignored", "step_module(batch.x0, batch.c,", "step_module(batch.x0, batch.null,"),
+    ("prompts ignored", "batch.x0, batch.c,", "batch.x0, batch.null,"),
     ("null prompt ignored", "batch.c, batch.null,", "batch.c, batch.c,"),
     ("fake prompt ignored", "batch.null, batch.fake,", "batch.null, batch.c,"),
     ("dropped prompts unknown", "batch.is_null,", "batch.is_null & False,"),
-    ("loss scaled", "(loss / count).backward()", "(loss * 1e-3).backward()"),  # Adam's eps, and clipping, see it
+    (
+        "loss scaled",
+        "(loss / count).backward()",
+        "(loss * 1e-3).backward()",
+    ),  # Adam's eps, and clipping, see it
     ("clipping switched off", "plan.clip)", 'float("inf"))'),
-    ("learning rate of the iteration before", "run.plan.learning_rate(step)",
-     "run.plan.learning_rate(max(0, step - 1))"),
-    ("learning rate of the iteration after", "run.plan.learning_rate(step)", "run.plan.learning_rate(step + 1)"),
+    (
+        "learning rate of the iteration before",
+        "run.plan.learning_rate(step)",
+        "run.plan.learning_rate(max(0, step - 1))",
+    ),
+    (
+        "learning rate of the iteration after",
+        "run.plan.learning_rate(step)",
+        "run.plan.learning_rate(step + 1)",
+    ),
     ("mu of 16 tokens for all pictures", "recipe.latent_tokens(run.sizes, batch.x0.shape)", "16"),
     ("no step of Adam", "    run.adam.step()", "    pass"),
     ("average before Adam's step", ADAM + AVERAGE, AVERAGE + ADAM),
     ("decay without its warm-up", "min(run.plan.ema, (1 + step) / (10 + step))", "run.plan.ema"),
     ("decay without its end", "min(run.plan.ema, (1 + step) / (10 + step))", "(1 + step) / (10 + step)"),
     ("decay of the iteration after", "(1 + step) / (10 + step)", "(2 + step) / (11 + step)"),
-    ("average and network exchanged", "(list(run.ema.parameters()), list(run.network.parameters()), 0)",
-     "(list(run.network.parameters()), list(run.ema.parameters()), 0)"),
+    (
+        "average and network exchanged",
+        "list(run.ema.parameters()), list(run.network.parameters()), 0",
+        "list(run.network.parameters()), list(run.ema.parameters()), 0",
+    ),
     ("average not moved", "    get_ema_multi_avg_fn(decay)(", "    (lambda *_: None)("),
     ("gradients not cleared", "run.adam.zero_grad(set_to_none=False)", "pass"),
     ("updates left out", "        if bad:", "        if bad or step == 7:"),
     ("an iteration too few", "while step < plan.steps and", "while step < plan.steps - 1 and"),
     ("every second iteration", "        step += 1\n", "        step += 2\n"),
     ("no state at the end", "late or regular or step == plan.steps:", "late or regular:"),
-    ("a batch is skipped", "        batch = next(run.stream)",
-     "        batch = next(run.stream) if step != 5 else (next(run.stream), next(run.stream))[1]"),
-]  # fmt: skip
+    (
+        "a batch is skipped",
+        "        batch = next(run.stream)",
+        "        batch = next(run.stream) if step != 5 else (next(run.stream), next(run.stream))[1]",
+    ),
+]
 
 
 @pytest.mark.parametrize("what, old, new", MUTANTS, ids=[mutant[0] for mutant in MUTANTS])
 def test_a_broken_loop_is_noticed(what, old, new, expected, tmp_path, monkeypatch):
-    assert SOURCE.count(old) == 1, f"{old!r} must occur exactly once in train.py, or this mutant tests nothing"
+    assert SOURCE.count(old) == 1, (
+        f"{old!r} must occur exactly once in train.py, or this mutant tests nothing"
+    )
     try:
         state = train_py(SOURCE.replace(old, new), tmp_path / "run", monkeypatch)
     except (StopIteration, TypeError, ValueError, IndexError, ZeroDivisionError):
@@ -163,9 +221,9 @@ def test_a_broken_loop_is_noticed(what, old, new, expected, tmp_path, monkeypatc
     assert distance(state, expected) > 10 * BOUND, f"{what}: not noticed"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The rules around the mathematics. Each function returns what it found; RULES says what that should be.
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def saved(out: Path) -> list[int]:
     return [checkpoint.step_of(state) for state in checkpoint.complete_states(out)]
 
@@ -199,9 +257,14 @@ def finite_weights(source, out, patch):
     """Whether the network, its average and Adam's moments are finite after that."""
     spoil(patch, lambda call, loss, zero: loss + zero if call == 2 else loss)
     state = train_py(source, out, patch, steps=3)
-    weights = [*load_file(state / "network.safetensors").values(), *load_file(state / "model.safetensors").values()]
+    weights = [
+        *load_file(state / "network.safetensors").values(),
+        *load_file(state / "model.safetensors").values(),
+    ]
     moments = torch.load(state / "adam.pt", weights_only=True)["state"].values()
-    return all(tensor.isfinite().all() for tensor in (*weights, *(t for own in moments for t in own.values())))
+    return all(
+        tensor.isfinite().all() for tensor in (*weights, *(t for own in moments for t in own.values()))
+    )
 
 
 def left_out_for_its_loss(source, out, patch):
@@ -214,7 +277,9 @@ def left_out_for_its_loss(source, out, patch):
 def reported(source, out, patch):
     """Loss and number of samples told of an iteration of two micro-batches, with losses 1 and 3."""
     told = []
-    patch.setattr(Watch, "left_out", lambda self, step, loss, norm, keys: told.extend([loss, len(keys)]) or False)
+    patch.setattr(
+        Watch, "left_out", lambda self, step, loss, norm, keys: told.extend([loss, len(keys)]) or False
+    )
     spoil(patch, lambda call, loss, zero: loss - loss.detach() + (1, 3)[call - 1] + zero)
     train_py(source, out, patch, (*NEVER, "--micro-batch", "2"), steps=1, stages=[(0, (16,))])
     return told
@@ -319,37 +384,69 @@ def concluded(source, out, patch):
 HALF_WAY = round((LR + LR_END) / 2, 9)
 RULES = [  # (the rule, what it should find, what breaks it: a text of train.py and its replacement, or several)
     (left_out_for_its_gradient, [2], (" | ~torch.isfinite(norm)", "")),
-    (left_out_for_its_loss, [2], ("~torch.isfinite(loss) | ", ""),
-     ("total = total + loss", "total = loss")),
-    (reported, [2.0, 4], ("total + loss.detach() / count", "total + loss.detach()"),
-     ("total = total + loss", "total = loss"), ("keys += batch.keys", "keys = batch.keys")),
-    (finite_weights, True,
-     ("stopping |= watch.left_out", "update(run, step)\n            stopping |= watch.left_out"),
-     ("        if bad:", "        if False:")),
+    (left_out_for_its_loss, [2], ("~torch.isfinite(loss) | ", ""), ("total = total + loss", "total = loss")),
+    (
+        reported,
+        [2.0, 4],
+        ("total + loss.detach() / count", "total + loss.detach()"),
+        ("total = total + loss", "total = loss"),
+        ("keys += batch.keys", "keys = batch.keys"),
+    ),
+    (
+        finite_weights,
+        True,
+        ("stopping |= watch.left_out", "update(run, step)\n            stopping |= watch.left_out"),
+        ("        if bad:", "        if False:"),
+    ),
     (given_up, [5], ("stopping |= watch.left_out", "watch.left_out")),
     (not_given_up, [9], ("            watch.updated(norm)", "            pass")),
     # One pass forward, one backward (that is two), and two evaluations of every second picture
-    (operations, 4 * B * model.forward_flops(TINY, 16, 10), ("seen(batch, stats, aux)", "seen(batch, stats, True)")),
-    (logged, [(2, True, True), (3, True, True)], ("        watch.log(step)", "        pass"),
-     ("        watch.seen(batch, stats, aux)", "        pass"),
-     ("            watch.updated(norm)", "            pass")),
+    (
+        operations,
+        4 * B * model.forward_flops(TINY, 16, 10),
+        ("seen(batch, stats, aux)", "seen(batch, stats, True)"),
+    ),
+    (
+        logged,
+        [(2, True, True), (3, True, True)],
+        ("        watch.log(step)", "        pass"),
+        ("        watch.seen(batch, stats, aux)", "        pass"),
+        ("            watch.updated(norm)", "            pass"),
+    ),
     (learning_rates, [HALF_WAY, HALF_WAY], ("in run.adam.param_groups:", "in run.adam.param_groups[:1]:")),
-    (late_states, list(range(1, 11)), ("stopping or late or", "stopping or"),
-     ("late = args.save_every is None", "late = False")),
-    (regular_states, [3, 6, 7], ("(run.save_every, args.milestone_every)", "(run.save_every,)"),
-     ("or regular or", "or")),
-    (drawn_and_compiled, ([2, 4, 5], ["from iteration 2 on compiled"]),
-     ("in (EAGER_STEPS, plan.steps)", "== plan.steps"), ("in (EAGER_STEPS, plan.steps)", "== EAGER_STEPS"),
-     ("step % run.grid_every == 0 or", ""), ("            watch.draw(step)", "            pass"),
-     ("if step == max(run.start, EAGER_STEPS)", "if step == run.start"),
-     ("step == max(", "step >= max(")),
+    (
+        late_states,
+        list(range(1, 11)),
+        ("stopping or late or", "stopping or"),
+        ("late = args.save_every is None", "late = False"),
+    ),
+    (
+        regular_states,
+        [3, 6, 7],
+        ("(run.save_every, args.milestone_every)", "(run.save_every,)"),
+        ("or regular or", "or"),
+    ),
+    (
+        drawn_and_compiled,
+        ([2, 4, 5], ["from iteration 2 on compiled"]),
+        ("in (EAGER_STEPS, plan.steps)", "== plan.steps"),
+        ("in (EAGER_STEPS, plan.steps)", "== EAGER_STEPS"),
+        ("step % run.grid_every == 0 or", ""),
+        ("            watch.draw(step)", "            pass"),
+        ("if step == max(run.start, EAGER_STEPS)", "if step == run.start"),
+        ("step == max(", "step >= max("),
+    ),
     (resolution, 24, ("begin_stage(step)", "begin_stage(run.start)")),
     (blocked, True, ("run.stop.held()", "contextlib.nullcontext()")),
-    (stopped, [2], ("stopping |= run.ranks.world == 1", "stopping |= False"),
-     ("if stopping or late", "if late"),
-     ("and not stopping:", "and True:")),
+    (
+        stopped,
+        [2],
+        ("stopping |= run.ranks.world == 1", "stopping |= False"),
+        ("if stopping or late", "if late"),
+        ("and not stopping:", "and True:"),
+    ),
     (concluded, [2], ("    watch.conclude(step)", "    pass")),
-]  # fmt: skip
+]
 BREACHES = [(rule, right, *change) for rule, right, *changes in RULES for change in changes]
 
 
@@ -360,7 +457,9 @@ def test_a_rule_of_the_loop(rule, right, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("rule, right, old, new", BREACHES, ids=lambda x: getattr(x, "__name__", None))
 def test_a_broken_rule_is_noticed(rule, right, old, new, tmp_path, monkeypatch):
-    assert SOURCE.count(old) == 1, f"{old!r} must occur exactly once in train.py, or this mutant tests nothing"
+    assert SOURCE.count(old) == 1, (
+        f"{old!r} must occur exactly once in train.py, or this mutant tests nothing"
+    )
     try:
         found = rule(SOURCE.replace(old, new), tmp_path / "run", monkeypatch)
     except (IndexError, KeyError):

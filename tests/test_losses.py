@@ -28,9 +28,9 @@ def close(actual: Tensor, expected: Tensor, tol: float = 1e-11) -> None:
     torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Sec. 2, 3.1: flow matching
-# =====================================================================================================================
+# ============================================================================================================
 TIMES = torch.tensor([1.0, 0.93, 0.5, 0.07], dtype=F64)
 
 
@@ -87,9 +87,9 @@ def test_the_minimiser_of_eq_3_gives_the_posterior_mean():
     close(estimate, mean + gain * (x - (1 - t) * mean), 1e-9)
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Sec. 3.2 and S.1: scores and posterior means of Gaussians
-# =====================================================================================================================
+# ============================================================================================================
 class Gaussian(NamedTuple):
     """Data N(mean, variance I); its noisy score by autograd, its posterior mean by conditioning."""
 
@@ -172,9 +172,9 @@ def test_gradient_of_the_self_evaluation_loss_is_the_score_direction(w):
     close(gradient, 2 * sigma**2 / alpha**2 * direction, 1e-9)
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Sec. 3.3: the target
-# =====================================================================================================================
+# ============================================================================================================
 T_S = torch.tensor([[0.9, 0.2], [0.5, 0.4], [0.3, 0.0], [0.7, 0.7], [0.999, 0.5], [0.05, 0.01]], dtype=F64)
 
 
@@ -199,7 +199,9 @@ def test_mix_weight_at_the_end_of_time(dtype):
     t = torch.stack([one, one, one, below, one])
     s = torch.stack([one, 0 * one, below, below, 0.9 * one])
     assert losses.mix_weight(t, s).tolist() == [0, 1, 1, 0, 1]
-    t, s = (g.flatten() for g in torch.meshgrid(torch.linspace(0, 1, 65), torch.linspace(0, 1, 65), indexing="ij"))
+    t, s = (
+        g.flatten() for g in torch.meshgrid(torch.linspace(0, 1, 65), torch.linspace(0, 1, 65), indexing="ij")
+    )
     t, s = t[s < t].to(dtype), s[s < t].to(dtype)
     inside = t < 1
     lam = paper_lam(t[inside].double(), s[inside].double())
@@ -245,9 +247,9 @@ def test_renormalising_a_zero_target_gives_zero(norm):
     assert torch.equal(losses.renormalise(torch.zeros(2, 4), x0), torch.zeros(2, 4))
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # The whole step
-# =====================================================================================================================
+# ============================================================================================================
 class Call(NamedTuple):
     x: Tensor
     t: Tensor
@@ -309,7 +311,9 @@ def batch(shape: tuple = (3,), p_equal: float = 0.5, seed: int = 3, index=range(
     n = len(index)
     draws = losses.draw(seed, 11, list(index), shape, p_equal)
     draws = losses.Draws(*(d.double() if d.is_floating_point() else d for d in draws))
-    x0 = normal(n, *shape, seed=seed) * per_sample(torch.linspace(0.3, 3, n, dtype=F64), torch.empty(n, *shape))
+    x0 = normal(n, *shape, seed=seed) * per_sample(
+        torch.linspace(0.3, 3, n, dtype=F64), torch.empty(n, *shape)
+    )
     c, null, fake = (normal(n, *shape, seed=seed + i) for i in (1, 2, 3))
     is_null = IS_NULL[:n]
     c = torch.where(per_sample(is_null, c), null, c)
@@ -320,10 +324,18 @@ def networks() -> tuple[Net, Net]:
     return Net(*ONLINE), Net(*EMA)
 
 
-def paper_step(b: Batch, online: Net, ema: Net, *, tau=1.0, aux=False, target="renorm", null_target="data") -> dict:
+def paper_step(
+    b: Batch, online: Net, ema: Net, *, tau=1.0, aux=False, target="renorm", null_target="data"
+) -> dict:
     """Fig. 2 and Sec. 3.3 sample by sample, each line as printed. Everything here is a constant for the gradient."""
     t, s = b.times(tau)
-    out = {"t": t, "s": s, "target": b.x0.clone(), "x_self": b.x0.clone(), "lam": torch.zeros(len(t), dtype=F64)}
+    out = {
+        "t": t,
+        "s": s,
+        "target": b.x0.clone(),
+        "x_self": b.x0.clone(),
+        "lam": torch.zeros(len(t), dtype=F64),
+    }
     out["x_t"] = torch.stack([(1 - t[i]) * b.x0[i] + t[i] * b.draws.eps[i] for i in range(len(t))])
     out["x_s_hat"], out["x0_hat"] = torch.empty_like(b.x0), torch.empty_like(b.x0)
 
@@ -365,7 +377,9 @@ def paper_loss(b: Batch, online: Net, constants: dict, theta: Tensor, aux: bool,
         total = total + loss / t[i] ** 2
         if aux and i in b.draws.below:
             x_s = constants["x_s_hat"][i]
-            G_fake = x_s - s[i] * online.velocity(x_s[None], s[i, None], s[i, None], b.fake[i][None], theta)[0]
+            G_fake = (
+                x_s - s[i] * online.velocity(x_s[None], s[i, None], s[i, None], b.fake[i][None], theta)[0]
+            )
             total = total + (G_fake - constants["x0_hat"][i]).pow(2).sum() / s[i] ** 2
     return total / len(t) / b.x0[0].numel()
 
@@ -513,7 +527,9 @@ def test_the_ema_serves_the_prompt_and_the_online_network_the_null_branch():
             V_null = unconditional.velocity(x_s, s, s, b.null[i][None])
             V_c = conditional.velocity(x_s, s, s, b.c[i][None])
             mixed = x0 + other["lam"][i] * (other["x0_hat"][i] + s * (V_null - V_c)[0])
-            assert (mixed / mixed.norm() * x0.norm() - actual[i]).norm() > 1e-4  # the roles above agree to 1e-9
+            assert (
+                mixed / mixed.norm() * x0.norm() - actual[i]
+            ).norm() > 1e-4  # the roles above agree to 1e-9
 
 
 def test_another_network_may_serve_the_null_branch():
@@ -627,7 +643,9 @@ def test_delta_scale_zero_is_the_control_that_says_nothing_about_x0_hat(aux):
         close(targets[0][i], mixed / mixed.norm() * b.x0[i].norm(), 1e-9)
 
 
-@pytest.mark.parametrize("options", [dict(lam_scale=0.3), dict(lam_s=lambda t, s: (t + s) / 2), dict(delta_scale=2.0)])
+@pytest.mark.parametrize(
+    "options", [dict(lam_scale=0.3), dict(lam_s=lambda t, s: (t + s) / 2), dict(delta_scale=2.0)]
+)
 def test_the_other_choices(options):
     """lam_scale multiplies lambda, lam_s moves the time that lambda alone sees, delta_scale multiplies Delta."""
     b, (online, ema) = batch(), networks()
@@ -636,7 +654,9 @@ def test_the_other_choices(options):
     target = regression_target(online.calls[0], p["x_t"], p["t"])
     for i in (1, 5):
         t, s = p["t"][i], p["s"][i]
-        lam = options.get("lam_scale", 1.0) * paper_lam(t, options["lam_s"](t, s) if "lam_s" in options else s)
+        lam = options.get("lam_scale", 1.0) * paper_lam(
+            t, options["lam_s"](t, s) if "lam_s" in options else s
+        )
         x_self = p["x0_hat"][i] + options.get("delta_scale", 1.0) * (p["x_self"][i] - p["x0_hat"][i])
         close(target[i], (b.x0[i] + lam * x_self) / (1 + lam), 1e-9)
 
@@ -653,7 +673,9 @@ def test_unknown_choices_are_refused(options):
 def test_the_step_is_finite_at_the_end_of_time(dtype, aux, null_target):
     """t = 1 with s < t: the target is x_self at the norm of x0, the limit of Eq. 19. s = t = 1: it is x0."""
     b, (online, ema) = batch((2, 3)), networks()
-    u = torch.tensor([0.0, 0.0, 0.5, 0.0, 0.5, 0.5, 1e-7, 0.9], dtype=F64)  # s = t = 1 at 1 and 3; s < t at 5, 7
+    u = torch.tensor(
+        [0.0, 0.0, 0.5, 0.0, 0.5, 0.5, 1e-7, 0.9], dtype=F64
+    )  # s = t = 1 at 1 and 3; s < t at 5, 7
     draws = b.draws._replace(z=torch.full((B,), math.inf, dtype=F64), u=u)
     b = Batch(*(x.to(dtype) if x.is_floating_point() else x for x in b[:5]), draws)
     b = b._replace(draws=losses.Draws(*(x.to(dtype) if x.is_floating_point() else x for x in draws)))
@@ -670,7 +692,9 @@ def test_the_step_is_finite_at_the_end_of_time(dtype, aux, null_target):
     if not aux:
         s, x0_hat = 0.5, b.draws.eps[5] - online.calls[0].out.detach()[5]
         x_s, times = (1 - s) * x0_hat + s * b.draws.eps_s[5], torch.tensor([s], dtype=dtype)
-        V_null, V_c = (n.velocity(x_s[None], times, times, c[5][None])[0] for n, c in [(online, b.null), (ema, b.c)])
+        V_null, V_c = (
+            n.velocity(x_s[None], times, times, c[5][None])[0] for n, c in [(online, b.null), (ema, b.c)]
+        )
         x_self = (x0_hat + s * (V_null - V_c)).detach()
         close(target[5], x_self / x_self.norm() * b.x0[5].norm(), tol)
 
@@ -689,23 +713,27 @@ def test_the_statistics_are_those_of_the_step():
 
 def test_the_step_runs_the_denoiser_itself():
     """Pictures through model.Denoiser in fp32 with the auxiliary term: a finite loss, a gradient for every weight."""
-    config = dict(width=32, heads=2, double=1, single=1, axes=(4, 6, 6), channels=3, patch=2, txt_dim=6, vec_dim=5)
+    config = dict(
+        width=32, heads=2, double=1, single=1, axes=(4, 6, 6), channels=3, patch=2, txt_dim=6, vec_dim=5
+    )
     torch.manual_seed(0)
     network, ema = model.Denoiser(**config), model.Denoiser(**config).requires_grad_(False)
     for p in (*network.parameters(), *ema.parameters()):
         nn.init.normal_(p, std=0.2)
     prompts = [(torch.randn(4, 5, 6), torch.randn(4, 5)) for _ in range(3)]
     draws = losses.draw(0, 0, [0, 1, 2, 3], (3, 4, 8))
-    loss, _ = losses.SelfE(network, ema)(torch.randn(4, 3, 4, 8), *prompts, torch.zeros(4).bool(), draws, 1.0, True)
+    loss, _ = losses.SelfE(network, ema)(
+        torch.randn(4, 3, 4, 8), *prompts, torch.zeros(4).bool(), draws, 1.0, True
+    )
     loss.backward()
     assert loss.isfinite() and loss.dim() == 0
     assert all(p.grad is not None and p.grad.any() for p in network.parameters())
     assert all(p.grad is None for p in ema.parameters())
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # S.2: the distribution of (t, s), and the numbers behind it
-# =====================================================================================================================
+# ============================================================================================================
 def normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
@@ -770,7 +798,9 @@ def test_the_law_of_t_and_s_against_quadrature(mu, tau):
     close(s_grid.var(dim=1, correction=0), (tau * t_grid[:, 0]) ** 2 / 12 * (1 - 1 / n**2))
     # where the sample is not among the positions, s is t itself
     t_again, s_again = losses.sample_times(z, u, positions[::2], mu, tau)
-    assert torch.equal(t_again, t) and torch.equal(s_again[::2], s[::2]) and torch.equal(s_again[1::2], t[1::2])
+    assert (
+        torch.equal(t_again, t) and torch.equal(s_again[::2], s[::2]) and torch.equal(s_again[1::2], t[1::2])
+    )
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
@@ -814,7 +844,11 @@ def test_the_noises_are_normal_and_independent(drawn):
 
 def test_draws_depend_on_seed_and_step():
     first = losses.draw(1, 2, [4, 5], (3,))
-    for other in (losses.draw(2, 2, [4, 5], (3,)), losses.draw(1, 3, [4, 5], (3,)), losses.draw(1, 2, [6, 7], (3,))):
+    for other in (
+        losses.draw(2, 2, [4, 5], (3,)),
+        losses.draw(1, 3, [4, 5], (3,)),
+        losses.draw(1, 2, [6, 7], (3,)),
+    ):
         for a, b in zip(first[:4], other[:4]):
             assert not torch.isclose(a, b).any()
 
@@ -832,10 +866,19 @@ def test_the_share_of_s_below_t_is_one_minus_p_equal(p_equal, share):
     assert len(losses.below_positions(list(range(2000)), p_equal)) == pytest.approx(2000 * share, abs=1)
 
 
-@pytest.mark.parametrize("p_equal, n, places", [
-    (0.9, 10, [9]), (0.8, 5, [4]), (0.7, 10, [3, 6, 9]), (0.6, 5, [2, 4]), (7 / 8, 8, [7]), (0.75, 4, [3]),
-    (0.5, 2, [1]), (0.1, 10, [1, 2, 3, 4, 5, 6, 7, 8, 9]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "p_equal, n, places",
+    [
+        (0.9, 10, [9]),
+        (0.8, 5, [4]),
+        (0.7, 10, [3, 6, 9]),
+        (0.6, 5, [2, 4]),
+        (7 / 8, 8, [7]),
+        (0.75, 4, [3]),
+        (0.5, 2, [1]),
+        (0.1, 10, [1, 2, 3, 4, 5, 6, 7, 8, 9]),
+    ],
+)
 def test_every_n_samples_have_their_share_at_the_same_places(p_equal, n, places):
     """The places are those of whole numbers in (1 - p) g, counted by hand. In floating point 10 (1 - 0.9) is less than
     1: rounded down as it is, the first ten samples would have no place and the next ten two."""
@@ -869,7 +912,9 @@ def test_micro_batches_add_up_to_the_batch(size, aux):
         piece = slice(start, start + size)
         draws = losses.draw(3, 11, list(range(start, start + size)), (3,))
         draws = losses.Draws(*(d.double() if d.is_floating_point() else d for d in draws))
-        part, _ = Batch(*(x[piece] for x in b[:5]), draws).step(losses.SelfE(accumulated, ema, mu=MU), aux=aux)
+        part, _ = Batch(*(x[piece] for x in b[:5]), draws).step(
+            losses.SelfE(accumulated, ema, mu=MU), aux=aux
+        )
         (part * size / B).backward()
         values.append(part.detach())
     close(torch.stack(values).mean(), loss.detach())

@@ -17,7 +17,9 @@ from engine import errors, machine
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("double, single, rows, cols, text", [(2, 4, 8, 8, 16), (1, 0, 4, 10, 7), (0, 3, 5, 5, 9)])
+@pytest.mark.parametrize(
+    "double, single, rows, cols, text", [(2, 4, 8, 8, 16), (1, 0, 4, 10, 7), (0, 3, 5, 5, 9)]
+)
 def test_forward_flops_equal_torchs_counter(double, single, rows, cols, text):
     size = model.SIZES["laptop"] | {"double": double, "single": single}
     network = model.Denoiser(**size)
@@ -42,10 +44,15 @@ def test_devices():
             machine.pick_device(name)
 
 
-@pytest.mark.parametrize("small, large, expected", [
-    ((1, 1), (1, 2), torch.bfloat16), ((1, 1), (1, 1.2), torch.float32), ((3, 1), (1, 4), torch.bfloat16),
-    ((100, 1), None, torch.float32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "small, large, expected",
+    [
+        ((1, 1), (1, 2), torch.bfloat16),
+        ((1, 1), (1, 1.2), torch.float32),
+        ((3, 1), (1, 4), torch.bfloat16),
+        ((100, 1), None, torch.float32),
+    ],
+)
 def test_the_faster_precision_is_picked(small, large, expected, monkeypatch):
     """bf16 where its large product is clearly faster; a type without instructions is seen by a small product alone."""
     times = {256: small, 768: large}
@@ -66,11 +73,30 @@ def test_kept_memory_changes_no_result():
 
 def test_the_benchmark_counts_forward_passes(tmp_path):
     """A Self-E step makes two evaluations of half a batch, the auxiliary stage one more; the report says so."""
-    result = subprocess.run([sys.executable, "engine/benchmark.py", "--batch", "4", "--repeats", "1", "--blocks", "1",
-                             "0",
-                             "--device", "cpu", "--precision", "fp32", "--profile", "--out", str(tmp_path / "b.json")],
-                            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-                            text=True)  # fmt: skip
+    result = subprocess.run(
+        [
+            sys.executable,
+            "engine/benchmark.py",
+            "--batch",
+            "4",
+            "--repeats",
+            "1",
+            "--blocks",
+            "1",
+            "0",
+            "--device",
+            "cpu",
+            "--precision",
+            "fp32",
+            "--profile",
+            "--out",
+            str(tmp_path / "b.json"),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "b.json").read_text())
     assert [row["forwards"] for row in report["steps"].values()] == [1.0, 2.0, 2.5]
@@ -78,6 +104,8 @@ def test_the_benchmark_counts_forward_passes(tmp_path):
     assert real["picture_sizes"] == 1 and 0 <= real["waited"] < real["seconds"]
     calls = {row["name"]: row["calls"] for row in report["kernels"]}
     spent = [row["milliseconds"] for row in report["kernels"]]
-    assert calls["aten::_fused_adam_"] == 1 and spent == sorted(spent, reverse=True)  # one step, the longest first
+    assert calls["aten::_fused_adam_"] == 1 and spent == sorted(
+        spent, reverse=True
+    )  # one step, the longest first
     assert 0.5 < sum(row["share"] for row in report["kernels"]) <= 1
     assert report["forward_backward"]["diffusers"] > 0 and report["peak_tflops"]["float32"] > 0

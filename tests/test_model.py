@@ -10,8 +10,12 @@ import torch.nn.functional as F
 import model
 
 # Same structure as the big sizes (two streams, then one; heads; three RoPE axes; patches), small enough for a test.
-SMALL = dict(width=64, heads=4, double=2, single=3, axes=(4, 6, 6), channels=3, patch=2, txt_dim=24, vec_dim=10)
-OTHER = dict(width=48, heads=2, double=1, single=2, axes=(8, 4, 12), channels=5, patch=1, txt_dim=7, vec_dim=9)
+SMALL = dict(
+    width=64, heads=4, double=2, single=3, axes=(4, 6, 6), channels=3, patch=2, txt_dim=24, vec_dim=10
+)
+OTHER = dict(
+    width=48, heads=2, double=1, single=2, axes=(8, 4, 12), channels=5, patch=1, txt_dim=7, vec_dim=9
+)
 DEEP = dict(SMALL, double=8, single=16)
 
 
@@ -48,7 +52,9 @@ def count_by_hand(**size) -> tuple[int, int]:
     def linear(n, m):
         return n * m + m
 
-    stream = linear(d, 6 * d) + linear(d, 3 * d) + linear(d, d) + linear(d, 4 * d) + linear(4 * d, d) + 2 * head
+    stream = (
+        linear(d, 6 * d) + linear(d, 3 * d) + linear(d, d) + linear(d, 4 * d) + linear(4 * d, d) + 2 * head
+    )
     one = linear(d, 3 * d) + linear(d, 7 * d) + linear(5 * d, d) + 2 * head
     blocks = size["double"] * 2 * stream + size["single"] * one
     patch_values = size["channels"] * size["patch"] ** 2
@@ -173,9 +179,15 @@ def test_patches_are_those_of_unfold():
     x_t, t, s, txt, vec = inputs(SMALL, rows=3, cols=5)
     with torch.no_grad():
         out = network(x_t, t, s, txt, vec)
-        tokens = F.unfold(x_t, kernel_size=2, stride=2).transpose(1, 2)  # [B, 15, 3 * 2 * 2], (c, ph, pw), row by row
+        tokens = F.unfold(x_t, kernel_size=2, stride=2).transpose(
+            1, 2
+        )  # [B, 15, 3 * 2 * 2], (c, ph, pw), row by row
         hidden = F.linear(tokens, network.img_in.weight, network.img_in.bias)
-        times = [network.time_in(model.sinusoid(t)), network.gap_in(model.sinusoid(t - s)), network.vector_in(vec)]
+        times = [
+            network.time_in(model.sinusoid(t)),
+            network.gap_in(model.sinusoid(t - s)),
+            network.vector_in(vec),
+        ]
         expected = network.final_layer(hidden, sum(times)).transpose(1, 2)
         expected = F.fold(expected, output_size=x_t.shape[2:], kernel_size=2, stride=2)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
@@ -203,7 +215,10 @@ def test_rotations_are_complex_products_in_fp32_whatever_comes_in(dtype):
     txt_len, rows, cols, axes = 2, 3, 4, (4, 6, 6)
     x = torch.randn(2, 3, txt_len + rows * cols, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     positions = [(0, 0, 0)] * txt_len + [(0, y, x) for y in range(rows) for x in range(cols)]
-    angles = [[p * 10000.0 ** (-2 * i / n) for p, n in zip(place, axes) for i in range(n // 2)] for place in positions]
+    angles = [
+        [p * 10000.0 ** (-2 * i / n) for p, n in zip(place, axes) for i in range(n // 2)]
+        for place in positions
+    ]
     out = model.rotate(x, model.rope_table(txt_len, rows, cols, axes, torch.device("cpu")))
     pairs = x.double().numpy()[..., ::2] + 1j * x.double().numpy()[..., 1::2]
     turned = pairs * np.exp(1j * np.array(angles))
@@ -221,7 +236,13 @@ def flux_names(double: int, single: int) -> set[str]:
     for i in range(double):
         for stream in ("img", "txt"):
             block = f"double_blocks.{i}.{stream}"
-            names += [f"{block}_mod.lin", f"{block}_attn.qkv", f"{block}_attn.proj", f"{block}_mlp.0", f"{block}_mlp.2"]
+            names += [
+                f"{block}_mod.lin",
+                f"{block}_attn.qkv",
+                f"{block}_attn.proj",
+                f"{block}_mlp.0",
+                f"{block}_mlp.2",
+            ]
             scales += [f"{block}_attn.norm.{n}_norm.scale" for n in ("query", "key")]
     for i in range(single):
         names += [f"single_blocks.{i}.{n}" for n in ("linear1", "linear2", "modulation.lin")]
@@ -231,7 +252,9 @@ def flux_names(double: int, single: int) -> set[str]:
 
 def test_a_flux_state_dict_lacks_only_the_gap_embedder():
     ours = set(model.Denoiser(**SMALL).state_dict())
-    assert ours - flux_names(2, 3) == {f"gap_in.{n}.{k}" for n in ("in_layer", "out_layer") for k in ("weight", "bias")}
+    assert ours - flux_names(2, 3) == {
+        f"gap_in.{n}.{k}" for n in ("in_layer", "out_layer") for k in ("weight", "bias")
+    }
     assert flux_names(2, 3) - ours == set()
 
 
@@ -244,7 +267,11 @@ def as_diffusers(tensors: dict[str, torch.Tensor], width: int) -> dict[str, torc
         kind = name.rsplit(".", 1)[1]
         part = name.split(".")
         if part[0] == "double_blocks":
-            block, stream, rest = f"transformer_blocks.{part[1]}", part[2][:3], part[2][4:] + "." + ".".join(part[3:-1])
+            block, stream, rest = (
+                f"transformer_blocks.{part[1]}",
+                part[2][:3],
+                part[2][4:] + "." + ".".join(part[3:-1]),
+            )
             image = stream == "img"
             if rest == "attn.qkv":
                 to = ("to_q", "to_k", "to_v") if image else ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -269,7 +296,9 @@ def as_diffusers(tensors: dict[str, torch.Tensor], width: int) -> dict[str, torc
             to = {"modulation.lin": "norm.linear", "linear2": "proj_out"}
             to |= {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
             out[f"{block}.{to[rest]}.{'weight' if kind == 'scale' else kind}"] = x
-        elif name.startswith("final_layer.adaLN_modulation"):  # FLUX: (shift, scale); diffusers: (scale, shift)
+        elif name.startswith(
+            "final_layer.adaLN_modulation"
+        ):  # FLUX: (shift, scale); diffusers: (scale, shift)
             shift, scale = x.chunk(2)
             out[f"norm_out.linear.{kind}"] = torch.cat([scale, shift])
         else:
@@ -291,10 +320,16 @@ def diffusers_flux(config: dict):
 
     patch_values = config["channels"] * config["patch"] ** 2
     return FluxTransformer2DModel(
-        patch_size=1, in_channels=patch_values, num_layers=config["double"], num_single_layers=config["single"],
-        attention_head_dim=config["width"] // config["heads"], num_attention_heads=config["heads"],
-        joint_attention_dim=config["txt_dim"], pooled_projection_dim=config["vec_dim"], axes_dims_rope=config["axes"],
-    )  # fmt: skip
+        patch_size=1,
+        in_channels=patch_values,
+        num_layers=config["double"],
+        num_single_layers=config["single"],
+        attention_head_dim=config["width"] // config["heads"],
+        num_attention_heads=config["heads"],
+        joint_attention_dim=config["txt_dim"],
+        pooled_projection_dim=config["vec_dim"],
+        axes_dims_rope=config["axes"],
+    )
 
 
 def assert_within(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
@@ -325,10 +360,12 @@ def test_equals_the_flux_of_diffusers_when_the_gap_embedder_is_zero(config):
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
     expected = flux(
         hidden_states=F.unfold(theirs[0], kernel_size=p, stride=p).transpose(1, 2),
-        encoder_hidden_states=theirs[1], pooled_projections=theirs[2], timestep=t,
+        encoder_hidden_states=theirs[1],
+        pooled_projections=theirs[2],
+        timestep=t,
         img_ids=torch.stack([torch.zeros_like(y), y, x], dim=-1).reshape(-1, 3).float(),
         txt_ids=torch.zeros(txt.shape[1], 3),
-    ).sample  # fmt: skip
+    ).sample
     expected = F.fold(expected.transpose(1, 2), output_size=x_t.shape[2:], kernel_size=p, stride=p)
     (expected * probe).sum().backward()
 
@@ -370,7 +407,9 @@ def test_bf16_inside_fp32_outside():
     out_rough.square().sum().backward()
     for (name, p), q in zip(exact.named_parameters(), rough.parameters()):
         assert q.dtype == q.grad.dtype == torch.float32
-        assert F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.9 or p.grad.norm() < 1e-3, name
+        assert F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.9 or p.grad.norm() < 1e-3, (
+            name
+        )
 
 
 @pytest.mark.parametrize("outer", [False, True], ids=["no outer autocast", "outer autocast"])
@@ -388,7 +427,9 @@ def test_a_pass_without_gradient_leaves_no_trap_in_the_autocast_cache(outer):
     network.zero_grad()
     network(*inputs(SMALL)).sum().backward()
     for name, p in network.named_parameters():
-        assert (twice[name] - 2 * p.grad).norm() < 0.2 * p.grad.norm(), name  # equal, but for bf16 under `outer`
+        assert (twice[name] - 2 * p.grad).norm() < 0.2 * p.grad.norm(), (
+            name
+        )  # equal, but for bf16 under `outer`
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])

@@ -30,49 +30,88 @@ LOSSES = [  # (what is wrong, the text, its replacement)
     ("Eq. s.1: sign of the score", "(x_s + like(s, x_s) ** 2 * score)", "(x_s - like(s, x_s) ** 2 * score)"),
     ("Eq. s.2: alpha forgotten", "** 2 / (1 - like(s, score_a))", "** 2 / (1 - 0 * like(s, score_a))"),
     ("Eq. 12: w for w - 1", "score_c + (w - 1)", "score_c + (w - 0)"),
-    ("Eq. 13: classifier term reversed", "(w - 1) * (score_null - score_c)", "(w - 1) * (score_c - score_null)"),
+    (
+        "Eq. 13: classifier term reversed",
+        "(w - 1) * (score_null - score_c)",
+        "(w - 1) * (score_c - score_null)",
+    ),
     ("Eq. 14: evaluation reversed", "return G_null - G_c", "return G_c - G_null"),
     ("Eq. s.6: k for 1 - k", "+ (1 - k) * (G_fake - G_c)", "+ k * (G_fake - G_c)"),
     ("Eq. s.6: fake against null", "(1 - k) * (G_fake - G_c)", "(1 - k) * (G_fake - G_null)"),
     ("Eq. 14: Delta added", "return (x0_hat - Delta).detach()", "return (x0_hat + Delta).detach()"),
     ("Eq. 14: no stop-gradient", "return (x0_hat - Delta).detach()", "return (x0_hat - Delta)"),
-    ("Eq. s.8: the sample learns too", "cfm_loss(V_fake, x0_hat.detach(), eps)", "cfm_loss(V_fake, x0_hat, eps)"),
+    (
+        "Eq. s.8: the sample learns too",
+        "cfm_loss(V_fake, x0_hat.detach(), eps)",
+        "cfm_loss(V_fake, x0_hat, eps)",
+    ),
     ("Eq. 17: t for t - s", "return (t - s) / ((1 - t) * (1 - s))", "return (t - 0) / ((1 - t) * (1 - s))"),
     ("Eq. 17: 1 - s forgotten in mix", "(gap + (1 - t) * (1 - s))", "(gap + (1 - t) * (1 - 0))"),
     ("lam_scale ignored", "gap = scale * (t - s)", "gap = 1 * (t - s)"),
     ("Eq. 16: self-evaluation subtracted", "data_loss(x0_hat, x0) + lam *", "data_loss(x0_hat, x0) - lam *"),
     ("Eq. 16: lambda squared", "+ lam * self_evaluation_loss", "+ lam**2 * self_evaluation_loss"),
-    ("Eq. 18: data left at full weight", "return (1 - like(mix, x0)) * x0 +", "return (1 - 0 * like(mix, x0)) * x0 +"),
-    ("Eq. 19: squared norm for norm", "squared_norm(x0) / square, 0.0).sqrt()", "squared_norm(x0) / square, 0.0)"),
+    (
+        "Eq. 18: data left at full weight",
+        "return (1 - like(mix, x0)) * x0 +",
+        "return (1 - 0 * like(mix, x0)) * x0 +",
+    ),
+    (
+        "Eq. 19: squared norm for norm",
+        "squared_norm(x0) / square, 0.0).sqrt()",
+        "squared_norm(x0) / square, 0.0)",
+    ),
     ("Eq. 20: sign", "return squared_norm(x0_hat - target)", "return squared_norm(x0_hat + target)"),
     ("Eq. 21: 1/t", "return 1 / t**2", "return 1 / t**1"),
     ("Eq. s.12: FLUX's anchor", "(L - 512)", "(L - 256)"),
     ("Eq. s.12: mu's sign", "odds = t_raw * torch.exp(", "odds = t_raw / torch.exp("),
     ("Eq. s.13: tau ignored", "((1 - tau * u) * t)", "((1 - 1 * u) * t)"),
     ("Eq. s.13: s around 1 instead of t", "((1 - tau * u) * t)", "((1 - tau * u) * 1)"),
-    ("p(s = t): every sample has s < t", "if int((g + 1) * share) > int(g", "if int((g + 1) * share) >= int(g"),
-    ("Eq. 8 reuses the noise of Eq. 1", "eps_s.append(random.standard_normal(shape, dtype=np.float32))",
-     "eps_s.append(eps[-1])"),
+    (
+        "p(s = t): every sample has s < t",
+        "if int((g + 1) * share) > int(g",
+        "if int((g + 1) * share) >= int(g",
+    ),
+    (
+        "Eq. 8 reuses the noise of Eq. 1",
+        "eps_s.append(random.standard_normal(shape, dtype=np.float32))",
+        "eps_s.append(eps[-1])",
+    ),
     ("G told t twice", "G(self.network, x_t, t, s, c)", "G(self.network, x_t, t, t, c)"),
-    ("prediction detached", "x0_hat = G(self.network, x_t, t, s, c)",
-     "x0_hat = G(self.network, x_t, t, s, c).detach()"),
+    (
+        "prediction detached",
+        "x0_hat = G(self.network, x_t, t, s, c)",
+        "x0_hat = G(self.network, x_t, t, s, c).detach()",
+    ),
     ("noised to another level", "add_noise(x0_hat, s, eps_s)", "add_noise(x0_hat, s / 2, eps_s)"),
-    ("evaluation lets gradient through", "x_s_hat = add_noise(x0_hat, s, eps_s).detach()",
-     "x_s_hat = add_noise(x0_hat, s, eps_s)"),
-    ("evaluates the data, not the sample", "self.self_evaluate(x0_hat_j,", "self.self_evaluate(x0_j,"),
+    (
+        "evaluation lets gradient through",
+        "x_s_hat = add_noise(x0_hat, s, eps_s).detach()",
+        "x_s_hat = add_noise(x0_hat, s, eps_s)",
+    ),
+    ("evaluates the data, not the sample", "x0_hat_j, s_j, *prompts", "x0_j, s_j, *prompts"),
     ("EMA for online: the null branch", "G_null = G(self.unconditional,", "G_null = G(self.ema,"),
     ("online for EMA: the conditional branch", "G_c = G(self.ema,", "G_c = G(self.network,"),
-    ("conditional branch told another time", "G_c = G(self.ema, x_s_hat, s, s,",
-     "G_c = G(self.ema, x_s_hat, s / 2, s,"),
+    (
+        "conditional branch told another time",
+        "G_c = G(self.ema, x_s_hat, s, s,",
+        "G_c = G(self.ema, x_s_hat, s / 2, s,",
+    ),
     ("null branch sees the condition", "x_s_hat, s, s, null)", "x_s_hat, s, s, c)"),
-    ("evaluated at t instead of s", "self.self_evaluate(x0_hat_j, s_j,", "self.self_evaluate(x0_hat_j, t_j,"),
+    ("evaluated at t instead of s", "x0_hat_j, s_j, *prompts", "x0_hat_j, t_j, *prompts"),
     ("fake branch sees the real prompt", "s, s, *fake)", "s, s, *c)"),
-    ("null prompts keep EMA - online", "torch.where(like(is_null, G_c), G_null, G_c)",
-     "torch.where(like(is_null, G_c), G_c, G_c)"),
+    (
+        "null prompts keep EMA - online",
+        "torch.where(like(is_null, G_c), G_null, G_c)",
+        "torch.where(like(is_null, G_c), G_c, G_c)",
+    ),
     ("Delta := 0", "Delta = self.delta_scale * self_evaluation(", "Delta = 0 * self_evaluation("),
     ("k ignored", "self_evaluation(G_null, G_c, G_fake, self.k)", "self_evaluation(G_null, G_c, G_fake, 1)"),
     ("lam_s ignored", "mix_weight(t, self.lam_s(t, s),", "mix_weight(t, s,"),
-    ("null target inverted", 'if self.null_target == "data" and not aux', 'if self.null_target != "data" and not aux'),
+    (
+        "null target inverted",
+        'if self.null_target == "data" and not aux',
+        'if self.null_target != "data" and not aux',
+    ),
     ("mix for lambda in Eq. 16", "x_self, mix / (1 - mix))", "x_self, mix)"),
     ("x_renorm := x0", "x_renorm = renormalise(x_tar, x0) if", "x_renorm = x0 if"),
     ("Eq. 18 normalised too", 'if self.target == "renorm" else x_tar', 'if self.target != "sum" else x_tar'),
@@ -86,12 +125,24 @@ SAMPLER = [
     ("one evaluation too few", "torch.linspace(1, 0, steps + 1", "torch.linspace(1, 0, steps + 0"),
     ("grid not warped", "dtype=torch.float64), mu).tolist()", "dtype=torch.float64), 0).tolist()"),
     ("energy of the null branch", "renormalise(guided, conditional)", "renormalise(guided, guided)"),
-    ("guidance from the conditional branch", "energy_preserving(v_null + guidance", "energy_preserving(v_c + guidance"),
-    ("guidance away from the condition", "guidance * (v_c - v_null), v_c)", "guidance * (v_null - v_c), v_c)"),
+    (
+        "guidance from the conditional branch",
+        "energy_preserving(v_null + guidance",
+        "energy_preserving(v_c + guidance",
+    ),
+    (
+        "guidance away from the condition",
+        "guidance * (v_c - v_null), v_c)",
+        "guidance * (v_null - v_c), v_c)",
+    ),
     ("energy of the null branch", "guidance * (v_c - v_null), v_c)", "guidance * (v_c - v_null), v_null)"),
     ("x0 space: energy of the null branch", "(x0_c - x0_null), x0_c)", "(x0_c - x0_null), x0_null)"),
     ("guided branches told t twice", "torch.cat([s, s])", "torch.cat([t, t])"),
-    ("eps_hat with alpha_s", "eps_hat = (x_t - (1 - t) * x0_hat) / t", "eps_hat = (x_t - (1 - s) * x0_hat) / t"),
+    (
+        "eps_hat with alpha_s",
+        "eps_hat = (x_t - (1 - t) * x0_hat) / t",
+        "eps_hat = (x_t - (1 - s) * x0_hat) / t",
+    ),
     ("eps_hat over s", "eps_hat = (x_t - (1 - t) * x0_hat) / t", "eps_hat = (x_t - (1 - t) * x0_hat) / s"),
     ("posterior variance not squared", "((1 - s) * t)) ** 2)", "((1 - s) * t)) ** 1)"),
     ("posterior variance: alphas swapped", "((1 - t) * s / ((1 - s) * t))", "((1 - s) * s / ((1 - t) * t))"),
@@ -104,21 +155,38 @@ SAMPLER = [
     ("s_k ignored", "for value in (t, s_k)]", "for value in (t, t)]"),
     ("noise at the last step", "fresh = eta != 0 and t_next > 0", "fresh = eta != 0 and t_next >= 0"),
     ("the same fresh noise at every step", "(draw_noise(k) if", "(draw_noise(0) if"),
-    ("next step starts from x0_hat", "x = update(x, x0_hat, t, t_next, eta, noise)",
-     "x = update(x0_hat, x0_hat, t, t_next, eta, noise)"),
-]  # fmt: skip
+    (
+        "next step starts from x0_hat",
+        "x = update(x, x0_hat, t, t_next, eta, noise)",
+        "x = update(x0_hat, x0_hat, t, t_next, eta, noise)",
+    ),
+]
 
 TIM = [
-    ("told t in the difference", "ahead = V(x_t + EPSILON * v, t + EPSILON, r, *c)",
-     "ahead = V(x_t + EPSILON * v, t + EPSILON, t, *c)"),
+    (
+        "told t in the difference",
+        "ahead = V(x_t + EPSILON * v, t + EPSILON, r, *c)",
+        "ahead = V(x_t + EPSILON * v, t + EPSILON, t, *c)",
+    ),
     ("difference at fixed x", "behind = V(x_t - EPSILON * v, t", "behind = V(x_t + EPSILON * v, t"),
     ("half the slope", "return (ahead - behind) / (2 * EPSILON)", "return (ahead - behind) / (4 * EPSILON)"),
-    ("sign of the slope", "(v_w - like(t - r, v_w) * dF_dt).detach()", "(v_w + like(t - r, v_w) * dF_dt).detach()"),
+    (
+        "sign of the slope",
+        "(v_w - like(t - r, v_w) * dF_dt).detach()",
+        "(v_w + like(t - r, v_w) * dF_dt).detach()",
+    ),
     ("t for t - r", "like(t - r, v_w) * dF_dt", "like(t, v_w) * dF_dt"),
-    ("guidance towards the null prompt", "v + (1 - 1 / w) * (F_c - F_null)", "v + (1 - 1 / w) * (F_null - F_c)"),
+    (
+        "guidance towards the null prompt",
+        "v + (1 - 1 / w) * (F_c - F_null)",
+        "v + (1 - 1 / w) * (F_null - F_c)",
+    ),
     ("w for 1 - 1/w", "v + (1 - 1 / w) * (F_c - F_null)", "v + (w - 1) * (F_c - F_null)"),
-    ("the trained network guides", "self.ema(x_t, t, t, *c), self.ema(x_t, t, t, *null)",
-     "self.network(x_t, t, t, *c), self.network(x_t, t, t, *null)"),
+    (
+        "the trained network guides",
+        "self.ema(x_t, t, t, *c), self.ema(x_t, t, t, *null)",
+        "self.network(x_t, t, t, *c), self.network(x_t, t, t, *null)",
+    ),
     ("guided at every t", "(t >= GUIDED[0]) & (t <= GUIDED[1])", "(t >= 0) & (t <= 1)"),
     ("r = 0 never", "torch.where(to_data, 0.0, earlier)[below]", "earlier[below]"),
     ("times not sorted", "return torch.maximum(a, b), torch.minimum", "return a, torch.minimum"),
@@ -143,13 +211,17 @@ SHORTCUT = [
     ("second half from the start", "self.small_step(x_mid, t - half,", "self.small_step(x_t, t - half,"),
     ("second half at t", "self.small_step(x_mid, t - half,", "self.small_step(x_mid, t,"),
     ("told d, not d/2", "v_1 = self.small_step(x_t, t, half,", "v_1 = self.small_step(x_t, t, d,"),
-    ("the trained network evaluates", "v = self.ema(x_t, t, t - d, *c)", "v = self.network(x_t, t, t - d, *c)"),
+    (
+        "the trained network evaluates",
+        "v = self.ema(x_t, t, t - d, *c)",
+        "v = self.network(x_t, t, t - d, *c)",
+    ),
     ("guided at every d", "d * M < 1.5", "d * M < 1e9"),
     ("guided at no d", "d * M < 1.5", "d * M < 0.5"),
     ("larger steps only", "(math.log2(M) * u).floor()", "(3 * u).floor()"),
     ("times off the grid", "1 - place / sections", "1 - (place + 0.5) / sections"),
     ("told s = t", "self.network(x_t, t, t - d, *c) - goal", "self.network(x_t, t, t, *c) - goal"),
-]  # fmt: skip
+]
 PEERS = {"tim": TIM, "meanflow": MEANFLOW, "shortcut": SHORTCUT}
 
 MUTANTS = [("losses", *m) for m in LOSSES] + [("sampler", *m) for m in SAMPLER]
@@ -218,7 +290,9 @@ def quickest_first() -> list[str]:
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[f"{m[0]}: {m[1]}" for m in MUTANTS])
 def test_mutant_is_killed(mutant, quickest_first):
     name, what, old, new = mutant
-    assert ORIGINAL[name].count(old) == 1, f"{old!r} must occur exactly once in {name}, or this mutant tests nothing"
+    assert ORIGINAL[name].count(old) == 1, (
+        f"{old!r} must occur exactly once in {name}, or this mutant tests nothing"
+    )
     with modules_of(ORIGINAL | {name: ORIGINAL[name].replace(old, new)}) as fresh:
         killer = first_failure(fresh["toy.checks.stage"], quickest_first)
     assert killer, f"{name}.py with {old!r} -> {new!r} passes every identity"

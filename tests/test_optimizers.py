@@ -47,9 +47,22 @@ def test_muon_moves_the_blocks_matrices_with_equal_singular_values_and_adam_the_
 
 
 def test_a_run_with_muon_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setitem(model.SIZES, "laptop", model.SIZES["laptop"] | {"width": 32, "heads": 2, "axes": (4, 6, 6)})
+    monkeypatch.setitem(
+        model.SIZES, "laptop", model.SIZES["laptop"] | {"width": 32, "heads": 2, "axes": (4, 6, 6)}
+    )
     run(monkeypatch, "--steps", 4, "--optimizer", "muon", "--out", tmp_path / "whole", *QUICK)
-    run(monkeypatch, "--steps", 4, "--optimizer", "muon", "--out", tmp_path / "halves", *QUICK, "--save-every", 2)
+    run(
+        monkeypatch,
+        "--steps",
+        4,
+        "--optimizer",
+        "muon",
+        "--out",
+        tmp_path / "halves",
+        *QUICK,
+        "--save-every",
+        2,
+    )
     for state in checkpoint.complete_states(tmp_path / "halves")[1:]:
         for file in state.iterdir():
             file.unlink()
@@ -67,7 +80,9 @@ def test_muon_is_torchs(precision):
     """To the last bit in bf16, which torch's takes everywhere; in fp32 as far from it as bf16 rounds."""
     torch.manual_seed(0)
     shapes = [(24, 8), (8, 24), (16, 16)]
-    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for start in [[torch.randn(s) for s in shapes]] * 2)
+    ours, theirs = (
+        [torch.nn.Parameter(p.clone()) for p in start] for start in [[torch.randn(s) for s in shapes]] * 2
+    )
     mine = optimizers.Muon(ours, 1e-2, precision)
     torchs = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     for lr in (1e-2, 1e-2, 3e-3):
@@ -103,29 +118,66 @@ def test_muon_works_in_the_networks_precision(precision, used, tmp_path, monkeyp
     seen = set()
     real = optimizers.orthogonal
     monkeypatch.setattr(optimizers, "orthogonal", lambda m, p: seen.add(p) or real(m, p))
-    run(monkeypatch, "--steps", 1, "--optimizer", "muon", "--out", tmp_path / "run", *QUICK, "--precision", precision)
+    run(
+        monkeypatch,
+        "--steps",
+        1,
+        "--optimizer",
+        "muon",
+        "--out",
+        tmp_path / "run",
+        *QUICK,
+        "--precision",
+        precision,
+    )
     assert seen == {used}
 
 
 def test_a_run_begins_with_anothers_average(tmp_path, monkeypatch):
     """With a learning rate of nearly nothing the new run stays where it began."""
     run(monkeypatch, "--steps", 3, "--out", tmp_path / "first", *QUICK)
-    run(monkeypatch, "--steps", 2, "--out", tmp_path / "second", "--init", tmp_path / "first", "--lr", 1e-12, *QUICK,
-        "--txt-len", 9, "--seed", 5, "--objective", "flow_matching")  # fmt: skip
+    run(
+        monkeypatch,
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "second",
+        "--init",
+        tmp_path / "first",
+        "--lr",
+        1e-12,
+        *QUICK,
+        "--txt-len",
+        9,
+        "--seed",
+        5,
+        "--objective",
+        "flow_matching",
+    )
     first, second = weights(tmp_path / "first", "model"), weights(tmp_path / "second")
     assert all(torch.allclose(first[key], second[key], atol=1e-4) for key in first)
-    assert any(not torch.equal(first[key], torch.zeros_like(first[key])) for key in first if key.startswith("final"))
+    assert any(
+        not torch.equal(first[key], torch.zeros_like(first[key])) for key in first if key.startswith("final")
+    )
     shutil.rmtree(tmp_path / "first")  # it is not read again
     run(monkeypatch, "--resume", "--steps", 3, "--out", tmp_path / "second", "--device", "cpu")
 
 
-@pytest.mark.parametrize("change, said", [
-    (["--init", "nowhere"], "nowhere"), ([], "another shape"),
-])  # fmt: skip
+@pytest.mark.parametrize("change, said", [(["--init", "nowhere"], "nowhere"), ([], "another shape")])
 def test_weights_that_do_not_fit_are_refused(change, said, tmp_path, monkeypatch):
     run(monkeypatch, "--steps", 1, "--out", tmp_path / "first", *QUICK)
     if not change:
         monkeypatch.setitem(model.SIZES, "laptop", model.SIZES["laptop"] | {"single": 1})
     with pytest.raises(errors.UserError, match=said):
-        run(monkeypatch, "--steps", 1, "--out", tmp_path / "second", "--init", tmp_path / "first", *QUICK, *change)
+        run(
+            monkeypatch,
+            "--steps",
+            1,
+            "--out",
+            tmp_path / "second",
+            "--init",
+            tmp_path / "first",
+            *QUICK,
+            *change,
+        )
     assert not checkpoint.complete_states(tmp_path / "second")

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ranks import train as processes
 from safetensors.torch import load_file
 
 import baselines
@@ -24,7 +25,6 @@ import train
 from engine import arguments, errors, machine, preparation
 from engine.processes import Ranks
 from peers import meanflow, shortcut, tim
-from ranks import train as processes
 
 NAMES = ("shortcut", "meanflow", "improved_meanflow", "tim")
 QUICK = ["--batch-size", "8", "--device", "cpu", "--precision", "fp32", "--no-compile", "--grid-every", "0"]
@@ -49,12 +49,17 @@ def gap_of_distributions(values: torch.Tensor, cumulative) -> float:
     return float((cumulative(values) - (torch.arange(len(values)) + 0.5) / len(values)).abs().max())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Times
-# ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name, module, mean, std, share, at_zero", [
-    ("meanflow", meanflow, -0.4, 1.0, 0.25, 0), ("improved_meanflow", meanflow, -0.4, 1.0, 0.5, 0),
-    ("tim", tim, 0.0, 1.6, 0.5, 0.1)])  # fmt: skip
+# ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "name, module, mean, std, share, at_zero",
+    [
+        ("meanflow", meanflow, -0.4, 1.0, 0.25, 0),
+        ("improved_meanflow", meanflow, -0.4, 1.0, 0.5, 0),
+        ("tim", tim, 0.0, 1.6, 0.5, 0.1),
+    ],
+)
 def test_both_times_are_logistic_normals_in_order(name, module, mean, std, share, at_zero):
     draws = drawn(name)
     t, r = module.times(draws.z, draws.u, draws.below)
@@ -95,12 +100,13 @@ def test_other_numbers_of_steps_are_told_a_learned_length():
         return seen[0]
 
     assert [lengths(n) for n in (1, 2, 3, 4, 50, 128, 500)] == pytest.approx(
-        [1, 1 / 2, 1 / 4, 1 / 4, 1 / 64, 1 / 128, 1 / 128])  # fmt: skip
+        [1, 1 / 2, 1 / 4, 1 / 4, 1 / 64, 1 / 128, 1 / 128]
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Derivatives, cost
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def network(factor: float) -> model.Denoiser:
     """The laptop model with weights unlike those of the start, where its output is zero."""
     torch.manual_seed(0)
@@ -127,7 +133,9 @@ def test_the_finite_difference_is_close_to_the_exact_derivative_but_for_fluxs_ti
         exact = meanflow.path_derivative(V, x, v, t, r, c)
         off[factor] = float((tim.path_difference(V, x, v, t, r, c) - exact).norm() / exact.norm())
     with capsys.disabled():
-        print(f"\nrelative error of the finite difference: {off[1.0]:.1e}; with FLUX's features {off[1000.0]:.1e}")
+        print(
+            f"\nrelative error of the finite difference: {off[1.0]:.1e}; with FLUX's features {off[1000.0]:.1e}"
+        )
     assert off[1.0] < 0.01 and off[1000.0] > 0.3
     assert all(objectives.OBJECTIVES[name].time_factor == 1 for name in NAMES)
 
@@ -137,18 +145,30 @@ def test_bf16_drowns_the_finite_difference_so_auto_takes_fp32_for_it(monkeypatch
     V = network(1.0)
     exact = meanflow.path_derivative(V, x, v, t, r, c)
     V.precision = torch.bfloat16
-    off = {f: float((f(V, x, v, t, r, c) - exact).norm() / exact.norm()) for f in meanflow.DERIVATIVES.values()}
+    off = {
+        f: float((f(V, x, v, t, r, c) - exact).norm() / exact.norm()) for f in meanflow.DERIVATIVES.values()
+    }
     assert off[tim.path_difference] > 0.2 and off[meanflow.path_derivative] < 0.1, off
 
     monkeypatch.setattr(machine, "pick_precision", lambda device: torch.bfloat16)
     chosen = {}
-    for flags in (["self_e"], ["shortcut"], ["tim"], ["meanflow"], ["improved_meanflow"],
-                  ["meanflow", "--derivative", "forward"], ["tim", "--precision", "bf16"]):  # fmt: skip
+    for flags in (
+        ["self_e"],
+        ["shortcut"],
+        ["tim"],
+        ["meanflow"],
+        ["improved_meanflow"],
+        ["meanflow", "--derivative", "forward"],
+        ["tim", "--precision", "bf16"],
+    ):
         args = arguments.parse(["--objective", *flags])
         picked = preparation.pick_precision(args, tmp_path, torch.device("cpu"), Ranks())
         chosen[" ".join(flags)] = str(picked).removeprefix("torch.")
     assert [flags for flags, precision in chosen.items() if precision == "float32"] == [
-        "tim", "meanflow", "improved_meanflow"]  # fmt: skip
+        "tim",
+        "meanflow",
+        "improved_meanflow",
+    ]
 
 
 def test_shortcut_sampling_with_more_steps_than_it_learned_never_tells_a_time_below_zero():
@@ -168,8 +188,18 @@ def test_what_a_run_reports_of_its_operations_holds_those_of_guidance(monkeypatc
     monkeypatch.setattr(machine, "peak_flops", lambda *_: 1e12)
     operations = []
     for guidance in ("1", "2"):
-        run(monkeypatch, *QUICK, "--objective", "meanflow", "--train-guidance", guidance, "--steps", "2", "--out",
-            tmp_path / guidance)  # fmt: skip
+        run(
+            monkeypatch,
+            *QUICK,
+            "--objective",
+            "meanflow",
+            "--train-guidance",
+            guidance,
+            "--steps",
+            "2",
+            "--out",
+            tmp_path / guidance,
+        )
         last = json.loads((tmp_path / guidance / "metrics.jsonl").read_text().splitlines()[-1])
         operations.append(last["mfu"] / last["iterations_per_s"])
     assert operations[1] / operations[0] == pytest.approx(5.5 / 3.5, rel=1e-3)
@@ -195,15 +225,17 @@ def test_the_price_is_what_is_evaluated(name, guidance):
     draws = objective.draw(0, 0, list(range(n)), (3, 4, 4))
     c = (torch.zeros(n, 2),)
     objective.build(Counting(), Counting(), flags)(torch.ones(n, 3, 4, 4), c, c, None, None, draws, 1.0)
-    assert (3 * rows[True] + rows[False]) / n == objective.forwards + (objective.guided if guidance != 1 else 0)
+    assert (3 * rows[True] + rows[False]) / n == objective.forwards + (
+        objective.guided if guidance != 1 else 0
+    )
     plans = [arguments.plan_of(arguments.parse(["--objective", name, "--train-guidance", w])) for w in "12"]
     flops = [recipe.picture_flops(model.SIZES["laptop"], plan, name, 16, 1, False) for plan in plans]
     assert flops[1] / flops[0] == pytest.approx(1 + objective.guided / objective.forwards)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # As a user meets them
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["tim", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[:3])])
 def test_each_trains_resumes_and_samples(name, tmp_path, monkeypatch):
     flags = ["--objective", name, "--train-guidance", 2, *QUICK]
@@ -217,7 +249,9 @@ def test_each_trains_resumes_and_samples(name, tmp_path, monkeypatch):
 
     loaded, seen = sample.load(tmp_path / "whole", torch.device("cpu")), []
     assert loaded.config["guidance"] == 1  # it is in the target of training already
-    loaded.network.register_forward_pre_hook(lambda m, inputs: seen.append((inputs[1][0].item(), inputs[2][0].item())))
+    loaded.network.register_forward_pre_hook(
+        lambda m, inputs: seen.append((inputs[1][0].item(), inputs[2][0].item()))
+    )
     sample.generate(loaded, ["x"], [(0,)], steps=2)
     assert np.allclose(seen, [(1, 0.5), (0.5, 0)])  # the network is told where the step leads
     with pytest.raises(errors.UserError, match="--eta"):
@@ -228,20 +262,55 @@ def test_each_trains_resumes_and_samples(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_and_the_compiler_change_nothing(name, tmp_path):
     """Gradients are reduced although evaluations run inside the step; compiled blocks give the same to rounding."""
-    flags = ["--objective", name, "--train-guidance", "2", "--steps", "3", "--batch-size", "16", "--grid-every", "0",
-             "--device", "cpu", "--precision", "fp32"]  # fmt: skip
+    flags = [
+        "--objective",
+        name,
+        "--train-guidance",
+        "2",
+        "--steps",
+        "3",
+        "--batch-size",
+        "16",
+        "--grid-every",
+        "0",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+    ]
     processes(1, "--out", tmp_path / "one", *flags, "--no-compile")
     processes(2, "--out", tmp_path / "two", *flags, "--no-compile")
-    processes(1, "--out", tmp_path / "compiled", *flags, "--compile", program="train",
-                script="import train; train.EAGER_STEPS = 1; from engine import errors; errors.run(train.main)")
-    one, two, compiled = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two", "compiled"))
+    processes(
+        1,
+        "--out",
+        tmp_path / "compiled",
+        *flags,
+        "--compile",
+        program="train",
+        script="import train; train.EAGER_STEPS = 1; from engine import errors; errors.run(train.main)",
+    )
+    one, two, compiled = (
+        load_file(tmp_path / run / "model.safetensors") for run in ("one", "two", "compiled")
+    )
     for other in (two, compiled):
-        assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-4  # Adam moved them by 1e-2
+        assert (
+            max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-4
+        )  # Adam moved them by 1e-2
 
 
 def test_the_flags_reach_the_objectives():
-    args = arguments.parse(["--objective", "meanflow", "--train-guidance", "3", "--loss-power", "0.75",
-                            "--derivative", "forward"])  # fmt: skip
+    args = arguments.parse(
+        [
+            "--objective",
+            "meanflow",
+            "--train-guidance",
+            "3",
+            "--loss-power",
+            "0.75",
+            "--derivative",
+            "forward",
+        ]
+    )
     built = objectives.OBJECTIVES["meanflow"].build(torch.nn.Linear(1, 1), None, args)
     assert (built.guidance, built.power, built.improved) == (3, 0.75, False) and args.compile is False
     assert built.derivative is meanflow.path_derivative
@@ -249,12 +318,22 @@ def test_the_flags_reach_the_objectives():
     assert objectives.OBJECTIVES["self_e"].build(torch.nn.Linear(1, 1), None, args).k == 0
 
 
-@pytest.mark.parametrize("flags", [
-    ["--objective", "imm", "--train-guidance", "2"], ["--objective", "flow_matching", "--loss-power", "0"],
-    ["--objective", "tim", "--derivative", "forward"], ["--objective", "tim", "--loss-power", "2"],
-    ["--objective", "meanflow", "--derivative", "forward", "--compile"], ["--objective", "tim", "--k", "0"],
-    ["--objective", "shortcut", "--train-guidance", "0"], ["--objective", "shortcut", "--batch-size", "12"],
-    ["--k", "1.5"], ["--objective", "telepathy"]], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--objective", "imm", "--train-guidance", "2"],
+        ["--objective", "flow_matching", "--loss-power", "0"],
+        ["--objective", "tim", "--derivative", "forward"],
+        ["--objective", "tim", "--loss-power", "2"],
+        ["--objective", "meanflow", "--derivative", "forward", "--compile"],
+        ["--objective", "tim", "--k", "0"],
+        ["--objective", "shortcut", "--train-guidance", "0"],
+        ["--objective", "shortcut", "--batch-size", "12"],
+        ["--k", "1.5"],
+        ["--objective", "telepathy"],
+    ],
+    ids=" ".join,
+)
 def test_bad_flags_are_one_line(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "x"), *flags])
     with pytest.raises(SystemExit) as stopped:

@@ -62,10 +62,14 @@ def test_the_numbers_themselves():
 
 def test_another_process_draws_the_same():
     """With another hash seed and another number of threads."""
-    program = ("import json; from engine import randomness as r; "
-               "print(json.dumps(r.normal(7, 'noise', [(3, 11), (3, 12)], (6,)).tolist()))")  # fmt: skip
+    program = (
+        "import json; from engine import randomness as r; "
+        "print(json.dumps(r.normal(7, 'noise', [(3, 11), (3, 12)], (6,)).tolist()))"
+    )
     env = os.environ | {"PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "2"}
-    out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
     assert json.loads(out.stdout) == randomness.normal(7, "noise", [(3, 11), (3, 12)], (6,)).tolist()
 
 

@@ -35,18 +35,31 @@ PAPER = [  # section, what the paper says, its number, ours
     ("4", "the 2B model is trained with 512 x 512 pictures", 512, max(BIG.stages[-1].sides)),
     ("4.2", "ablations: 256 x 256 pixels", [(256,)], [stage.sides for stage in SMALL.stages]),
     ("4.2", "ablations: batch size 1024", [1024], [stage.batch_size for stage in SMALL.stages]),
-    ("4.2", "ablations: other settings as in Sec. 4.1", (BIG.lr, BIG.lr_end, BIG.betas, BIG.ema, BIG.guidance),
-     (SMALL.lr, SMALL.lr_end, SMALL.betas, SMALL.ema, SMALL.guidance)),
+    (
+        "4.2",
+        "ablations: other settings as in Sec. 4.1",
+        (BIG.lr, BIG.lr_end, BIG.betas, BIG.ema, BIG.guidance),
+        (SMALL.lr, SMALL.lr_end, SMALL.betas, SMALL.ema, SMALL.guidance),
+    ),
     ("4.2", "ablations: reported after 300k iterations (Table 2)", 300_000, SMALL.steps),
     ("S.1.2", "in practice k = 0.9", 0.9, default(losses.SelfE, "k")),
     ("S.1.2", "k = 0.9, as a flag", 0.9, arguments.parse([]).k),
-    ("S.2", "first 256^2 pixels, then also 512^2", [(256,), (256, 512)], [stage.sides for stage in BIG.stages]),
+    (
+        "S.2",
+        "first 256^2 pixels, then also 512^2",
+        [(256,), (256, 512)],
+        [stage.sides for stage in BIG.stages],
+    ),
     ("S.2", "500k iterations of the first", 500_000, BIG.begins()[1]),
     ("S.2", "batch sizes 1024 and 768", [1024, 768], [stage.batch_size for stage in BIG.stages]),
     ("S.2", "batch proportion 1:1", 1.0, [BIG.side(600_000 + i) for i in range(100)].count(512) / 50),
     ("S.2", "until 710k iterations", 710_000, BIG.steps),
-    ("S.2", "the auxiliary term from 550k on", [False, True, True],
-     [BIG.aux(step) for step in (549_999, 550_000, 709_999)]),
+    (
+        "S.2",
+        "the auxiliary term from 550k on",
+        [False, True, True],
+        [BIG.aux(step) for step in (549_999, 550_000, 709_999)],
+    ),
     ("S.2", "Adam", "adam", BIG.optimizer),
     ("S.2", "beta1 and beta2", (0.9, 0.95), BIG.betas),
     ("S.2", "warm-up of 1000 iterations", 1000, BIG.warmup_steps()),
@@ -58,27 +71,50 @@ PAPER = [  # section, what the paper says, its number, ours
     ("S.2 (a)", "z-channels 16", (16, 16), (BIG_NET["channels"], SMALL_NET["channels"])),
     ("S.2 (a)", "compression 8 of height and width", (8, 8), (BIG.factor(), SMALL.factor())),
     ("S.2 (b)", "patch size 2", (2, 2), (BIG_NET["patch"], SMALL_NET["patch"])),
-    ("S.2 (b)", "(H / 16) (W / 16) tokens", [256, 1024],
-     [recipe.image_tokens(BIG_NET, side, BIG.factor()) for side in (256, 512)]),
+    (
+        "S.2 (b)",
+        "(H / 16) (W / 16) tokens",
+        [256, 1024],
+        [recipe.image_tokens(BIG_NET, side, BIG.factor()) for side in (256, 512)],
+    ),
     ("S.2 (b)", "each of dimension 64", 64, BIG_NET["channels"] * BIG_NET["patch"] ** 2),
     ("S.2 (c)", "text tokens of dimension 4096", (4096, 4096), (BIG_NET["txt_dim"], SMALL_NET["txt_dim"])),
     ("S.2 (c)", "a pooled vector of dimension 768", (768, 768), (BIG_NET["vec_dim"], SMALL_NET["vec_dim"])),
     ("S.2 (d)", "width 2048, and 1024 for ablations", (2048, 1024), (BIG_NET["width"], SMALL_NET["width"])),
-    ("S.2 (d)", "heads of size 128 and 64", (128, 64),
-     tuple(size["width"] // size["heads"] for size in (BIG_NET, SMALL_NET))),
+    (
+        "S.2 (d)",
+        "heads of size 128 and 64",
+        (128, 64),
+        tuple(size["width"] // size["heads"] for size in (BIG_NET, SMALL_NET)),
+    ),
     ("S.2 (d)", "16 heads", (16, 16), (BIG_NET["heads"], SMALL_NET["heads"])),
     ("S.2 (d)", "8 double-stream blocks", (8, 8), (BIG_NET["double"], SMALL_NET["double"])),
     ("S.2 (d)", "16 single-stream blocks", (16, 16), (BIG_NET["single"], SMALL_NET["single"])),
     ("S.2 (d)", "RoPE over (t, y, x)", [16, 56, 56], list(BIG_NET["axes"])),
     ("S.2 (d)", "RoPE, ablations", [8, 28, 28], list(SMALL_NET["axes"])),
-    ("S.2, s.11", "z ~ N(0, 1): t_raw at one deviation", 1 / (1 + math.exp(-1)),
-     losses.sample_times(torch.ones(1), torch.ones(1), torch.tensor([], dtype=torch.int64), 0.0, 1.0)[0].item()),
+    (
+        "S.2, s.11",
+        "z ~ N(0, 1): t_raw at one deviation",
+        1 / (1 + math.exp(-1)),
+        losses.sample_times(torch.ones(1), torch.ones(1), torch.tensor([], dtype=torch.int64), 0.0, 1.0)[
+            0
+        ].item(),
+    ),
     ("S.2, s.12", "mu 0.5 at length 512", 0.5, losses.mu_of_length(512)),
     ("S.2, s.12", "mu 1.15 at length 4096", 1.15, losses.mu_of_length(4096)),
     ("S.2", "s = t with p = 0.5", 0.5, objectives.OBJECTIVES["self_e"].draw.keywords["p_equal"]),
-    ("S.2, s.13", "tau from 0 to 1 over 300,000 iterations", [0, 0.5, 1, 1],
-     [BIG.tau(step) for step in (0, 150_000, 300_000, 700_000)]),
-    ("S.2", "w_(s,t) = 1 / t^2: the exponent", -2.0, math.log(losses.time_weight(torch.tensor(0.01).double()), 0.01)),
+    (
+        "S.2, s.13",
+        "tau from 0 to 1 over 300,000 iterations",
+        [0, 0.5, 1, 1],
+        [BIG.tau(step) for step in (0, 150_000, 300_000, 700_000)],
+    ),
+    (
+        "S.2",
+        "w_(s,t) = 1 / t^2: the exponent",
+        -2.0,
+        math.log(losses.time_weight(torch.tensor(0.01).double()), 0.01),
+    ),
     ("S.2", "eta = 1 at inference", 1.0, default(sampler.trajectory, "eta")),
 ]
 
@@ -95,7 +131,9 @@ SILENT = [  # row, what, our number, ours, how the row writes it
 ]
 
 
-@pytest.mark.parametrize("section, what, papers, ours", PAPER, ids=[f"{line[0]}: {line[1]}" for line in PAPER])
+@pytest.mark.parametrize(
+    "section, what, papers, ours", PAPER, ids=[f"{line[0]}: {line[1]}" for line in PAPER]
+)
 def test_the_constants_of_the_paper(section, what, papers, ours):
     assert ours == (pytest.approx(papers) if isinstance(papers, float) else papers)
 
@@ -124,21 +162,36 @@ def test_positions_never_repeat_and_start_stages_at_whole_batches():
 
 def test_short_runs_keep_the_papers_proportions():
     plan = recipe.make("2b", steps=710)
-    assert plan.begins() == [0, 500, 710] and plan.tau(300) == 1 > plan.tau(299) and plan.aux(550) and not plan.aux(549)
+    assert (
+        plan.begins() == [0, 500, 710]
+        and plan.tau(300) == 1 > plan.tau(299)
+        and plan.aux(550)
+        and not plan.aux(549)
+    )
     assert plan.learning_rate(35) == pytest.approx(3e-4)  # the warm-up is at most 5% of the run
 
 
 def test_changes_of_side_and_batch_merge_stages_that_become_alike():
     plan = recipe.make("2b", side=256, batch_size=512)
     assert [(stage.sides, stage.batch_size) for stage in plan.stages] == [((256,), 512)]
-    assert len(recipe.make("2b",
-                           batch_size=512).stages) == 2 and recipe.make("2b").stages == recipe.RECIPES["2b"].stages
+    assert (
+        len(recipe.make("2b", batch_size=512).stages) == 2
+        and recipe.make("2b").stages == recipe.RECIPES["2b"].stages
+    )
 
 
-@pytest.mark.parametrize("size, world, micro, batch",
-                         [("2b", 7, 16, None), ("2b", 8, 24, None), ("2b", 48, 8, None), ("0.5b", 12, 64, None),
-                                                       ("laptop", 3, 4, 32), ("laptop", 5, None, 32),
-                                                       ("2b", 6, 10, 100)])  # fmt: skip
+@pytest.mark.parametrize(
+    "size, world, micro, batch",
+    [
+        ("2b", 7, 16, None),
+        ("2b", 8, 24, None),
+        ("2b", 48, 8, None),
+        ("0.5b", 12, 64, None),
+        ("laptop", 3, 4, 32),
+        ("laptop", 5, None, 32),
+        ("2b", 6, 10, 100),
+    ],
+)
 def test_refusals_name_combinations_that_divide(size, world, micro, batch):
     plan = recipe.make(size, micro_batch=micro, batch_size=batch)
     with pytest.raises(errors.UserError) as refused:
@@ -182,19 +235,35 @@ def test_the_2b_batch_divides_over_the_usual_numbers_of_gpus(world):
     for stage in plan.stages:
         for side in stage.sides:
             micro = plan.micro_batch_of(stage, side, world)
-            assert stage.batch_size % (world * micro) == 0 and micro % 2 == 0 and micro * side**2 <= max(16 * 256**2,
-                                                                                                         2 * side**2)
+            assert (
+                stage.batch_size % (world * micro) == 0
+                and micro % 2 == 0
+                and micro * side**2 <= max(16 * 256**2, 2 * side**2)
+            )
 
 
 def test_the_price_of_the_paper():
     """The design notes' estimate: about 4.7e21 FLOP and 3,300 H100-hours at 40% for the whole run."""
-    assert recipe.run_flops(model.SIZES["2b"], recipe.RECIPES["2b"], "self_e", 8) == pytest.approx(4.7e21, rel=0.05)
+    assert recipe.run_flops(model.SIZES["2b"], recipe.RECIPES["2b"], "self_e", 8) == pytest.approx(
+        4.7e21, rel=0.05
+    )
     whole = recipe.run_flops(model.SIZES["2b"], recipe.RECIPES["2b"], "self_e", 8)
     rest = recipe.run_flops(model.SIZES["2b"], recipe.RECIPES["2b"], "self_e", 8, start=600_000)
-    by_hand = 110_000 * 768 * 5.5 * (model.forward_flops(model.SIZES["2b"], 256, 256)
-                                     + model.forward_flops(model.SIZES["2b"], 1024, 256)) / 2
+    by_hand = (
+        110_000
+        * 768
+        * 5.5
+        * (
+            model.forward_flops(model.SIZES["2b"], 256, 256)
+            + model.forward_flops(model.SIZES["2b"], 1024, 256)
+        )
+        / 2
+    )
     assert rest == pytest.approx(by_hand) and rest < whole
-    assert recipe.run_flops(model.SIZES["2b"], recipe.make("2b", aux_from=1.0), "flow_matching", 8) < 0.75 * whole
+    assert (
+        recipe.run_flops(model.SIZES["2b"], recipe.make("2b", aux_from=1.0), "flow_matching", 8)
+        < 0.75 * whole
+    )
 
 
 def test_the_state_is_what_torch_keeps():
@@ -207,9 +276,15 @@ def test_the_state_is_what_torch_keeps():
     def size(tensors) -> int:
         return sum(x.numel() * x.element_size() for x in tensors)
 
-    moments = [x for own in adam.state.values() for x in own.values() if x.dim()]  # all but the number of the step
-    kept = {"weights": size(layer.parameters()), "gradients": size(p.grad for p in layer.parameters()),
-            "Adam": size(moments), "EMA": size(ema.parameters())}  # fmt: skip
+    moments = [
+        x for own in adam.state.values() for x in own.values() if x.dim()
+    ]  # all but the number of the step
+    kept = {
+        "weights": size(layer.parameters()),
+        "gradients": size(p.grad for p in layer.parameters()),
+        "Adam": size(moments),
+        "EMA": size(ema.parameters()),
+    }
     parameters = sum(p.numel() for p in layer.parameters())
     assert recipe.state_bytes(parameters, 1, False) == recipe.state_bytes(parameters, 4, False) == kept
     assert recipe.state_bytes(parameters, 4, True) == kept | {"Adam": kept["Adam"] / 4}

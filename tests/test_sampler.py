@@ -21,9 +21,9 @@ def close(actual: Tensor, expected: Tensor, tol: float = 1e-11) -> None:
     torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # The grid
-# =====================================================================================================================
+# ============================================================================================================
 @pytest.mark.parametrize("mu", [0.0, 0.5, 1.15])
 @pytest.mark.parametrize("steps", [1, 2, 5, 50])
 def test_the_grid_is_s12_of_a_line_from_1_to_0(steps, mu):
@@ -43,8 +43,11 @@ def test_fewer_than_one_step_is_refused(steps):
         sampler.sample(lambda x, *_: x, torch.zeros(1, 1), (), steps=steps)
 
 
-@pytest.mark.parametrize("choices", [dict(eta=1.01), dict(eta=-0.1), dict(eta=math.nan), dict(s_rule=1.5),
-                                     dict(s_rule=-0.5)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "choices",
+    [dict(eta=1.01), dict(eta=-0.1), dict(eta=math.nan), dict(s_rule=1.5), dict(s_rule=-0.5)],
+    ids=str,
+)
 def test_eta_and_s_rule_outside_of_0_to_1_are_refused(choices):
     """Above 1 the fresh noise alone would be more than sigma_s allows; an s_k off the step is no level of it. The
     network is not asked first."""
@@ -54,9 +57,9 @@ def test_eta_and_s_rule_outside_of_0_to_1_are_refused(choices):
     assert not V.calls
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # One step
-# =====================================================================================================================
+# ============================================================================================================
 PAIRS = [(0.9, 0.4), (0.5, 0.49), (0.99, 0.01), (0.2, 0.1), (1.0, 0.6), (0.3, 0.0), (1.0, 0.0)]
 
 
@@ -125,9 +128,9 @@ def test_eta_0_is_eq_22(shape, s_rule):
     close(out, x)
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Whole trajectories on N(m, v), exactly
-# =====================================================================================================================
+# ============================================================================================================
 class Follow:
     """Gaussian data N(m, v), and a sampler followed without a single random number.
 
@@ -138,7 +141,9 @@ class Follow:
 
     def __init__(self, mean: float, variance: float, steps: int, draw: bool):
         self.m, self.v, self.draw, self.steps, self.calls = mean, variance, draw, steps, 0
-        self.rows = torch.eye(2 + 2 * steps, dtype=F64)[:, :, None]  # mean, first noise, the draws, the fresh noises
+        self.rows = torch.eye(2 + 2 * steps, dtype=F64)[
+            :, :, None
+        ]  # mean, first noise, the draws, the fresh noises
 
     def V(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """The velocity of x0_hat = E[x0 | x_t], or of a draw from q(x0 | x_t)."""
@@ -154,7 +159,9 @@ class Follow:
     def moments(self, **choices) -> list[tuple[float, float, float]]:
         """(t, mean, variance) after each step."""
         fresh = self.rows[2 + self.steps :]
-        out = sampler.trajectory(self.V, self.rows[1], (), steps=self.steps, draw_noise=lambda k: fresh[k], **choices)
+        out = sampler.trajectory(
+            self.V, self.rows[1], (), steps=self.steps, draw_noise=lambda k: fresh[k], **choices
+        )
         return [(t, x[0].item(), x[1:].square().sum().item()) for t, x, _ in out]
 
 
@@ -225,9 +232,9 @@ def test_at_eta_0_the_error_halves_when_steps_double(mean, variance, mu):
     assert errors[-1] < 0.02 * math.sqrt(max(variance, 1.0))
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Guidance, and what the network is asked
-# =====================================================================================================================
+# ============================================================================================================
 class Call(NamedTuple):
     x: Tensor
     t: Tensor
@@ -258,8 +265,17 @@ def test_n_steps_cost_n_evaluations(steps, guidance):
     V, B = Spy(), 3
     cond, null = prompts(B, 2, 2)
     noise = [normal(B, 2, 2, seed=50 + k) for k in range(steps)]
-    states = list(sampler.trajectory(V, normal(B, 2, 2), cond, null if guidance != 1 else None, steps=steps,
-                                     guidance=guidance, draw_noise=noise.__getitem__))  # fmt: skip
+    states = list(
+        sampler.trajectory(
+            V,
+            normal(B, 2, 2),
+            cond,
+            null if guidance != 1 else None,
+            steps=steps,
+            guidance=guidance,
+            draw_noise=noise.__getitem__,
+        )
+    )
     assert len(V.calls) == len(states) == steps
     x, copies = normal(B, 2, 2), 1 if guidance == 1 else 2
     for call, (_, x_next, _) in zip(V.calls, states):
@@ -309,7 +325,9 @@ def test_ep_cfg_keeps_the_norm_and_the_direction(shape, guidance, space):
     guided = (1 - guidance) * n + guidance * c
     for i in range(B):
         assert kept[i].norm().item() == pytest.approx(c[i].norm().item(), rel=1e-10)
-        assert ((kept[i] * guided[i]).sum() / (kept[i].norm() * guided[i].norm())).item() == pytest.approx(1, abs=1e-10)
+        assert ((kept[i] * guided[i]).sum() / (kept[i].norm() * guided[i].norm())).item() == pytest.approx(
+            1, abs=1e-10
+        )
     assert (kept - c).norm() > 0.1
 
 
@@ -332,7 +350,9 @@ def test_guidance_near_1_is_no_guidance(space):
 def test_guidance_with_equal_branches_changes_nothing(space):
     V, (cond, _) = Spy(), prompts(3, 4)
     args = normal(3, 4), torch.full((3,), 0.7, dtype=F64), torch.full((3,), 0.2, dtype=F64)
-    close(sampler.predict(V, *args, cond, cond, 5.0, space), sampler.predict(V, *args, cond, None, 1.0, space))
+    close(
+        sampler.predict(V, *args, cond, cond, 5.0, space), sampler.predict(V, *args, cond, None, 1.0, space)
+    )
 
 
 @pytest.mark.parametrize("norm", [0.0, 1.0, 50.0])
@@ -341,10 +361,12 @@ def test_a_guided_prediction_of_zero_stays_zero(norm):
     assert torch.equal(sampler.energy_preserving(torch.zeros(2, 4), conditional), torch.zeros(2, 4))
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Noise, gradients, types
-# =====================================================================================================================
-@pytest.mark.parametrize("eta, asked", [(0.0, []), (0.5, [0, 1, 2]), (1.0, [0, 1, 2]), ("renoise", [0, 1, 2])])
+# ============================================================================================================
+@pytest.mark.parametrize(
+    "eta, asked", [(0.0, []), (0.5, [0, 1, 2]), (1.0, [0, 1, 2]), ("renoise", [0, 1, 2])]
+)
 def test_noise_is_asked_for_by_step_and_never_for_the_last(eta, asked):
     seen, (cond, _) = [], prompts(2, 3)
 
@@ -379,8 +401,17 @@ def test_fp32_stays_fp32_and_agrees_with_fp64(eta, guidance):
     results = []
     for dtype in (torch.float32, F64):
         c, n = (tuple(x.to(dtype) for x in p) for p in (cond, null))
-        out = sampler.sample(Spy(), normal(3, 2, 4).to(dtype), c, n, steps=8, mu=1.15, eta=eta, guidance=guidance,
-                             draw_noise=lambda k: noise[k].to(dtype))  # fmt: skip
+        out = sampler.sample(
+            Spy(),
+            normal(3, 2, 4).to(dtype),
+            c,
+            n,
+            steps=8,
+            mu=1.15,
+            eta=eta,
+            guidance=guidance,
+            draw_noise=lambda k: noise[k].to(dtype),
+        )
         assert out.dtype == dtype and out.isfinite().all()
         results.append(out.double())
     close(*results, 1e-4)

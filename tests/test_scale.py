@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import SMALL, finish, start
+from ranks import train as run_train
 from safetensors.torch import load_file
 
 import encoders
@@ -26,17 +28,29 @@ import model
 import recipe
 import sample
 import train
-from engine import cache, checkpoint, errors, feed, machine, monitor, optimizers, preparation, processes, shards
-from ranks import SMALL, finish, start
-from ranks import train as run_train
+from engine import (
+    cache,
+    checkpoint,
+    errors,
+    feed,
+    machine,
+    monitor,
+    optimizers,
+    preparation,
+    processes,
+    shards,
+)
 
 ROOT = Path(__file__).parent.parent
 
 
 def tensors(state: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a training state, named."""
-    result = {f"{name}/{key}": value for name in ("network", "model")
-              for key, value in load_file(state / f"{name}.safetensors").items()}
+    result = {
+        f"{name}/{key}": value
+        for name in ("network", "model")
+        for key, value in load_file(state / f"{name}.safetensors").items()
+    }
     adam = torch.load(state / "adam.pt", weights_only=True)["state"]
     return result | {f"adam/{i}/{key}": value for i, own in adam.items() for key, value in own.items()}
 
@@ -56,22 +70,27 @@ def alike(a: Path, b: Path) -> bool:
     weights = [key for key in first if not key.startswith("adam")]
     flips = sum(((first[key] - second[key]).abs() > 1e-4).sum().item() for key in weights)
     told = losses_of(a), losses_of(b)
-    return flips < 1e-4 * sum(first[key].numel() for key in weights) and told[0] == pytest.approx(told[1], rel=1e-4)
+    return flips < 1e-4 * sum(first[key].numel() for key in weights) and told[0] == pytest.approx(
+        told[1], rel=1e-4
+    )
 
 
 def same(a: Path, b: Path) -> bool:
     first, second = tensors(last(a)), tensors(last(b))
-    return last(a).name == last(b).name and first.keys() == second.keys() and all(torch.equal(first[k], second[k])
-                                                                                  for k in first)
+    return (
+        last(a).name == last(b).name
+        and first.keys() == second.keys()
+        and all(torch.equal(first[k], second[k]) for k in first)
+    )
 
 
 def losses_of(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Processes and resuming
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Six iterations with the auxiliary stage from the fourth on: whole and in halves, on one and on two processes."""
@@ -107,12 +126,19 @@ def test_shards_and_their_cache_train_alike(tmp_path):
     random_ = np.random.default_rng(0)
     for i in range(24):
         size = ((16, 32), (32, 16), (20, 20))[i % 3]
-        Image.fromarray(random_.integers(0, 255, (*size, 3), dtype=np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+        Image.fromarray(random_.integers(0, 255, (*size, 3), dtype=np.uint8)).save(
+            tmp_path / "pictures" / f"{i}.png"
+        )
         (tmp_path / "pictures" / f"{i}.txt").write_text(f"picture number {i}")
     shards.pack(tmp_path / "pictures", tmp_path / "tars", per_shard=10)
     text, pixels = encoders.text_encoder("words", 14, "cpu"), encoders.autoencoder("pixels", "cpu")
-    cache.make(tmp_path / "tars", tmp_path / "cache", 16, (text, pixels),
-               cache.Settings(batch_size=4, tokens="fp32", multiple=4))
+    cache.make(
+        tmp_path / "tars",
+        tmp_path / "cache",
+        16,
+        (text, pixels),
+        cache.Settings(batch_size=4, tokens="fp32", multiple=4),
+    )
     flags = [*SMALL, "--side", "16", "--steps", "6"]
     run_train(1, "--data", tmp_path / "tars", "--out", tmp_path / "one", *flags)
     run_train(2, "--data", tmp_path / "tars", "--out", tmp_path / "two", *flags)
@@ -130,14 +156,18 @@ def test_what_is_skipped_is_counted_once_on_any_number_of_processes(tmp_path):
     (tmp_path / "pictures").mkdir()
     random_ = np.random.default_rng(0)
     for i in range(12):
-        Image.fromarray(random_.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+        Image.fromarray(random_.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(
+            tmp_path / "pictures" / f"{i}.png"
+        )
         (tmp_path / "pictures" / f"{i}.txt").write_text(f"picture number {i}")
     for i in range(3):
         content = (tmp_path / "pictures" / f"{i}.png").read_bytes()
         (tmp_path / "pictures" / f"{i}.png").write_bytes(content[:60] + bytes(len(content) - 60))
     shards.pack(tmp_path / "pictures", tmp_path / "tars", per_shard=12)
     for world in (1, 2):
-        run_train(world, "--steps", 12, "--data", tmp_path / "tars", "--out", tmp_path / f"run{world}", *SMALL)
+        run_train(
+            world, "--steps", 12, "--data", tmp_path / "tars", "--out", tmp_path / f"run{world}", *SMALL
+        )
         last_line = (tmp_path / f"run{world}/metrics.jsonl").read_text().splitlines()[-1]
         assert json.loads(last_line)["skipped"] == 3
 
@@ -151,7 +181,9 @@ def test_a_run_goes_on_with_another_number_of_processes(runs):
 
 @pytest.mark.slow
 def test_zero_spreads_adam_and_changes_nothing(runs):
-    run_train(2, "--steps", 6, "--out", runs / "zero", *SMALL, "--aux-from", "0.5", "--save-every", "3", "--zero")
+    run_train(
+        2, "--steps", 6, "--out", runs / "zero", *SMALL, "--aux-from", "0.5", "--save-every", "3", "--zero"
+    )
     assert alike(runs / "two", runs / "zero")
     for world in (2, 1):  # two go on with their parts, and one process reads what two had spread
         shutil.rmtree(last(runs / "zero"))
@@ -161,35 +193,49 @@ def test_zero_spreads_adam_and_changes_nothing(runs):
     assert a["state"].keys() == b["state"].keys()
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--seed", "3"], "another seed"), (["--batch-size", "6"], "another --batch-size"),
-    (["--data", "{pictures}"], "other data"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--seed", "3"], "another seed"),
+        (["--batch-size", "6"], "another --batch-size"),
+        (["--data", "{pictures}"], "other data"),
+    ],
+)
 def test_a_resumed_run_refuses_another_sequence_of_samples(runs, tmp_path, flags, said):
     from PIL import Image
 
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("nothing")
     before = (runs / "one/metrics.jsonl").read_bytes()
-    (result,) = finish(start(1, "--resume", "--out", runs / "one", *(f.format(pictures=tmp_path) for f in flags)))
+    (result,) = finish(
+        start(1, "--resume", "--out", runs / "one", *(f.format(pictures=tmp_path) for f in flags))
+    )
     assert result[0] == 2 and said in result[2] and len(result[2].strip().splitlines()) == 1
     assert (runs / "one/metrics.jsonl").read_bytes() == before
 
 
 def test_processes_that_do_not_agree_refuse_to_start(tmp_path):
-    script = ("import os, sys, train\nfrom engine import errors\n"
-              "if os.environ['RANK'] == '1': sys.argv += ['--lr', '0.001']\nerrors.run(train.main)\n")  # fmt: skip
+    script = (
+        "import os, sys, train\nfrom engine import errors\n"
+        "if os.environ['RANK'] == '1': sys.argv += ['--lr', '0.001']\nerrors.run(train.main)\n"
+    )
     results = finish(start(2, "--steps", 2, "--out", tmp_path / "r", *SMALL, script=script))
-    assert [code for code, _, _ in results] == [2,
-                                                2] and all("process 1 has recipe" in error for _, _, error in results)
+    assert [code for code, _, _ in results] == [2, 2] and all(
+        "process 1 has recipe" in error for _, _, error in results
+    )
     assert not checkpoint.complete_states(tmp_path / "r")
 
 
 @pytest.mark.slow
 def test_the_compiler_recomputation_bf16_and_zero_under_ddp(tmp_path):
     """Two compiled processes with recomputation, bf16 and ZeRO make the run of one plain one, to bf16's rounding."""
-    flags = ["--steps", 3, *[f for f in SMALL if f not in ("--no-compile", "--precision", "fp32")], "--precision",
-             "bf16"]
+    flags = [
+        "--steps",
+        3,
+        *[f for f in SMALL if f not in ("--no-compile", "--precision", "fp32")],
+        "--precision",
+        "bf16",
+    ]
     run_train(1, "--out", tmp_path / "plain", *flags, "--no-compile")
     script = "import train\nfrom engine import errors\ntrain.EAGER_STEPS = 0\nerrors.run(train.main)\n"
     run_train(2, "--out", tmp_path / "all", *flags, "--compile", "--recompute", 3, "--zero", script=script)
@@ -198,29 +244,66 @@ def test_the_compiler_recomputation_bf16_and_zero_under_ddp(tmp_path):
 
 @pytest.mark.slow
 def test_a_milestone_stays_and_can_be_sampled(tmp_path):
-    run_train(1, "--steps", 7, "--out", tmp_path / "r", *SMALL, "--save-every", 1, "--keep", 1, "--milestone-every", 3)
-    assert [p.name for p in sorted((tmp_path / "r/state").iterdir())] == ["step_00000003", "step_00000006",
-                                                                          "step_00000007"]
-    results = finish(start(1, "--checkpoint", tmp_path / "r/state/step_00000003", "--prompt", "x", "--out",
-                           tmp_path / "x.png",
-                           program="sample"))  # fmt: skip
+    run_train(
+        1,
+        "--steps",
+        7,
+        "--out",
+        tmp_path / "r",
+        *SMALL,
+        "--save-every",
+        1,
+        "--keep",
+        1,
+        "--milestone-every",
+        3,
+    )
+    assert [p.name for p in sorted((tmp_path / "r/state").iterdir())] == [
+        "step_00000003",
+        "step_00000006",
+        "step_00000007",
+    ]
+    results = finish(
+        start(
+            1,
+            "--checkpoint",
+            tmp_path / "r/state/step_00000003",
+            "--prompt",
+            "x",
+            "--out",
+            tmp_path / "x.png",
+            program="sample",
+        )
+    )
     assert results[0][0] == 0 and (tmp_path / "x.png").exists()
 
 
 @pytest.mark.slow
 def test_torchrun_itself(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py",
-               "--steps", "2",
-               "--out", str(tmp_path / "r"), *SMALL]  # fmt: skip
-    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-                            text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "train.py",
+        "--steps",
+        "2",
+        "--out",
+        str(tmp_path / "r"),
+        *SMALL,
+    ]
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     assert last(tmp_path / "r").name == "step_00000002"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Stopped at any moment
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def wait_for_metrics(process, run: Path, lines: int = 1, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -240,7 +323,11 @@ def killed_and_resumed(out: Path, steps: int, kills: int, seed: int) -> list[str
         begun = checkpoint.complete_states(out)
         if not begun and (out / "config.json").exists():
             shutil.rmtree(out)  # killed before its first state: begin again, as the message says
-        arguments = ["--resume", "--out", out, "--device", "cpu"] if begun else ["--steps", steps, "--out", out, *flags]
+        arguments = (
+            ["--resume", "--out", out, "--device", "cpu"]
+            if begun
+            else ["--steps", steps, "--out", out, *flags]
+        )
         (process,) = start(1, *arguments)
         if kill == kills:
             code, _, error = finish([process])[0]
@@ -255,7 +342,9 @@ def killed_and_resumed(out: Path, steps: int, kills: int, seed: int) -> list[str
         process.kill()
         process.communicate()
         states, partial = checkpoint.complete_states(out), list((out / "state").glob("*.partial"))
-        found.append(f"{states[-1].name if states else 'no state'}{', in the middle of a save' if partial else ''}")
+        found.append(
+            f"{states[-1].name if states else 'no state'}{', in the middle of a save' if partial else ''}"
+        )
     return found
 
 
@@ -264,7 +353,9 @@ def test_killed_five_times_it_ends_where_it_would_have(tmp_path):
     run_train(1, "--steps", 24, "--out", tmp_path / "whole", *SMALL)
     found = killed_and_resumed(tmp_path / "killed", 24, 5, seed=1)
     assert len(found) == 5 and same(tmp_path / "whole", tmp_path / "killed")
-    lines = [json.loads(line)["step"] for line in (tmp_path / "killed/metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)["step"] for line in (tmp_path / "killed/metrics.jsonl").read_text().splitlines()
+    ]
     assert lines == list(range(1, 25))  # each iteration told once, although some were done twice
 
 
@@ -278,7 +369,9 @@ def test_sigterm_saves_within_one_iteration(tmp_path, world):
     assert [code for code, _, _ in results] == [0] * world, results[0][2]
     assert "--resume" in results[0][1]
     step = checkpoint.step_of(last(tmp_path / "r"))
-    assert before <= step <= before + 2 + int(0.5 / 0.1)  # the file may lag behind by what it takes to read it
+    assert (
+        before <= step <= before + 2 + int(0.5 / 0.1)
+    )  # the file may lag behind by what it takes to read it
 
 
 def test_sigterm_while_pictures_are_drawn(tmp_path, monkeypatch, capsys):
@@ -301,8 +394,11 @@ def test_sigterm_while_pictures_are_drawn(tmp_path, monkeypatch, capsys):
             del loaded.network.forward
 
     monkeypatch.setattr(sample, "generate", interrupted)
-    monkeypatch.setattr(sys, "argv",
-                        ["train.py", "--steps", "50", "--out", str(tmp_path / "r"), *SMALL[:-4], "--grid-every", "2"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["train.py", "--steps", "50", "--out", str(tmp_path / "r"), *SMALL[:-4], "--grid-every", "2"],
+    )
     train.main()
     assert len(calls) == 3 and "--resume" in capsys.readouterr().out
     assert last(tmp_path / "r").name == "step_00000002" and not list((tmp_path / "r/grids").iterdir())
@@ -341,16 +437,19 @@ def test_a_closed_terminal_stops_a_run_unless_it_is_to_survive(ignored):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a limit on the size of files")
 def test_a_full_disk_leaves_the_last_state_whole(tmp_path, monkeypatch):
     """Files may grow to 20 MB only, then to 1 MB: the second save fails as on a full disk."""
-    script = ("import resource, sys, train\n"
-              "from engine import checkpoint, errors\n"
-              "save = checkpoint.save_state\n"
-              "def limited(run, step, *a, **k):\n"
-              "    resource.setrlimit(resource.RLIMIT_FSIZE, ((10**9 if step < 4 else 10**6), 10**9))\n"
-              "    return save(run, step, *a, **k)\n"
-              "checkpoint.save_state = limited\n"
-              "errors.run(train.main)\n")  # fmt: skip
-    code, _, error = finish(start(1, "--steps", 6, "--out", tmp_path / "r", *SMALL, "--save-every", 2,
-                                  script=script))[0]
+    script = (
+        "import resource, sys, train\n"
+        "from engine import checkpoint, errors\n"
+        "save = checkpoint.save_state\n"
+        "def limited(run, step, *a, **k):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, ((10**9 if step < 4 else 10**6), 10**9))\n"
+        "    return save(run, step, *a, **k)\n"
+        "checkpoint.save_state = limited\n"
+        "errors.run(train.main)\n"
+    )
+    code, _, error = finish(
+        start(1, "--steps", 6, "--out", tmp_path / "r", *SMALL, "--save-every", 2, script=script)
+    )[0]
     lines = [line for line in error.splitlines() if "cannot save" in line]
     assert code == 2 and len(lines) == 1 and "step_00000002" in lines[0] and "make room" in lines[0], error
     assert [p.name for p in (tmp_path / "r/state").iterdir()] == ["step_00000002"]
@@ -360,30 +459,36 @@ def test_a_full_disk_leaves_the_last_state_whole(tmp_path, monkeypatch):
     assert same(tmp_path / "r", tmp_path / "whole")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Numbers that are not finite
-# ---------------------------------------------------------------------------------------------------------------------
-POISON = ("import os, sys, torch, losses, train\n"
-          "from engine import errors\n"
-          "forward = losses.SelfE.forward\n"
-          "calls = [0]\n"
-          "def poisoned(self, x0, *a, **k):\n"
-          "    calls[0] += 1\n"
-          "    bad = calls[0] in {calls} and int(os.environ['RANK']) == int(os.environ['WORLD_SIZE']) - 1\n"
-          "    return forward(self, x0 * float('nan') if bad else x0, *a, **k)\n"
-          "losses.SelfE.forward = poisoned\n"
-          "errors.run(train.main)\n")  # fmt: skip
+# ------------------------------------------------------------------------------------------------------------
+POISON = (
+    "import os, sys, torch, losses, train\n"
+    "from engine import errors\n"
+    "forward = losses.SelfE.forward\n"
+    "calls = [0]\n"
+    "def poisoned(self, x0, *a, **k):\n"
+    "    calls[0] += 1\n"
+    "    bad = calls[0] in {calls} and int(os.environ['RANK']) == int(os.environ['WORLD_SIZE']) - 1\n"
+    "    return forward(self, x0 * float('nan') if bad else x0, *a, **k)\n"
+    "losses.SelfE.forward = poisoned\n"
+    "errors.run(train.main)\n"
+)
 
 
 def test_one_bad_sample_on_one_process_leaves_the_update_out_on_all(tmp_path):
     script = POISON.replace("{calls}", "(3,)")
-    results = finish(start(2, "--steps", 4, "--out", tmp_path / "r", *SMALL, "--save-every", 1, "--keep", 9,
-                           script=script))
+    results = finish(
+        start(2, "--steps", 4, "--out", tmp_path / "r", *SMALL, "--save-every", 1, "--keep", 9, script=script)
+    )
     assert [code for code, _, _ in results] == [0, 0], results[0][2]
     two, three, four = (tensors(tmp_path / f"r/state/step_0000000{n}") for n in (2, 3, 4))
-    assert all(torch.equal(two[key], three[key]) for key in two)  # weights, average, moments, Adam's own count
-    assert any(not torch.equal(three[key], four[key]) for key in three) and all(torch.isfinite(four[key]).all()
-                                                                                for key in four)
+    assert all(
+        torch.equal(two[key], three[key]) for key in two
+    )  # weights, average, moments, Adam's own count
+    assert any(not torch.equal(three[key], four[key]) for key in three) and all(
+        torch.isfinite(four[key]).all() for key in four
+    )
     records = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
     (told,) = [r for r in records if r.get("update_left_out")]
     assert told["step"] == 3 and told["keys"] == ["shapes-0-10", "shapes-0-11"]  # the second process's half
@@ -405,13 +510,15 @@ def test_five_in_a_row_stop_the_run_and_name_the_samples(tmp_path):
     assert any(not torch.equal(before[key], after[key]) for key in before)  # iteration 3 is not lost
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Known traps: what autocast, recomputation, the compiler and DDP do to gradients
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 SIZE = dict(width=32, heads=2, double=2, single=2, axes=(4, 6, 6), channels=3, patch=4, txt_dim=8, vec_dim=8)
 
 
-def gradients(precision=torch.float32, recompute=0, compiled=False, evaluate_first=False, aux=True) -> torch.Tensor:
+def gradients(
+    precision=torch.float32, recompute=0, compiled=False, evaluate_first=False, aux=True
+) -> torch.Tensor:
     """All gradients of one Self-E step at weights away from zero, as one vector."""
     torch.manual_seed(0)
     network = model.Denoiser(**SIZE, precision=precision)
@@ -423,8 +530,20 @@ def gradients(precision=torch.float32, recompute=0, compiled=False, evaluate_fir
         for block in [*network.double_blocks, *network.single_blocks]:
             block.compile(dynamic=False, backend="aot_eager")
     B, shape = 8, (3, 16, 16)
-    x0, c, null, fake = torch.randn(B, *shape), *(((torch.randn(B, 5, 8), torch.randn(B, 8))) for _ in range(3))
-    arguments = x0, c, null, fake, torch.zeros(B, dtype=torch.bool), losses.draw(0, 0, list(range(B)), shape), 0.7, aux
+    x0, c, null, fake = (
+        torch.randn(B, *shape),
+        *(((torch.randn(B, 5, 8), torch.randn(B, 8))) for _ in range(3)),
+    )
+    arguments = (
+        x0,
+        c,
+        null,
+        fake,
+        torch.zeros(B, dtype=torch.bool),
+        losses.draw(0, 0, list(range(B)), shape),
+        0.7,
+        aux,
+    )
     if evaluate_first:
         with torch.no_grad():
             network(x0, torch.rand(B), torch.zeros(B), *c)
@@ -438,14 +557,21 @@ def exact():
     return gradients()
 
 
-@pytest.mark.parametrize("choices, close", [
-    (dict(recompute=4), 1e-6), (dict(evaluate_first=True), 1e-6),
-    pytest.param(dict(compiled=True), 1e-5, marks=pytest.mark.slow),
-    pytest.param(dict(recompute=3, compiled=True), 1e-5, marks=pytest.mark.slow),
-    (dict(precision=torch.bfloat16), 0.05), (dict(precision=torch.bfloat16, evaluate_first=True), 0.05),
-    (dict(precision=torch.bfloat16, recompute=4), 0.05),
-    pytest.param(dict(precision=torch.bfloat16, compiled=True, recompute=2), 0.05, marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "choices, close",
+    [
+        (dict(recompute=4), 1e-6),
+        (dict(evaluate_first=True), 1e-6),
+        pytest.param(dict(compiled=True), 1e-5, marks=pytest.mark.slow),
+        pytest.param(dict(recompute=3, compiled=True), 1e-5, marks=pytest.mark.slow),
+        (dict(precision=torch.bfloat16), 0.05),
+        (dict(precision=torch.bfloat16, evaluate_first=True), 0.05),
+        (dict(precision=torch.bfloat16, recompute=4), 0.05),
+        pytest.param(
+            dict(precision=torch.bfloat16, compiled=True, recompute=2), 0.05, marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_gradients_are_the_same_by_every_way(exact, choices, close):
     """A pass without gradient before one with it inside one autocast context lost gradients in some torch versions
     (pytorch issue 112583): every parameter must have its gradient, and the right one."""
@@ -463,13 +589,21 @@ def test_recomputing_keeps_fewer_activations():
         network.recompute = recompute
         total = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: total.append(x.numel()) or x, lambda x: x):
-            network(torch.randn(4, 3, 32, 32), torch.rand(4), torch.zeros(4), torch.randn(4, 5, 8), torch.randn(4, 8))
+            network(
+                torch.randn(4, 3, 32, 32),
+                torch.rand(4),
+                torch.zeros(4),
+                torch.randn(4, 5, 8),
+                torch.randn(4, 8),
+            )
         saved[recompute] = sum(total)
     assert saved[4] < 0.3 * saved[0]
 
 
-@pytest.mark.parametrize("recompute, runs_of", [(0, [1, 1, 1, 1]), (1, [2, 1, 1, 1]), (3, [2, 2, 2, 1]),
-                                                (4, [2, 2, 2, 2]), (9, [2, 2, 2, 2])])  # fmt: skip
+@pytest.mark.parametrize(
+    "recompute, runs_of",
+    [(0, [1, 1, 1, 1]), (1, [2, 1, 1, 1]), (3, [2, 2, 2, 1]), (4, [2, 2, 2, 2]), (9, [2, 2, 2, 2])],
+)
 def test_as_many_blocks_run_twice_as_are_asked_for(recompute, runs_of):
     """Of two blocks with two streams and two with one, the first so many, once forwards and once in the backward pass;
     without gradient none."""
@@ -487,16 +621,29 @@ def test_as_many_blocks_run_twice_as_are_asked_for(recompute, runs_of):
 
 
 def test_the_rehearsal_meets_every_stage_and_leaves_nothing_behind(monkeypatch):
-    plan = recipe.replace(recipe.make("laptop", steps=10, aux_from=0.8, micro_batch=4), txt_len=5,
-                          stages=(recipe.Stage(0, (16,), 8), recipe.Stage(0.5, (16, 32), 8)))  # fmt: skip
+    plan = recipe.replace(
+        recipe.make("laptop", steps=10, aux_from=0.8, micro_batch=4),
+        txt_len=5,
+        stages=(recipe.Stage(0, (16,), 8), recipe.Stage(0.5, (16, 32), 8)),
+    )
     network = model.Denoiser(**SIZE)
     objective, seen = losses.SelfE(network, copy.deepcopy(network).requires_grad_(False)), []
     data_feed = feed.Feed(plan, losses.draw, 0, feed.Codec(None, None, torch.device("cpu"), patch=4))
     adam = optimizers.build("adam", network, plan.lr, plan.betas)
-    run = types.SimpleNamespace(plan=plan, feed=data_feed, network=network, objective=objective, adam=adam, sizes=SIZE,
-                                ranks=processes.Ranks(), args=types.SimpleNamespace(zero=False))  # fmt: skip
+    run = types.SimpleNamespace(
+        plan=plan,
+        feed=data_feed,
+        network=network,
+        objective=objective,
+        adam=adam,
+        sizes=SIZE,
+        ranks=processes.Ranks(),
+        args=types.SimpleNamespace(zero=False),
+    )
     forward = objective.forward
-    monkeypatch.setattr(objective, "forward", lambda x0, *a: seen.append((tuple(x0.shape), a[-1])) or forward(x0, *a))
+    monkeypatch.setattr(
+        objective, "forward", lambda x0, *a: seen.append((tuple(x0.shape), a[-1])) or forward(x0, *a)
+    )
     before = copy.deepcopy(network.state_dict())
     preparation.rehearse(run)
     assert seen == [((4, 3, 16, 16), False), ((4, 3, 16, 16), True), ((2, 3, 32, 32), True)]
@@ -524,7 +671,13 @@ def test_no_picture_size_is_compiled_twice():
     counts = []
     for _ in range(3):
         for side in ((16, 16), (8, 24), (24, 8), (32, 16), (16, 32)):
-            x = torch.randn(4, 3, *side), torch.rand(4), torch.zeros(4), torch.randn(4, 5, 8), torch.randn(4, 8)
+            x = (
+                torch.randn(4, 3, *side),
+                torch.rand(4),
+                torch.zeros(4),
+                torch.randn(4, 5, 8),
+                torch.randn(4, 8),
+            )
             network(*x).square().mean().backward()
             with torch.no_grad():
                 network(*(a[:2] for a in x))
@@ -533,17 +686,24 @@ def test_no_picture_size_is_compiled_twice():
     assert counts[0] > 0 and counts[0] == counts[1] == counts[2]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is told of a run
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_the_meter_says_what_the_samples_say():
     torch.manual_seed(1)
     t, u = torch.rand(64), torch.rand(64)
     t[0] = 1.0  # s = t there; pure noise belongs to the last quarter
     s = torch.where(torch.arange(64) % 2 == 0, t, t * u)
-    rows = [{"t": t[i : i + 16], "s": s[i : i + 16], "loss": t[i : i + 16] ** 2 + 1, "mix": torch.full((8,), 0.25),
-             "delta_norm": torch.full((8,), 3.0)}
-            for i in range(0, 64, 16)]  # fmt: skip
+    rows = [
+        {
+            "t": t[i : i + 16],
+            "s": s[i : i + 16],
+            "loss": t[i : i + 16] ** 2 + 1,
+            "mix": torch.full((8,), 0.25),
+            "delta_norm": torch.full((8,), 3.0),
+        }
+        for i in range(0, 64, 16)
+    ]
     meter = monitor.Meter(torch.device("cpu"))
     for row in rows:
         meter.add(row, 5e9)
@@ -557,7 +717,9 @@ def test_the_meter_says_what_the_samples_say():
         inside = (t >= b / 4) & ((t < (b + 1) / 4) | (b == 3))
         assert record[f"loss_t{b}"] == pytest.approx((t[inside] ** 2 + 1).mean().item())
     odd = s < t
-    assert record["lambda"] == pytest.approx((t / (1 - t) - s / (1 - s))[odd].log().mean().exp().item(), rel=1e-4)
+    assert record["lambda"] == pytest.approx(
+        (t / (1 - t) - s / (1 - s))[odd].log().mean().exp().item(), rel=1e-4
+    )
     assert (record["w"], record["delta_norm"]) == (0.25, 3.0) and "fake_loss" not in record
     assert record["mfu"] * 1e12 / record["iterations_per_s"] == pytest.approx(5e9)
     assert meter.sums.sum() == 0 and meter.record(1, 1e12, 0.0) == {}
@@ -576,13 +738,28 @@ def test_two_processes_that_see_the_same_tell_what_one_tells(monkeypatch):
         meter.keep(torch.tensor(2.0))
         records.append(meter.record(world, 1e12, 4.0))
     assert records[0] == pytest.approx(records[1])
-    assert [records[0][name] for name in ("mfu", "data_wait", "iterations_per_s")] == pytest.approx([0.5, 0.4, 0.1])
+    assert [records[0][name] for name in ("mfu", "data_wait", "iterations_per_s")] == pytest.approx(
+        [0.5, 0.4, 0.1]
+    )
 
 
 def test_every_record_has_its_columns(runs):
     records = [json.loads(line) for line in (runs / "two/metrics.jsonl").read_text().splitlines()]
-    always = {"step", "loss", "share_jump", "grad_norm", "lr", "tau", "aux", "images_per_s", "mfu", "data_wait",
-              "skipped", "nonfinite", "elapsed"}
+    always = {
+        "step",
+        "loss",
+        "share_jump",
+        "grad_norm",
+        "lr",
+        "tau",
+        "aux",
+        "images_per_s",
+        "mfu",
+        "data_wait",
+        "skipped",
+        "nonfinite",
+        "elapsed",
+    }
     assert all(always <= set(r) for r in records)
     assert records[0]["share_jump"] == 0 and records[-1]["share_jump"] == 0.5  # tau = 0 at first
     assert [("fake_loss" in r) for r in records] == [False] * 3 + [True] * 3
@@ -592,15 +769,25 @@ def test_every_record_has_its_columns(runs):
 
 def test_dry_run_writes_nothing_and_knows_where_a_run_stands(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for arguments in (["--size", "2b", "--dry-run"],
-                      ["--out", str(runs / "one"), "--resume", "--steps", "100", "--dry-run"]):
+    for arguments in (
+        ["--size", "2b", "--dry-run"],
+        ["--out", str(runs / "one"), "--resume", "--steps", "100", "--dry-run"],
+    ):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         train.main()
     told = capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [] and "iterations 6 to 100" in told
-    for wanted in ("2,247", "iterations 0 to 500,000", "500,000 to 710,000", "768 pictures", "from iteration 550,000",
-                   "over 300,000",
-                   "41.8", "64 GPUs", "H100-hours"):  # fmt: skip
+    for wanted in (
+        "2,247",
+        "iterations 0 to 500,000",
+        "500,000 to 710,000",
+        "768 pictures",
+        "from iteration 550,000",
+        "over 300,000",
+        "41.8",
+        "64 GPUs",
+        "H100-hours",
+    ):
         assert wanted in told, wanted
 
 
@@ -621,7 +808,10 @@ def test_muons_state_is_smaller_and_called_by_its_name(capsys, monkeypatch):
         told[name] = capsys.readouterr().out
     state = re.compile(r"each process: ([\d.]+) GiB of state \(weights ([\d.]+)")
     sizes = {name: [float(x) for x in state.search(out).groups()] for name, out in told.items()}
-    assert "gradients 2.10, Adam 4.21, EMA" in told["adam"] and "gradients 2.10, Muon and Adam 2." in told["muon"]
+    assert (
+        "gradients 2.10, Adam 4.21, EMA" in told["adam"]
+        and "gradients 2.10, Muon and Adam 2." in told["muon"]
+    )
     assert 0.9 < (sizes["adam"][0] - sizes["muon"][0]) / sizes["adam"][1] < 1
 
 
@@ -629,8 +819,9 @@ if __name__ == "__main__":  # the long form: python tests/test_scale.py --times 
     import argparse
     import tempfile
 
-    parser = argparse.ArgumentParser(description="Kill a training run at random moments, resume it, and compare its "
-                                                 "end.")
+    parser = argparse.ArgumentParser(
+        description="Kill a training run at random moments, resume it, and compare its end."
+    )
     parser.add_argument("--times", type=int, default=50)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
@@ -641,10 +832,15 @@ if __name__ == "__main__":  # the long form: python tests/test_scale.py --times 
         run_train(1, "--steps", args.steps, "--out", Path(folder) / "whole", *SMALL)
         found = killed_and_resumed(Path(folder) / "killed", args.steps, args.times, args.seed)
         equal = same(Path(folder) / "whole", Path(folder) / "killed")
-    report = machine.provenance(torch.device("cpu")) | {"seed": args.seed, "iterations": args.steps,
-                                                        "kills": len(found),
-              "in_the_middle_of_a_save": sum("save" in f for f in found), "found": found, "same_end_bit_for_bit": equal,
-              "seconds": round(time.perf_counter() - began, 1)}  # fmt: skip
+    report = machine.provenance(torch.device("cpu")) | {
+        "seed": args.seed,
+        "iterations": args.steps,
+        "kills": len(found),
+        "in_the_middle_of_a_save": sum("save" in f for f in found),
+        "found": found,
+        "same_end_bit_for_bit": equal,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
     print(json.dumps({k: v for k, v in report.items() if k != "found"}, indent=1))
     if args.out:
         checkpoint.write_json(args.out, report)

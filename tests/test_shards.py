@@ -33,8 +33,10 @@ def picture(size=(40, 30), color=(200, 0, 0), kind="PNG", **options) -> bytes:
 
 def bomb(width, height) -> bytes:
     """A PNG of a few bytes whose header promises width x height pixels."""
+
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
@@ -57,7 +59,8 @@ def write_shards(folder, sizes, per_tar=10):
         for i in range(t, min(t + per_tar, len(sizes))):
             members[f"{i:09d}.png"] = picture(sizes[i], (i, 0, 0))
             members[f"{i:09d}.txt" if i % 2 else f"{i:09d}.json"] = (
-                f"picture {i}".encode() if i % 2 else json.dumps({"caption": f"picture {i}"}).encode())
+                f"picture {i}".encode() if i % 2 else json.dumps({"caption": f"picture {i}"}).encode()
+            )
         write_tar(folder / f"{t // per_tar:05d}.tar", members)
     return folder
 
@@ -70,24 +73,42 @@ def folder(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("data") / "tars", SIZES)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reading
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_both_caption_conventions_and_every_kind_of_picture(tmp_path):
     """The .txt, "caption" and "text"; the .txt wins; folders inside the tar; names of over 100 letters; suffixes."""
     long = "folder/" + "x" * 150
-    write_tar(tmp_path / "a.tar", {
-        "0.jpg": picture(kind="JPEG"), "0.txt": b"  zero\n",
-        "1.png": picture(), "1.json": b'{"caption": "one", "key": "1"}',
-        "2.webp": picture(kind="WEBP"), "2.json": '{"text": "zw\u00f6lf"}'.encode(),
-        "3.json": b'{"caption": "not this"}', "3.txt": b"three", "3.jpeg": picture(kind="JPEG"),
-        f"{long}.PNG": picture(), f"{long}.txt": b"long",
-        "4.png": picture(), "4.txt": b"", "4.json": b'{"caption": "four"}', "4.mask.png": b"not ours",
-    })  # fmt: skip
+    write_tar(
+        tmp_path / "a.tar",
+        {
+            "0.jpg": picture(kind="JPEG"),
+            "0.txt": b"  zero\n",
+            "1.png": picture(),
+            "1.json": b'{"caption": "one", "key": "1"}',
+            "2.webp": picture(kind="WEBP"),
+            "2.json": '{"text": "zw\u00f6lf"}'.encode(),
+            "3.json": b'{"caption": "not this"}',
+            "3.txt": b"three",
+            "3.jpeg": picture(kind="JPEG"),
+            f"{long}.PNG": picture(),
+            f"{long}.txt": b"long",
+            "4.png": picture(),
+            "4.txt": b"",
+            "4.json": b'{"caption": "four"}',
+            "4.mask.png": b"not ours",
+        },
+    )
     source = shards.Shards(tmp_path, 32, 1)
     found = {s.key: s.caption for s in map(source.sample, range(6))}
-    assert found == {"a/0": "zero", "a/1": "one", "a/2": "zw\u00f6lf", "a/3": "three", "a/4": "four",
-                     f"a/{long}": "long"}  # fmt: skip
+    assert found == {
+        "a/0": "zero",
+        "a/1": "one",
+        "a/2": "zw\u00f6lf",
+        "a/3": "three",
+        "a/4": "four",
+        f"a/{long}": "long",
+    }
     assert len(source) == 6 and not source.skipped and source.name == str(tmp_path)
 
 
@@ -128,18 +149,24 @@ def test_transparency_lies_over_white_and_cameras_are_held_upright(tmp_path):
     halves.paste("blue", (32, 0, 64, 40))
     turned = io.BytesIO()
     halves.save(turned, "JPEG", exif=exif, quality=95)
-    write_tar(tmp_path / "0.tar", {"0.png": clear.getvalue(), "0.txt": b"clear",
-                                   "1.jpg": turned.getvalue(), "1.txt": b"turned"})  # fmt: skip
+    write_tar(
+        tmp_path / "0.tar",
+        {"0.png": clear.getvalue(), "0.txt": b"clear", "1.jpg": turned.getvalue(), "1.txt": b"turned"},
+    )
     source = shards.Shards(tmp_path, 64, 1)
     found = {s.caption: s.picture for s in map(source.sample, range(2))}
     assert (found["clear"] == 255).all()
     height, width = found["turned"].shape[:2]
-    assert height > width and found["turned"][4, width // 2, 0] > 200 and found["turned"][-4, width // 2, 2] > 200
+    assert (
+        height > width
+        and found["turned"][4, width // 2, 0] > 200
+        and found["turned"][-4, width // 2, 2] > 200
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Buckets
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("side, multiple, count", [(256, 16, 13), (512, 16, 27), (512, 32, 13), (32, 16, 1)])
 def test_bucket_sides(side, multiple, count):
     buckets = shards.bucket_sides(side, multiple)
@@ -173,12 +200,15 @@ def test_small_buckets_join_their_neighbours():
     rows["height"] = 100
     rows["width"] = [100] * 30 + [200] * 27 + [110] * 2 + [55]
     used, which = shards.choose_buckets(rows, shards.bucket_sides(256), 10)
-    assert len(used) == 2 and np.bincount(which).tolist() == [33, 27]  # the 110 and the 55 are now cropped as squares
+    assert len(used) == 2 and np.bincount(which).tolist() == [
+        33,
+        27,
+    ]  # the 110 and the 55 are now cropped as squares
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The order
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_every_block_has_one_bucket_and_shows_what_it_says(folder):
     source = shards.Shards(folder, 64, 4)
     used = set()
@@ -191,7 +221,9 @@ def test_every_block_has_one_bucket_and_shows_what_it_says(folder):
     assert used == set(source.buckets) == {(64, 64), (48, 80), (80, 48)}
 
 
-@pytest.mark.parametrize("counts, batch", [([17, 11, 9], 4), ([5, 64, 7], 5), ([8], 8), ([1000, 333], 7), ([9, 9], 9)])
+@pytest.mark.parametrize(
+    "counts, batch", [([17, 11, 9], 4), ([5, 64, 7], 5), ([8], 8), ([1000, 333], 7), ([9, 9], 9)]
+)
 def test_each_picture_is_shown_as_often_as_every_other(counts, batch):
     """Counted sample by sample: within a bucket at any moment, over all buckets after each epoch."""
     blocks, shown = shards.Blocks(counts, batch), [collections.Counter() for _ in counts]
@@ -214,15 +246,19 @@ def test_each_picture_is_shown_as_often_as_every_other(counts, batch):
 
 def test_the_order_changes_with_the_seed_and_with_the_epoch(folder):
     source = shards.Shards(folder, 64, 4)
+
     def keys(start, seed):
         return [source.sample(g, seed).key for g in range(start, start + 36)]
+
     assert keys(0, 0) == keys(0, 0)
     assert len({tuple(keys(0, 0)), tuple(keys(0, 1)), tuple(keys(36, 0))}) == 3
     blocks = [tuple(source.bucket(g, seed) for g in range(0, 36, 4)) for seed in range(4)]
     assert len(set(blocks)) > 1
     even = shards.Blocks([20, 20], 4)  # every epoch has five blocks of each bucket
     assert len({tuple(even.block(g, 0)[0] for g in range(40 * e, 40 * e + 40, 4)) for e in range(4)}) > 1
-    one = shards.Blocks([50], 10)  # one bucket whose blocks come in order: each pass is another order of the same 50
+    one = shards.Blocks(
+        [50], 10
+    )  # one bucket whose blocks come in order: each pass is another order of the same 50
     passes = [sorted(one.order(0, e)[1].tolist()) for e in range(3)]
     assert passes == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
     turns = [tuple(one.shuffled(seed, 0, turn).tolist()) for seed in (0, 1) for turn in range(3)]
@@ -252,15 +288,19 @@ def test_any_cut_into_ranks_and_micro_batches_sees_one_sequence(folder):
 
 def test_threads_and_forked_processes_read_the_same(folder):
     source = shards.Shards(folder, 64, 4)
+
     def fingerprint(g):
         s = source.sample(g)
         return s.key, s.caption, zlib.crc32(s.picture.tobytes())
+
     expected = [fingerprint(g) for g in range(40)]
     found = [None] * 40
+
     def work(start):
         for _ in range(5):
             for g in range(start, 40, 4):
                 found[g] = fingerprint(g)
+
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     [t.start() for t in threads], [t.join() for t in threads]
     assert found == expected
@@ -289,9 +329,9 @@ def test_mixed_sources_take_turns(folder):
         shards.Mixed([small, shards.Shards(folder, 64, 8)], 4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Damage
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_a_truncated_tar_is_named_wherever_it_was_cut(tmp_path):
     """Cut in a header, in a picture, in padding, between two members, and just before the end mark."""
     whole = write_shards(tmp_path / "whole", SIZES[:4]) / "00000.tar"
@@ -312,11 +352,18 @@ def test_a_truncated_tar_is_named_wherever_it_was_cut(tmp_path):
         shards.read_index(tmp_path / "cut")
 
 
-@pytest.mark.parametrize("members, complaint", [
-    ({}, "is empty"), ({"0.txt": b"no picture"}, "is empty"),
-    ({"0.png": picture(), "1.png": picture(), "1.txt": b" \n"}, r"none of its 2 pictures can be used \(2 no caption\)"),
-    ({"0.png": b"broken", "0.txt": b"x"}, r"1 broken picture"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "members, complaint",
+    [
+        ({}, "is empty"),
+        ({"0.txt": b"no picture"}, "is empty"),
+        (
+            {"0.png": picture(), "1.png": picture(), "1.txt": b" \n"},
+            r"none of its 2 pictures can be used \(2 no caption\)",
+        ),
+        ({"0.png": b"broken", "0.txt": b"x"}, r"1 broken picture"),
+    ],
+)
 def test_an_unusable_shard_is_an_error_that_names_it(tmp_path, members, complaint):
     write_shards(tmp_path, SIZES[:3])
     write_tar(tmp_path / "00007.tar", members)
@@ -342,23 +389,44 @@ def damaged_members():
     Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(grey16, "PNG")
     caption = b"x"
     members = {
-        "0.png": picture(), "0.txt": caption,
-        "1.png": picture(), "1.json": b"{not json",
-        "2.png": picture(), "2.json": b'["a list"]',
-        "3.png": picture(), "3.json": b'{"caption": null}',
-        "4.png": picture(), "4.txt": b"\xff\xfe",
-        "5.png": bomb(60000, 60000), "5.txt": caption,  # beyond Pillow's own limit, an error
-        "6.png": bomb(10000, 10000), "6.txt": caption,  # where Pillow only warns
-        "7.png": b"not a picture", "7.txt": caption,
-        "8.png": grey16.getvalue(), "8.txt": caption,
-        "9.png": picture(), "9.txt": caption, "9.jpg": picture(kind="JPEG"),
-        "10.gif": b"GIF89a", "10.txt": caption,
-        "11.png": bomb(8192, 8193), "11.txt": caption,  # just beyond our limit, below Pillow's
-    }  # fmt: skip
-    reasons = {"1": "its .json is not valid JSON", "2": "its .json is not an object", "3": "no caption",
-               "4": "its caption is not UTF-8", "5": "more than 67 million pixels", "6": "more than 67 million pixels",
-               "7": "broken picture", "8": "16-bit or floating-point grey", "10": "no .jpg, .png or .webp",
-               "11": "more than 67 million pixels"}  # fmt: skip
+        "0.png": picture(),
+        "0.txt": caption,
+        "1.png": picture(),
+        "1.json": b"{not json",
+        "2.png": picture(),
+        "2.json": b'["a list"]',
+        "3.png": picture(),
+        "3.json": b'{"caption": null}',
+        "4.png": picture(),
+        "4.txt": b"\xff\xfe",
+        "5.png": bomb(60000, 60000),
+        "5.txt": caption,  # beyond Pillow's own limit, an error
+        "6.png": bomb(10000, 10000),
+        "6.txt": caption,  # where Pillow only warns
+        "7.png": b"not a picture",
+        "7.txt": caption,
+        "8.png": grey16.getvalue(),
+        "8.txt": caption,
+        "9.png": picture(),
+        "9.txt": caption,
+        "9.jpg": picture(kind="JPEG"),
+        "10.gif": b"GIF89a",
+        "10.txt": caption,
+        "11.png": bomb(8192, 8193),
+        "11.txt": caption,  # just beyond our limit, below Pillow's
+    }
+    reasons = {
+        "1": "its .json is not valid JSON",
+        "2": "its .json is not an object",
+        "3": "no caption",
+        "4": "its caption is not UTF-8",
+        "5": "more than 67 million pixels",
+        "6": "more than 67 million pixels",
+        "7": "broken picture",
+        "8": "16-bit or floating-point grey",
+        "10": "no .jpg, .png or .webp",
+        "11": "more than 67 million pixels",
+    }
     return members, reasons
 
 
@@ -371,15 +439,20 @@ def test_unusable_samples_are_skipped_counted_and_named(tmp_path, capsys, recwar
     assert skipped.pop(second[0]) == "a second file for its key" and skipped == reasons
     assert {source.sample(g).key for g in range(4)} == {"a/0", "a/9"} and len(source) == 2
     error = capsys.readouterr().err
-    assert "skipped a/1: its .json is not valid JSON" in error and "skipped 11 of 13 (3 more than 67 million" in error
+    assert (
+        "skipped a/1: its .json is not valid JSON" in error
+        and "skipped 11 of 13 (3 more than 67 million" in error
+    )
     assert not recwarn.list
 
 
 def test_a_bomb_is_refused_without_decoding(tmp_path, monkeypatch):
     members, _ = damaged_members()
     write_tar(tmp_path / "a.tar", members)
+
     def decoded(*arguments, **options):
         raise AssertionError("a picture was decoded while indexing")
+
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decoded)
     assert len(shards.read_index(tmp_path).rows) == 2
 
@@ -400,11 +473,15 @@ def test_a_picture_that_breaks_in_decoding_is_replaced_by_the_next_of_its_bucket
     assert len(source) == 8 and not source.skipped
     once = [source.sample(g).key for g in range(16)]
     assert once == list(reversed([other.sample(g).key for g in range(15, -1, -1)]))
-    showings = collections.Counter(once)  # two epochs: 3 is replaced by 5, and 6 by the first of its bucket, 0
+    showings = collections.Counter(
+        once
+    )  # two epochs: 3 is replaced by 5, and 6 by the first of its bucket, 0
     assert showings == {"a/1": 2, "a/5": 4, "a/7": 2, "a/0": 4, "a/2": 2, "a/4": 2}
     assert sorted(source.skipped) == ["a/3", "a/6"]
     error = capsys.readouterr().err
-    assert error.count("skipped a/3: cannot be decoded") == 2 and error.count("a/6") == 2  # once for each source
+    assert (
+        error.count("skipped a/3: cannot be decoded") == 2 and error.count("a/6") == 2
+    )  # once for each source
 
 
 def test_a_bucket_without_a_readable_picture_and_a_tar_that_shrank(tmp_path):
@@ -424,13 +501,23 @@ def odd_exif() -> bytes:
     Pillow reads it and cannot write it again."""
     tags = [(0x010F, 5, 1, 38), (0x0112, 3, 1, 6)]  # make: a rational at byte 38; orientation 6
     entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
-    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + struct.pack("<II", 1, 1)
+    exif = (
+        b"Exif\0\0II*\0\x08\0\0\0"
+        + struct.pack("<H", len(tags))
+        + entries
+        + bytes(4)
+        + struct.pack("<II", 1, 1)
+    )
     return picture((48, 32), kind="JPEG", exif=exif)
 
 
 def test_odd_exif_text_with_a_mark_and_halves_of_characters(tmp_path):
-    members = {"0.jpg": odd_exif(), "0.txt": "\ufeffwith a mark".encode(),
-               "2.png": picture(), "2.json": b'\xef\xbb\xbf{"caption": " ", "text": "a \\ud83d half"}'}  # fmt: skip
+    members = {
+        "0.jpg": odd_exif(),
+        "0.txt": "\ufeffwith a mark".encode(),
+        "2.png": picture(),
+        "2.json": b'\xef\xbb\xbf{"caption": " ", "text": "a \\ud83d half"}',
+    }
     rows, keys, skipped = shards.scan(write_tar(tmp_path / "0.tar", members))
     assert keys == ["0/0", "0/2"] and not skipped
     assert (rows[0]["width"], rows[0]["height"]) == (32, 48)
@@ -438,15 +525,21 @@ def test_odd_exif_text_with_a_mark_and_halves_of_characters(tmp_path):
     assert {source.sample(g).caption for g in range(2)} == {"with a mark", "a \ufffd half"}
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/a.jpg").write_bytes(odd_exif())
-    (tmp_path / "folder/metadata.jsonl").write_text(json.dumps({"file_name": "a.jpg",
-                                                                "text": "a \ud83d half\u2028line"}) + "\n")
+    (tmp_path / "folder/metadata.jsonl").write_text(
+        json.dumps({"file_name": "a.jpg", "text": "a \ud83d half\u2028line"}) + "\n"
+    )
     whole = data.ImageFolder(tmp_path / "folder", 16)
     assert whole.captions == ["a \ufffd half\u2028line"] and not whole.skipped
 
 
 def test_a_picture_with_a_dot_in_its_name_is_named(tmp_path):
-    members = {"a.png": picture(), "a.txt": b"one", "a.mask.png": picture(), "b.v1.jpg": picture(kind="JPEG"),
-               "b.v1.txt": b"two"}
+    members = {
+        "a.png": picture(),
+        "a.txt": b"one",
+        "a.mask.png": picture(),
+        "b.v1.jpg": picture(kind="JPEG"),
+        "b.v1.txt": b"two",
+    }
     _, keys, skipped = shards.scan(write_tar(tmp_path / "0.tar", members))
     assert keys == ["0/a"] and list(skipped) == ["0/b.v1.jpg"] and "dot" in skipped["0/b.v1.jpg"]
 
@@ -463,17 +556,26 @@ def test_another_program_s_cache_json_is_left_alone(tmp_path, folder):
 def test_two_sides_do_not_show_the_same_pictures_in_turn(tmp_path):
     write_shards(tmp_path, [(64, 64)] * 40)
     small, large = (shards.Shards(tmp_path, side, 4) for side in (16, 32))
-    same = sum({small.sample(g + i).key for i in range(4)} == {large.sample(g + i).key for i in range(4)}
-               for g in range(0, 40, 4))
+    same = sum(
+        {small.sample(g + i).key for i in range(4)} == {large.sample(g + i).key for i in range(4)}
+        for g in range(0, 40, 4)
+    )
     assert same <= 1
 
 
 def test_pack_leaves_out_what_training_could_not_use(tmp_path):
     (tmp_path / "in").mkdir()
-    for name, content, text in (("a.png", picture(), "one"), ("b.png", b"nothing", "two"), ("c.png", picture(), "")):
+    for name, content, text in (
+        ("a.png", picture(), "one"),
+        ("b.png", b"nothing", "two"),
+        ("c.png", picture(), ""),
+    ):
         (tmp_path / "in" / name).write_bytes(content)
         (tmp_path / "in" / name).with_suffix(".txt").write_text(text)
-    assert shards.pack(tmp_path / "in", tmp_path / "out") == (1, {"b.png": "broken picture", "c.png": "no caption"})
+    assert shards.pack(tmp_path / "in", tmp_path / "out") == (
+        1,
+        {"b.png": "broken picture", "c.png": "no caption"},
+    )
 
 
 def test_small_pictures_can_be_left_out(folder):
@@ -483,9 +585,9 @@ def test_small_pictures_can_be_left_out(folder):
         shards.Shards(folder, 64, 4, enlarge=1.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The index
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_the_index_is_made_once_and_again_for_a_tar_that_changed(tmp_path, monkeypatch):
     write_shards(tmp_path / "t", SIZES[:30])
     scanned = []
@@ -502,13 +604,19 @@ def test_the_index_is_made_once_and_again_for_a_tar_that_changed(tmp_path, monke
     write_tar(tar, {"x.png": picture((50, 20)), "x.txt": b"new"})
     os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # another size at the same time
     changed = shards.read_index(tmp_path / "t")
-    assert scanned[3:] == ["00001.tar", "00001.tar"] and len(changed.rows) == 21 and b"00001/x" in changed.keys
+    assert (
+        scanned[3:] == ["00001.tar", "00001.tar"] and len(changed.rows) == 21 and b"00001/x" in changed.keys
+    )
     (tmp_path / "t" / "00002.tar.index").write_bytes(b"damaged")
-    assert np.array_equal(shards.read_index(tmp_path / "t").rows, changed.rows) and scanned[5:] == ["00002.tar"]
+    assert np.array_equal(shards.read_index(tmp_path / "t").rows, changed.rows) and scanned[5:] == [
+        "00002.tar"
+    ]
     assert not list(tmp_path.rglob("*.partial"))
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])  # each process imports torch first
+@pytest.mark.parametrize(
+    "workers", [1, pytest.param(2, marks=pytest.mark.slow)]
+)  # each process imports torch first
 def test_the_index_can_lie_elsewhere_and_be_made_by_many_processes(tmp_path, workers):
     write_shards(tmp_path / "t", SIZES[:20])
     apart = shards.read_index(tmp_path / "t", tmp_path / "index", workers=workers)
@@ -517,9 +625,9 @@ def test_the_index_can_lie_elsewhere_and_be_made_by_many_processes(tmp_path, wor
     assert np.array_equal(apart.rows, beside.rows) and apart.tars == beside.tars
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The cache
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def encode(source_folder, out, **options):
     options = {"batch_size": 4, "per_shard": 4, "encode_batch": 3, "fake": True, "tokens": "fp32"} | options
     text, pixels = encoders.text_encoder("words", options.pop("txt_len", 8)), encoders.autoencoder("pixels")
@@ -534,11 +642,13 @@ def contents(out):
 def test_a_cache_resumed_equals_one_made_in_one_go(tmp_path, folder, monkeypatch):
     encode(folder, tmp_path / "whole")
     whole, calls = encoders.Pixels.encode, []
+
     def interrupted(self, images):
         calls.append(1)
         if len(calls) in (6, 13):
             raise KeyboardInterrupt
         return whole(self, images)
+
     monkeypatch.setattr(encoders.Pixels, "encode", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
@@ -548,7 +658,9 @@ def test_a_cache_resumed_equals_one_made_in_one_go(tmp_path, folder, monkeypatch
     done = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "pieces").iterdir()}
     encode(folder, tmp_path / "pieces")
     assert contents(tmp_path / "whole") == contents(tmp_path / "pieces")
-    assert len(done) > 4 and all((tmp_path / "pieces" / name).stat().st_mtime_ns == t for name, t in done.items())
+    assert len(done) > 4 and all(
+        (tmp_path / "pieces" / name).stat().st_mtime_ns == t for name, t in done.items()
+    )
     for part in (2, 0, 1):  # three processes share the work
         encode(folder, tmp_path / "parts", part=(part, 3))
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
@@ -567,7 +679,9 @@ def test_bf16_tokens_and_no_fake_prompts(tmp_path, folder):
 
 def test_a_broken_picture_is_replaced_in_the_cache_as_without_it(tmp_path):
     """Also when its replacement lies in another shard of the cache, and whichever part meets it first."""
-    members = {f"{i}.png": picture((64, 64), (i, 0, 0)) for i in range(6)} | {f"{i}.txt": b"x" for i in range(6)}
+    members = {f"{i}.png": picture((64, 64), (i, 0, 0)) for i in range(6)} | {
+        f"{i}.txt": b"x" for i in range(6)
+    }
     write_tar(tmp_path / "t" / "a.tar", members | {f"{i}.png": bomb(64, 64) for i in (1, 4, 5)})
     encode(tmp_path / "t", tmp_path / "c", batch_size=3, per_shard=2)
     for part in (2, 1, 0):
@@ -584,8 +698,11 @@ def test_a_cache_refuses_other_settings_other_tars_and_damage(tmp_path):
     write_shards(tmp_path / "t", SIZES[:12])
     encode(tmp_path / "t", tmp_path / "c")
     before = contents(tmp_path / "c")
-    for options, complaint in (({"txt_len": 9}, "txt_len 8, not 9"), ({"fake": False}, "fake True, not False"),
-                               ({"per_shard": 5}, "per_shard 4, not 5")):  # fmt: skip
+    for options, complaint in (
+        ({"txt_len": 9}, "txt_len 8, not 9"),
+        ({"fake": False}, "fake True, not False"),
+        ({"per_shard": 5}, "per_shard 4, not 5"),
+    ):
         with pytest.raises(data.DataError, match=complaint):
             encode(tmp_path / "t", tmp_path / "c", **options)
     write_shards(tmp_path / "t", SIZES[:13])
@@ -605,9 +722,9 @@ def test_a_cache_refuses_other_settings_other_tars_and_damage(tmp_path):
         cache.CachedShards(tmp_path / "t", 4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The commands
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def run(monkeypatch, *arguments, program=shards):
     monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, arguments)])
     program.main()
@@ -617,8 +734,10 @@ def test_report_against_hand_counts(tmp_path, monkeypatch, capsys):
     members, reasons = damaged_members()
     write_tar(tmp_path / "b.tar", members)
     wide = picture((300, 150))
-    write_tar(tmp_path / "a.tar", {"0.png": wide, "0.txt": b"four",
-                                   "1.png": picture((600, 600)), "1.json": b'{"text": "a"}'})  # fmt: skip
+    write_tar(
+        tmp_path / "a.tar",
+        {"0.png": wide, "0.txt": b"four", "1.png": picture((600, 600)), "1.json": b'{"text": "a"}'},
+    )
     run(monkeypatch, "report", tmp_path, "--json", "--skipped")
     result = json.loads(capsys.readouterr().out)
     assert result["shards"] == 2 and result["pictures"] == 4
@@ -629,14 +748,22 @@ def test_report_against_hand_counts(tmp_path, monkeypatch, capsys):
     assert result["caption_letters"] == {"min": 1, "median": 1.0, "mean": 1.75, "max": 4}
     assert result["skipped"] == dict(collections.Counter([*reasons.values(), "a second file for its key"]))
     assert len(result["skipped_keys"]) == 11 and result["skipped_keys"]["b/3"] == "no caption"
-    held = {side: {name: n for name, n in row["buckets"].items() if n} for side, row in result["sides"].items()}
+    held = {
+        side: {name: n for name, n in row["buckets"].items() if n} for side, row in result["sides"].items()
+    }
     # 2:1 is beyond the widest bucket of both sides; 4:3 lies nearest to 288 : 224 at side 256 and to 592 : 448 at 512.
-    assert held == {"256": {"192x352": 1, "256x256": 1, "224x288": 2},
-                    "512": {"368x720": 1, "512x512": 1, "448x592": 2}}  # fmt: skip
+    assert held == {
+        "256": {"192x352": 1, "256x256": 1, "224x288": 2},
+        "512": {"368x720": 1, "512x512": 1, "448x592": 2},
+    }
     assert result["sides"]["256"]["enlarged"] == 3 and result["sides"]["512"]["enlarged"] == 3
     run(monkeypatch, "report", tmp_path, "--sides", "256")
     text = capsys.readouterr().out
-    assert "4 captioned pictures in 2 shards" in text and "224x288          2  50.00%" in text and "512x512" not in text
+    assert (
+        "4 captioned pictures in 2 shards" in text
+        and "224x288          2  50.00%" in text
+        and "512x512" not in text
+    )
 
 
 def test_pack_and_cache_as_a_user_would(tmp_path, monkeypatch, capsys):
@@ -650,14 +777,35 @@ def test_pack_and_cache_as_a_user_would(tmp_path, monkeypatch, capsys):
     lines += [json.dumps({"file_name": name, "text": "x"}) for name in ("8.bmp", "absent.jpg")]
     (pictures / "metadata.jsonl").write_text("\n".join(lines))
 
-    done = subprocess.run([sys.executable, "engine/shards.py", "pack", pictures, tmp_path / "tars", "--per-shard", "3"],
-                          cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "engine/shards.py", "pack", pictures, tmp_path / "tars", "--per-shard", "3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "packed 7 pictures" in done.stdout, done.stderr
     assert "8.bmp: not a .jpg" in done.stderr and "absent.jpg: no such file" in done.stderr
     source = shards.Shards(tmp_path / "tars", 32, 1)
-    assert sorted((s.caption, s.key) for s in map(source.sample, range(7)))[3] == ("number 3", "00001/000010000")
-    arguments = [tmp_path / "tars", tmp_path / "cache", "--side", 32, "--text", "words", "--device", "cpu",
-                 "--autoencoder", "pixels", "--batch-size", 2, "--per-shard", 4]  # fmt: skip
+    assert sorted((s.caption, s.key) for s in map(source.sample, range(7)))[3] == (
+        "number 3",
+        "00001/000010000",
+    )
+    arguments = [
+        tmp_path / "tars",
+        tmp_path / "cache",
+        "--side",
+        32,
+        "--text",
+        "words",
+        "--device",
+        "cpu",
+        "--autoencoder",
+        "pixels",
+        "--batch-size",
+        2,
+        "--per-shard",
+        4,
+    ]
     run(monkeypatch, *arguments, "--part", "1/2", program=cache)
     assert "cache: 1 shards are left to the other parts" in capsys.readouterr().out
     run(monkeypatch, *arguments, program=cache)
@@ -665,14 +813,24 @@ def test_pack_and_cache_as_a_user_would(tmp_path, monkeypatch, capsys):
     assert cache.CachedShards(tmp_path / "cache", 2).sample(0).latent.shape == (3, 32, 32)
 
 
-@pytest.mark.parametrize("arguments, complaint", [
-    ([], "pack, report"), (["unpack"], "pack, report"), (["report", "absent"], "no such folder: absent"),
-    (["pack", "{folder}", "{folder}"], "exists"), (["pack", "{folder}", "{new}"], "no captions"),
-    (["cache", "{folder}", "{new}"], "--side"), (["report", "{folder}", "--sides", "0"], "--sides"),
-    (["cache", "{folder}", "{new}", "--side", "64", "--part", "2/2"], "--part"),
-    (["pack", "{folder}", "{new}", "--per-shard", "10001"], "10000"),
-    (["cache", "{folder}", "{new}", "--side", "64", "--text", "words", "--autoencoder", "pixels"], "lower the batch"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        ([], "pack, report"),
+        (["unpack"], "pack, report"),
+        (["report", "absent"], "no such folder: absent"),
+        (["pack", "{folder}", "{folder}"], "exists"),
+        (["pack", "{folder}", "{new}"], "no captions"),
+        (["cache", "{folder}", "{new}"], "--side"),
+        (["report", "{folder}", "--sides", "0"], "--sides"),
+        (["cache", "{folder}", "{new}", "--side", "64", "--part", "2/2"], "--part"),
+        (["pack", "{folder}", "{new}", "--per-shard", "10001"], "10000"),
+        (
+            ["cache", "{folder}", "{new}", "--side", "64", "--text", "words", "--autoencoder", "pixels"],
+            "lower the batch",
+        ),
+    ],
+)
 def test_what_the_user_can_mend_is_one_line(tmp_path, folder, monkeypatch, capsys, arguments, complaint):
     arguments = [a.format(folder=folder, new=tmp_path / "new") for a in arguments]
     program = cache if arguments[:1] == ["cache"] else shards

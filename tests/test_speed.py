@@ -17,9 +17,9 @@ from engine import cache, data_speed, errors, loop_speed, scaling, shards
 ROOT = Path(__file__).parent.parent
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The time of an iteration on many GPUs
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_a_ring_moves_every_byte_twice():
     """Each of N processes sends S / N in each of 2 (N - 1) rounds."""
     for world in (2, 3, 8, 256):
@@ -63,7 +63,9 @@ def test_an_iteration_by_hand():
 def test_the_share_of_saving():
     """36 GB at 1 GB/s every half hour."""
     bytes_of_a_state = 16 * model.count_parameters(model.SIZES["2b"])
-    assert scaling.saving_share("2b", 1e9) == pytest.approx(bytes_of_a_state / 1e9 / (1800 + bytes_of_a_state / 1e9))
+    assert scaling.saving_share("2b", 1e9) == pytest.approx(
+        bytes_of_a_state / 1e9 / (1800 + bytes_of_a_state / 1e9)
+    )
 
 
 def test_the_fit_finds_what_made_the_times():
@@ -75,26 +77,35 @@ def test_the_fit_finds_what_made_the_times():
 def test_processes_that_reduce(tmp_path):
     found = scaling.measure(2, sizes=[2**12, 2**14, 2**16, 2**18], rounds=2)
     assert [row["fitted"] for row in found["rows"]] == [True, False] * 2
-    assert all(row["seconds"] > 0 for row in found["rows"]) and found["worst_error"] >= found["median_error"] >= 0
+    assert (
+        all(row["seconds"] > 0 for row in found["rows"])
+        and found["worst_error"] >= found["median_error"] >= 0
+    )
 
 
 def test_scaling_as_a_user_types_it():
-    result = subprocess.run([sys.executable, "engine/scaling.py", "--bandwidth", "400"], cwd=ROOT, capture_output=True,
-                            text=True)  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "engine/scaling.py", "--bandwidth", "400"], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 0 and "does not divide" in result.stdout and "97.8%" in result.stdout
 
 
-
 def test_scaling_refuses_what_cannot_be(monkeypatch):
-    for words in (["--mfu", "2"], ["--gpus", "0"], ["--bandwidth", "nan"], ["--measure", "1"], ["--out", "x.json"]):
+    for words in (
+        ["--mfu", "2"],
+        ["--gpus", "0"],
+        ["--bandwidth", "nan"],
+        ["--measure", "1"],
+        ["--out", "x.json"],
+    ):
         monkeypatch.setattr(sys, "argv", ["scaling.py", *words])
         with pytest.raises(errors.UserError):
             scaling.parse_arguments()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Where the time of the loop goes
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_the_clock_charges_the_innermost_part():
     clock = loop_speed.Clock()
     clock.reset()
@@ -114,17 +125,56 @@ def test_the_clock_charges_the_innermost_part():
 
 def test_the_loop_is_timed_as_it_runs(tmp_path, monkeypatch):
     """Every part is met, parts make up the whole, and Self-E evaluates where flow matching does not."""
-    monkeypatch.setitem(model.SIZES, "laptop", dict(width=16, heads=2, double=1, single=1, axes=(2, 2, 4), channels=3,
-                                                    patch=4, txt_dim=256, vec_dim=256))  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["loop_speed.py", "--threads", "1", "--iterations", "2", "--rounds", "2",
-                                      "--no-compile", "--batch-size", "4", "--device", "cpu", "--out",
-                                      str(tmp_path / "out.json")])  # fmt: skip
+    monkeypatch.setitem(
+        model.SIZES,
+        "laptop",
+        dict(
+            width=16,
+            heads=2,
+            double=1,
+            single=1,
+            axes=(2, 2, 4),
+            channels=3,
+            patch=4,
+            txt_dim=256,
+            vec_dim=256,
+        ),
+    )
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "loop_speed.py",
+            "--threads",
+            "1",
+            "--iterations",
+            "2",
+            "--rounds",
+            "2",
+            "--no-compile",
+            "--batch-size",
+            "4",
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path / "out.json"),
+        ],
+    )
     loop_speed.main()
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert rows["flow matching"]["ratio"] == 1 and set(rows) == set(loop_speed.ROWS)
     for name, row in rows.items():
-        assert {"forward", "backward", "encoding", "clipping", "Adam", "average", "records", "targets and loss",
-                "stop or not"} <= set(row["parts"])  # fmt: skip
+        assert {
+            "forward",
+            "backward",
+            "encoding",
+            "clipping",
+            "Adam",
+            "average",
+            "records",
+            "targets and loss",
+            "stop or not",
+        } <= set(row["parts"])
         assert ("evaluation" in row["parts"]) == (name != "flow matching")
         assert 0 < row["outside"] < 1 and row["hidden"] > 0 and row["waited"] >= 0
         assert sum(row["parts"].values()) == pytest.approx(row["milliseconds"], rel=1.0)
@@ -140,9 +190,9 @@ def test_nothing_stays_patched():
     assert (model.Denoiser.forward, torch.Tensor.backward, torch.optim.Adam.step) == before
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # How fast data come
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_the_speed_of_data(tmp_path, monkeypatch):
     """Each rate is positive, each ratio is that of its rates, and what is read is what training would read."""
     monkeypatch.setattr(data_speed, "SIZES", ((320, 240), (240, 320)))
@@ -150,17 +200,40 @@ def test_the_speed_of_data(tmp_path, monkeypatch):
     right, sample = shards.Shards.read, cache.CachedShards.sample
     monkeypatch.setattr(shards.Shards, "read", lambda self, n, *box: read.append(n) or right(self, n, *box))
     monkeypatch.setattr(cache.CachedShards, "sample", lambda self, g: cached.append(g) or sample(self, g))
-    monkeypatch.setattr(sys, "argv", ["data_speed.py", "--pictures", "16", "--index-size", "20000", "--rounds", "1",
-                                      "--out", str(tmp_path / "out.json")])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "data_speed.py",
+            "--pictures",
+            "16",
+            "--index-size",
+            "20000",
+            "--rounds",
+            "1",
+            "--out",
+            str(tmp_path / "out.json"),
+        ],
+    )
     data_speed.main()
     report = json.loads((tmp_path / "out.json").read_text())
     pictures, index = report["pictures"], report["index"]
-    assert pictures["from tars / pillow"] == pytest.approx(pictures["from tars"] / pictures["pillow"]) and read
+    assert (
+        pictures["from tars / pillow"] == pytest.approx(pictures["from tars"] / pictures["pillow"]) and read
+    )
     for state in {"cold", "warm"} & set(report["cache"]):
         rates = report["cache"][state]
-        assert rates["samples / plain"] == pytest.approx(rates["samples"] / rates["plain"]) and min(rates.values()) > 0
-    assert set(cached) == set(range(16)) and report["cache"]["bytes_of_a_sample"] > 2 * 256 * 4096 + 4 * 16 * 32 * 32
-    assert index["samples"] == 20_000 and index["bytes"] >= index["index_bytes"] > 20_000 * shards.ROW.itemsize
+        assert (
+            rates["samples / plain"] == pytest.approx(rates["samples"] / rates["plain"])
+            and min(rates.values()) > 0
+        )
+    assert (
+        set(cached) == set(range(16))
+        and report["cache"]["bytes_of_a_sample"] > 2 * 256 * 4096 + 4 * 16 * 32 * 32
+    )
+    assert (
+        index["samples"] == 20_000 and index["bytes"] >= index["index_bytes"] > 20_000 * shards.ROW.itemsize
+    )
     assert index["far_seconds"] > 0 and index["start_seconds"] > 0
 
 

@@ -113,7 +113,9 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch)
     """A power cut after a rename finds the files whole: each is synced before, and its folder after."""
     order = []
     to_disk, replace = checkpoint.to_disk, os.replace
-    monkeypatch.setattr(checkpoint, "to_disk", lambda path: order.append(("sync", Path(path).name)) or to_disk(path))
+    monkeypatch.setattr(
+        checkpoint, "to_disk", lambda path: order.append(("sync", Path(path).name)) or to_disk(path)
+    )
     monkeypatch.setattr(os, "replace", lambda a, b: order.append(("name", Path(b).name)) or replace(a, b))
     save(tmp_path, 7)
     named = order.index(("name", "step_00000007"))
@@ -137,13 +139,19 @@ def test_to_disk_asks_the_system(tmp_path, monkeypatch):
 def test_a_failing_save_leaves_no_partial(tmp_path, monkeypatch):
     """A full disk at any of the files: one error that names the last state, and nothing half-written."""
     save(tmp_path, 1)
-    for name, owner, full in (("save", torch, RuntimeError("[enforce fail] unexpected pos 64 vs 0\nmore")),
-                              ("save_file", checkpoint, OSError(28, "No space left on device"))):  # fmt: skip
+    for name, owner, full in (
+        ("save", torch, RuntimeError("[enforce fail] unexpected pos 64 vs 0\nmore")),
+        ("save_file", checkpoint, OSError(28, "No space left on device")),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, lambda *a, full=full, **k: (_ for _ in ()).throw(full))
             with pytest.raises(errors.UserError, match="step_00000001") as told:
                 save(tmp_path, 2)
-        assert "\n" not in str(told.value) and steps_of(tmp_path) == [1] and not list(tmp_path.rglob("*.partial"))
+        assert (
+            "\n" not in str(told.value)
+            and steps_of(tmp_path) == [1]
+            and not list(tmp_path.rglob("*.partial"))
+        )
         check_whole(tmp_path)
 
 
@@ -175,7 +183,9 @@ def test_a_state_is_deleted_under_another_name(tmp_path, monkeypatch):
     """While its files go one by one it must not pass for complete."""
     save(tmp_path, 1), save(tmp_path, 2)
     names, rmtree = [], shutil.rmtree
-    monkeypatch.setattr(shutil, "rmtree", lambda path, **k: names.append(Path(path).name) or rmtree(path, **k))
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda path, **k: names.append(Path(path).name) or rmtree(path, **k)
+    )
     save(tmp_path, 3)
     assert names == ["step_00000001.partial"] and steps_of(tmp_path) == [2, 3]
 
@@ -211,7 +221,11 @@ def test_weights_of_another_model_are_refused(tmp_path):
     network, _, _ = models(2)
     path = tmp_path / "model.safetensors"
     own = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    for weights in (own | {"more": torch.zeros(1)}, {"weight": own["weight"]}, own | {"bias": torch.zeros(3)}):
+    for weights in (
+        own | {"more": torch.zeros(1)},
+        {"weight": own["weight"]},
+        own | {"bias": torch.zeros(3)},
+    ):
         save_file(weights, path)
         with pytest.raises(errors.UserError, match="another shape"):
             checkpoint.load_weights(path, network)
@@ -245,7 +259,10 @@ def test_a_file_in_one_piece_has_the_rights_of_any_other(tmp_path):
 def test_writers_of_one_file_do_not_meet(tmp_path):
     """Two of a shared file, each with a partial of its own: the last rename wins, and no partial stays."""
     path = tmp_path / "x"
-    with checkpoint.in_one_piece(path, shared=True) as first, checkpoint.in_one_piece(path, shared=True) as second:
+    with (
+        checkpoint.in_one_piece(path, shared=True) as first,
+        checkpoint.in_one_piece(path, shared=True) as second,
+    ):
         assert first != second
         first.write_text("first"), second.write_text("second")
     assert path.read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["x"]

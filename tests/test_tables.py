@@ -16,10 +16,27 @@ ROOT = Path(__file__).parent.parent
 
 def command(folder: Path, *arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "experiments/tables.py", "--quick", "--out", str(folder / "results"),
-                           "--runs", str(folder / "runs"),
-                           "--device", "cpu", "--rows", "flow_matching", "self_e", *arguments],
-                          cwd=ROOT, env=environment, capture_output=True, text=True)  # fmt: skip
+    return subprocess.run(
+        [
+            sys.executable,
+            "experiments/tables.py",
+            "--quick",
+            "--out",
+            str(folder / "results"),
+            "--runs",
+            str(folder / "runs"),
+            "--device",
+            "cpu",
+            "--rows",
+            "flow_matching",
+            "self_e",
+            *arguments,
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.mark.slow
@@ -49,11 +66,27 @@ def test_the_quick_form_makes_every_file_and_goes_on_where_it_stopped(tmp_path):
 def test_sigterm_stops_the_training_too(tmp_path):
     """Sent to tables.py alone, as `kill` does: train.py saves and ends with it, and the same command goes on."""
     runs = tmp_path / "runs"
-    arguments = [sys.executable, "experiments/tables.py", "--out", str(tmp_path / "results"), "--runs", str(runs),
-                 "--device", "cpu", "--rows", "self_e", "--seeds", "0", "--milestones", "0",
-                 "--budget", "--steps 100000 --batch-size 8 --grid-every 0 --no-compile --log-every 1"]  # fmt: skip
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)  # fmt: skip
+    arguments = [
+        sys.executable,
+        "experiments/tables.py",
+        "--out",
+        str(tmp_path / "results"),
+        "--runs",
+        str(runs),
+        "--device",
+        "cpu",
+        "--rows",
+        "self_e",
+        "--seeds",
+        "0",
+        "--milestones",
+        "0",
+        "--budget",
+        "--steps 100000 --batch-size 8 --grid-every 0 --no-compile --log-every 1",
+    ]
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     log = runs / "self_e-0/metrics.jsonl"
     try:
         while not log.exists() or not log.read_text():
@@ -67,4 +100,7 @@ def test_sigterm_stops_the_training_too(tmp_path):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130 and "the same command goes on" in complaints
-    assert len(list((runs / "self_e-0/state").glob("step_*"))) == 1 and not (runs / "self_e-0/done.json").exists()
+    assert (
+        len(list((runs / "self_e-0/state").glob("step_*"))) == 1
+        and not (runs / "self_e-0/done.json").exists()
+    )

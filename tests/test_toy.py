@@ -30,7 +30,9 @@ def python(*args, cwd=ROOT) -> subprocess.CompletedProcess:
 def test_identity(line):
     equation, claim, bound, is_above, function = line
     number = function()
-    assert number >= bound if is_above else number <= bound, f"{equation}: {claim}: {number:.2e} against {bound:.0e}"
+    assert number >= bound if is_above else number <= bound, (
+        f"{equation}: {claim}: {number:.2e} against {bound:.0e}"
+    )
 
 
 def test_the_table_runs_from_any_folder(tmp_path):
@@ -54,9 +56,9 @@ def test_an_unknown_equation_is_refused(monkeypatch):
         identities.main()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Data, measures, training and the commands
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_samples_of_the_mixture_have_its_moments():
     q = Mixture(**LAYOUTS["between"], dtype=torch.float64)
     x = q.sample(torch.full((40000,), 1), np.random.default_rng(0))
@@ -85,9 +87,12 @@ def test_energy_distance_of_gaussians_against_its_closed_form():
 def test_energy_distance_is_unbiased_at_equality():
     g = np.random.default_rng(1)
     values = [
-        measures.energy_distance(*(torch.from_numpy(g.standard_normal((50, 2))) for _ in range(2))) for _ in range(400)
+        measures.energy_distance(*(torch.from_numpy(g.standard_normal((50, 2))) for _ in range(2)))
+        for _ in range(400)
     ]
-    assert abs(np.mean(values)) < 4 * np.std(values) / 400**0.5  # its biased form would be near 2 E|X-X'| / 50 = 0.07
+    assert (
+        abs(np.mean(values)) < 4 * np.std(values) / 400**0.5
+    )  # its biased form would be near 2 E|X-X'| / 50 = 0.07
 
 
 def test_sliced_wasserstein_of_a_shift():
@@ -104,8 +109,10 @@ def test_measures_of_the_truth_itself_and_of_a_blend():
     q = Member("far", 0).q
     g = np.random.default_rng(3)
     good = truth.measure(q.sample(torch.zeros(2000, dtype=torch.int64), g))
-    blend = truth.measure((q.weights[0] @ q.means[0]).expand(2000, 2)
-                          + 0.005 * torch.from_numpy(g.standard_normal((2000, 2))).float())
+    blend = truth.measure(
+        (q.weights[0] @ q.means[0]).expand(2000, 2)
+        + 0.005 * torch.from_numpy(g.standard_normal((2000, 2))).float()
+    )
     assert abs(good["energy"]) < 0.01 and good["off_modes"] < 0.01 and good["mass_error"] < 0.05
     assert blend["energy"] > 0.2 and max(blend["mass"]) == 1.0 and blend["spread"] < 0.1
 
@@ -163,7 +170,8 @@ def test_the_list_of_studies_from_any_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad", [["--steps", "0"], ["--study", "nothing"], ["--seed", "-1"], ["--out", "a_file"], ["--layout", "x"]]
+    "bad",
+    [["--steps", "0"], ["--study", "nothing"], ["--seed", "-1"], ["--out", "a_file"], ["--layout", "x"]],
 )
 def test_bad_arguments_are_one_line_and_exit_2(bad, tmp_path, monkeypatch, capsys):
     (tmp_path / "a_file").write_text("")
@@ -187,7 +195,9 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setitem(studies.STUDIES, "test", study)
     trained = []
     monkeypatch.setattr(
-        studies, "train", lambda members, steps, **changes: trained.append(members) or train(members, steps, **changes)
+        studies,
+        "train",
+        lambda members, steps, **changes: trained.append(members) or train(members, steps, **changes),
     )
     said = []
     studies.run("test", tmp_path, seeds=(0,), steps=2, say=said.append)
@@ -213,12 +223,14 @@ def test_kept_results_name_what_made_them():
             assert record["commit"] and record["hardware"] and record["torch"], path.name
             if "study" in kept and record["label"] != "floor":
                 changes, sampling = studies.STUDIES[kept["study"]].settings[record["label"]]
-                assert record["setting"] == {"training": changes, "sampling": sampling, "steps": STEPS}, path.name
+                assert record["setting"] == {"training": changes, "sampling": sampling, "steps": STEPS}, (
+                    path.name
+                )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Wrong labels, and the objective on pictures
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_wrong_labels_are_as_many_as_asked_for_and_change_nothing_else():
     """Of three equally likely conditions a swapped label is another one in two cases of three."""
     member = Member("between", 0)
@@ -241,8 +253,9 @@ def test_the_exact_posterior_mean_of_pictures_is_bayes_rule(small_world):
     """Against densities written out in float64, picture by picture."""
     world, t = small_world, 0.6
     c = torch.tensor([0, 3, world.C])
-    x_t = (1 - t) * world.x[[5, 350, 120]] + t * torch.randn(3, world.x.shape[1],
-                                                             generator=torch.Generator().manual_seed(0))
+    x_t = (1 - t) * world.x[[5, 350, 120]] + t * torch.randn(
+        3, world.x.shape[1], generator=torch.Generator().manual_seed(0)
+    )
     found = world.mean(x_t, t, c)
     N, each = len(world.x), world.each
     for row in range(3):
@@ -261,8 +274,9 @@ def test_deltas_budget_is_twice_the_information_of_the_captions(small_world):
     assert integral == pytest.approx(2 * small_world.information(), rel=0.08)
     assert 0.5 < half < 1
     told = 0.7 + 0.3 / 5, 0.3 / 5  # of the own prompt, and of each of the four others
-    assert small_world.information() == pytest.approx(math.log(5) + told[0] * math.log(told[0])
-                                                      + 4 * told[1] * math.log(told[1]))
+    assert small_world.information() == pytest.approx(
+        math.log(5) + told[0] * math.log(told[0]) + 4 * told[1] * math.log(told[1])
+    )
 
 
 def test_perfect_answers_of_flow_matching_are_the_posterior_mean_and_null_prompts_keep_it(small_world):
@@ -270,15 +284,22 @@ def test_perfect_answers_of_flow_matching_are_the_posterior_mean_and_null_prompt
     c, t = torch.tensor([1, world.C]), torch.full((2,), 0.8)
     x_t = torch.randn(2, world.x.shape[1], generator=torch.Generator().manual_seed(1))
     mean = world.mean(x_t, 0.8, c)
-    for goal, s in ((None, 0.4), (pictures.OBJECTIVES["classifier only"], 0.4), (pictures.OBJECTIVES["k = 0.9"], 0.8)):
+    for goal, s in (
+        (None, 0.4),
+        (pictures.OBJECTIVES["classifier only"], 0.4),
+        (pictures.OBJECTIVES["k = 0.9"], 0.8),
+    ):
         V = pictures.Perfect(world, goal, 3, np.random.default_rng(0))(x_t, t, torch.full((2,), s), c)
         x0_hat = x_t - 0.8 * V
         assert torch.allclose(x0_hat[1], mean[1], atol=1e-4)  # the null prompt learns the data
-        assert torch.allclose(x0_hat[0], mean[0], atol=1e-4) == (goal is None or s == 0.8)  # nothing to learn at s = t
+        assert torch.allclose(x0_hat[0], mean[0], atol=1e-4) == (
+            goal is None or s == 0.8
+        )  # nothing to learn at s = t
 
 
 def test_following_with_nothing_to_say_goes_to_the_norm_of_the_data():
     """Delta = 0 at t = 1: the answer keeps its direction and takes the norm of x0 (Eq. 19), whatever the start."""
+
     class Mute:
         def data(self):
             return torch.tensor([[3.0, 4.0]])
@@ -301,7 +322,9 @@ def test_the_map_of_pictures_as_a_command(tmp_path, monkeypatch):
     pictures.main()
     kept = json.loads((tmp_path / "pictures.json").read_text())
     assert {"command", "commit", "hardware", "seconds"} <= set(kept) and len(kept["records"]) == 3 * 6 * 2
-    assert len(list(tmp_path.glob("*.png"))) == 4 and not [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert len(list(tmp_path.glob("*.png"))) == 4 and not [
+        path for path in tmp_path.iterdir() if path.is_dir()
+    ]
 
     measure, done = pictures.measure, []  # stopped in the second world, the same command makes the same map
 

@@ -34,15 +34,23 @@ def run(monkeypatch, program, *arguments):
 
 def command(*arguments, **options):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          env=environment, **options)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+        **options,
+    )
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A Self-E run of six iterations that ends inside the auxiliary stage, made by the command itself."""
     out = tmp_path_factory.mktemp("runs") / "self_e"
-    result = command("train.py", "--steps", 6, "--out", out, *QUICK[:-1], 6, "--log-every", 1, "--aux-from", "0.775")
+    result = command(
+        "train.py", "--steps", 6, "--out", out, *QUICK[:-1], 6, "--log-every", 1, "--aux-from", "0.775"
+    )
     assert result.returncode == 0, result.stderr
     return out, result.stdout
 
@@ -50,13 +58,22 @@ def trained(tmp_path_factory):
 def test_a_run_leaves_what_it_promises(trained):
     out, printed = trained
     config = json.loads((out / "config.json").read_text())
-    assert len({path.stat().st_mode for path in out.glob("*.*")}) == 1  # all can be read by whom the umask lets
+    assert (
+        len({path.stat().st_mode for path in out.glob("*.*")}) == 1
+    )  # all can be read by whom the umask lets
     assert config["objective"] == "self_e" and config["size"] == "laptop" and config["seed"] == 0
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
     assert all(np.isfinite(r["loss"]) for r in records)
     assert [r["aux"] for r in records] == [False] * 5 + [True] and records[-1]["fake_loss"] > 0
-    assert [round(r["tau"], 3) for r in records] == [0, 0.394, 0.789, 1, 1, 1]  # linear until 300/710 of the run
+    assert [round(r["tau"], 3) for r in records] == [
+        0,
+        0.394,
+        0.789,
+        1,
+        1,
+        1,
+    ]  # linear until 300/710 of the run
     assert [p.name for p in (out / "grids").iterdir()] == ["step_000006.png"]
     assert Image.open(out / "grids" / "step_000006.png").width > 5 * 32
     assert re.search(rf"python sample.py --checkpoint {out} .*--prompt", printed)
@@ -81,7 +98,9 @@ def test_two_and_two_iterations_equal_four(tmp_path, monkeypatch):
         patch.setattr(torch.optim.Adam, "step", stop_in_the_second)
         run(patch, train, "--steps", 4, "--out", halves, "--aux-from", "0.5", *QUICK)
     assert checkpoint.complete_states(halves)[-1].name == "step_00000002"
-    run(monkeypatch, train, "--resume", "--out", halves, "--device", "cpu")  # all other flags come from the run itself
+    run(
+        monkeypatch, train, "--resume", "--out", halves, "--device", "cpu"
+    )  # all other flags come from the run itself
     a, b = (checkpoint.complete_states(folder)[-1] for folder in (whole, halves))
     assert a.name == b.name == "step_00000004"
     for name in ("network.safetensors", "model.safetensors"):
@@ -93,9 +112,25 @@ def test_two_and_two_iterations_equal_four(tmp_path, monkeypatch):
 
 def test_micro_batches_make_the_same_iteration(tmp_path, monkeypatch):
     for name, micro in (("one", 8), ("four", 2)):
-        run(monkeypatch, train, "--steps", 3, "--out", tmp_path / name, "--aux-from", "0.3", "--micro-batch", micro,
-            *QUICK[2:], "--batch-size", 8)  # fmt: skip
-    a, b = (load_file(checkpoint.complete_states(tmp_path / n)[-1] / "network.safetensors") for n in ("one", "four"))
+        run(
+            monkeypatch,
+            train,
+            "--steps",
+            3,
+            "--out",
+            tmp_path / name,
+            "--aux-from",
+            "0.3",
+            "--micro-batch",
+            micro,
+            *QUICK[2:],
+            "--batch-size",
+            8,
+        )
+    a, b = (
+        load_file(checkpoint.complete_states(tmp_path / n)[-1] / "network.safetensors")
+        for n in ("one", "four")
+    )
     # Adam's first updates are the signs of gradients, so a weight whose gradient is rounding noise goes either way:
     # count them.
     flips = sum(((a[key] - b[key]).abs() > 1e-4).sum().item() for key in a)
@@ -104,7 +139,17 @@ def test_micro_batches_make_the_same_iteration(tmp_path, monkeypatch):
 
 def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path):
     out = tmp_path / "run"
-    arguments = [sys.executable, "train.py", "--steps", "100000", "--out", str(out), "--log-every", "1", *QUICK]
+    arguments = [
+        sys.executable,
+        "train.py",
+        "--steps",
+        "100000",
+        "--out",
+        str(out),
+        "--log-every",
+        "1",
+        *QUICK,
+    ]
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
@@ -122,11 +167,26 @@ def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_while_compiling_waits_for_the_compiler(tmp_path):
     """A terminal sends Ctrl-C to every process of the command, compilers too; here all of them are built anew."""
-    arguments = [sys.executable, "train.py", "--steps", "1000", "--out", str(tmp_path / "run"), *QUICK, "--compile"]
+    arguments = [
+        sys.executable,
+        "train.py",
+        "--steps",
+        "1000",
+        "--out",
+        str(tmp_path / "run"),
+        *QUICK,
+        "--compile",
+    ]
     arguments.remove("--no-compile")
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True,
-                               env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})  # fmt: skip
+    process = subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+    )
     try:
         while not list(tmp_path.glob("cache/**/*.cpp")):
             assert process.poll() is None, process.stderr.read()
@@ -147,14 +207,22 @@ def test_a_run_goes_on_as_what_it_was(trained, tmp_path, monkeypatch):
     """Another objective or a shorter run is refused; a model file that a kill left behind the state is made anew."""
     out = tmp_path / "run"
     shutil.copytree(trained[0], out)
-    for flags, complaint in ((["--objective", "flow_matching"], "was begun with --objective self_e"),
-                             (["--steps", "3"], "past --steps 3"),
-                             (["--side", "24"], "another --side")):  # fmt: skip
+    for flags, complaint in (
+        (["--objective", "flow_matching"], "was begun with --objective self_e"),
+        (["--steps", "3"], "past --steps 3"),
+        (["--side", "24"], "another --side"),
+    ):
         with pytest.raises(errors.UserError, match=complaint):
             run(monkeypatch, train, "--resume", "--out", out, "--device", "cpu", *flags)
     (out / "model.safetensors").unlink()
-    own = ["--text", "words", "--autoencoder", "pixels", "--txt-len",
-           str(json.loads((out / "config.json").read_text())["txt_len"])]
+    own = [
+        "--text",
+        "words",
+        "--autoencoder",
+        "pixels",
+        "--txt-len",
+        str(json.loads((out / "config.json").read_text())["txt_len"]),
+    ]
     run(monkeypatch, train, "--resume", "--out", out, "--device", "cpu", *own)  # what it was, named
     assert (out / "model.safetensors").read_bytes() == (trained[0] / "model.safetensors").read_bytes()
 
@@ -179,7 +247,10 @@ def test_an_export_spares_runs(trained, tmp_path):
 
 def test_old_states_go_and_the_newest_stay(tmp_path, monkeypatch):
     run(monkeypatch, train, "--steps", 5, "--out", tmp_path / "r", "--save-every", 1, *QUICK)
-    assert [p.name for p in sorted((tmp_path / "r" / "state").iterdir())] == ["step_00000004", "step_00000005"]
+    assert [p.name for p in sorted((tmp_path / "r" / "state").iterdir())] == [
+        "step_00000004",
+        "step_00000005",
+    ]
 
 
 def test_a_folder_of_pictures_trains(tmp_path, monkeypatch):
@@ -188,28 +259,46 @@ def test_a_folder_of_pictures_trains(tmp_path, monkeypatch):
     for i, name in enumerate(("sun", "moon", "sea")):
         Image.new("RGB", (50, 40), (90 * i, 40, 200)).save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(f"the {name}")
-    run(monkeypatch, train, "--data", folder, "--steps", 2, "--out", tmp_path / "r", "--objective", "flow_matching",
-        *QUICK)
+    run(
+        monkeypatch,
+        train,
+        "--data",
+        folder,
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "r",
+        "--objective",
+        "flow_matching",
+        *QUICK,
+    )
     assert json.loads((tmp_path / "r" / "config.json").read_text())["s_rule"] == 1.0
 
 
 def test_a_model_can_be_given_away(trained, tmp_path, monkeypatch):
     run(monkeypatch, checkpoint, trained[0], tmp_path / "given", "--dtype", "fp16")
-    assert sorted(p.name for p in (tmp_path / "given").iterdir()) == ["config.json", "metrics.jsonl",
-                                                                      "model.safetensors"]
-    whole, half = (sample.load(folder, torch.device("cpu")).network.state_dict()
-                   for folder in (trained[0], tmp_path / "given"))
-    assert all(half[k].dtype == torch.float32 and torch.allclose(whole[k], half[k], rtol=2**-11, atol=1e-7)
-               for k in whole)
+    assert sorted(p.name for p in (tmp_path / "given").iterdir()) == [
+        "config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+    ]
+    whole, half = (
+        sample.load(folder, torch.device("cpu")).network.state_dict()
+        for folder in (trained[0], tmp_path / "given")
+    )
+    assert all(
+        half[k].dtype == torch.float32 and torch.allclose(whole[k], half[k], rtol=2**-11, atol=1e-7)
+        for k in whole
+    )
     given, own = (folder / "model.safetensors" for folder in (tmp_path / "given", trained[0]))
     assert given.stat().st_size < 0.52 * own.stat().st_size
     with pytest.raises(errors.UserError, match="is missing"):
         run(monkeypatch, checkpoint, tmp_path, tmp_path / "x")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # sample.py
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def test_same_seed_same_picture_whatever_stands_beside_it(trained, tmp_path, monkeypatch):
     loaded = sample.load(trained[0], torch.device("cpu"))
     prompts = ["a photo of a ring", "a photo of a red circle", "a photo of two squares"]
@@ -218,8 +307,22 @@ def test_same_seed_same_picture_whatever_stands_beside_it(trained, tmp_path, mon
     # The same noise; a batch of another size may round otherwise
     assert np.abs(together[1].astype(int) - alone).max() <= 1
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        run(monkeypatch, sample, "--checkpoint", trained[0], "--prompt", prompts[0], "--seed", seed, "--steps", 3,
-            "--device", "cpu", "--out", tmp_path / f"{name}.png")  # fmt: skip
+        run(
+            monkeypatch,
+            sample,
+            "--checkpoint",
+            trained[0],
+            "--prompt",
+            prompts[0],
+            "--seed",
+            seed,
+            "--steps",
+            3,
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path / f"{name}.png",
+        )
     pictures = [np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "abc"]
     assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
 
@@ -227,18 +330,56 @@ def test_same_seed_same_picture_whatever_stands_beside_it(trained, tmp_path, mon
 def test_prompts_share_their_noises(trained, tmp_path, monkeypatch):
     """Picture i of one prompt starts where picture i of another does, so that rows compare."""
     asked, right = [], sample.generate
-    monkeypatch.setattr(sample, "generate", lambda loaded, prompts, keys, **how: asked.append((prompts, keys))
-                        or right(loaded, prompts, keys, **how))  # fmt: skip
-    run(monkeypatch, sample, "--checkpoint", trained[0], "--prompt", "a", "--prompt", "b", "--images", 2, "--steps", 1,
-        "--device", "cpu", "--out", tmp_path / "x.png")  # fmt: skip
-    (prompts, keys), = asked
+    monkeypatch.setattr(
+        sample,
+        "generate",
+        lambda loaded, prompts, keys, **how: (
+            asked.append((prompts, keys)) or right(loaded, prompts, keys, **how)
+        ),
+    )
+    run(
+        monkeypatch,
+        sample,
+        "--checkpoint",
+        trained[0],
+        "--prompt",
+        "a",
+        "--prompt",
+        "b",
+        "--images",
+        2,
+        "--steps",
+        1,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "x.png",
+    )
+    ((prompts, keys),) = asked
     assert prompts == ["a", "a", "b", "b"] and keys[:2] == keys[2:] and keys[0] != keys[1]
 
 
 def test_several_step_counts_make_a_sheet(trained, tmp_path):
     (tmp_path / "prompts.txt").write_text("a photo of a ring\n\na photo of a cross\n")
-    result = command("sample.py", "--checkpoint", trained[0], "--prompts", tmp_path / "prompts.txt", "--steps", 1, 2, 4,
-                     "--eta", "renoise", "--s-rule", "0.5", "--guidance", "3", "--out", tmp_path / "x.png")  # fmt: skip
+    result = command(
+        "sample.py",
+        "--checkpoint",
+        trained[0],
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--steps",
+        1,
+        2,
+        4,
+        "--eta",
+        "renoise",
+        "--s-rule",
+        "0.5",
+        "--guidance",
+        "3",
+        "--out",
+        tmp_path / "x.png",
+    )
     assert result.returncode == 0, result.stderr
     sheet = Image.open(tmp_path / "x.png")
     assert sheet.width >= 3 * 128 and sheet.height >= 2 * 128
@@ -259,7 +400,9 @@ def test_flow_matching_is_sampled_at_s_equal_t(tmp_path, monkeypatch):
 def test_imm_trains_and_samples_in_its_own_way(tmp_path, monkeypatch):
     run(monkeypatch, train, "--steps", 2, "--out", tmp_path / "imm", "--objective", "imm", *QUICK)
     loaded, seen = sample.load(tmp_path / "imm", torch.device("cpu")), []
-    loaded.network.register_forward_pre_hook(lambda m, inputs: seen.append((inputs[1][0].item(), inputs[2][0].item())))
+    loaded.network.register_forward_pre_hook(
+        lambda m, inputs: seen.append((inputs[1][0].item(), inputs[2][0].item()))
+    )
     sample.generate(loaded, ["x"], [(0,)], steps=2)
     # The time and where the jump leads, both told to the network
     assert np.allclose(seen, [(0.994, 0.497), (0.497, 0)])
@@ -269,43 +412,74 @@ def test_imm_trains_and_samples_in_its_own_way(tmp_path, monkeypatch):
 
 def test_the_flags_of_the_objective_reach_it():
     network, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    for flags, expected in (([], ("renorm", 1, network)),
-                            (["--target", "tar", "--delta-scale", "0", "--null-branch", "ema"], ("tar", 0, ema))):
+    for flags, expected in (
+        ([], ("renorm", 1, network)),
+        (["--target", "tar", "--delta-scale", "0", "--null-branch", "ema"], ("tar", 0, ema)),
+    ):
         built = objectives.OBJECTIVES["self_e"].build(network, ema, arguments.parse(flags))
-        assert (built.target,
-                built.delta_scale) == expected[:2] and built.unconditional is expected[2] and built.ema is ema
+        assert (
+            (built.target, built.delta_scale) == expected[:2]
+            and built.unconditional is expected[2]
+            and built.ema is ema
+        )
 
 
 def test_what_delta_is_made_of(trained, tmp_path):
     """The three differences of two networks under two prompts form a triangle."""
-    result = command("experiments/two_networks.py", trained[0], "--pictures", "4", "--out", tmp_path / "out.json")
+    result = command(
+        "experiments/two_networks.py", trained[0], "--pictures", "4", "--out", tmp_path / "out.json"
+    )
     assert result.returncode == 0, result.stderr
     for state in checkpoint.read_json(tmp_path / "out.json")["states"]:
         sides = sorted((state["Delta"], state["of_prompts"], state["of_networks"]))
         assert 0 < sides[2] <= sides[0] + sides[1] + 1e-3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Bad input: one line, exit code 2, nothing half-written
-# ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("program, arguments", [
-    (train, ["--data", "absent"]), (train, ["--size", "2b"]), (train, ["--txt-len", "3"]), (train, ["--size", "7b"]),
-    (train, ["--steps", "0"]), (train, ["--batch-size", "3"]),
-    (train, ["--micro-batch", "6"]), (train, ["--aux-from", "2"]), (train, ["--device", "abacus"]),
-    (train, ["--resume"]),
-    (train, ["--out", "/dev/null/run"]), (train, ["--side", "30"]), (train, ["--text", "telepathy"]),
-    (train, ["--objective", "imm", "--micro-batch", "2"]), (train, ["--autoencoder", "kl:./absent"]),
-    (train, ["--seed", "-1"]), (train, ["--lr", "nan"]),
-    (train, ["--seed", "99999999999999999999999"]), (train, ["--save-every", "-1"]), (train, ["--workers", "0"]),
-    (train, ["--objective", "flow_matching", "--target", "tar"]), (train, ["--objective", "imm", "--aux-from", "0"]),
-    (train, ["--objective", "flow_matching", "--null-branch", "ema"]), (train, ["--out", ""]),
-    (train, ["--device", "meta"]), (sample, ["--prompt", "x", "--scale", "200000"]),
-    (sample, ["--checkpoint", "absent", "--prompt", "x"]), (sample, []), (sample, ["--prompt", "x", "--steps", "0"]),
-    (sample, ["--prompt", "x", "--guidance", "-1"]), (sample, ["--prompt", "x", "--guidance", "nan"]),
-    (sample, ["--prompt", "x", "--eta", "1.5"]), (sample, ["--prompt", "x", "--s-rule", "before"]),
-    (sample, ["--prompt", "x", "--out", "/dev/null/x.png"]), (sample, ["--prompt", "x", "--out", "x.txt"]),
-    (sample, ["--prompts", "absent.txt"]), (sample, ["--prompt", "x", "--out", ".png"]),
-])  # fmt: skip
+# ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "program, arguments",
+    [
+        (train, ["--data", "absent"]),
+        (train, ["--size", "2b"]),
+        (train, ["--txt-len", "3"]),
+        (train, ["--size", "7b"]),
+        (train, ["--steps", "0"]),
+        (train, ["--batch-size", "3"]),
+        (train, ["--micro-batch", "6"]),
+        (train, ["--aux-from", "2"]),
+        (train, ["--device", "abacus"]),
+        (train, ["--resume"]),
+        (train, ["--out", "/dev/null/run"]),
+        (train, ["--side", "30"]),
+        (train, ["--text", "telepathy"]),
+        (train, ["--objective", "imm", "--micro-batch", "2"]),
+        (train, ["--autoencoder", "kl:./absent"]),
+        (train, ["--seed", "-1"]),
+        (train, ["--lr", "nan"]),
+        (train, ["--seed", "99999999999999999999999"]),
+        (train, ["--save-every", "-1"]),
+        (train, ["--workers", "0"]),
+        (train, ["--objective", "flow_matching", "--target", "tar"]),
+        (train, ["--objective", "imm", "--aux-from", "0"]),
+        (train, ["--objective", "flow_matching", "--null-branch", "ema"]),
+        (train, ["--out", ""]),
+        (train, ["--device", "meta"]),
+        (sample, ["--prompt", "x", "--scale", "200000"]),
+        (sample, ["--checkpoint", "absent", "--prompt", "x"]),
+        (sample, []),
+        (sample, ["--prompt", "x", "--steps", "0"]),
+        (sample, ["--prompt", "x", "--guidance", "-1"]),
+        (sample, ["--prompt", "x", "--guidance", "nan"]),
+        (sample, ["--prompt", "x", "--eta", "1.5"]),
+        (sample, ["--prompt", "x", "--s-rule", "before"]),
+        (sample, ["--prompt", "x", "--out", "/dev/null/x.png"]),
+        (sample, ["--prompt", "x", "--out", "x.txt"]),
+        (sample, ["--prompts", "absent.txt"]),
+        (sample, ["--prompt", "x", "--out", ".png"]),
+    ],
+)
 def test_bad_arguments(program, arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *arguments])
@@ -316,8 +490,9 @@ def test_bad_arguments(program, arguments, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage",
-                         ["missing weights", "missing config", "truncated", "another shape", "not json", "no model"])
+@pytest.mark.parametrize(
+    "damage", ["missing weights", "missing config", "truncated", "another shape", "not json", "no model"]
+)
 def test_damaged_checkpoints(trained, tmp_path, monkeypatch, capsys, damage):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((trained[0] / name).read_bytes())
@@ -330,8 +505,11 @@ def test_damaged_checkpoints(trained, tmp_path, monkeypatch, capsys, damage):
         save_file({k: v[:1].clone() for k, v in load_file(weights).items()}, weights)
     else:
         config.write_text("{" if damage == "not json" else "{}")
-    monkeypatch.setattr(sys, "argv",
-                        ["sample.py", "--checkpoint", str(tmp_path), "--prompt", "x", "--out", str(tmp_path / "x.png")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["sample.py", "--checkpoint", str(tmp_path), "--prompt", "x", "--out", str(tmp_path / "x.png")],
+    )
     with pytest.raises(SystemExit) as stopped:
         errors.run(sample.main)
     lines = capsys.readouterr().err.strip().splitlines()
@@ -339,13 +517,29 @@ def test_damaged_checkpoints(trained, tmp_path, monkeypatch, capsys, damage):
     assert not (tmp_path / "x.png").exists()
 
 
-@pytest.mark.parametrize("name, value", [
-    ("side", "24"), ("side", None), ("side", 0), ("side", 23), ("side", 24.0), ("mu", "x"), ("mu", float("nan")),
-    ("guidance", None),
-    ("eta", 2), ("s_rule", "next"), ("guidance_space", "q"), ("text_encoder", 5), ("txt_len", 14.5), ("txt_len", 3),
-    ("autoencoder", None),
-    ("objective", "gan"), ("precision", "int8"), ("model", [1]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("side", "24"),
+        ("side", None),
+        ("side", 0),
+        ("side", 23),
+        ("side", 24.0),
+        ("mu", "x"),
+        ("mu", float("nan")),
+        ("guidance", None),
+        ("eta", 2),
+        ("s_rule", "next"),
+        ("guidance_space", "q"),
+        ("text_encoder", 5),
+        ("txt_len", 14.5),
+        ("txt_len", 3),
+        ("autoencoder", None),
+        ("objective", "gan"),
+        ("precision", "int8"),
+        ("model", [1]),
+    ],
+)
 def test_a_config_with_a_wrong_value_is_named(trained, tmp_path, name, value):
     (tmp_path / "model.safetensors").write_bytes((trained[0] / "model.safetensors").read_bytes())
     config = checkpoint.read_json(trained[0] / "config.json")
@@ -354,7 +548,9 @@ def test_a_config_with_a_wrong_value_is_named(trained, tmp_path, name, value):
         sample.load(tmp_path, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("change", [{"heads": 0}, {"axes": [7, 13, 12]}, {"width": -8}, {"patch": "x"}, {"colour": 1}])
+@pytest.mark.parametrize(
+    "change", [{"heads": 0}, {"axes": [7, 13, 12]}, {"width": -8}, {"patch": "x"}, {"colour": 1}]
+)
 def test_a_config_that_describes_no_model(trained, tmp_path, change):
     (tmp_path / "model.safetensors").write_bytes((trained[0] / "model.safetensors").read_bytes())
     config = checkpoint.read_json(trained[0] / "config.json")
@@ -363,13 +559,16 @@ def test_a_config_that_describes_no_model(trained, tmp_path, change):
         sample.load(tmp_path, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name, content",
-                         [("adam.pt", b"hi\n"), ("adam.pt", None), ("state.json", b"{}"), ("state.json", b"[]")])
+@pytest.mark.parametrize(
+    "name, content", [("adam.pt", b"hi\n"), ("adam.pt", None), ("state.json", b"{}"), ("state.json", b"[]")]
+)
 def test_a_damaged_state_is_named(trained, tmp_path, monkeypatch, capsys, name, content):
     shutil.copytree(trained[0], tmp_path / "run")
     damaged = checkpoint.complete_states(tmp_path / "run")[-1] / name
     torch.save({"other": torch.zeros(2)}, damaged) if content is None else damaged.write_bytes(content)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--steps", "10", "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "--resume", "--steps", "10", "--out", str(tmp_path / "run")]
+    )
     with pytest.raises(SystemExit) as stopped:
         errors.run(train.main)
     lines = capsys.readouterr().err.strip().splitlines()

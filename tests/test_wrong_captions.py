@@ -81,7 +81,9 @@ def test_the_share_is_what_was_asked_for_in_the_built_in_shapes():
 
 
 def test_two_resolutions_of_one_data_set_agree(folder):
-    source = feed.open_source((str(folder / "pictures"),), recipe.Stage(0, (16, 32), 4), 4, wrong_captions=0.5)
+    source = feed.open_source(
+        (str(folder / "pictures"),), recipe.Stage(0, (16, 32), 4), 4, wrong_captions=0.5
+    )
     told = {}
     for g in range(8 * N):
         sample = source.sample(g, 0)
@@ -121,8 +123,13 @@ def test_nothing_to_swap_is_an_error(tmp_path):
 
 def test_a_cache_is_refused(folder, tmp_path):
     text, pixels = encoders.text_encoder("words", 6, "cpu"), encoders.autoencoder("pixels", "cpu")
-    cache.make(folder / "tars", tmp_path / "cache", 16, (text, pixels),
-               cache.Settings(batch_size=4, tokens="fp32", multiple=4))
+    cache.make(
+        folder / "tars",
+        tmp_path / "cache",
+        16,
+        (text, pixels),
+        cache.Settings(batch_size=4, tokens="fp32", multiple=4),
+    )
     with pytest.raises(errors.UserError, match="is a cache"):
         open_source(tmp_path / "cache", 0.1)
 

@@ -21,7 +21,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
-if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+if (
+    __name__ == "__main__"
+):  # started as a file: modules are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from engine import checkpoint, errors, machine
@@ -66,7 +68,9 @@ def at_the_same_time(jobs: int, function, calls: list[tuple]):
 def compare(layouts: list[str], seed: int, steps: int, out: Path, jobs: int) -> None:
     """The main command: train all objectives, print the tables, write any_step.json and the figures."""
     start = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)  # now, so that a folder that cannot be written is found before the work
+    out.mkdir(
+        parents=True, exist_ok=True
+    )  # now, so that a folder that cannot be written is found before the work
     members = [Member(layout, seed) for layout in layouts]
     results, nets = {"floor": evaluate(None, members)}, {}
     calls = [(label, members, steps) for label in OBJECTIVES]
@@ -87,11 +91,16 @@ def compare(layouts: list[str], seed: int, steps: int, out: Path, jobs: int) -> 
 
     seconds = time.perf_counter() - start
     record = {
-        **machine.provenance(torch.device("cpu")), "seed": seed, "steps": steps, "jobs": jobs,
+        **machine.provenance(torch.device("cpu")),
+        "seed": seed,
+        "steps": steps,
+        "jobs": jobs,
         "seconds": round(seconds, 1),
         "settings": {label: {"training": a, "sampling": b} for label, (a, b) in OBJECTIVES.items()},
-        "results": {layout: {label: rows[e] for label, rows in results.items()} for e, layout in enumerate(layouts)},
-    }  # fmt: skip
+        "results": {
+            layout: {label: rows[e] for label, rows in results.items()} for e, layout in enumerate(layouts)
+        },
+    }
     checkpoint.write_json(out / "any_step.json", record)
     sampling = {label: choices for label, (_, choices) in OBJECTIVES.items()}
     for e, member in enumerate(members):
@@ -100,7 +109,9 @@ def compare(layouts: list[str], seed: int, steps: int, out: Path, jobs: int) -> 
     figures.trajectories(nets, sampling, members, shown, out / "trajectories.png")
     figures.distances(record["results"], out / "distances.png")
     figures.fields(layouts, seed, out / "fields.png")
-    print(f"\nfigures and any_step.json in {out}; {time.perf_counter() - start:.0f} s in all, {jobs} processes")
+    print(
+        f"\nfigures and any_step.json in {out}; {time.perf_counter() - start:.0f} s in all, {jobs} processes"
+    )
 
 
 def run_study(name: str, out: Path, steps: int) -> None:
@@ -124,19 +135,28 @@ def run_study(name: str, out: Path, steps: int) -> None:
 def main() -> None:
     parser = errors.Parser("toy/any_step.py", __doc__.split("\n")[0])
     parser.add_argument(
-        "--layout", default="all", choices=["all", *LAYOUTS], help="which data; all shows the three side by side"
+        "--layout",
+        default="all",
+        choices=["all", *LAYOUTS],
+        help="which data; all shows the three side by side",
     )
     parser.add_argument("--study", help="an open question instead of the comparison; list names them all")
     parser.add_argument(
-        "--seed", type=int, default=0, help="names every random number of the comparison (studies use 0, 1, 2)"
+        "--seed",
+        type=int,
+        default=0,
+        help="names every random number of the comparison (studies use 0, 1, 2)",
     )
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps, {STEPS} unless told otherwise")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help=f"training steps, {STEPS} unless told otherwise"
+    )
     parser.add_argument(
         "--jobs", type=int, default=2, help="processes that train at the same time; 1 trains one by one"
     )
     parser.add_argument(
-        "--out", type=Path,
-        help="folder for the JSON file and the figures (default: toy/results; runs/any_step with other flags)"
+        "--out",
+        type=Path,
+        help="folder for the JSON file and the figures (default: toy/results; runs/any_step with other flags)",
     )
     args = parser.parse_args()
     if args.study not in (None, "list", *studies.STUDIES):

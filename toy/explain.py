@@ -1,11 +1,11 @@
 """Four figures that explain the method, drawn by calling losses.py and sampler.py, so that they follow the code.
 
-    python toy/explain.py                     # a few seconds; four PNGs in toy/results
+python toy/explain.py                     # a few seconds; four PNGs in toy/results
 
-    explain_step.png      one training step: tensors, networks, stop-gradients under their names in losses.SelfE
-    explain_times.png     the distribution of (t, s) as tau rises from 0 to 1 (s.11-s.13)
-    explain_mix.png       the share of x_self in the target, lambda / (1 + lambda), over (t, s) (Eq. 17-18)
-    explain_grids.png     the times that a sampler of 1, 2 and 4 steps tells the network (Eq. 22, s.12)
+explain_step.png      one training step: tensors, networks, stop-gradients under their names in losses.SelfE
+explain_times.png     the distribution of (t, s) as tau rises from 0 to 1 (s.11-s.13)
+explain_mix.png       the share of x_self in the target, lambda / (1 + lambda), over (t, s) (Eq. 17-18)
+explain_grids.png     the times that a sampler of 1, 2 and 4 steps tells the network (Eq. 22, s.12)
 """
 
 import sys
@@ -16,7 +16,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
-if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+if (
+    __name__ == "__main__"
+):  # started as a file: modules are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import matplotlib.pyplot as plt
@@ -40,9 +42,9 @@ PASSES = (
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One training step
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 class Diagram:
     """Boxes and arrows. Orange is what the gradient runs through, a red double bar is a stop-gradient."""
 
@@ -67,7 +69,13 @@ class Diagram:
 
     def arrow(self, start: tuple, end: tuple, learns: bool = False, stop: bool = False) -> None:
         colour = ORANGE if learns else GREY
-        look = {"arrowstyle": "-|>", "color": colour, "linewidth": 2.4 if learns else 1.3, "shrinkA": 0, "shrinkB": 0}
+        look = {
+            "arrowstyle": "-|>",
+            "color": colour,
+            "linewidth": 2.4 if learns else 1.3,
+            "shrinkA": 0,
+            "shrinkB": 0,
+        }
         self.axis.annotate("", end, start, arrowprops=look)
         if stop:
             along = (np.array(end) - start) / np.linalg.norm(np.array(end) - start)
@@ -155,8 +163,15 @@ def draw_learning(d: Diagram, y: float) -> None:
     d.arrow((3.9, y), (5.65, y))
     d.function(4.77, y, losses.implicit_target, "Eq. 18", above=True)
     d.tensor(4.3, middle, "mix")
-    d.axis.text(4.3, middle - 0.36, f"{losses.mix_weight.__name__}(t, s)", ha="center", va="top", fontsize=9.5,
-                style="italic")  # fmt: skip
+    d.axis.text(
+        4.3,
+        middle - 0.36,
+        f"{losses.mix_weight.__name__}(t, s)",
+        ha="center",
+        va="top",
+        fontsize=9.5,
+        style="italic",
+    )
     d.arrow((4.4, middle + 0.27), (4.6, y - 0.03))
     d.tensor(6.1, middle, "x0")
     d.arrow((5.85, middle + 0.27), (5.2, y - 0.03))
@@ -172,7 +187,9 @@ def draw_learning(d: Diagram, y: float) -> None:
     d.tensor(8.6, low, "x0")
     d.axis.text(8.1, low, "s = t: the data alone", ha="right", va="center", fontsize=9.5)
     d.arrow((8.9, low + 0.05), (10.95, middle - 0.2))
-    d.axis.text(10.35, low + 0.15, losses.data_loss.__name__, ha="center", va="top", fontsize=9.5, style="italic")
+    d.axis.text(
+        10.35, low + 0.15, losses.data_loss.__name__, ha="center", va="top", fontsize=9.5, style="italic"
+    )
     d.axis.text(10.35, low - 0.08, "Eq. 7", ha="center", va="top", fontsize=9)
     d.tensor(11.3, middle, "loss", learns=True)
     weight = f"\u00d7 {losses.time_weight.__name__}(t)\n= 1 / t^2, Eq. 21"
@@ -188,28 +205,46 @@ def training_step(path: Path) -> None:
     d.band(7.75, "1 Predict", "every sample: noise a picture, predict it back")
     draw_prediction(d, 7.0)
     draw_legend(d, 10.45, 7.32)
-    judge = "only samples with s < t: noise the prediction to level s, ask again with the prompt and without it"
+    judge = (
+        "only samples with s < t: noise the prediction to level s, ask again with the prompt and without it"
+    )
     d.band(5.6, "2 Judge", judge)
     draw_evaluation(d, 4.45)
-    d.band(3.08, "3 Learn", "s < t: the target is the corrected prediction, mixed with the data, at the data's norm")
+    d.band(
+        3.08,
+        "3 Learn",
+        "s < t: the target is the corrected prediction, mixed with the data, at the data's norm",
+    )
     draw_learning(d, 2.2)
     save(figure, path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. s.11-s.13: where (t, s) is drawn
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def time_pairs(path: Path, taus=(0.0, 0.5, 1.0), n: int = 3000) -> None:
     """Draws of losses.sample_times: half of the samples on the diagonal, the others below it, deeper as tau rises."""
     random, positions = rng(0, "toy explain"), losses.below_positions(list(range(n)))
-    z, u = (torch.from_numpy(numbers.astype(np.float32)) for numbers in (random.standard_normal(n), random.random(n)))
+    z, u = (
+        torch.from_numpy(numbers.astype(np.float32))
+        for numbers in (random.standard_normal(n), random.random(n))
+    )
     below = torch.zeros(n, dtype=torch.bool).index_fill(0, positions, True)
     meanings = {0.0: ": the first iteration,\nall points lie on the diagonal", 1.0: ": after its rise"}
     figure, axes = plt.subplots(1, len(taus), figsize=(10.5, 3.9), sharey=True, layout="constrained")
     for axis, tau in zip(axes, taus):
         t, s = losses.sample_times(z, u, positions, MU, tau)
-        axis.plot([0, 1], [0, 1 - tau], color=RED, linewidth=1.2, linestyle="--", label="lower limit of s, (1 - tau) t")
-        axis.scatter(t[below], s[below], s=3, c=ORANGE, linewidths=0, label="half: s uniform below t, self-evaluation")
+        axis.plot(
+            [0, 1],
+            [0, 1 - tau],
+            color=RED,
+            linewidth=1.2,
+            linestyle="--",
+            label="lower limit of s, (1 - tau) t",
+        )
+        axis.scatter(
+            t[below], s[below], s=3, c=ORANGE, linewidths=0, label="half: s uniform below t, self-evaluation"
+        )
         axis.scatter(t[~below], s[~below], s=3, c=BLUE, linewidths=0, label="half: s = t, the data alone")
         axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="t: how noisy the network's input is")
         axis.set_title(f"tau = {tau:g}{meanings.get(tau, '')}")
@@ -219,9 +254,9 @@ def time_pairs(path: Path, taus=(0.0, 0.5, 1.0), n: int = 3000) -> None:
     save(figure, path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 17-18: how much of the target is self-evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def mixing_weight(path: Path, n: int = 201) -> None:
     """losses.mix_weight over the triangle s <= t, and along four lines of constant s."""
     grid = torch.linspace(0, 1, n, dtype=torch.float64)
@@ -241,19 +276,28 @@ def mixing_weight(path: Path, n: int = 201) -> None:
         lines.plot(times, mix, color=colour, linewidth=1.8, label=f"s = {value:g}")
     lines.plot([1], [1], "o", color=RED)
     notes = (
-        ("t = 1: lambda is infinite, mix = 1;\nx0 sets nothing but the norm (Eq. 19)", (1, 1), (0.05, 0.9), RED),
+        (
+            "t = 1: lambda is infinite, mix = 1;\nx0 sets nothing but the norm (Eq. 19)",
+            (1, 1),
+            (0.05, 0.9),
+            RED,
+        ),
         ("s = 0: mix = t, but here Delta = 0", (0.45, 0.45), (0.03, 0.66), COLOURS[0]),
     )
     for text, at, place, colour in notes:
-        lines.annotate(text, at, place, color=colour, va="center", arrowprops={"arrowstyle": "->", "color": colour})
-    lines.set(xlim=(0, 1.03), ylim=(0, 1.05), xlabel="t", ylabel="mix", title="the same along lines of constant s")
+        lines.annotate(
+            text, at, place, color=colour, va="center", arrowprops={"arrowstyle": "->", "color": colour}
+        )
+    lines.set(
+        xlim=(0, 1.03), ylim=(0, 1.05), xlabel="t", ylabel="mix", title="the same along lines of constant s"
+    )
     lines.legend(frameon=False, loc="lower right")
     save(figure, path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 22, s.12: what a sampler tells the network
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def told(steps: int, s_rule: float = 0.0) -> list[tuple[float, float]]:
     """(t_k, s_k) of each evaluation that sampler.trajectory makes."""
     seen = []
@@ -272,7 +316,9 @@ def time_grids(path: Path, budgets=(1, 2, 4)) -> None:
     figure, axis = plt.subplots(figsize=(10.5, 4.8), layout="constrained")
     axis.set(xlim=(1.03, -0.03), ylim=(-1.75, len(budgets) - 0.2), yticks=[], xlabel="time")
     ends = {1.0: "\nnoise", 0.0: "\ndata"}
-    axis.set_xticks(ticks := np.linspace(1, 0, 11).round(1), [f"{tick:g}{ends.get(tick, '')}" for tick in ticks])
+    axis.set_xticks(
+        ticks := np.linspace(1, 0, 11).round(1), [f"{tick:g}{ends.get(tick, '')}" for tick in ticks]
+    )
     for side in ("left", "right", "top"):
         axis.spines[side].set_visible(False)
     for row, steps in zip(reversed(range(len(budgets))), budgets):
@@ -283,13 +329,27 @@ def time_grids(path: Path, budgets=(1, 2, 4)) -> None:
             height = row + (0.32 if k % 2 else 0.16)  # or s_k would hide behind t_(k+1)
             axis.plot([t, s], [height] * 2, color=GREY, linewidth=1, linestyle=":", zorder=1)
             axis.scatter([t], [height], s=36, color=BLUE, zorder=3, label="t_k: noise level of the input")
-            axis.scatter([s], [height], s=36, facecolors="white", edgecolors=GREEN, linewidths=1.6, zorder=3,
-                         label="s_k: the second time")  # fmt: skip
+            axis.scatter(
+                [s],
+                [height],
+                s=36,
+                facecolors="white",
+                edgecolors=GREEN,
+                linewidths=1.6,
+                zorder=3,
+                label="s_k: the second time",
+            )
             axis.text((t + s) / 2, row - 0.09, f"t = {t:.2f}\ns = {s:.2f}", ha="center", va="top", fontsize=9)
-    axis.legend(*(part[:2] for part in axis.get_legend_handles_labels()), loc="upper center", ncol=2, frameon=False)
+    axis.legend(
+        *(part[:2] for part in axis.get_legend_handles_labels()), loc="upper center", ncol=2, frameon=False
+    )
     (t, low), (_, middle), (_, high) = (told(2, rule)[0] for rule in (0.0, 0.5, 1.0))
     axis.plot([high, low], [-1, -1], color=GREEN, linewidth=3)
-    names = "s_rule 1: s = t_k,\nthe flow-matching head", "s_rule 0.5", "s_rule 0, the default:\ns = the next time"
+    names = (
+        "s_rule 1: s = t_k,\nthe flow-matching head",
+        "s_rule 0.5",
+        "s_rule 0, the default:\ns = the next time",
+    )
     for s, name in zip((high, middle, low), names):
         axis.scatter([s], [-1], s=36, c=GREEN, zorder=3)
         axis.text(s, -1.1, name, ha="left" if s == 1 else "center", va="top", fontsize=9, color=GREEN)
@@ -308,7 +368,9 @@ FIGURES = {
 
 def main() -> None:
     parser = errors.Parser("toy/explain.py", __doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "toy/results", help="folder of the PNGs (toy/results)")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "toy/results", help="folder of the PNGs (toy/results)"
+    )
     args = parser.parse_args()
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out must be a folder; {args.out} is a file")

@@ -30,7 +30,9 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 
-if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+if (
+    __name__ == "__main__"
+):  # started as a file: modules are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from engine import checkpoint, errors, machine
@@ -43,22 +45,43 @@ SEED, MOST_BYTES = 0, 1_500_000
 OBJECTIVES = ("flow matching", "control Delta = 0", "Self-E")  # of the study `objectives`
 
 # The scripts of the page, in this order. The later ones use the earlier ones; main.js starts all once the page is read.
-SOURCES = ("mixture.js", "method.js", "toynet.js", "drawing.js", "plane.js", "paths.js",  # two dimensions
-           "random.js", "words.js", "network.js", "pictures.js",  # the included checkpoint
-           "main.js")  # fmt: skip
+SOURCES = (
+    "mixture.js",
+    "method.js",
+    "toynet.js",
+    "drawing.js",
+    "plane.js",
+    "paths.js",  # two dimensions
+    "random.js",
+    "words.js",
+    "network.js",
+    "pictures.js",  # the included checkpoint
+    "main.js",
+)
 STYLES = ("style.css", "pictures.css")
 
 # D3's modules and their versions. The whole of D3 would be twice as large.
 LIBRARIES = {
-    "d3-array": "3.2.4", "d3-dispatch": "3.0.1", "d3-selection": "3.0.0", "d3-drag": "3.0.0", "d3-path": "3.1.0",
-    "d3-shape": "3.2.0", "d3-color": "3.1.0", "d3-interpolate": "3.0.1", "d3-format": "3.1.0", "d3-time": "3.1.0",
-    "d3-time-format": "4.1.0", "d3-scale": "4.0.2", "d3-contour": "4.0.2", "d3-random": "3.0.1",
-}  # fmt: skip
+    "d3-array": "3.2.4",
+    "d3-dispatch": "3.0.1",
+    "d3-selection": "3.0.0",
+    "d3-drag": "3.0.0",
+    "d3-path": "3.1.0",
+    "d3-shape": "3.2.0",
+    "d3-color": "3.1.0",
+    "d3-interpolate": "3.0.1",
+    "d3-format": "3.1.0",
+    "d3-time": "3.1.0",
+    "d3-time-format": "4.1.0",
+    "d3-scale": "4.0.2",
+    "d3-contour": "4.0.2",
+    "d3-random": "3.0.1",
+}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What the page is made of
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def libraries() -> dict[str, tuple[str, str]]:
     """{module: (its licence, its script)} from the npm releases, kept in runs/explore. UserError without npm."""
     kept = ROOT / "runs" / "explore"
@@ -72,7 +95,9 @@ def libraries() -> dict[str, tuple[str, str]]:
         packed = subprocess.run([npm, "pack", "--silent", *missing], cwd=kept, capture_output=True, text=True)
         if packed.returncode:
             reason = packed.stderr.strip().splitlines() or ["no reason given"]
-            raise errors.UserError(f"npm could not fetch D3's modules ({reason[0]}); check the network and run again")
+            raise errors.UserError(
+                f"npm could not fetch D3's modules ({reason[0]}); check the network and run again"
+            )
 
     def read(name: str) -> tuple[str, str]:
         with tarfile.open(files[name]) as release:
@@ -87,8 +112,11 @@ def world(page: Path) -> dict:
     layouts = {}
     for name, layout in LAYOUTS.items():
         q = Mixture(**layout, dtype=torch.float64)
-        layouts[name] = {"means": q.means.tolist(), "weights": q.weights.tolist(),
-                         "std": layout.get("std", 0.12)}  # fmt: skip
+        layouts[name] = {
+            "means": q.means.tolist(),
+            "weights": q.weights.tolist(),
+            "std": layout.get("std", 0.12),
+        }
     known = embedded(page).get("networks", {}) if page.exists() else {}
     return {"layouts": layouts, "networks": known if known.get("recipe") == recipe() else networks()}
 
@@ -113,6 +141,7 @@ def settings(label: str) -> tuple[dict, dict]:
 
 def recipe() -> dict:
     """What names each network, the text of the code that trains it included: {layout: {objective: name}}."""
+
     def name(layout: str, label: str) -> str:
         return studies.weights_file(Member(layout, SEED), STEPS, settings(label)[0]).stem
 
@@ -133,13 +162,18 @@ def networks() -> dict:
     shapes = {name: list(value.shape[-2:]) for name, value in own.items()}
     made_by = machine.provenance(torch.device("cpu"))
     made_by |= {"command": "python toy/explore.py", "seed": SEED, "steps": STEPS}
-    return {"recipe": recipe(), "provenance": made_by, "sampling": {label: settings(label)[1] for label in OBJECTIVES},
-            "shapes": shapes, "weights": weights}  # fmt: skip
+    return {
+        "recipe": recipe(),
+        "provenance": made_by,
+        "sampling": {label: settings(label)[1] for label in OBJECTIVES},
+        "shapes": shapes,
+        "weights": weights,
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The page
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def script(text: str, **marks: str) -> str:
     """A script element. A text that would end it early is refused."""
     if re.search(r"</script|<!--", text, re.I):
@@ -150,8 +184,10 @@ def script(text: str, **marks: str) -> str:
 
 def build(page: Path) -> None:
     """Write the page: template, style, libraries with their licences, data and scripts in one file."""
-    parts = [script(f"/*\n{name} {LIBRARIES[name]}\n\n{licence}\n*/\n{code}", library=f"{name} {LIBRARIES[name]}")
-             for name, (licence, code) in libraries().items()]  # fmt: skip
+    parts = [
+        script(f"/*\n{name} {LIBRARIES[name]}\n\n{licence}\n*/\n{code}", library=f"{name} {LIBRARIES[name]}")
+        for name, (licence, code) in libraries().items()
+    ]
     parts += [script((FOLDER / name).read_text(encoding="utf-8").rstrip(), source=name) for name in SOURCES]
     fill = {
         "style": "\n".join((FOLDER / name).read_text(encoding="utf-8").rstrip() for name in STYLES),
@@ -171,17 +207,27 @@ def build(page: Path) -> None:
 
 def show(page: Path) -> None:
     """Open the page in the browser; without a screen, say where it is."""
-    screen = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    screen = (
+        sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    )
     if not (screen and webbrowser.open(page.resolve().as_uri())):
         print("no browser here; open that file in one")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The page in a real browser
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
-QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync")  # fmt: skip
+QUIET = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 
 
 @contextlib.contextmanager
@@ -250,11 +296,15 @@ def measure(page: Path, frames: int = 300) -> None:
         drawn = Image.open(BytesIO(tab.screenshot()))
         version = browser.version
     record = {
-        **machine.provenance(torch.device("cpu")), "browser": f"Chromium {version}, headless, no GPU",
-        "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1), "frames": frames, "arrows": arrows,
+        **machine.provenance(torch.device("cpu")),
+        "browser": f"Chromium {version}, headless, no GPU",
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "frames": frames,
+        "arrows": arrows,
         "times": {name: {key: spread(values) for key, values in row.items()} for name, row in times.items()},
         "four_guided_steps_of_a_picture_ms": spread(pictures),
-    }  # fmt: skip
+    }
     checkpoint.write_json(ROOT / "results" / "explore.json", record)
     drawn = drawn.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE)
     drawn.save(ROOT / "results" / "explore.png", optimize=True)
@@ -271,10 +321,15 @@ def spread(times: list[float]) -> dict:
 
 def main() -> None:
     parser = errors.Parser("toy/explore.py", __doc__.split("\n")[0])
-    parser.add_argument("--out", type=errors.file_to_write, default=PAGE, help="the page to write (toy/explore.html)")
+    parser.add_argument(
+        "--out", type=errors.file_to_write, default=PAGE, help="the page to write (toy/explore.html)"
+    )
     parser.add_argument("--no-open", action="store_true", help="write the page, do not open it")
-    parser.add_argument("--measure", action="store_true",
-                        help="also time the dragging in headless Chromium: results/explore.json and .png")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="also time the dragging in headless Chromium: results/explore.json and .png",
+    )
     args = parser.parse_args()
     if args.out.exists():
         embedded(args.out)  # or it would be lost

@@ -19,16 +19,29 @@ from engine.randomness import rng
 from toy.measures import BUDGETS, generate
 from toy.mixture import LAYOUTS, Mixture
 
-COLOURS = ["#3a86c8", "#e08a1e", "#3fa45b", "#cc4f5f", "#8f6bc2", "#1fa3a3", "#b0813f"]  # conditions, then objectives
+COLOURS = [
+    "#3a86c8",
+    "#e08a1e",
+    "#3fa45b",
+    "#cc4f5f",
+    "#8f6bc2",
+    "#1fa3a3",
+    "#b0813f",
+]  # conditions, then objectives
 GREY = "#85898f"  # text, axes, data contours: the same contrast on white and on black
 plt.rcParams.update(
     {
-        "figure.dpi": 80, "savefig.dpi": 80, "savefig.transparent": True, "font.size": 9, "axes.grid": False,
+        "figure.dpi": 80,
+        "savefig.dpi": 80,
+        "savefig.transparent": True,
+        "font.size": 9,
+        "axes.grid": False,
         "axes.prop_cycle": plt.cycler(color=COLOURS),
         **{key: GREY for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor")},
-        "xtick.color": GREY, "ytick.color": GREY,
+        "xtick.color": GREY,
+        "ytick.color": GREY,
     }
-)  # fmt: skip
+)
 
 
 def save(figure, path: Path) -> None:
@@ -52,19 +65,31 @@ def contours(axis, q: Mixture, box, c: int | None = None, s: float = 0.0, colour
     xs, ys = (torch.linspace(box[i], box[i + 1], 120) for i in (0, 2))
     points = torch.cartesian_prod(xs, ys)
     for k in range(q.C) if c is None else [c]:
-        log_q = q.log_density(points, torch.full((len(points),), s), torch.full((len(points),), k)).view(120, 120).T
+        log_q = (
+            q.log_density(points, torch.full((len(points),), s), torch.full((len(points),), k))
+            .view(120, 120)
+            .T
+        )
         peak = float(log_q.max())
-        axis.contour(xs, ys, log_q, levels=[peak - 4.5, peak - 2.0], colors=colours or [COLOURS[k]], linewidths=0.7,
-                     alpha=0.8, linestyles="solid")  # fmt: skip
+        axis.contour(
+            xs,
+            ys,
+            log_q,
+            levels=[peak - 4.5, peak - 2.0],
+            colors=colours or [COLOURS[k]],
+            linewidths=0.7,
+            alpha=0.8,
+            linestyles="solid",
+        )
 
 
 def bare(axis, box) -> None:
     axis.set(xlim=box[:2], ylim=box[2:], aspect="equal", xticks=[], yticks=[])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The columns of Fig. 3, in 2-D
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def samples(nets: dict, sampling: dict, members: list, e: int, path: Path, shown: int = 250) -> None:
     """Rows: objectives. Columns: number of steps. Colours: conditions. Behind: where the data are."""
     q, rows = members[e].q, list(nets)
@@ -83,27 +108,33 @@ def samples(nets: dict, sampling: dict, members: list, e: int, path: Path, shown
                 axis.set_title(f"N = {steps}")
         line[0].set_ylabel(textwrap.fill(label, 12), fontsize=8)
     figure.supxlabel(
-        f"samples of the layout '{members[e].layout}': contours are the data, colours the three conditions", fontsize=9
+        f"samples of the layout '{members[e].layout}': contours are the data, colours the three conditions",
+        fontsize=9,
     )
     save(figure, path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The way from noise to data
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def trajectories(nets: dict, sampling: dict, members: list, e: int, path: Path, shown: int = 40) -> None:
     """Paths x_{t_k} of condition 0 with the deterministic step (eta = 0), for two objectives and three budgets."""
     q, rows = members[e].q, ["flow matching", "Self-E", "auxiliary throughout"]
     box, budgets = (-2.7, 2.7, -2.7, 2.7), (2, 4, 50)
     figure, axes = plt.subplots(len(rows), len(budgets), figsize=(8, 8), layout="constrained")
     noise = torch.cat(
-        [torch.from_numpy(rng(m.seed, "toy paths").standard_normal((shown, 2), dtype=np.float32)) for m in members]
+        [
+            torch.from_numpy(rng(m.seed, "toy paths").standard_normal((shown, 2), dtype=np.float32))
+            for m in members
+        ]
     )
     c = torch.zeros(len(noise), dtype=torch.int64)
     for line, label in zip(axes, rows):
         for axis, steps in zip(line, budgets):
             choices = sampling[label] | {"eta": 0.0}
-            path_of = [noise] + [x for _, x, _ in sampler.trajectory(nets[label], noise, (c,), steps=steps, **choices)]
+            path_of = [noise] + [
+                x for _, x, _ in sampler.trajectory(nets[label], noise, (c,), steps=steps, **choices)
+            ]
             way = torch.stack([x.view(len(members), shown, 2)[e] for x in path_of])  # [steps + 1, shown, 2]
             contours(axis, q, box)
             axis.plot(way[..., 0], way[..., 1], color=GREY, linewidth=0.5, alpha=0.7)
@@ -120,13 +151,19 @@ def trajectories(nets: dict, sampling: dict, members: list, e: int, path: Path, 
     save(figure, path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Distance against steps
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def distance_axis(axis, title: str) -> None:
     """Distances over network evaluations, both logarithmic, with a tick per budget."""
-    axis.set(xscale="log", yscale="log", xticks=BUDGETS, xticklabels=BUDGETS, xlabel="network evaluations N",
-             title=title)
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xticks=BUDGETS,
+        xticklabels=BUDGETS,
+        xlabel="network evaluations N",
+        title=title,
+    )
     axis.minorticks_off()
 
 
@@ -149,9 +186,9 @@ def distances(results: dict, path: Path) -> None:
     save(figure, path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. 13 as a field: how far x0_hat is asked to move, -Delta of s.6, for its two terms apart
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def fields(layouts: list, seed: int, path: Path, times=(0.05, 0.2, 0.5, 0.8)) -> None:
     """Exact fields of condition 0 over the density of q(x_s | c). p: the blended one-step predictions of flow matching.
 
@@ -167,8 +204,12 @@ def fields(layouts: list, seed: int, path: Path, times=(0.05, 0.2, 0.5, 0.8)) ->
         c = torch.zeros(n, dtype=torch.int64)
         normal = lambda g=g: torch.from_numpy(g.standard_normal((400, 2), dtype=np.float32))  # noqa: E731
         t = torch.full((n,), 0.8)
-        x0_hat = q.posterior_mean(losses.add_noise(q.sample(c, g), t, normal()), t, c)  # blends, as Eq. 4 makes them
-        p = Mixture(x0_hat[None], 0.02)  # its samples as very narrow modes: then E_p[x0 | x_s] is a closed form
+        x0_hat = q.posterior_mean(
+            losses.add_noise(q.sample(c, g), t, normal()), t, c
+        )  # blends, as Eq. 4 makes them
+        p = Mixture(
+            x0_hat[None], 0.02
+        )  # its samples as very narrow modes: then E_p[x0 | x_s] is a closed form
         low, high = float(q.m[:3].min()) - 1.2, float(q.m[:3].max()) + 1.2
         for j, value in enumerate(times):
             box = tuple(end * (1 - value) + sign * 0.7 * value for end, sign in 2 * ((low, -1), (high, 1)))
@@ -196,7 +237,15 @@ def fields(layouts: list, seed: int, path: Path, times=(0.05, 0.2, 0.5, 0.8)) ->
                 move = -Delta * (1 - value)  # x_s moves by alpha_s times what x0_hat moves
                 longest = (box[1] - box[0]) / 17  # longer arrows are cut to the distance of neighbours
                 move = move * (longest / move.norm(dim=1, keepdim=True)).clamp(max=1)
-                axis.quiver(*points.T, *move.T, color=COLOURS[1], angles="xy", scale_units="xy", scale=0.8, width=0.008)
+                axis.quiver(
+                    *points.T,
+                    *move.T,
+                    color=COLOURS[1],
+                    angles="xy",
+                    scale_units="xy",
+                    scale=0.8,
+                    width=0.008,
+                )
                 bare(axis, box)
                 rms = float(lengths.square().sum(1).mean().sqrt())
                 axis.set_title((f"s = {value:g}   " if row == 0 else "") + f"rms {rms:.2f}", fontsize=8)
@@ -209,9 +258,9 @@ def fields(layouts: list, seed: int, path: Path, times=(0.05, 0.2, 0.5, 0.8)) ->
     save(figure, path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A study: mean and spread over seeds
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def cells_of(kept: dict, label: str, layout: str, measure: str) -> tuple[np.ndarray, np.ndarray]:
     """Mean, at least 1e-4 for logarithms, and standard deviation over the seeds of one setting: [budgets] each."""
     rows = [r["results"] for r in kept["records"] if (r["label"], r["layout"]) == (label, layout)]
@@ -240,16 +289,22 @@ def study(kept: dict, path: Path, measure: str = "energy") -> None:
         shown = [label for label in labels if not crossed or label.split(", ")[0] == training]
         for j, label in enumerate(shown):
             mean, spread = cells_of(kept, label, layout, measure)
-            shift = np.array(BUDGETS) * (1 + 0.02 * (j - len(shown) / 2))  # so that bars do not hide one another
+            shift = np.array(BUDGETS) * (
+                1 + 0.02 * (j - len(shown) / 2)
+            )  # so that bars do not hide one another
             name = label.split(", ", 1)[1] if crossed else label
             line = "--" if j >= len(COLOURS) else "-"  # where the colours begin anew
-            axis.errorbar(shift, mean, yerr=spread, marker="o", markersize=3, linewidth=1.2, linestyle=line, label=name)
+            axis.errorbar(
+                shift, mean, yerr=spread, marker="o", markersize=3, linewidth=1.2, linestyle=line, label=name
+            )
         distance_axis(axis, f"{layout}: {training}" if crossed else layout)
         axis.label_outer()
         if i % columns == 0:
             axis.set_ylabel(f"{measure} distance to the data" if measure == "energy" else measure)
     handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncol=5 if crossed else 3, frameon=False, fontsize=8)
+    figure.legend(
+        handles, names, loc="outside lower center", ncol=5 if crossed else 3, frameon=False, fontsize=8
+    )
     save(figure, path)
 
 
@@ -262,21 +317,31 @@ def along_shares(kept: dict, path: Path, steps=(2, 4, 50)) -> None:
     labels = [r["label"] for r in kept["records"] if r["label"] != "floor"]
     names = list(dict.fromkeys(label.rsplit(", ", 1)[0] for label in labels))
     shares = sorted({float(label.rsplit(", ", 1)[1].split()[0]) for label in labels})
-    figure, axes = plt.subplots(len(layouts), len(steps), figsize=(3.2 * len(steps), 2.7 * len(layouts) + 0.5),
-                                sharex=True, sharey=True, layout="constrained", squeeze=False)  # fmt: skip
+    figure, axes = plt.subplots(
+        len(layouts),
+        len(steps),
+        figsize=(3.2 * len(steps), 2.7 * len(layouts) + 0.5),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
     for line, layout in zip(axes, layouts):
         for axis, n in zip(line, steps):
             for j, name in enumerate(names):
                 cells = [cells_of(kept, f"{name}, {share:g} wrong", layout, "off_modes") for share in shares]
                 mean, spread = (np.stack(part)[:, BUDGETS.index(n)] for part in zip(*cells))
-                shift = np.array(shares) + 0.006 * (j - len(names) / 2)  # so that bars do not hide one another
+                shift = np.array(shares) + 0.006 * (
+                    j - len(names) / 2
+                )  # so that bars do not hide one another
                 axis.errorbar(shift, mean, yerr=spread, marker="o", markersize=3, linewidth=1.2, label=name)
             axis.set(title=f"{layout}, N = {n}", xticks=shares)
     for axis in axes[-1]:
         axis.set_xlabel("share of wrong labels in training", fontsize=9)
     figure.supylabel("share of samples off the modes of their condition", fontsize=9)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncol=3, frameon=False,
-                  fontsize=8)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncol=3, frameon=False, fontsize=8
+    )
     save(figure, path)
 
 
@@ -292,7 +357,9 @@ def along_s_rule(kept: dict, path: Path, measure: str) -> None:
         mean, spread = (np.stack(part) for part in zip(*cells))  # [rules, budgets]
         for n, values, bars in zip(BUDGETS, mean.T, spread.T):
             low = np.minimum(bars, 0.7 * values)  # a bar that reaches zero would have no end on this axis
-            axis.errorbar(rules, values, yerr=[low, bars], marker="o", markersize=4, linewidth=1.4, label=f"N = {n}")
+            axis.errorbar(
+                rules, values, yerr=[low, bars], marker="o", markersize=4, linewidth=1.4, label=f"N = {n}"
+            )
         axis.set(yscale="log", xticks=rules, title=f"Self-E, {layout}")
         axis.set_xlabel("s_k, from t_(k+1) (0, the paper's default) to t_k (1)")
     axes[0][0].set_ylabel(f"{measure} distance to the data" if measure == "energy" else measure)
@@ -300,9 +367,9 @@ def along_s_rule(kept: dict, path: Path, measure: str) -> None:
     save(figure, path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # ideal.py: where the targets lead when nothing is left to the network
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def ideal(pictures: dict, layouts: list, labels: list, times: tuple, t: float, path: Path) -> None:
     """pictures[layout, label, s] = answers [C, n, 2]; condition 0 is drawn. Rows: goals. Columns: layout and s."""
     columns = [(layout, s) for layout in layouts for s in times]

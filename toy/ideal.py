@@ -25,7 +25,9 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 
-if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+if (
+    __name__ == "__main__"
+):  # started as a file: modules are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import losses
@@ -111,15 +113,19 @@ def settle(q: Mixture, s: float, goal: tuple | None, seed: int) -> tuple[Tensor,
 def distance(x: Tensor, y: Tensor, s: float, seed: int) -> float:
     """Energy distance after both are noised to s, averaged over conditions."""
     g = rng(seed, "toy ideal distance")
-    noised = [(1 - s) * a + s * torch.from_numpy(g.standard_normal(a.shape, dtype=np.float32)) for a in (x, y)]
+    noised = [
+        (1 - s) * a + s * torch.from_numpy(g.standard_normal(a.shape, dtype=np.float32)) for a in (x, y)
+    ]
     return float(np.mean([energy_distance(a, b) for a, b in zip(*noised)]))
 
 
 def main() -> None:
     parser = errors.Parser("toy/ideal.py", __doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path,
-                        help="folder for ideal.json and ideal.png (default: toy/results; runs/ideal with another "
-                             "--seed)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for ideal.json and ideal.png (default: toy/results; runs/ideal with another --seed)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="the first of three seeds (default: 0)")
     args = parser.parse_args()
     if args.seed < 0:
@@ -147,7 +153,9 @@ def main() -> None:
                         }
                     )
                     pictures.setdefault((layout, label, s), x0_hat)
-        print(f"\n{layout}: energy distance of x_s, and of x0_hat itself; t = {T}, mean ± std over {len(seeds)} seeds")
+        print(
+            f"\n{layout}: energy distance of x_s, and of x0_hat itself; t = {T}, mean ± std over {len(seeds)} seeds"
+        )
         print(f"{'':26s}" + "".join(f"{f's = {s:g}: x_s':>18s}{'x0_hat':>16s}" for s in TIMES))
         for label in GOALS:
             cells = ""
@@ -158,11 +166,19 @@ def main() -> None:
                     cells += f"{np.mean(values):{width}.4f} ±{np.std(values, ddof=1):6.4f}"
             print(f"{label:26s}{cells}", flush=True)
     seconds = round(time.perf_counter() - start, 1)
-    head = {**machine.provenance(torch.device("cpu")), "seeds": seeds, "t": T, "answers": ANSWERS, "rounds": ROUNDS,
-            "seconds": seconds,
-            "records": records}  # fmt: skip
+    head = {
+        **machine.provenance(torch.device("cpu")),
+        "seeds": seeds,
+        "t": T,
+        "answers": ANSWERS,
+        "rounds": ROUNDS,
+        "seconds": seconds,
+        "records": records,
+    }
     checkpoint.write_json(out / "ideal.json", head)
-    figures.ideal(pictures, [name for name in LAYOUTS if name != "ring"], list(GOALS), TIMES, T, out / "ideal.png")
+    figures.ideal(
+        pictures, [name for name in LAYOUTS if name != "ring"], list(GOALS), TIMES, T, out / "ideal.png"
+    )
     print(f"\n{out / 'ideal.png'}; {seconds:.0f} s")
 
 

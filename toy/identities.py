@@ -20,10 +20,13 @@ from pathlib import Path
 
 import torch
 
-if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+if (
+    __name__ == "__main__"
+):  # started as a file: modules are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from engine import checkpoint, errors, machine
+
 from toy.checks.stage import CHECKS, SEED  # isort: skip  the list; the files below fill it, in the order of the table
 from toy.checks import flow_matching, scores, self_evaluation, objective, step, peers  # noqa: F401  # isort: skip
 from toy.checks.inference import BUDGETS, ETAS, std_of_the_sampler  # isort: skip
@@ -32,17 +35,23 @@ from toy.checks.inference import BUDGETS, ETAS, std_of_the_sampler  # isort: ski
 def main() -> int:
     """The exit code: 1 where a line fails. Raises UserError."""
     parser = errors.Parser("toy/identities.py", __doc__.split("\n")[0])
-    parser.add_argument("--only", default="", help="run the lines whose equation contains this text; empty runs all")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="other points and other samples for every line (default: 0)")
-    parser.add_argument("--out", type=errors.file_to_write,
-                        help="write the table as JSON, too, with commit and hardware")
+    parser.add_argument(
+        "--only", default="", help="run the lines whose equation contains this text; empty runs all"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="other points and other samples for every line (default: 0)"
+    )
+    parser.add_argument(
+        "--out", type=errors.file_to_write, help="write the table as JSON, too, with commit and hardware"
+    )
     args = parser.parse_args()
     parser.check_ranges(args, seed=(0, 2**53))
     SEED[0] = 1000 * args.seed
     chosen = [line for line in CHECKS if args.only in line[0]]
     if not chosen:
-        raise errors.UserError(f"no line has {args.only!r} in its equation; run without --only to see them all")
+        raise errors.UserError(
+            f"no line has {args.only!r} in its equation; run without --only to see them all"
+        )
 
     start, failed, table = time.perf_counter(), 0, []
     print(f"{'equation':22s} {'what equals what':82s} {'error':>9s}   {'bound':>8s}  verdict")
@@ -50,14 +59,25 @@ def main() -> int:
         number = function()
         holds = number >= bound if is_above else number <= bound
         failed += not holds
-        table.append({"equation": equation, "claim": claim, "number": float(number), "bound": bound,
-                      "holds": bool(holds)})  # fmt: skip
+        table.append(
+            {
+                "equation": equation,
+                "claim": claim,
+                "number": float(number),
+                "bound": bound,
+                "holds": bool(holds),
+            }
+        )
         sign = ">" if is_above else "<"
-        print(f"{equation:22s} {claim:82s} {number:9.1e} {sign} {bound:8.1e}  {'holds' if holds else 'FAILS'}",
-              flush=True)  # fmt: skip
+        print(
+            f"{equation:22s} {claim:82s} {number:9.1e} {sign} {bound:8.1e}  {'holds' if holds else 'FAILS'}",
+            flush=True,
+        )
 
     if not args.only:
-        print("\nStandard deviation that the posterior mean leaves, data 0.500 (N network evaluations, Gaussian data):")
+        print(
+            "\nStandard deviation that the posterior mean leaves, data 0.500 (N network evaluations, Gaussian data):"
+        )
         print(f"  {'rule':10s}" + "".join(f"{f'N = {n}':>9s}" for n in BUDGETS))
         for eta in ETAS:
             name = eta if isinstance(eta, str) else f"eta = {eta:g}"
@@ -66,7 +86,9 @@ def main() -> int:
     print(f"\n{len(chosen) - failed} of {len(chosen)} lines hold, {seconds:.1f} s")
     if args.out:
         made_by = machine.provenance(torch.device("cpu"))
-        checkpoint.write_json(args.out, made_by | {"seed": args.seed, "seconds": round(seconds, 1), "lines": table})
+        checkpoint.write_json(
+            args.out, made_by | {"seed": args.seed, "seconds": round(seconds, 1), "lines": table}
+        )
         print(f"wrote {args.out}")
     return 1 if failed else 0
 

@@ -5,7 +5,6 @@ evaluate(net, members)              # for each member {"1": measures, "2": ..., 
 evaluate(None, members)             # the floor: fresh data, measured as if it had been generated
 """
 
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,7 +18,9 @@ BUDGETS = (1, 2, 4, 8, 50)  # network evaluations, Tab. 1 and one step
 SAMPLES, REFERENCE = 1000, 4000  # per condition: generated, and fresh data to compare with
 
 
-def generate(net: Net, members: list[Member], c: Tensor, steps: int, objective: str = "self_e", **choices) -> Tensor:
+def generate(
+    net: Net, members: list[Member], c: Tensor, steps: int, objective: str = "self_e", **choices
+) -> Tensor:
     """Samples [E, n, 2] for the conditions c [n] (every member the same). The choices go to sampler.sample, or to the
     sampler of `objective` where it has its own.
 
@@ -27,14 +28,18 @@ def generate(net: Net, members: list[Member], c: Tensor, steps: int, objective: 
     """
 
     def noise(k: int) -> Tensor:
-        rows = [rng(m.seed, "toy sampling", k).standard_normal((len(c), 2), dtype=np.float32) for m in members]
+        rows = [
+            rng(m.seed, "toy sampling", k).standard_normal((len(c), 2), dtype=np.float32) for m in members
+        ]
         return torch.from_numpy(np.concatenate(rows))
 
     if len(members) > 1 and choices.get("guidance", 1.0) != 1:
         # The sampler joins the two branches of guidance in one batch; an ensemble would deal it out to the wrong
         # members.
         alone = [assemble([m], [net.weights_of(e)]) for e, m in enumerate(members)]
-        return torch.cat([generate(one, [m], c, steps, objective, **choices) for one, m in zip(alone, members)])
+        return torch.cat(
+            [generate(one, [m], c, steps, objective, **choices) for one, m in zip(alone, members)]
+        )
     prompts = c.repeat(len(members))
     null = torch.full_like(prompts, members[0].q.C)
     if own := OBJECTIVES[objective].trajectory:
@@ -87,11 +92,15 @@ class Truth:
             "energy": energy_distance(x, self.data, self.within),
             "sliced_w2": float((quantiles(x) - self.quantiles).square().mean().sqrt()),
             "mass": [round(a, 4) for a in mass.tolist()],  # share of the samples nearest to each mode
-            "mass_error": float((mass - self.weights).abs().sum() / 2),  # total variation against the true shares
+            "mass_error": float(
+                (mass - self.weights).abs().sum() / 2
+            ),  # total variation against the true shares
             "off_modes": float(
                 (distance.min(1).values > 4).float().mean()
             ),  # > 4 std from every mode: neither this nor that
-            "spread": float(deviation[0] / deviation[1]),  # root mean square distance from the centre, 1 for the data
+            "spread": float(
+                deviation[0] / deviation[1]
+            ),  # root mean square distance from the centre, 1 for the data
         }
 
 
@@ -100,7 +109,9 @@ def average(rows: list[dict]) -> dict:
     return {k: [r[k] for r in rows] if k == "mass" else float(np.mean([r[k] for r in rows])) for k in rows[0]}
 
 
-def evaluate(net: Net | None, members: list[Member], labels: bool = True, budgets=BUDGETS, **choices) -> list[dict]:
+def evaluate(
+    net: Net | None, members: list[Member], labels: bool = True, budgets=BUDGETS, **choices
+) -> list[dict]:
     """For each member {"1": measures, ..., "50": measures}, averaged over the conditions (labels False: the null
     prompt).
 

@@ -49,7 +49,11 @@ class Mixture:
         """Pick a component by `shares` [B, K], then a point of it: mean [B, K, 2], var [B, K] -> [B, 2]."""
         u = torch.from_numpy(rng.random(len(shares))).to(shares)
         # U may round to 1
-        k = (u[:, None] > shares.cumsum(1) / shares.sum(1, keepdim=True)).sum(1).clamp_max(shares.shape[1] - 1)
+        k = (
+            (u[:, None] > shares.cumsum(1) / shares.sum(1, keepdim=True))
+            .sum(1)
+            .clamp_max(shares.shape[1] - 1)
+        )
         row = torch.arange(len(k))
         z = torch.from_numpy(rng.standard_normal((len(k), 2))).to(shares)
         return mean[row, k] + var[row, k].sqrt()[:, None] * z
@@ -92,9 +96,9 @@ class Mixture:
         return Mixture(a * (1 - t) * self.means + b, std, self.weights, self.means.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Three layouts. What self-evaluation can do is decided by where the other conditions are.
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def ring(radius: float = 1.5, modes: int = 9, conditions: int = 3) -> list:
     """Modes on one circle around the origin, dealt out to the conditions in turn: [C, M, 2]."""
     angle = [2 * math.pi * i / modes for i in range(modes)]

@@ -33,7 +33,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-if __name__ == "__main__":  # started as a file: modules are found from the project's folder, not from this one
+if (
+    __name__ == "__main__"
+):  # started as a file: modules are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import data
@@ -50,7 +52,11 @@ SIDE, MU = 16, losses.mu_of_length(16)  # pixels; the laptop model's shift
 KINDS = {  # how much the prompts leave open
     "colors": ("colors",),  # the shape and its colour are told
     "single_object": ("single_object",),  # the shape is told
-    "one, two, several": ("single_object", "two_object", "counting"),  # shapes and numbers; neither colours nor places
+    "one, two, several": (
+        "single_object",
+        "two_object",
+        "counting",
+    ),  # shapes and numbers; neither colours nor places
 }
 OBJECTIVES = {
     "flow matching": GOALS["flow matching"],
@@ -79,9 +85,9 @@ QUICK = Size((0.0, 0.3), 3000, 48, 12)
 FULL = Size((0.0, 0.15, 0.3, 0.45), 8192, 200, 40)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A world: pictures, captions, exact posterior means
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 class World:
     """A finite set of captioned pictures. c is a prompt's number, C the null prompt.
 
@@ -140,14 +146,16 @@ def train_prompts(tags: tuple[str, ...]) -> list[dict]:
     return [m for m in evaluate.prompts("train", None, tags) if m["tag"] in tags]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Delta's budget: the integral of E||G_null - G_c||^2 over snr, and where in s it lies
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def budget(world: World, seed: int, samples: int = 300, points: int = 60) -> tuple[float, float]:
     """(the integral, the s below which half of it lies), by the trapezoidal rule in log snr on fresh noisy data."""
     g = rng(seed, "toy pictures budget")
     c = torch.from_numpy(g.integers(0, world.C, samples))
-    picked = torch.multinomial(world.log_weights[c].exp(), 1, generator=torch.Generator().manual_seed(seed))[:, 0]
+    picked = torch.multinomial(world.log_weights[c].exp(), 1, generator=torch.Generator().manual_seed(seed))[
+        :, 0
+    ]
     x0, null = world.x[picked], torch.full_like(c, world.C)
     log_snr = np.linspace(math.log(1e-5), math.log(1e4), points)
     times, height = 1 / (1 + np.exp(log_snr / 2)), []
@@ -155,16 +163,18 @@ def budget(world: World, seed: int, samples: int = 300, points: int = 60) -> tup
         eps = torch.from_numpy(g.standard_normal(x0.shape, dtype=np.float32))
         x_s = (1 - s) * x0 + s * eps
         gap = world.mean(x_s, s, null) - world.mean(x_s, s, c)
-        height.append(float(gap.square().sum(1).mean()) * math.exp(log_snr[len(height)]))  # d snr = snr d log snr
+        height.append(
+            float(gap.square().sum(1).mean()) * math.exp(log_snr[len(height)])
+        )  # d snr = snr d log snr
     pieces = (np.array(height[1:]) + np.array(height[:-1])) / 2 * np.diff(log_snr)
     from_small_s = np.cumsum(pieces[::-1])
     half = int(np.searchsorted(from_small_s, from_small_s[-1] / 2))
     return float(pieces.sum()), float(times[::-1][half])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The objective on a sampler's path
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 class Perfect:
     """A callable V(x_t, t, s, c) that predicts what a perfect network would learn from the objective.
 
@@ -197,7 +207,9 @@ class Answers:
         return self.world.x[picked]
 
     def noise(self) -> Tensor:
-        return torch.from_numpy(self.g.standard_normal((len(self.c), self.world.x.shape[1]), dtype=np.float32))
+        return torch.from_numpy(
+            self.g.standard_normal((len(self.c), self.world.x.shape[1]), dtype=np.float32)
+        )
 
     def evaluate(self, x_s: Tensor, x0_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """G_null and G_c exactly; G_fake as if the answers of one prompt were all that the model draws for it."""
@@ -216,11 +228,18 @@ def draw(world: World, goal: tuple | None, size: Size, key: tuple[int, int], n: 
     c = torch.arange(world.C).repeat_interleave(max(1, round(size.judged / world.C)))
     noise = torch.from_numpy(g.standard_normal((len(c), world.x.shape[1]), dtype=np.float32))
     s_rule = 1.0 if goal is None else settings["s_rule"]
-    x = sampler.sample(Perfect(world, goal, size.rounds, g), noise, (c,), (torch.full_like(c, world.C),), steps=n,
-                       mu=MU,
-                       guidance=settings["guidance"], s_rule=s_rule, eta=1.0,
-                       draw_noise=lambda k: torch.from_numpy(g.standard_normal(noise.shape,
-                                                                               dtype=np.float32)))  # fmt: skip
+    x = sampler.sample(
+        Perfect(world, goal, size.rounds, g),
+        noise,
+        (c,),
+        (torch.full_like(c, world.C),),
+        steps=n,
+        mu=MU,
+        guidance=settings["guidance"],
+        s_rule=s_rule,
+        eta=1.0,
+        draw_noise=lambda k: torch.from_numpy(g.standard_normal(noise.shape, dtype=np.float32)),
+    )
     pictures = world.pictures(x)
     right = [scorer.score(picture, world.prompts[i]) for picture, i in zip(pictures, c.tolist())]
     return float(np.mean(right)), pictures
@@ -238,18 +257,30 @@ def measure(world: World, label: str, size: Size, seed: int) -> tuple[list[dict]
             score, pictures = draw(world, goal, size, (seed + own, 2), n, settings)
             if own == size.seeds[0]:
                 shown.append(pictures[0])
-            records.append({"world": world.kind, "wrong_captions": world.share, "objective": label, "steps": n,
-                            "seed": seed + own, "score": score, "settings": settings})  # fmt: skip
+            records.append(
+                {
+                    "world": world.kind,
+                    "wrong_captions": world.share,
+                    "objective": label,
+                    "steps": n,
+                    "seed": seed + own,
+                    "score": score,
+                    "settings": settings,
+                }
+            )
     return records, shown
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def score_of(records: list[dict], kind: str, share: float, label: str, n: int) -> float:
     """The mean over seeds."""
-    found = [r["score"] for r in records
-             if (r["world"], r["wrong_captions"], r["objective"], r["steps"]) == (kind, share, label, n)]  # fmt: skip
+    found = [
+        r["score"]
+        for r in records
+        if (r["world"], r["wrong_captions"], r["objective"], r["steps"]) == (kind, share, label, n)
+    ]
     return float(np.mean(found))
 
 
@@ -259,39 +290,66 @@ def draw_figure(records: list[dict], worlds: list[dict], path: Path) -> None:
 
     kinds = list(dict.fromkeys(w["world"] for w in worlds))
     shares = sorted({w["wrong_captions"] for w in worlds})
-    figure, axes = figures.plt.subplots(len(shares), len(kinds), figsize=(3.4 * len(kinds), 2.6 * len(shares) + 0.6),
-                                        sharex=True, sharey=True, squeeze=False, layout="constrained")  # fmt: skip
+    figure, axes = figures.plt.subplots(
+        len(shares),
+        len(kinds),
+        figsize=(3.4 * len(kinds), 2.6 * len(shares) + 0.6),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
     for w in worlds:
         axis = axes[shares.index(w["wrong_captions"])][kinds.index(w["world"])]
         steps = sorted({r["steps"] for r in records})
-        lines = {label: [score_of(records, w["world"], w["wrong_captions"], label, n) for n in steps]
-                 for label in OBJECTIVES}  # fmt: skip
+        lines = {
+            label: [score_of(records, w["world"], w["wrong_captions"], label, n) for n in steps]
+            for label in OBJECTIVES
+        }
         for i, (label, scores) in enumerate(lines.items()):
             axis.plot(range(len(steps)), scores, marker=".", color=figures.COLOURS[i], label=label)
         for j in range(len(steps)):
             best = max(lines, key=lambda label: lines[label][j])
-            axis.plot(j, lines[best][j], "o", markersize=10, markerfacecolor="none",
-                      color=figures.COLOURS[list(lines).index(best)])  # fmt: skip
+            axis.plot(
+                j,
+                lines[best][j],
+                "o",
+                markersize=10,
+                markerfacecolor="none",
+                color=figures.COLOURS[list(lines).index(best)],
+            )
         axis.set(xticks=range(len(steps)), xticklabels=steps, ylim=(-0.03, 1.06))
-        axis.set_title(f"{w['world']}, {w['wrong_captions']:.0%} wrong\n"
-                       f"captions tell {w['information']:.2f} nats; half of it at s > {w['half_at']:.2f}",
-                       fontsize=8)  # fmt: skip
+        axis.set_title(
+            f"{w['world']}, {w['wrong_captions']:.0%} wrong\n"
+            f"captions tell {w['information']:.2f} nats; half of it at s > {w['half_at']:.2f}",
+            fontsize=8,
+        )
         axis.grid(alpha=0.3)
     for axis in axes[-1]:
         axis.set_xlabel("network evaluations", fontsize=9)
     figure.supylabel("share of right pictures (ring: the best)", fontsize=9)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=6,
-                  frameon=False)  # fmt: skip
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(),
+        fontsize=8,
+        loc="outside lower center",
+        ncols=6,
+        frameon=False,
+    )
     figures.save(figure, path)
 
 
 def main() -> None:
     parser = errors.Parser("toy/pictures.py", __doc__.split("\n")[0])
-    parser.add_argument("--full", action="store_true", help="all shares of wrong captions, more pictures and rounds")
-    parser.add_argument("--scale", type=float, default=encoders.PIXEL_SCALE, help="of the pictures (default: 2)")
+    parser.add_argument(
+        "--full", action="store_true", help="all shares of wrong captions, more pictures and rounds"
+    )
+    parser.add_argument(
+        "--scale", type=float, default=encoders.PIXEL_SCALE, help="of the pictures (default: 2)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="the first of three (default: 0)")
-    parser.add_argument("--out", type=Path,
-                        help="folder (default: toy/results; runs/pictures with another seed or scale)")
+    parser.add_argument(
+        "--out", type=Path, help="folder (default: toy/results; runs/pictures with another seed or scale)"
+    )
     args = parser.parse_args()
     if args.seed < 0 or not 0.05 <= args.scale <= 20:
         parser.error("--seed must not be negative, --scale must lie between 0.05 and 20")
@@ -309,8 +367,14 @@ def measured(part: Path, world: World, label: str, size: Size, seed: int) -> dic
     if not part.exists():
         began = time.perf_counter()
         records, shown = measure(world, label, size, seed)
-        checkpoint.write_json(part, {"records": records, "shown": [picture.tolist() for picture in shown],
-                                     "seconds": round(time.perf_counter() - began, 1)})  # fmt: skip
+        checkpoint.write_json(
+            part,
+            {
+                "records": records,
+                "shown": [picture.tolist() for picture in shown],
+                "seconds": round(time.perf_counter() - began, 1),
+            },
+        )
     return checkpoint.read_json(part)
 
 
@@ -327,18 +391,32 @@ def run(args: argparse.Namespace, out: Path, size: Size) -> None:
     for number, (kind, share) in enumerate(itertools.product(KINDS, size.shares)):
         world = World(kind, share, size.pictures, args.scale, args.seed)
         integral, half = budget(world, args.seed)
-        worlds.append({"world": kind, "wrong_captions": share, "prompts": world.C, "pictures_a_prompt": world.each,
-                       "information": world.information(), "delta_budget": integral, "half_at": half})  # fmt: skip
-        print(f"\n{kind}, {share:.0%} of captions wrong: {world.C} prompts of {world.each} pictures; Delta's budget "
-              f"{integral:.2f} (twice the captions' information: {2 * world.information():.2f}), half of it at s > "
-              f"{half:.2f}")  # fmt: skip
+        worlds.append(
+            {
+                "world": kind,
+                "wrong_captions": share,
+                "prompts": world.C,
+                "pictures_a_prompt": world.each,
+                "information": world.information(),
+                "delta_budget": integral,
+                "half_at": half,
+            }
+        )
+        print(
+            f"\n{kind}, {share:.0%} of captions wrong: {world.C} prompts of {world.each} pictures; Delta's budget "
+            f"{integral:.2f} (twice the captions' information: {2 * world.information():.2f}), half of it at s > "
+            f"{half:.2f}"
+        )
         print(f"{'':20s}" + "".join(f"{f'N = {n}':>9s}" for n in size.steps))
         for i, label in enumerate(OBJECTIVES):
             part = measured(parts / f"{number}-{i}.json", world, label, size, args.seed)
             sheets[kind, share, label] = [np.array(picture, dtype=np.uint8) for picture in part["shown"]]
             records, seconds = records + part["records"], seconds + part["seconds"]
-            print(f"{label:20s}" + "".join(f"{score_of(records, kind, share, label, n):9.2f}" for n in size.steps),
-                  flush=True)  # fmt: skip
+            print(
+                f"{label:20s}"
+                + "".join(f"{score_of(records, kind, share, label, n):9.2f}" for n in size.steps),
+                flush=True,
+            )
     made_by = machine.provenance(torch.device("cpu")) | {"seconds": round(seconds, 1)}
     checkpoint.write_json(out / f"{name}.json", made_by | settings | {"worlds": worlds, "records": records})
     draw_figure(records, worlds, out / f"{name}.png")

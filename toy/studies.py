@@ -35,7 +35,9 @@ class Study(NamedTuple):
     layouts: tuple = ("between", "far")
 
 
-BETWEEN = ("between",)  # enough for questions about the classifier term: in "far" it has next to nothing to say
+BETWEEN = (
+    "between",
+)  # enough for questions about the classifier term: in "far" it has next to nothing to say
 
 
 def crossed(trained: dict, sampled: dict) -> dict:
@@ -187,16 +189,24 @@ STUDIES = {
 }
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Bookkeeping
-# =====================================================================================================================
+# ============================================================================================================
 def weights_file(member: Member, steps: int, changes: dict) -> Path:
     """Where a trained member is kept: named by all that made it, the text of the code that trains included."""
     peers = ["baselines.py", "peers/meanflow.py", "peers/shortcut.py", "peers/tim.py"]
     self_e = (PAPER | changes)["objective"] == "self_e"
-    code = [(ROOT / name).read_text(encoding="utf-8")
-            for name in ("losses.py", "model.py", "engine/randomness.py", "toy/training.py", "toy/mixture.py",
-                         *([] if self_e else peers))]  # fmt: skip
+    code = [
+        (ROOT / name).read_text(encoding="utf-8")
+        for name in (
+            "losses.py",
+            "model.py",
+            "engine/randomness.py",
+            "toy/training.py",
+            "toy/mixture.py",
+            *([] if self_e else peers),
+        )
+    ]
     recipe = json.dumps([member, steps, PAPER | changes, code], sort_keys=True)
     return ROOT / "runs" / "toy" / f"{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.pt"
 
@@ -230,12 +240,16 @@ def run(name: str, out: Path, seeds=SEEDS, steps: int = STEPS, say=print) -> dic
     made_by = machine.provenance(torch.device("cpu"))
     kept = records_of(path) if path.exists() else {"records": []}
     kept |= {"study": name, "question": study.question, "command": f"python toy/any_step.py --study {name}"}
-    settings = {label: {"training": changes, "sampling": sampling, "steps": steps}
-                for label, (changes, sampling) in rows_of(study)}
+    settings = {
+        label: {"training": changes, "sampling": sampling, "steps": steps}
+        for label, (changes, sampling) in rows_of(study)
+    }
     others = [r for r in kept["records"] if settings.get(r["label"]) != r["setting"]]
     if others:
-        raise errors.UserError(f"{path} holds results of other settings ({others[0]['label']}, "
-                               f"{others[0]['setting']['steps']} steps): choose another --out")
+        raise errors.UserError(
+            f"{path} holds results of other settings ({others[0]['label']}, "
+            f"{others[0]['setting']['steps']} steps): choose another --out"
+        )
     for label, setting in settings.items():
         changes, sampling = setting["training"], setting["sampling"]
         members = [Member(layout, seed) for layout in study.layouts for seed in seeds]
@@ -250,12 +264,22 @@ def run(name: str, out: Path, seeds=SEEDS, steps: int = STEPS, say=print) -> dic
         times = {"train_s": round(between - start, 1), "measure_s": round(time.perf_counter() - between, 1)}
         for m, result in zip(todo, results):
             kept["records"].append(
-                {"label": label, "layout": m.layout, "seed": m.seed, "setting": setting,
-                 **made_by, "together": len(todo), **times, "results": result}
-            )  # fmt: skip
+                {
+                    "label": label,
+                    "layout": m.layout,
+                    "seed": m.seed,
+                    "setting": setting,
+                    **made_by,
+                    "together": len(todo),
+                    **times,
+                    "results": result,
+                }
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(path, kept)
-        say(f"{name}: {label}: {times['train_s']} s training, {times['measure_s']} s measuring ({len(todo)} networks)")
+        say(
+            f"{name}: {label}: {times['train_s']} s training, {times['measure_s']} s measuring ({len(todo)} networks)"
+        )
     return kept
 
 

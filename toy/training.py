@@ -34,9 +34,9 @@ class Member(NamedTuple):
         return Mixture(**LAYOUTS[self.layout])
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # The network
-# =====================================================================================================================
+# ============================================================================================================
 class Net(nn.Module):
     """V(x_t, t, s, c) for E members at once: residual MLPs that share nothing but the matrix product (Eq. 6, s.9-s.10).
 
@@ -56,7 +56,9 @@ class Net(nn.Module):
         shapes |= {f"block{i}": (width, width) for i in range(depth)}
         for name, (fan_in, fan_out) in shapes.items():
             std = 1.0 if name == "prompt" else fan_in**-0.5
-            init = [rng(seed, f"weights of {name}").standard_normal((fan_in, fan_out)) * std for seed in seeds]
+            init = [
+                rng(seed, f"weights of {name}").standard_normal((fan_in, fan_out)) * std for seed in seeds
+            ]
             self.register_parameter(name, nn.Parameter(torch.tensor(np.stack(init), dtype=torch.float32)))
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(self.E, 1, fan_out)))
         self.out = nn.Parameter(torch.zeros(self.E, width, 2))
@@ -96,9 +98,9 @@ def assemble(members: list[Member], weights: list[dict]) -> Net:
     return net
 
 
-# =====================================================================================================================
+# ============================================================================================================
 # Training
-# =====================================================================================================================
+# ============================================================================================================
 PAPER = dict(
     objective="self_e",  # or another of objectives.OBJECTIVES; the choices down to null_target belong to self_e
     p_equal=0.5,  # share of s = t
@@ -139,7 +141,9 @@ def batches(member: Member, steps: int, labels: bool, wrong: float = 0.0, at_onc
         c = torch.from_numpy(g.integers(0, q.C, n))
         x0 = q.sample(c, g)
         if wrong:
-            swaps = rng(member.seed, "toy wrong labels", start)  # numbers of their own: without them all stays as it is
+            swaps = rng(
+                member.seed, "toy wrong labels", start
+            )  # numbers of their own: without them all stays as it is
             swapped = torch.from_numpy(swaps.random(n) < wrong)
             c = torch.where(swapped, c[torch.from_numpy(swaps.integers(0, n, n))], c)
         is_null = torch.from_numpy(g.random(n) < (0.1 if labels else 1.0))  # prompt dropout
@@ -155,9 +159,16 @@ def step_of(net: Net, ema: Net, o: dict) -> nn.Module:
         return objectives.OBJECTIVES[o["objective"]].build(net, ema, SimpleNamespace(**o))
     choose = {"online": net, "ema": ema}
     return losses.SelfE(
-        net, choose[o["conditional"]], unconditional=choose[o["unconditional"]], target=o["target"], k=o["k"],
-        delta_scale=o["delta_scale"], lam_scale=o["lam_scale"], lam_s=LAM_S[o["lam_s"]], null_target=o["null_target"],
-    )  # fmt: skip
+        net,
+        choose[o["conditional"]],
+        unconditional=choose[o["unconditional"]],
+        target=o["target"],
+        k=o["k"],
+        delta_scale=o["delta_scale"],
+        lam_scale=o["lam_scale"],
+        lam_s=LAM_S[o["lam_s"]],
+        null_target=o["null_target"],
+    )
 
 
 def draws_of(objective: str, *numbers: Tensor) -> NamedTuple:
@@ -192,7 +203,9 @@ def train(members: list[Member], steps: int = STEPS, **changes) -> Net:
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {float(loss)} at step {i}: {o}")
         optimizer.zero_grad()
-        (loss * len(members)).backward()  # the loss is a mean over the members; each gets its own gradient in full
+        (
+            loss * len(members)
+        ).backward()  # the loss is a mean over the members; each gets its own gradient in full
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * schedule(i)
         optimizer.step()

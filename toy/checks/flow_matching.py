@@ -7,7 +7,15 @@ from torch.autograd.functional import hessian
 import losses
 import model
 from toy.checks.stage import (
-    check, data_by_quadrature, full, mean_by_quadrature, points, q, random, three_distributions, worst,
+    check,
+    data_by_quadrature,
+    full,
+    mean_by_quadrature,
+    points,
+    q,
+    random,
+    three_distributions,
+    worst,
 )
 
 
@@ -37,14 +45,20 @@ def posterior_mean():
     x, s, c = points(60)
     s = s.clamp_min(0.2)  # the grid must resolve the kernel, whose width is s / (1 - s)
     return worst(
-        *(each.posterior_mean(x, s, k) - mean_by_quadrature(each, x, s, k) for each, k in three_distributions(c))
+        *(
+            each.posterior_mean(x, s, k) - mean_by_quadrature(each, x, s, k)
+            for each, k in three_distributions(c)
+        )
     )
 
 
 def bumps(x_t: Tensor, n: int = 8) -> Tensor:
     """n smooth directions in the space of predictors, evaluated at x_t [N, 2]: [n, N, 2]."""
     rng = random(3)
-    W, phase = torch.from_numpy(rng.standard_normal((n, 2, 2))), torch.from_numpy(rng.uniform(0, 6, (n, 1, 2)))
+    W, phase = (
+        torch.from_numpy(rng.standard_normal((n, 2, 2))),
+        torch.from_numpy(rng.uniform(0, 6, (n, 1, 2))),
+    )
     return torch.cos(torch.einsum("Nj,njk->nNk", x_t, W) + phase)
 
 
@@ -55,7 +69,9 @@ def data_loss_along_bumps(h: Tensor) -> Tensor:
         x0, eps, w = data_by_quadrature(c)
         t = full(0.6, x0)
         x_t = losses.add_noise(x0, t, eps)
-        x0_hat = q.posterior_mean(x_t, t, torch.full((len(x0),), c)) + torch.einsum("n,nNk->Nk", h, bumps(x_t))
+        x0_hat = q.posterior_mean(x_t, t, torch.full((len(x0),), c)) + torch.einsum(
+            "n,nNk->Nk", h, bumps(x_t)
+        )
         total = total + (w * losses.data_loss(x0_hat, x0)).sum() / q.C
     return total
 

@@ -5,10 +5,9 @@ import torch
 from torch import Tensor
 
 import sampler
-from toy.checks.step import SmallNet
 from toy.checks.stage import check, full, points, q, random, worst
+from toy.checks.step import SmallNet
 from toy.mixture import Mixture
-
 
 ETAS = (0.0, 0.5, 1.0, "renoise")
 
@@ -72,7 +71,11 @@ def share_of_fresh_noise():
     return max(abs(shares[0]), abs(shares[1] - shares[2] / 2), abs(shares[3] - s))
 
 
-@check("Eq. 22, S.2", "posterior samples, N = 1, 2, 4, 8, 50, 4 rules: the end's distribution (sigmas)", below=4.5)
+@check(
+    "Eq. 22, S.2",
+    "posterior samples, N = 1, 2, 4, 8, 50, 4 rules: the end's distribution (sigmas)",
+    below=4.5,
+)
 def any_step_is_exact():
     rng, n = random(11), 1500
     u = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.5, -1.0], [-0.7, 2.0]], dtype=torch.float64)
@@ -138,7 +141,9 @@ def std_in_theory(steps: int, eta) -> float:
         fresh = 0.0 if s == 0 or eta == 0 else s
         if s > 0 and eta not in (0, "renoise"):
             r2 = ((1 - t) / (1 - s)) ** 2
-            fresh = eta * (1 / (1 / s**2 + r2 / (t**2 - r2 * s**2))) ** 0.5  # precision of x_s given x0 and x_t
+            fresh = (
+                eta * (1 / (1 / s**2 + r2 / (t**2 - r2 * s**2))) ** 0.5
+            )  # precision of x_s given x0 and x_t
         r = max(s**2 - fresh**2, 0.0) ** 0.5
         A, B = (1 - s) - (1 - t) * r / t, r / t
         total = (1 - t) ** 2 * v + t**2
@@ -171,7 +176,9 @@ def second_time_at_inference():
             return torch.zeros_like(x)
 
         sampler.sample(V, points(4)[0], (), steps=4, s_rule=rule, eta=0.0)
-        error = max(error, *(abs(s - ((1 - rule) * (t - 0.25) + rule * t)) for t, s in seen), abs(seen[0][0] - 1))
+        error = max(
+            error, *(abs(s - ((1 - rule) * (t - 0.25) + rule * t)) for t, s in seen), abs(seen[0][0] - 1)
+        )
     return error
 
 
@@ -192,7 +199,9 @@ def energy_preserving_guidance():
     return worst(answers[0] - by_v, answers[1] - guided / row(guided) * row(g_c), plain - g_c, zero)
 
 
-@check("Eq. 22", "fresh noise k goes to step k, none to the last; trajectories end where samples do", below=1e-14)
+@check(
+    "Eq. 22", "fresh noise k goes to step k, none to the last; trajectories end where samples do", below=1e-14
+)
 def noise_of_each_step():
     asked = []
 

@@ -32,7 +32,9 @@ def weight_of_the_mix():
     *_, t, s = pairs()
     exact = signal_to_noise_lambda(t, s)
     one = torch.ones_like(s)
-    errors = [losses.mix_weight(t, s, scale) - scale * exact / (1 + scale * exact) for scale in (1.0, 0.25, 3.0)]
+    errors = [
+        losses.mix_weight(t, s, scale) - scale * exact / (1 + scale * exact) for scale in (1.0, 0.25, 3.0)
+    ]
     return worst(*errors, losses.mix_weight(one, s) - 1, losses.mix_weight(one, one), losses.mix_weight(t, t))
 
 
@@ -70,7 +72,9 @@ def renormalised_target():
     x0, x0_hat, Delta, t, s = pairs()
     x_self, lam = x0_hat - Delta, signal_to_noise_lambda(t, s)[:, None]
     letter = x0 + lam * x_self
-    letter = letter / torch.linalg.norm(letter, dim=1, keepdim=True) * torch.linalg.norm(x0, dim=1, keepdim=True)
+    letter = (
+        letter / torch.linalg.norm(letter, dim=1, keepdim=True) * torch.linalg.norm(x0, dim=1, keepdim=True)
+    )
     return worst(losses.renormalise(losses.implicit_target(x0, x_self, losses.mix_weight(t, s)), x0) - letter)
 
 
@@ -90,10 +94,12 @@ def noise_end():
     return worst(near - losses.renormalise(losses.implicit_target(x0, x_self, losses.mix_weight(one, s)), x0))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # S.2: the distribution of (t, s)
-# ---------------------------------------------------------------------------------------------------------------------
-@check("Eq. s.11-s.12", "the warp adds mu to the log-odds of t_raw; anchors (512, .5), (4096, 1.15)", below=1e-12)
+# ------------------------------------------------------------------------------------------------------------
+@check(
+    "Eq. s.11-s.12", "the warp adds mu to the log-odds of t_raw; anchors (512, .5), (4096, 1.15)", below=1e-12
+)
 def primary_time():
     z, u = torch.linspace(-4, 4, 101, dtype=torch.float64), torch.zeros(101, dtype=torch.float64)
     t, _ = losses.sample_times(z, u, torch.arange(0), 0.7, 1.0)
@@ -116,8 +122,12 @@ def secondary_time():
 @check("S.2", "p = 0.5 splits every batch in half, p = 1 leaves no s < t; micro-batches agree", below=1e-14)
 def the_split():
     whole = losses.below_positions(list(range(64))).tolist()
-    parts = [8 * i + j for i in range(8) for j in losses.below_positions(list(range(8 * i, 8 * i + 8))).tolist()]
-    shares = [len(losses.below_positions(list(range(100)), p)) - 100 * (1 - p) for p in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    parts = [
+        8 * i + j for i in range(8) for j in losses.below_positions(list(range(8 * i, 8 * i + 8))).tolist()
+    ]
+    shares = [
+        len(losses.below_positions(list(range(100)), p)) - 100 * (1 - p) for p in (0.0, 0.25, 0.5, 0.75, 1.0)
+    ]
     return worst(torch.tensor([*shares, float(whole != parts)], dtype=torch.float64))
 
 

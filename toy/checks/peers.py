@@ -16,14 +16,14 @@ from losses import Draws
 from peers.meanflow import MeanFlow, path_derivative
 from peers.shortcut import Shortcut
 from peers.tim import EPSILON, TiM, guided_velocity, path_difference, target
-from toy.checks.stage import check, full, hermite, points, q, random, worst
+from toy.checks.stage import check, hermite, points, q, random, worst
 
 N = 8  # points of a check
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The exact flow
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def flow(x: Tensor, t: Tensor, r: Tensor, c: Tensor, steps: int = 24) -> Tensor:
     """x at time t carried to time r > 0 along dx/dt = V(x, t), by the classical Runge-Kutta rule."""
     h = (r - t) / steps
@@ -64,9 +64,9 @@ def mean_over(values: Tensor, weights: Tensor) -> Tensor:
     return (weights[..., None] * values).sum(0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Fixed points
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def meanflow_targets(x, t, r, c, improved: bool = False) -> tuple[Tensor, Tensor]:
     """MeanFlow's targets for all pairs where the network is the exact average velocity, and the pairs' weights.
 
@@ -76,7 +76,8 @@ def meanflow_targets(x, t, r, c, improved: bool = False) -> tuple[Tensor, Tensor
     zero, one = torch.zeros_like(t), torch.ones_like(t)
     at_rest, along_1, along_2 = (
         path_derivative(average_velocity, x, torch.stack(e, 1), t, r, (c,))
-        for e in ((zero, zero), (one, zero), (zero, one)))  # fmt: skip
+        for e in ((zero, zero), (one, zero), (zero, one))
+    )
     w = q.V(x, t, t, c).expand_as(v) if improved else v
     du_dt = at_rest + w[..., :1] * (along_1 - at_rest) + w[..., 1:] * (along_2 - at_rest)
     return torch.stack([target(v_i, t, r, d) for v_i, d in zip(v, du_dt)]), weights
@@ -109,11 +110,17 @@ def tim_rests():
 def shortcut_rests():
     x, t, _, c = two_times(208)
     d = t / 2
-    return worst(Shortcut(None, average_velocity).two_halves(x, t, d, (c,), (q.null(c),))
-                 - average_velocity(x, t, t - d, c))  # fmt: skip
+    return worst(
+        Shortcut(None, average_velocity).two_halves(x, t, d, (c,), (q.null(c),))
+        - average_velocity(x, t, t - d, c)
+    )
 
 
-@check("guidance in training", "at F_c = F_null + w (v_c - F_null) the mean of the guided target is F_c", below=1e-9)
+@check(
+    "guidance in training",
+    "at F_c = F_null + w (v_c - F_null) the mean of the guided target is F_c",
+    below=1e-9,
+)
 def guided_velocity_rests():
     x, t, _, c = two_times(210)
     v_c, F_null, w = q.V(x, t, t, c), q.V(x, t, t, q.null(c)), 2.5
@@ -122,7 +129,11 @@ def guided_velocity_rests():
     return worst(mean_over(guided_velocity(v, F_c, F_null, w), weights) - F_c)
 
 
-@check("the sampler of peers/", "with the exact average velocity 1, 2 and 3 steps end at the same point", below=1e-5)
+@check(
+    "the sampler of peers/",
+    "with the exact average velocity 1, 2 and 3 steps end at the same point",
+    below=1e-5,
+)
 def any_number_of_steps_agrees():
     x, _, _, c = two_times(212)
 
@@ -133,9 +144,9 @@ def any_number_of_steps_agrees():
     return worst(ends[1] - ends[0], ends[2] - ends[0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Whole steps, sample by sample
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 class Small(nn.Module):
     """Some smooth V(x, t, s, c) in float64."""
 
@@ -164,8 +175,12 @@ def same_step(module, seed: int, below: list[int], by_hand) -> float:
     x0, c, null, is_null, draws = batch(seed, below)
     network = module.network
     loss, stats = module(x0, c, null, None, is_null, draws, 1.0)
-    losses, plain = zip(*(by_hand(x0[i], c[0][i], draws.z[i].item(), draws.u[i].item(), draws.eps[i], i in below)
-                          for i in range(len(x0))))  # fmt: skip
+    losses, plain = zip(
+        *(
+            by_hand(x0[i], c[0][i], draws.z[i].item(), draws.u[i].item(), draws.eps[i], i in below)
+            for i in range(len(x0))
+        )
+    )
     other = torch.stack(losses).mean()
     gradients = [torch.autograd.grad(value, list(network.parameters())) for value in (loss, other)]
     return worst(loss - other, stats["loss"] - torch.stack(plain), *(a - b for a, b in zip(*gradients)))
@@ -182,7 +197,10 @@ def sigmoid(a: float) -> float:
 
 
 def guided_by_hand(network, v, x, t, c, w) -> Tensor:
-    return v + (1 - 1 / w) * (at(network, x, t, t, c) - at(network, x, t, t, torch.tensor(0.0).double())).detach()
+    return (
+        v
+        + (1 - 1 / w) * (at(network, x, t, t, c) - at(network, x, t, t, torch.tensor(0.0).double())).detach()
+    )
 
 
 @check("TiM", "the whole step, guided by the EMA at 0.3 <= t <= 0.8: loss and gradient by hand", below=1e-9)
@@ -198,7 +216,9 @@ def tim_step():
         goal = guided_by_hand(ema, v, x, t, c, w) if 0.3 <= t <= 0.8 else v
         if is_below:
             later, earlier = ((1 - i) * x0 + i * eps for i in (t + 0.005, t - 0.005))
-            slope = (at(network, later, t + 0.005, r, c) - at(network, earlier, t - 0.005, r, c)).detach() / 0.01
+            slope = (
+                at(network, later, t + 0.005, r, c) - at(network, earlier, t - 0.005, r, c)
+            ).detach() / 0.01
             goal = goal - (t - r) * slope
         error = (at(network, x, t, r, c) - goal).square().mean()
         weight = (1 + math.tan(t) - math.tan(r)) ** -0.5
@@ -217,7 +237,8 @@ def meanflow_by_hand(network, w: float, improved: bool):
         if is_below:
             along = at(network, x, t, t, c).detach() if improved else v
             by_x, by_t = torch.autograd.functional.jacobian(
-                lambda x, t: at(network, x, t, r, c), (x, torch.tensor(t, dtype=torch.float64)))  # fmt: skip
+                lambda x, t: at(network, x, t, r, c), (x, torch.tensor(t, dtype=torch.float64))
+            )
             goal = v - (t - r) * (by_x @ along + by_t)
         error = (at(network, x, t, r, c) - goal).square().sum()
         return error / (error.detach() + 1e-3), error.detach() / 2
@@ -228,15 +249,25 @@ def meanflow_by_hand(network, w: float, improved: bool):
 @check("MeanFlow", "the whole step, guided: loss and gradient by hand, with a full Jacobian", below=1e-9)
 def meanflow_step():
     network = Small(230)
-    return same_step(MeanFlow(network, 2.0, derivative="forward"), 231, [3, 7, 11, 15],
-                     meanflow_by_hand(network, 2.0, False))  # fmt: skip
+    return same_step(
+        MeanFlow(network, 2.0, derivative="forward"),
+        231,
+        [3, 7, 11, 15],
+        meanflow_by_hand(network, 2.0, False),
+    )
 
 
-@check("improved MeanFlow", "the whole step, guided: loss and gradient by hand, with a full Jacobian", below=1e-9)
+@check(
+    "improved MeanFlow", "the whole step, guided: loss and gradient by hand, with a full Jacobian", below=1e-9
+)
 def improved_meanflow_step():
     network = Small(240)
-    return same_step(MeanFlow(network, 2.0, True, "forward"), 241, list(range(1, 16, 2)),
-                     meanflow_by_hand(network, 2.0, True))  # fmt: skip
+    return same_step(
+        MeanFlow(network, 2.0, True, "forward"),
+        241,
+        list(range(1, 16, 2)),
+        meanflow_by_hand(network, 2.0, True),
+    )
 
 
 @check("shortcut", "the whole step, guided where d/2 = 1/128: loss and gradient by hand", below=1e-9)

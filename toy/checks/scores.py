@@ -5,7 +5,21 @@ from torch import Tensor
 
 import losses
 from toy.checks.stage import (
-    A, B_SHIFT, check, full, grid, hermite, mean_by_quadrature, p, points, q, S, score, T, three_distributions, worst,
+    B_SHIFT,
+    A,
+    S,
+    T,
+    check,
+    full,
+    grid,
+    hermite,
+    mean_by_quadrature,
+    p,
+    points,
+    q,
+    score,
+    three_distributions,
+    worst,
 )
 
 
@@ -76,7 +90,9 @@ def reverse_kl():
             x_t = (1 - T) * m + ((1 - T) ** 2 * std**2 + T**2) ** 0.5 * z[:, :2]
             x_s = losses.add_noise(a * x_t + b, full(S, x_t), z[:, 2:])
             k = torch.full((len(x_s),), c)
-            delta = losses.reverse_kl_direction(score(p, x_s, full(S, x_s), k), score(q, x_s, full(S, x_s), k))
+            delta = losses.reverse_kl_direction(
+                score(p, x_s, full(S, x_s), k), score(q, x_s, full(S, x_s), k)
+            )
             left = left + share * (w * (delta * x_s).sum(1)).sum()
         left = torch.autograd.grad(left, (a, b))
         # Right: Eq. 9 itself, with theta inside the density.
@@ -120,7 +136,9 @@ def two_terms():
     # Alone, the classifier term is -(w - 1) times the gradient of the implicit classifier log q(c | x_s).
     z = x.clone().requires_grad_()
     bayes = torch.autograd.grad((q.log_density(z, s, c) - q.log_density(z, s, q.null(c))).sum(), z)[0]
-    return worst(classifier + auxiliary - torch.autograd.grad(log_ratio.sum(), y)[0], classifier + (w - 1) * bayes)
+    return worst(
+        classifier + auxiliary - torch.autograd.grad(log_ratio.sum(), y)[0], classifier + (w - 1) * bayes
+    )
 
 
 @check("Eq. s.6, 13", "Delta with k = (w-1)/w is Eq. 13 times sigma^2 / (alpha w), w = 1, 2, 10", below=1e-11)
@@ -134,9 +152,9 @@ def k_is_a_guidance_scale():
     return error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Delta's budget: by I-MMSE (Guo, Shamai and Verdu 2005) the captions' information bounds Delta
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def information(n: int = 240) -> float:
     """I(c; x0) of the mixture in nats: sum over c of the integral of q(x0, c) log [ q(x0 | c) / q(x0) ], on a grid."""
     x, cell = grid(5.0, n)
@@ -156,7 +174,9 @@ def delta_has_a_budget():
         total = 0.0
         for label in range(q.C):
             c = torch.full((len(x),), label)
-            gap = losses.self_evaluation(q.posterior_mean(x_s, times, q.null(c)), q.posterior_mean(x_s, times, c))
+            gap = losses.self_evaluation(
+                q.posterior_mean(x_s, times, q.null(c)), q.posterior_mean(x_s, times, c)
+            )
             total += float((q.log_density(x_s, times, c).exp() * losses.squared_norm(gap)).sum()) * cell / q.C
         height.append(total * snr)  # d snr = snr d log snr
     # Beyond the last point the gap dies out as sigma^2 (Eq. s.2), and the integrand as 1 / snr: its height is the rest.

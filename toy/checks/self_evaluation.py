@@ -18,7 +18,9 @@ def gradient_through_x0_hat(x_s: Tensor, s: Tensor, eps: Tensor, Delta: Tensor) 
     return torch.autograd.grad(loss.sum(), x_s)[0]
 
 
-@check("Eq. 14-15, s.4-s.5", "Result 1: autograd of L_self = 2 sigma^2/alpha^2 * classifier score", below=1e-8)
+@check(
+    "Eq. 14-15, s.4-s.5", "Result 1: autograd of L_self = 2 sigma^2/alpha^2 * classifier score", below=1e-8
+)
 def result_1():
     x, s, c = points()
     G_null, G_c, _ = three_means(x, s, c)
@@ -33,7 +35,9 @@ def result_2():
     null, data, fake = three_scores(x, s, c)
     error = 0.0
     for k in (0.9, 0.3):
-        gradient = gradient_through_x0_hat(x, s, points(seed=1)[0], losses.self_evaluation(*three_means(x, s, c), k=k))
+        gradient = gradient_through_x0_hat(
+            x, s, points(seed=1)[0], losses.self_evaluation(*three_means(x, s, c), k=k)
+        )
         ideal = k * (null - data) + (1 - k) * (fake - data)
         error = max(error, worst(gradient - (2 * s**2 / (1 - s) ** 2)[:, None] * ideal))
     return error
@@ -62,7 +66,9 @@ def classifier_alone_does_not_rest():
     return float(delta_at_the_data(1.0).square().sum(1).mean().sqrt()) / 0.35
 
 
-@check("Eq. s.2, s -> 0", "Delta vanishes as sigma_s^2 times the score gap of clean data (relative)", below=0.01)
+@check(
+    "Eq. s.2, s -> 0", "Delta vanishes as sigma_s^2 times the score gap of clean data (relative)", below=0.01
+)
 def delta_vanishes_near_the_data():
     rng, c = random(6), torch.arange(256) % q.C
     x, s, clean = q.sample(c, rng), full(1e-4, c), full(0.0, c)
@@ -82,7 +88,11 @@ def stop_gradient():
     return worst(gradient - 2 * Delta, x_self - (x0_hat - Delta))
 
 
-@check("Eq. s.8", "an affine fake branch, fitted with the loss, is the posterior mean of a Gaussian p", below=1e-9)
+@check(
+    "Eq. s.8",
+    "an affine fake branch, fitted with the loss, is the posterior mean of a Gaussian p",
+    below=1e-9,
+)
 def fake_branch_learns_the_posterior():
     # Samples of a Gaussian x0_hat as quadrature nodes, so that the least-squares fit is the population's.
     z, w = hermite(6, 4)
@@ -93,7 +103,9 @@ def fake_branch_learns_the_posterior():
     def loss(theta):  # V_fake = x_s M + v, theta = (M, v)
         return (w * losses.fake_loss(x_s @ theta[:4].view(2, 2) + theta[4:], x0_hat, eps)).sum()
 
-    zero = torch.zeros(6, dtype=torch.float64)  # the loss is quadratic: one Newton step from zero is its minimum
+    zero = torch.zeros(
+        6, dtype=torch.float64
+    )  # the loss is quadratic: one Newton step from zero is its minimum
     slope = torch.autograd.grad(loss(zero.requires_grad_()), zero)[0]
     theta = -torch.linalg.solve(hessian(loss, zero.detach()), slope)
     fitted = losses.one_step_estimate(x_s, full(s, x_s), x_s @ theta[:4].view(2, 2) + theta[4:])
@@ -101,7 +113,9 @@ def fake_branch_learns_the_posterior():
     return worst(fitted - (m + gain * (x_s - (1 - s) * m)))
 
 
-@check("Eq. s.8", "the mixture p: the exact posterior mean makes its gradient zero (8 directions)", below=1e-6)
+@check(
+    "Eq. s.8", "the mixture p: the exact posterior mean makes its gradient zero (8 directions)", below=1e-6
+)
 def fake_loss_is_flat_at_the_posterior():
     slope = torch.zeros(8, dtype=torch.float64)
     z, w = hermite(12, 4)

@@ -24,7 +24,12 @@ def check(equation: str, claim: str, below: float | None = None, above: float | 
 
 
 q = Mixture(**LAYOUTS["between"] | {"std": 0.35}, dtype=torch.float64)
-A, B_SHIFT, T, S = 0.6, torch.tensor([0.3, -0.2], dtype=torch.float64), 0.7, 0.45  # the model p and its two times
+A, B_SHIFT, T, S = (
+    0.6,
+    torch.tensor([0.3, -0.2], dtype=torch.float64),
+    0.7,
+    0.45,
+)  # the model p and its two times
 p = q.pushforward(A, B_SHIFT, T)
 
 

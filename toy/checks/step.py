@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 import losses
-from toy.checks.stage import check, points, random, SEED, worst
+from toy.checks.stage import SEED, check, points, random, worst
 
 
 class SmallNet(torch.nn.Module):
@@ -96,7 +96,9 @@ def step_against_paper(choice: dict) -> tuple[float, float]:
     normal = lambda *shape: torch.from_numpy(rng.standard_normal(shape))  # noqa: E731
     is_null = torch.arange(n) % 5 == 3  # one of them has s < t, one has not
     c = torch.where(is_null, 3, torch.arange(n) % 3)
-    draws = losses.Draws(normal(n), torch.from_numpy(rng.random(n)), normal(n, 2), normal(n, 2), torch.arange(1, n, 2))
+    draws = losses.Draws(
+        normal(n), torch.from_numpy(rng.random(n)), normal(n, 2), normal(n, 2), torch.arange(1, n, 2)
+    )
     x0 = normal(n, 2) + 0.5
     step = losses.SelfE(net, ema, unconditional=third if own else None, **options)
     phi = torch.full_like(c, 3)
@@ -108,7 +110,9 @@ def step_against_paper(choice: dict) -> tuple[float, float]:
         return torch.inf, torch.inf  # the evaluating networks must not be trained
     ours, theirs = (torch.autograd.grad(v, parameters) for v in (value, letter))
     scale = max(float(g.abs().max()) for g in theirs)
-    return worst(value - letter) / float(letter.detach()), worst(*(a - b for a, b in zip(ours, theirs))) / scale
+    return worst(value - letter) / float(letter.detach()), worst(
+        *(a - b for a, b in zip(ours, theirs))
+    ) / scale
 
 
 @check("Fig. 2, Eq. 5-21", "SelfE's loss = the paper per sample, 9 settings (relative)", below=1e-10)
@@ -127,7 +131,9 @@ def flow_matching_is_the_same_module():
     x0, eps, z = points(n)[0], points(n, 1)[0], torch.linspace(-2, 2, n, dtype=torch.float64)
     c = torch.arange(n) % 3
     draws = losses.Draws(z, z.abs() / 3, eps, eps, losses.below_positions(list(range(n)), 1.0))
-    value, _ = losses.SelfE(net, SmallNet(2))(x0, (c,), (c,), None, torch.zeros(n, dtype=torch.bool), draws, 1.0)
+    value, _ = losses.SelfE(net, SmallNet(2))(
+        x0, (c,), (c,), None, torch.zeros(n, dtype=torch.bool), draws, 1.0
+    )
     t = torch.sigmoid(z)
     letter = ((net((1 - t)[:, None] * x0 + t[:, None] * eps, t, t, c) - (eps - x0)) ** 2).mean()
     pair = zip(torch.autograd.grad(value, net.parameters()), torch.autograd.grad(letter, net.parameters()))
