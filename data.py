@@ -601,13 +601,15 @@ def label_grid(
 
 
 def main() -> None:
+    import emoji  # here, because it imports this module
+
     parser = errors.Parser("data.py", "Draw a sheet of training pictures with their captions.")
     parser.add_argument(
         "--data",
         metavar="DIR",
         type=errors.name,
         default="one-shape",
-        help=f"{', '.join(SETS)} or a folder of captioned pictures (default: one-shape)",
+        help=f"{', '.join((*SETS, *emoji.SETS))} or a folder of captioned pictures (default: one-shape)",
     )
     parser.add_argument(
         "--side", metavar="N", type=int, default=16, help="of the pictures, in pixels (default: 16)"
@@ -623,7 +625,10 @@ def main() -> None:
     parser.check_ranges(args, side=(1, 1024), seed=(0, 2**63 - 1))
     if args.out.suffix.lower() != ".png":
         parser.error(f"--out must name a .png file, not {args.out}")
-    source = Shapes(args.side, args.data) if args.data in SETS else ImageFolder(args.data, args.side)
+    known = dict.fromkeys(SETS, Shapes) | dict.fromkeys(emoji.SETS, emoji.Emoji)
+    source = (
+        known[args.data](args.side, args.data) if args.data in known else ImageFolder(args.data, args.side)
+    )
     samples = [source.sample(g, args.seed) for g in range(24)]
     columns = [samples[i : i + 6] for i in range(0, 24, 6)]
     sheets = [

@@ -31,6 +31,7 @@ if (
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import data
+import emoji
 import losses
 import model
 import recipe
@@ -394,7 +395,7 @@ def parse_arguments():
     if args.batch % 2 or sum(args.blocks or [1]) < 1:
         parser.error("--batch must be even, and there must be a block")
     for name in args.data or []:  # now, not after the steps are measured
-        if name not in data.SETS and not Path(name).is_dir():
+        if name not in (*data.SETS, *emoji.SETS) and not Path(name).is_dir():
             parser.error(f"--data: no such folder: {name}")
     plan = recipe.RECIPES[args.size]
     multiple = model.SIZES[args.size]["patch"] * plan.factor()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import data
+import emoji
 import encoders
 from engine import cache, checkpoint, shards
 from engine.processes import Ranks
@@ -69,6 +70,8 @@ def open_source(
     for side in sides:
         if names[0] in data.SETS:
             parts.append(data.Shapes(side, names[0]))
+        elif names[0] in emoji.SETS:
+            parts.append(emoji.Emoji(side, names[0]))
         elif caches:
             if side not in caches:
                 raise data.DataError(f"none of {', '.join(names)} was cached with --side {side}")

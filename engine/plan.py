@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 import data
+import emoji
 import model
 import recipe
 from engine import arguments, optimizers
@@ -56,7 +57,7 @@ def dry_run(args: argparse.Namespace, plan: recipe.Recipe, world: int, start: in
 
 def tell_data(name: str) -> None:
     """Print how large a folder of tar shards or a cache is."""
-    if name not in data.SETS and not Path(name).is_dir():
+    if name not in (*data.SETS, *emoji.SETS) and not Path(name).is_dir():
         raise data.DataError(f"no such folder: {name}")
     for kind, pattern, more in (
         ("shards", "*.tar", f"; python engine/shards.py report {name} says more"),
