@@ -60,8 +60,8 @@ MAKERS = {
 WORDS = ("emojibase-data", "17.0.0")  # labels, tags, groups
 PACKAGES = [f"{name}@{version}" for name, version, *_ in (*MAKERS.values(), WORDS)]
 
-# What --data calls them -> groups of Emojibase. People, symbols and flags are left out: many differ in little,
-# or are writing.
+# What --data calls them -> groups of Emojibase. People, symbols and flags are left out: many differ in
+# little, or are writing.
 SETS = {
     "emoji": ("animals-nature", "food-drink"),
     "emoji-all": (
@@ -272,6 +272,22 @@ class Emoji:
             *(Caption("tag", with_article(tag), share["tag"] / len(tags)) for tag in tags),
             Caption("group", subgroup, share["group"]),
         ]
+
+    def carriers(self, pairs: list[tuple[int, int]]) -> dict[str, dict[tuple[int, int], float]]:
+        """Every caption -> those of the (concept, maker) pairs that may carry it, and its probability there.
+
+        A caption of several kinds is one caption: "a bird" is a label of one concept, and a tag of others.
+        """
+        found = {}
+        for pair in pairs:
+            for caption in self.captions(*pair):
+                own = found.setdefault(caption.text, {})
+                own[pair] = own.get(pair, 0.0) + caption.share
+        return found
+
+    def prompts(self, kind: str) -> list[str]:
+        """The captions of a kind that training shows, in alphabetical order."""
+        return sorted({c.text for pair in self.pairs for c in self.captions(*pair) if c.kind == kind})
 
     def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
         """(height, width) of sample g."""
