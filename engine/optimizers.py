@@ -23,22 +23,22 @@ MOMENTUM = 0.95
 ROUNDS, POLYNOMIAL = 5, (3.4445, -4.7750, 2.0315)
 
 
-def orthogonal(matrix: torch.Tensor, precision: torch.dtype = torch.float32) -> torch.Tensor:
-    """About U V^T for a matrix [m, n] = U S V^T, in `precision`, without a decomposition.
+def orthogonal(matrices: torch.Tensor, precision: torch.dtype = torch.float32) -> torch.Tensor:
+    """About U V^T for each of the matrices [k, m, n] = U S V^T, in `precision`, without a decomposition.
 
-    Its singular values lie in 0.68 .. 1.21, but for those below 0.0015 of the matrix's norm.
+    Their singular values lie in 0.68 .. 1.21, but for those below 0.0015 of the matrix's norm.
 
     An odd polynomial of a matrix acts on its singular values alone: a X + b (X X^T) X + c (X X^T)^2 X.
     """
     a, b, c = POLYNOMIAL
-    x = matrix.to(precision, copy=True)
-    if tall := x.shape[0] > x.shape[1]:
-        x = x.T  # X X^T is the smaller square
-    x.div_(x.norm().clamp(min=1e-7))  # no singular value is above the Frobenius norm
+    x = matrices.to(precision)
+    if tall := x.shape[1] > x.shape[2]:
+        x = x.mT  # X X^T is the smaller square
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above the Frobenius norm
     for _ in range(ROUNDS):
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -53,14 +53,21 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            alike = {}  # matrices of one shape, multiplied together: a fifth faster than one by one
             for p in (p for p in group["params"] if p.grad is not None):
-                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - MOMENTUM)
-                ahead = p.grad.lerp(buffer, MOMENTUM)  # Nesterov: with this gradient counted once more
+                alike.setdefault(p.shape, []).append(p)
+            for shape, matrices in alike.items():
+                gradients = [p.grad for p in matrices]
+                buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in matrices]
+                torch._foreach_lerp_(buffers, gradients, 1 - MOMENTUM)
+                # Nesterov: with this gradient counted once more
+                ahead = torch.stack(torch._foreach_lerp(gradients, buffers, MOMENTUM))
                 size = 0.2 * math.sqrt(
-                    max(p.shape)
+                    max(shape)
                 )  # an orthogonal matrix has the root mean square 1 / sqrt(max)
-                p.add_(orthogonal(ahead, self.precision), alpha=-group["lr"] * size)
+                moves = orthogonal(ahead, self.precision)
+                for p, move in zip(matrices, moves, strict=True):
+                    p.add_(move, alpha=-group["lr"] * size)
 
 
 def is_muons(name: str, p: torch.Tensor) -> bool:
