@@ -118,10 +118,26 @@ COLORS = {
 }
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 VERSION = 2  # of what the shapes' pictures look like; goes up when the same sample becomes another picture
-# What --data calls them; the first can be learned in minutes
-SETS = {"one-shape": ("single_object", "colors"), "shapes": TAGS}
 COUNTS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
+
+
+class World(NamedTuple):
+    """Which of the built-in pictures there are: the kinds of prompt and the words that they use."""
+
+    tags: tuple[str, ...] = TAGS
+    shapes: tuple[str, ...] = SHAPES
+    colors: tuple[str, ...] = tuple(COLORS)
+    counted_colors: bool = False  # half of the prompts that tell a number tell a colour as well
+
+
+# What --data calls them. The first can be learned in minutes. In the second, the numbers are told with a colour at
+# times, so that they can be learned apart from the shapes; and there are few enough words to learn all of it.
+SETS = {
+    "one-shape": World(tags=("single_object", "colors")),
+    "scenes": World(shapes=SHAPES[:4], colors=tuple(COLORS)[:5], counted_colors=True),
+    "shapes": World(),
+}
 
 # Never rendered for training, neither alone nor beside another shape: what a model draws for them, it has composed.
 HELD_OUT_PAIRS = {("red", "triangle"), ("blue", "ring"), ("yellow", "square"), ("green", "cross")}
@@ -223,7 +239,8 @@ def prompt_metadata(
     """The prompt and its metadata, fields and wording as in GenEval's evaluation_metadata.jsonl."""
     items = [{"class": s, "count": count} | ({"color": c} if c else {}) for s, c in zip(shapes, colors)]
     if tag == "counting":
-        prompt = f"a photo of {COUNTS[count]} {shapes[0]}{'es' if shapes[0] == 'cross' else 's'}"
+        many = shapes[0] + ("es" if shapes[0] == "cross" else "s")
+        prompt = "a photo of " + " ".join([COUNTS[count], *filter(None, colors), many])
         exclude = {"exclude": [{"class": shapes[0], "count": count + 1}]}
         return {"tag": tag, "include": items, **exclude, "prompt": prompt}
     first = with_article(shapes[0], colors[0])
@@ -254,16 +271,19 @@ def split_of(prompt: str) -> str:
     return "validation" if lot == 0 else "test" if lot in (1, 2) else "train"
 
 
-def draw_prompt(random: np.random.Generator, tag: str) -> tuple[dict, list[str], list[str], str]:
+def draw_prompt(
+    random: np.random.Generator, tag: str, world: World
+) -> tuple[dict, list[str], list[str], str]:
     """A random prompt of a tag and what to draw for it: (metadata, shapes, colours, relation)."""
     n = 1 if tag in ("single_object", "colors") else 2
-    shapes = [SHAPES[i] for i in random.permutation(len(SHAPES))[:n]]
-    colors = [list(COLORS)[i] for i in random.integers(len(COLORS), size=n)]
+    shapes = [world.shapes[i] for i in random.permutation(len(world.shapes))[:n]]
+    colors = [world.colors[i] for i in random.integers(len(world.colors), size=n)]
     if tag == "color_attr":  # two different colours, so that a swap shows
-        colors = [list(COLORS)[i] for i in random.permutation(len(COLORS))[:2]]
+        colors = [world.colors[i] for i in random.permutation(len(world.colors))[:2]]
     if tag == "counting":
         count = 2 + int(random.integers(len(COUNTS)))
-        return prompt_metadata(tag, shapes[:1], [None], count), shapes[:1] * count, colors[:1] * count, ""
+        told = colors[:1] if world.counted_colors and random.random() < 0.5 else [None]
+        return prompt_metadata(tag, shapes[:1], told, count), shapes[:1] * count, colors[:1] * count, ""
     relation = RELATIONS[random.integers(len(RELATIONS))] if tag == "position" else ""
     told = list(colors)  # which colours the prompt tells
     if tag in ("single_object", "two_object"):
@@ -275,10 +295,10 @@ def draw_prompt(random: np.random.Generator, tag: str) -> tuple[dict, list[str],
     return prompt_metadata(tag, shapes, told, relation=relation), shapes, colors, relation
 
 
-def draw_scene(random: np.random.Generator, size: int, tag: str) -> Scene:
+def draw_scene(random: np.random.Generator, size: int, tag: str, world: World) -> Scene:
     """A random scene of the training distribution: no held-out pair, no held-out prompt."""
     while True:
-        metadata, shapes, colors, relation = draw_prompt(random, tag)
+        metadata, shapes, colors, relation = draw_prompt(random, tag, world)
         if set(zip(colors, shapes)) & HELD_OUT_PAIRS or split_of(metadata["prompt"]) != "train":
             continue
         places = place(random, len(shapes), size)
@@ -291,11 +311,11 @@ def draw_scene(random: np.random.Generator, size: int, tag: str) -> Scene:
 class Shapes:
     """Endless captioned pictures of shapes, size x size pixels; sample g is a function of (seed, g) alone.
 
-    name is a key of SETS: the kinds of prompt.
+    name is a key of SETS.
     """
 
     def __init__(self, size: int = 32, name: str = "shapes"):
-        self.size, self.tags, self.name = size, SETS[name], name
+        self.size, self.world, self.name = size, SETS[name], name
         self.buckets, self.skipped, self.fingerprint = [(size, size)], {}, f"{name} {size} {VERSION}"
         self.numbers = 2**62  # no end
 
@@ -308,7 +328,8 @@ class Shapes:
 
     def scene(self, g: int, seed: int = 0) -> Scene:
         random = rng(seed, "shapes", g)
-        return draw_scene(random, self.size, self.tags[random.integers(len(self.tags))])
+        tag = self.world.tags[random.integers(len(self.world.tags))]
+        return draw_scene(random, self.size, tag, self.world)
 
     def number(self, g: int, seed: int = 0) -> int:
         return g

@@ -45,28 +45,32 @@ FEWEST = 2  # a tag with fewer prompts of its own in a split asks training promp
 
 
 @functools.cache
-def all_prompts() -> tuple[dict, ...]:
-    """The metadata of every prompt there is, in an order fixed by their hashes within each tag.
+def all_prompts(world: data.World = data.SETS["shapes"]) -> tuple[dict, ...]:
+    """The metadata of every prompt that a world asks, in an order fixed by their hashes within each tag.
 
     The prompts of the position tag tell no colours, as in GenEval, or both.
     """
     found = []
-    for shape in data.SHAPES:
+    for shape in world.shapes:
         found.append(data.prompt_metadata("single_object", [shape], [None]))
-        found += [data.prompt_metadata("counting", [shape], [None], count) for count in data.COUNTS]
-        found += [data.prompt_metadata("colors", [shape], [color]) for color in data.COLORS]
-    for pair in itertools.permutations(data.SHAPES, 2):
+        told = [None, *world.colors] if world.counted_colors else [None]
+        found += [
+            data.prompt_metadata("counting", [shape], [c], count) for count in data.COUNTS for c in told
+        ]
+        found += [data.prompt_metadata("colors", [shape], [color]) for color in world.colors]
+    for pair in itertools.permutations(world.shapes, 2):
         found.append(data.prompt_metadata("two_object", list(pair), [None, None]))
         found += [
             data.prompt_metadata("color_attr", list(pair), list(colors))
-            for colors in itertools.permutations(data.COLORS, 2)
+            for colors in itertools.permutations(world.colors, 2)
         ]
-        told = [(None, None), *itertools.product(data.COLORS, repeat=2)]
+        told = [(None, None), *itertools.product(world.colors, repeat=2)]
         found += [
             data.prompt_metadata("position", list(pair), list(colors), relation=relation)
             for colors in told
             for relation in data.RELATIONS
         ]
+    found = [metadata for metadata in found if metadata["tag"] in world.tags]
     return tuple(sorted(found, key=lambda m: (m["tag"], hashlib.sha256(m["prompt"].encode()).digest())))
 
 
@@ -76,12 +80,12 @@ def split_of(metadata: dict) -> str:
     return "pairs" if pairs & data.HELD_OUT_PAIRS else data.split_of(metadata["prompt"])
 
 
-def tags_of(config: dict) -> tuple[str, ...]:
-    """The kinds of prompt that a model was trained on, from its config.json."""
+def world_of(config: dict) -> data.World:
+    """The world that a model was trained on, from its config.json."""
     return data.SETS[config["data"][0]]
 
 
-def prompts(split: str, per_tag: int | None = None, tags: tuple[str, ...] = data.TAGS) -> list[dict]:
+def prompts(split: str, per_tag: int | None = None, world: data.World = data.SETS["shapes"]) -> list[dict]:
     """The metadata of a split's prompts, tag after tag, always the same.
 
     "train", "validation" and "test" ask GenEval's six kinds of prompt, those of the position tag without colours. A tag
@@ -89,16 +93,16 @@ def prompts(split: str, per_tag: int | None = None, tags: tuple[str, ...] = data
     asks training prompts too. "pairs" asks for what was held out of every training picture, in the tags that can:
     colors, position (with colours) and color_attr. "fixed" is `fixed_64`.
 
-    per_tag: so many of each tag, cycling if there are fewer; None gives every prompt once. tags: those that the model
-    was trained on. Raises UserError for an unknown split.
+    per_tag: so many of each tag, cycling if there are fewer; None gives every prompt once. Raises UserError for an
+    unknown split.
     """
     if split not in SPLITS:
         raise errors.UserError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
     if split == "fixed":
         return fixed_64()
     chosen = []
-    for tag in tags:
-        of_tag = [m for m in all_prompts() if m["tag"] == tag]
+    for tag in world.tags:
+        of_tag = [m for m in all_prompts(world) if m["tag"] == tag]
         if split != "pairs" and tag == "position":
             of_tag = [m for m in of_tag if not any("color" in item for item in m["include"])]
         own = [m for m in of_tag if split_of(m) == split]
@@ -111,7 +115,7 @@ def prompts(split: str, per_tag: int | None = None, tags: tuple[str, ...] = data
 
 def fixed_64() -> list[dict]:
     """The 64 fixed single_object and colors prompts of the README's goal: the 41 of training, cycling."""
-    simple = [m for m in prompts("train") if m["tag"] in ("single_object", "colors")]
+    simple = prompts("train", None, data.SETS["one-shape"])
     return list(itertools.islice(itertools.cycle(simple), 64))
 
 
@@ -586,7 +590,7 @@ def run_scores(args: argparse.Namespace, device: torch.device) -> None:
         "choices": sample.choose(loaded.config, **choices),
     }
     began = time.perf_counter()
-    asked = {split: prompts(split, args.per_tag, tags_of(loaded.config)) for split in args.split}
+    asked = {split: prompts(split, args.per_tag, world_of(loaded.config)) for split in args.split}
     total = sum(len(a) for a in asked.values()) * args.images * len(args.steps)
     with tqdm(total=total, unit=" pictures", disable=None) as bar:
         for split in args.split:

@@ -216,7 +216,7 @@ def draw_samples(rows: dict, out: Path, runs: Path, steps: tuple[int, ...]) -> N
         print(f"no sheets of samples: {', '.join(missing)} not here", file=sys.stderr)
         return
     config = next(r["training"] for seeds in rows.values() for r in seeds.values())
-    for metadata in evaluate.prompts("test", 1, evaluate.tags_of(config)):
+    for metadata in evaluate.prompts("test", 1, evaluate.world_of(config)):
         sheet_rows = []
         for row, seeds in rows.items():
             loaded, chosen = sample.load(first[row], torch.device("cpu")), seeds[min(seeds)]["splits"]["test"]

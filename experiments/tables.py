@@ -116,7 +116,7 @@ def train_row(row: str, seed: int, run: Path, budget: list[str], device: str, mi
 def search(loaded: sample.Loaded, row: str, images: int, per_tag: int | None, steps: tuple[int, ...]) -> dict:
     """The best settings per step count on validation prompts. At 50 steps only guidance is searched again, with the eta
     and the s-rule that won at the largest smaller count: it costs as much as all the others together."""
-    asked = evaluate.prompts("validation", per_tag, evaluate.tags_of(loaded.config))
+    asked = evaluate.prompts("validation", per_tag, evaluate.world_of(loaded.config))
     chosen = {}
     for n in steps:
         tries = settings_of(row)
@@ -175,7 +175,7 @@ def measure_row(row: str, seed: int, run: Path, args: argparse.Namespace, device
         "splits": {},
     }
     for split in ("test", "pairs"):
-        asked = evaluate.prompts(split, args.per_tag, evaluate.tags_of(loaded.config))
+        asked = evaluate.prompts(split, args.per_tag, evaluate.world_of(loaded.config))
         result["splits"][split] = {}
         for n in args.sample_steps:
             settings = chosen[str(n)]["settings"]
@@ -198,7 +198,7 @@ def measure_progress(row: str, seed: int, run: Path, args: argparse.Namespace, d
     config = checkpoint.read_json(run / "config.json")
     every = config["arguments"]["milestone_every"]
     chosen = report.measured(args.out / "rows" / f"{row}-search.json", "chosen")["chosen"]
-    asked, points = evaluate.prompts("test", args.per_tag, evaluate.tags_of(config)), []
+    asked, points = evaluate.prompts("test", args.per_tag, evaluate.world_of(config)), []
     states = [
         state for state in checkpoint.complete_states(run) if every and checkpoint.step_of(state) % every == 0
     ]

@@ -49,7 +49,7 @@ def scenes(size, n, purpose="scenes", tags=data.TAGS):
     """n scenes, every tag in turn, that no training run draws: as data.py places them, and anywhere."""
     for i in range(n):
         random = rng(2, purpose, size, i)
-        scene = data.draw_scene(random, size, tags[i % len(tags)])
+        scene = data.draw_scene(random, size, tags[i % len(tags)], data.SETS["shapes"])
         yield i, anywhere(random, scene, size) if i // len(tags) % 2 else scene
 
 
@@ -84,7 +84,7 @@ def test_thousands_of_true_renderings_are_accepted(size):
 
 def test_single_shapes_of_sixteen_pixels_are_judged_too():
     """True renderings pass; with another shape, another colour or only half of the shape they do not."""
-    for i, scene in scenes(16, 150, "small", data.SETS["one-shape"]):
+    for i, scene in scenes(16, 150, "small", data.SETS["one-shape"].tags):
         item, truth = scene.objects[0], scene.metadata
         assert scorer.score(data.render(scene, 16), truth), truth["prompt"]
         for shape in set(data.SHAPES) - {item.shape}:
@@ -259,7 +259,9 @@ def sliced(scene, size, random):
 def averaged(scene, size, random):
     """The average with a picture of other objects elsewhere: what a posterior mean looks like."""
     while True:
-        second = anywhere(random, data.draw_scene(random, size, scene.metadata["tag"]), size)
+        second = anywhere(
+            random, data.draw_scene(random, size, scene.metadata["tag"], data.SETS["shapes"]), size
+        )
         far = max(abs(a.x - b.x) + abs(a.y - b.y) for a, b in zip(scene.objects, second.objects))
         if far > size / 8:
             return mean_of(data.render(scene, size), data.render(second, size))
@@ -346,7 +348,7 @@ def means(size, tag, n, scenes_drawn):
     """The mean of n pictures of the same prompt, for every prompt that was drawn so often: (picture, metadata)."""
     random, by_prompt = rng(5, "means", size), {}
     for _ in range(scenes_drawn):
-        scene = data.draw_scene(random, size, tag)
+        scene = data.draw_scene(random, size, tag, data.SETS["shapes"])
         by_prompt.setdefault(scene.metadata["prompt"], []).append(scene)
     for same in by_prompt.values():
         if len(same) >= n:
@@ -673,7 +675,7 @@ def test_measure_counts_the_right_pictures_of_each_prompt(monkeypatch):
     }
     assert set(scores["unseen"]["tags"]) == {"two_object", "position", "color_attr", "counting"}
     splits = ("train", "validation", "test", "pairs")
-    of_each = [m for split in splits for m in evaluate.prompts(split, 2, ("position",))]
+    of_each = [m for split in splits for m in evaluate.prompts(split, 2, data.World(tags=("position",)))]
     assert evaluate.summary(of_each, [1] * 8, 1)["unseen"]["tags"]["position"]["total"] == 6
     text = evaluate.table("test", {2: scores})
     assert "Attribute Binding" in text and "0.625 [" in text and "0.750 [" in text

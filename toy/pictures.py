@@ -143,7 +143,7 @@ def train_prompts(tags: tuple[str, ...]) -> list[dict]:
     """Metadata of the training prompts of these tags, each once."""
     from experiments import evaluate  # here, because it is only needed for their list
 
-    return [m for m in evaluate.prompts("train", None, tags) if m["tag"] in tags]
+    return [m for m in evaluate.prompts("train") if m["tag"] in tags]
 
 
 # ------------------------------------------------------------------------------------------------------------
