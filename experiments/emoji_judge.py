@@ -12,6 +12,7 @@ three, "a bird" every bird (emoji.Emoji.carriers). Open prompts ask besides how 
 """
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,7 @@ import data
 import emoji
 from engine import checkpoint, errors, machine
 from engine.randomness import rng
+from experiments import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 RATIO = 0.75  # a mixture of two originals passes where the main one has a share of at least 4/7
@@ -115,6 +117,59 @@ class Judge:
             return f"{self.name(verdict.nearest)} ({distances})"
         other = verdict.other_maker if verdict.clear_concept else verdict.other_concept
         return f"unclear: {self.name(verdict.nearest)} or {self.name(other)} ({distances})"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Scores, by kind of prompt
+# ------------------------------------------------------------------------------------------------------------
+KINDS = (*emoji.KINDS, "held-out")  # the last: exact captions of the pairs that training never shows
+
+
+def asked(source: emoji.Emoji, kind: str, split: str, most: int) -> list[str]:
+    """At most so many prompts of a kind and split, in an order fixed by their hashes.
+
+    split: "validation" is 3 prompts in 10, for the choice of settings; "test" is the others. Training shows
+    both (but for kind "held-out"), with pictures of its own noise: what they ask of the network is memory.
+    """
+    if kind == "held-out":
+        texts = {source.captions(*pair)[0].text for pair in source.held_out_pairs}
+    else:
+        texts = source.prompts(kind)
+    lots = {text: int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") for text in texts}
+    own = [text for text in lots if (lots[text] % 10 < 3) == (split == "validation")]
+    return sorted(own, key=lots.get)[:most]
+
+
+def summary(source: emoji.Emoji, texts: list[str], verdicts: list[list[Verdict]]) -> dict:
+    """Scores of the verdicts on each prompt's pictures:
+
+    right      the share of right pictures, with its 95% interval (low, high)
+    concept    the share that clearly shows a concept that the prompt fits, by any maker, or blended from them
+    variety    different originals among a prompt's right pictures, as a share of what draws of the data show
+    score      right times variety, by which settings are chosen: wrong pictures and repeats both lower it
+    distance   the median distance to the nearest original, of 255
+    """
+    fits, data_shows = source.carriers(source.pairs + source.held_out_pairs), source.carriers(source.pairs)
+    right, concept, total, shown, expected = 0, 0, 0, 0, 0.0
+    for text, some in zip(texts, verdicts):
+        good = [v.pair for v in some if v.right(fits[text])]
+        concepts = {pair[0] for pair in fits[text]}
+        right, total = right + len(good), total + len(some)
+        concept += sum(v.clear_concept and v.pair[0] in concepts for v in some)
+        different, drawn = variety(good, data_shows.get(text, fits[text]))
+        shown, expected = shown + different, expected + drawn
+    low, high = evaluate.wilson(right, total)
+    variety_of_all = shown / expected if expected else None
+    return {
+        "score": right / total * (variety_of_all or 0.0),
+        "right": right / total,
+        "low": low,
+        "high": high,
+        "concept": concept / total,
+        "variety": variety_of_all,
+        "distance": float(np.median([v.nearest.distance for some in verdicts for v in some])),
+        "total": total,
+    }
 
 
 def variety(shown: list[tuple[int, int]], carriers: dict[tuple[int, int], float]) -> tuple[int, float]:

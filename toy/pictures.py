@@ -222,14 +222,14 @@ class Answers:
         return self.world.mean(x_s, self.s, null), self.world.mean(x_s, self.s, self.c), G_fake
 
 
-def draw(world: World, goal: tuple | None, size: Size, key: tuple[int, int], n: int, settings: dict) -> tuple:
-    """(the share of right pictures, pictures) of one objective at n steps; key (seed, stream) names all noise."""
-    g = rng(key[0], "toy pictures", key[1], n)
-    c = torch.arange(world.C).repeat_interleave(max(1, round(size.judged / world.C)))
+def samples(
+    world: World, goal: tuple | None, rounds: int, c: Tensor, n: int, settings: dict, g: np.random.Generator
+) -> list[np.ndarray]:
+    """Pictures for the prompts c [B] at n steps, by one objective's perfect network."""
     noise = torch.from_numpy(g.standard_normal((len(c), world.x.shape[1]), dtype=np.float32))
     s_rule = 1.0 if goal is None else settings["s_rule"]
     x = sampler.sample(
-        Perfect(world, goal, size.rounds, g),
+        Perfect(world, goal, rounds, g),
         noise,
         (c,),
         (torch.full_like(c, world.C),),
@@ -240,7 +240,14 @@ def draw(world: World, goal: tuple | None, size: Size, key: tuple[int, int], n: 
         eta=1.0,
         draw_noise=lambda k: torch.from_numpy(g.standard_normal(noise.shape, dtype=np.float32)),
     )
-    pictures = world.pictures(x)
+    return world.pictures(x)
+
+
+def draw(world: World, goal: tuple | None, size: Size, key: tuple[int, int], n: int, settings: dict) -> tuple:
+    """(the share of right pictures, pictures) of one objective at n steps; key (seed, stream) names all noise."""
+    g = rng(key[0], "toy pictures", key[1], n)
+    c = torch.arange(world.C).repeat_interleave(max(1, round(size.judged / world.C)))
+    pictures = samples(world, goal, size.rounds, c, n, settings, g)
     right = [scorer.score(picture, world.prompts[i]) for picture, i in zip(pictures, c.tolist())]
     return float(np.mean(right)), pictures
 
