@@ -57,7 +57,7 @@ def what_is_trained(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         type=errors.name,
         nargs="+",
-        help="one-shape, scenes, shapes, emoji, emoji-all, a folder of captioned pictures or of tars, or caches",
+        help="one-shape, scenes, shapes, emoji, emoji-all, a folder of pictures or of tars, or caches",
     )
     a(
         "--wrong-captions",
