@@ -41,8 +41,8 @@ class Sample(NamedTuple):
 
 
 class Source(Protocol):
-    """What the loop asks of a data set; Shapes and ImageFolder below, and the sources of shards.py, are such; those of
-    cache.py give samples that are encoded already.
+    """What the loop asks of a data set; Shapes and ImageFolder below, and the sources of scale/shards.py, are such; those of
+    scale/cache.py give samples that are encoded already.
 
     `sample` must be safe to call from several threads. All samples of one iteration must have one size.
     """
@@ -498,7 +498,7 @@ class ImageFolder:
             raise DataError(
                 f"{folder}: {len(captions)} pictures of {size} x {size} take {needed / 2**30:.0f} GiB, "
                 "more memory than there is: put them in tar shards, which are read as they are needed "
-                f"(python engine/shards.py pack {folder} TARS)"
+                f"(python -m scale.shards pack {folder} TARS)"
             )
         for name in tqdm(
             sorted(captions), desc=f"reading {folder}", unit=" pictures", leave=False, disable=None

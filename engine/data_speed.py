@@ -33,8 +33,9 @@ if (
 ):  # started as a file: modules are found from the project's folder, not from this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from engine import cache, checkpoint, errors, machine, shards
+from engine import checkpoint, errors, machine
 from engine.randomness import rng
+from scale import cache, shards
 
 SIDE = 256
 SIZES = (

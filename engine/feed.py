@@ -24,10 +24,11 @@ from torch import Tensor
 import data
 import emoji
 import encoders
-from engine import cache, checkpoint, shards
+from engine import checkpoint
 from engine.processes import Ranks
 from engine.randomness import rng
 from recipe import Recipe, Stage
+from scale import cache, shards
 
 
 # ------------------------------------------------------------------------------------------------------------

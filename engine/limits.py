@@ -4,7 +4,7 @@ relies on it.
     config = limits.config(folder)                   # what sampling needs; for sample.py and all that score pictures
     state = limits.state(folder)                     # of a training state, for train.py --resume
     limits.flags(path, arguments, parser)            # the flags in config.json that --resume goes on with
-    limits.check(path, spec, limits.CACHE)           # of a cache of encoded shards (engine/cache.py)
+    limits.check(path, spec, limits.CACHE)           # of a cache of encoded shards (scale/cache.py)
 
 These files may have been edited, damaged, or written by another version. Each of the functions raises CheckpointError,
 one line with the file, the name, and what was expected. RANGES serves train.py's own flags too: a number that becomes

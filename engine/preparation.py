@@ -28,11 +28,12 @@ import losses
 import model
 import objectives
 import recipe
-from engine import arguments, cache, checkpoint, errors, limits, machine, optimizers
+from engine import arguments, checkpoint, errors, limits, machine, optimizers
 from engine import plan as printed
 from engine.feed import Batch, Codec, Feed, Reading, parts_of
 from engine.processes import Ranks, StopSignal
 from objectives import OBJECTIVES
+from scale import cache
 
 
 @dataclass

@@ -28,7 +28,6 @@ import sample
 import train
 from engine import (
     benchmark,
-    cache,
     checkpoint,
     data_speed,
     errors,
@@ -36,11 +35,11 @@ from engine import (
     peer_speed,
     preparation,
     scaling,
-    shards,
     watch,
 )
 from engine.processes import Ranks
 from experiments import cost, dose, evaluate, tables, two_networks
+from scale import cache, shards
 from toy import any_step, explore, identities
 
 ROOT = Path(__file__).parent.parent

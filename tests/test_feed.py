@@ -14,9 +14,10 @@ import data
 import encoders
 import losses
 import recipe
-from engine import cache, feed, shards
+from engine import feed
 from engine.processes import Ranks
 from engine.randomness import rng
+from scale import cache, shards
 
 DEVICE = torch.device("cpu")
 TEXT, PIXELS = encoders.text_encoder("words", 12, "cpu"), encoders.autoencoder("pixels", "cpu")

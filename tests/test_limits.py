@@ -21,7 +21,8 @@ import data
 import model
 import sample
 import train
-from engine import arguments, checkpoint, errors, limits, machine, optimizers, shards
+from engine import arguments, checkpoint, errors, limits, machine, optimizers
+from scale import shards
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(
@@ -586,7 +587,7 @@ def test_a_folder_of_pictures_that_the_memory_does_not_hold(tmp_path, monkeypatc
     lines = [json.dumps({"file_name": f"{i}.png", "text": "x"}) for i in range(100)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr(machine, "memory", lambda: 3 * 512**2 * 99.0)
-    with pytest.raises(errors.UserError, match="engine/shards.py pack"):
+    with pytest.raises(errors.UserError, match="scale.shards pack"):
         data.ImageFolder(tmp_path, 512)
 
 

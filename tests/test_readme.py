@@ -104,7 +104,7 @@ PROGRAMS = ["train.py", "sample.py", "data.py", "experiments/evaluate.py", "expe
 PROGRAMS += [
     "engine/benchmark.py",
     "engine/peer_speed.py",
-    "engine/cache.py",
+    "scale/cache.py",
     "toy/any_step.py",
     "toy/explain.py",
 ]

@@ -28,18 +28,8 @@ import model
 import recipe
 import sample
 import train
-from engine import (
-    cache,
-    checkpoint,
-    errors,
-    feed,
-    machine,
-    monitor,
-    optimizers,
-    preparation,
-    processes,
-    shards,
-)
+from engine import checkpoint, errors, feed, machine, monitor, optimizers, preparation, processes
+from scale import cache, shards
 
 ROOT = Path(__file__).parent.parent
 

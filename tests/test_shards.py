@@ -20,7 +20,8 @@ from PIL import Image
 
 import data
 import encoders
-from engine import cache, errors, shards
+from engine import errors
+from scale import cache, shards
 
 ROOT = Path(__file__).parent.parent
 
@@ -778,7 +779,7 @@ def test_pack_and_cache_as_a_user_would(tmp_path, monkeypatch, capsys):
     (pictures / "metadata.jsonl").write_text("\n".join(lines))
 
     done = subprocess.run(
-        [sys.executable, "engine/shards.py", "pack", pictures, tmp_path / "tars", "--per-shard", "3"],
+        [sys.executable, "-m", "scale.shards", "pack", pictures, tmp_path / "tars", "--per-shard", "3"],
         cwd=ROOT,
         capture_output=True,
         text=True,

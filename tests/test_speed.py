@@ -12,7 +12,8 @@ import torch
 
 import model
 import recipe
-from engine import cache, data_speed, errors, loop_speed, scaling, shards
+from engine import data_speed, errors, loop_speed, scaling
+from scale import cache, shards
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,7 +12,8 @@ import data
 import encoders
 import recipe
 import train
-from engine import cache, errors, feed, shards
+from engine import errors, feed
+from scale import cache, shards
 
 QUICK = ["--batch-size", "4", "--device", "cpu", "--precision", "fp32", "--no-compile", "--grid-every", "0"]
 N = 60  # pictures in the folder

@@ -1,6 +1,6 @@
 """Latents and encoded captions of tar shards, made once, so that training need not run the frozen encoders (S.2 a, c).
 
-    python engine/cache.py tars/ cache256/ --side 256 --fake     # encode; begun again, it goes on with the rest
+    python -m scale.cache tars/ cache256/ --side 256 --fake     # encode; begun again, it goes on with the rest
 
     source = cache.CachedShards("cache256/", batch_size=1024)       # a source like shards.Shards, of encoded samples
     x0, c, fake = cache.collate(samples, dropped, source.null, source.null_fake, with_fake=True)
@@ -17,7 +17,6 @@ import contextlib
 import functools
 import json
 import os
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,16 +29,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-if (
-    __name__ == "__main__"
-):  # started as a file: modules are found from the project's folder, not from this one
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import data
 import encoders
 from data import DataError
-from engine import checkpoint, errors, limits, machine, shards
+from engine import checkpoint, errors, limits, machine
 from engine.checkpoint import in_one_piece
+from scale import shards
 
 
 class CachedSample(NamedTuple):
@@ -204,13 +199,13 @@ class CachedShards:
         self.folder, self.name, self.batch_size = Path(folder), str(folder), batch_size
         self.spec = spec_of(folder)
         if self.spec is None:
-            raise DataError(f"{folder} holds no cache.json: python engine/cache.py makes a cache")
+            raise DataError(f"{folder} holds no cache.json: python -m scale.cache makes a cache")
         plan = list(shard_plan(self.folder, self.spec))
         missing = [path for path, _, _ in plan if not path.exists()]
         if missing:
             raise DataError(
                 f"{folder} lacks {len(missing)} of {len(plan)} shards, first {missing[0].name}: "
-                "run its python engine/cache.py command again, it goes on where it stopped"
+                "run its python -m scale.cache command again, it goes on where it stopped"
             )
         height, width, smallest = min(self.spec["buckets"], key=lambda bucket: bucket[2])
         if smallest < batch_size:
@@ -378,7 +373,7 @@ def share(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = errors.Parser("engine/cache.py FOLDER OUT", "Encode tar shards once: pictures and captions.")
+    parser = errors.Parser("-m scale.cache FOLDER OUT", "Encode tar shards once: pictures and captions.")
     a = parser.add_argument
     a("folder", metavar="FOLDER", type=errors.name, help="a folder of .tar")
     a(

@@ -1,8 +1,8 @@
 """A data set in tar shards, read map-style: any sample by its number, in an order that follows from (seed, number).
 
-    python engine/shards.py pack pictures/ tars/                # a folder of pictures -> tar shards, to try it
-    python engine/shards.py report tars/ --workers 16           # index them; counts, sizes, buckets, what is skipped
-    python engine/cache.py tars/ cache256/ --side 256 --fake    # encode them once, with the frozen encoders
+    python -m scale.shards pack pictures/ tars/                # a folder of pictures -> tar shards, to try it
+    python -m scale.shards report tars/ --workers 16           # index them; counts, sizes, buckets, what is skipped
+    python -m scale.cache tars/ cache256/ --side 256 --fake    # encode them once, with the frozen encoders
 
     source = shards.Shards("tars/", side=256, batch_size=1024)          # pictures, decoded as they are asked for
     source = shards.Mixed([shards.Shards("tars/", 256, 768), shards.Shards("tars/", 512, 768)])     # S.2, second stage
@@ -49,11 +49,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
-
-if (
-    __name__ == "__main__"
-):  # started as a file: modules are found from the project's folder, not from this one
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import data
 from data import DataError
@@ -338,7 +333,7 @@ def read_index(folder: str | Path, index_folder: str | Path | None = None, worke
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise DataError(
-            f"{folder} holds no .tar: python engine/shards.py pack makes some of a folder of pictures"
+            f"{folder} holds no .tar: python -m scale.shards pack makes some of a folder of pictures"
         )
     for tar in tars:
         errors.regular(tar, DataError)
@@ -377,7 +372,7 @@ def log_skipped(name: str, skipped: dict[str, str], total: int, first: int = 10)
         return
     for key, reason in list(skipped.items())[:first]:
         print(f"skipped {key}: {reason}", file=sys.stderr)
-    more = f"; python engine/shards.py report {name} --skipped names all" if len(skipped) > first else ""
+    more = f"; python -m scale.shards report {name} --skipped names all" if len(skipped) > first else ""
     print(f"{name}: skipped {len(skipped)} of {total} ({summary(skipped)}){more}", file=sys.stderr)
 
 
@@ -759,7 +754,7 @@ def positive(text: str) -> int:
 
 def pack_command(argv: list[str]) -> None:
     parser = errors.Parser(
-        "engine/shards.py pack FOLDER OUT", "Put a folder of captioned pictures in tar shards."
+        "-m scale.shards pack FOLDER OUT", "Put a folder of captioned pictures in tar shards."
     )
     a = parser.add_argument
     a(
@@ -782,12 +777,12 @@ def pack_command(argv: list[str]) -> None:
     count, skipped = pack(args.folder, args.out, args.per_shard)
     log_skipped(args.folder, skipped, count + len(skipped), first=len(skipped))
     print(
-        f"packed {count} pictures; to look at them:\n  python engine/shards.py report {shlex.quote(str(args.out))}"
+        f"packed {count} pictures; to look at them:\n  python -m scale.shards report {shlex.quote(str(args.out))}"
     )
 
 
 def report_command(argv: list[str]) -> None:
-    parser = errors.Parser("engine/shards.py report FOLDER", "Index tar shards and say what they hold.")
+    parser = errors.Parser("-m scale.shards report FOLDER", "Index tar shards and say what they hold.")
     a = parser.add_argument
     a("folder", metavar="FOLDER", type=errors.name, help="a folder of .tar")
     a(
@@ -835,7 +830,7 @@ def main() -> None:
         COMMANDS[name](sys.argv[2:])
     else:
         raise errors.UserError(
-            f"say what to do: python engine/shards.py {', '.join(COMMANDS)} (--help after each says more)"
+            f"say what to do: python -m scale.shards {', '.join(COMMANDS)} (--help after each says more)"
         )
 
 
