@@ -45,5 +45,6 @@ def test_the_ground_floor_is_the_paper():
         "recipe",
         "encoders",
         "baselines",
+        "bench",
         "objectives",
     }

@@ -1,0 +1,358 @@
+"""What a training step costs on this machine: time, its parts, arithmetic, memory (S.2).
+
+    python bench.py                                                                     # the laptop model
+    python bench.py --size 2b --batch 48 --compile --objectives self_e --out 2b.json    # on a GPU
+    python bench.py --size 0.5b --blocks 1 1 --batch 8 --objectives self_e              # two blocks, on a CPU
+
+A step is that of train.py but for the data: loss, gradient, clipping, Adam and moving average, on noise in place of
+pictures and prompts, with tau = 1. Objectives take turns, so that the machine's moods hit all alike, and medians
+count. Ratios are to flow matching, which is always measured; each is the median of the rounds' own ratios.
+
+    passes    forward passes of the whole batch, counted as they happen; one with a backward pass counts 3
+    MFU       passes x model.forward_flops, by the best rate of a large matrix product in the same rounds;
+              recomputation is not counted as work
+    kept      what autograd keeps for the backward pass, each tensor once; on CUDA `peak` has all memory of a step
+    parts     taken in rounds of their own, because each is waited for
+
+Where diffusers is installed, forward + backward of the network are set beside its FluxTransformer2DModel.
+"""
+
+import argparse
+import contextlib
+import copy
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+import losses
+import model
+import recipe
+from engine import arguments, checkpoint, errors, machine, optimizers
+from objectives import OBJECTIVES
+
+WARM_UP = 2  # rounds that are not counted
+PARTS = ("forward", "evaluations", "backward", "targets and loss", "clipping", "Adam", "EMA")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Time and memory
+# ------------------------------------------------------------------------------------------------------------
+def now(device: torch.device) -> float:
+    """The time in seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+def in_turns(works: dict[str, Callable], device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """The seconds of each piece of work, taken in turns, `repeats` times after the warm-up."""
+    seconds = {name: [] for name in works}
+    for turn in range(WARM_UP + repeats):
+        for name, work in works.items():
+            began = now(device)
+            work()
+            if turn >= WARM_UP:
+                seconds[name].append(now(device) - began)
+    return seconds
+
+
+def ratio(seconds: list[float], others: list[float]) -> float:
+    return median(a / b for a, b in zip(seconds, others, strict=True))
+
+
+def kept_bytes(forward: Callable, network: nn.Module) -> int:
+    """What the loss that `forward` returns keeps for its backward pass, the network's weights not counted."""
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        forward()
+    weights = {weight.untyped_storage().data_ptr() for weight in network.parameters()}
+    return sum(size for place, size in kept.items() if place not in weights)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A training step
+# ------------------------------------------------------------------------------------------------------------
+def networks(size: dict, device: torch.device, precision: torch.dtype, args: argparse.Namespace) -> tuple:
+    """The network and its moving average."""
+    with device:  # drawn where it runs: two billion numbers take a processor half a minute
+        network = model.Denoiser(**size, precision=precision)
+    network.recompute = args.recompute
+    ema = copy.deepcopy(network).requires_grad_(False)
+    if args.compile:
+        machine.allow_shapes(64)  # whole batches and shares of them, with and without gradient
+        network.compile_blocks()
+        ema.compile_blocks()
+    return network, ema
+
+
+def made_up_batch(size: dict, shape: tuple[int, ...], text_tokens: int, device: torch.device) -> tuple:
+    """x0 of this shape, c, null, fake and is_null as an objective takes them: noise for pictures and prompts."""
+
+    def prompts() -> tuple:
+        tokens = torch.randn(shape[0], text_tokens, size["txt_dim"], device=device)
+        return tokens, torch.randn(shape[0], size["vec_dim"], device=device)
+
+    is_null = torch.zeros(shape[0], dtype=torch.bool, device=device)
+    return torch.randn(shape, device=device), prompts(), prompts(), prompts(), is_null
+
+
+def kinds(names: list[str]) -> dict[str, tuple[str, list[str], bool]]:
+    """label -> (objective, train.py's flags beside it, whether the auxiliary term has joined), flow matching first."""
+    found = {}
+    for name in dict.fromkeys(["flow_matching", *names]):
+        found[name] = name, [], False
+        if "aux_from" in OBJECTIVES[name].flags:
+            found[f"{name}, aux"] = name, [], True
+        if "train_guidance" in OBJECTIVES[name].flags:
+            found[f"{name}, guided"] = name, ["--train-guidance", "2"], False
+    return found
+
+
+class Step:
+    """A training step of one kind; all kinds share networks, optimizer and batch."""
+
+    def __init__(self, kind: tuple, networks: tuple, optimizer: torch.optim.Optimizer, batch: tuple):
+        name, flags, aux = kind
+        self.network, self.ema = networks
+        x0, self.optimizer = batch[0], optimizer
+        self.device, objective = x0.device, OBJECTIVES[name]
+        self.objective = objective.build(*networks, arguments.parse(["--objective", name, *flags]))
+        if hasattr(self.objective, "mu"):
+            tokens = x0[0, 0].numel() // self.network.patch**2
+            self.objective.mu = losses.mu_of_length(tokens)
+        draws = objective.draw(0, 0, list(range(len(x0))), x0.shape[1:], device=self.device)
+        self.inputs = (*batch, draws, 1.0, aux)
+
+    def loss(self) -> torch.Tensor:
+        return self.objective(*self.inputs)[0]
+
+    def __call__(self, lap: Callable = lambda part: None) -> None:
+        loss = self.loss()
+        lap("targets and loss")
+        loss.backward()
+        lap("backward")
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), recipe.Recipe.clip)
+        lap("clipping")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        lap("Adam")
+        average = get_ema_multi_avg_fn(recipe.Recipe.ema)
+        average(list(self.ema.parameters()), list(self.network.parameters()), 0)
+        lap("EMA")
+
+    def taken_apart(self) -> tuple[dict[str, float], float]:
+        """Seconds of each part of a step, no second in two of them, and its forward passes of the whole batch."""
+        parts, samples, last = Counter(), [], now(self.device)
+
+        def lap(part):
+            nonlocal last
+            before, last = last, now(self.device)
+            parts[part] += last - before
+
+        def left(network, inputs, out):
+            samples.append(len(out) * (3 if out.requires_grad else 1))
+            lap("forward" if out.requires_grad else "evaluations")
+
+        with contextlib.ExitStack() as hooks:
+            for network in (self.network, self.ema):
+                hooks.enter_context(network.register_forward_pre_hook(lambda *_: lap("targets and loss")))
+                hooks.enter_context(network.register_forward_hook(left))
+            self(lap)
+        return parts, sum(samples) / len(self.inputs[0])
+
+    def memory(self) -> dict[str, float]:
+        kept = {"kept_mib": kept_bytes(self.loss, self.network) / 2**20}
+        if self.device.type != "cuda":
+            return kept
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self()
+        return kept | {"peak_gib": torch.cuda.max_memory_allocated(self.device) / 2**30}
+
+
+def measure(steps: dict[str, Step], picture_flops: float, repeats: int) -> dict:
+    """The machine's peak, and a row for each kind of step. `picture_flops`: a forward pass of one picture."""
+    memory, rates = {name: step.memory() for name, step in steps.items()}, []
+    one = steps["flow_matching"]
+    batch, device, precision = len(one.inputs[0]), one.device, one.network.precision
+
+    def matrix_product():
+        rates.append(machine.peak_flops(device, precision))
+
+    seconds = in_turns(steps | {"matrix product": matrix_product}, device, repeats)
+    apart = [{name: step.taken_apart() for name, step in steps.items()} for _ in range(repeats)]
+    rows = {}
+    for name in steps:
+        typical, passes = median(seconds[name]), apart[0][name][1]
+        rate = passes * batch * picture_flops / typical
+        rows[name] = {
+            "seconds": typical,
+            "ratio": ratio(seconds[name], seconds["flow_matching"]),
+            "pictures_per_s": batch / typical,
+            "passes": passes,
+            "tflops": rate / 1e12,
+            "mfu": rate / max(rates),
+            "parts": {part: median(turn[name][0][part] for turn in apart) for part in PARTS},
+        } | memory[name]
+    return {"peak_tflops": max(rates) / 1e12, "rows": rows}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The network beside diffusers' FLUX
+# ------------------------------------------------------------------------------------------------------------
+def diffusers_flux(size: dict, device: torch.device, compiled: bool) -> nn.Module:
+    """diffusers' transformer of the same size. Raises ImportError without diffusers."""
+    from diffusers import FluxTransformer2DModel
+
+    with device:
+        flux = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=size["channels"] * size["patch"] ** 2,
+            num_layers=size["double"],
+            num_single_layers=size["single"],
+            attention_head_dim=size["width"] // size["heads"],
+            num_attention_heads=size["heads"],
+            joint_attention_dim=size["txt_dim"],
+            pooled_projection_dim=size["vec_dim"],
+            axes_dims_rope=size["axes"],
+        )
+    for block in [*flux.transformer_blocks, *flux.single_transformer_blocks] if compiled else []:
+        block.compile(dynamic=False)
+    return flux
+
+
+def both_ways(network: model.Denoiser, flux: nn.Module, batch: tuple) -> dict[str, Callable]:
+    """Forward + backward of our network and of diffusers', on the same numbers."""
+    x, (txt, vec), *_ = batch
+    device, p, precision = x.device, network.patch, network.precision
+    t = torch.rand(len(x), device=device)
+    tokens = rearrange(x, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=p, pw=p)
+    rows, columns = (torch.arange(float(side // p)) for side in x.shape[2:])
+    theirs = {
+        "hidden_states": tokens,
+        "encoder_hidden_states": txt,
+        "pooled_projections": vec,
+        "timestep": t,
+        "img_ids": torch.cartesian_prod(torch.zeros(1), rows, columns).to(device),  # (0, y, x), row by row
+        "txt_ids": torch.zeros(txt.shape[1], 3, device=device),
+    }
+
+    def end(out, net):
+        out.float().square().mean().backward()
+        net.zero_grad(set_to_none=True)
+
+    def diffusers():
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            out = flux(**theirs, return_dict=False)[0]
+        end(out, flux)
+
+    return {"ours": lambda: end(network(x, t, t, txt, vec), network), "diffusers": diffusers}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------------------
+def parse_arguments() -> argparse.Namespace:
+    parser = errors.Parser("bench.py", "Measure a training step of each objective on this machine.")
+    a = parser.add_argument
+    names = list(OBJECTIVES)
+    a("--size", default="laptop", choices=list(model.SIZES), help="which model (default: laptop)")
+    a("--blocks", metavar="N", type=int, nargs=2, help="double and single blocks instead of the size's own")
+    a("--batch", metavar="N", type=int, default=32, help="pictures a step (default: 32)")
+    a("--side", metavar="N", type=int, help="side of the pictures in pixels (default: the recipe's)")
+    a("--objectives", metavar="NAME", nargs="+", choices=names, default=names, help="which (default: all)")
+    a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="(default: the faster)")
+    a("--compile", action="store_true", help="torch.compile each block")
+    a("--recompute", metavar="N", type=int, default=0, help="blocks that recompute activations (default: 0)")
+    a("--repeats", metavar="N", type=int, default=7, help="measured rounds (default: 7)")
+    a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
+    a("--out", metavar="FILE", type=errors.file_to_write, help="write the figures as JSON")
+    args = parser.parse_args()
+    ranges = {"batch": (2, 2**20), "blocks": (0, 2**8), "side": (1, 2**13), "repeats": (1, 10**6)}
+    parser.check_ranges(args, **ranges, recompute=(0, 10**6))
+    plan, size = recipe.RECIPES[args.size], model.SIZES[args.size]
+    args.side = args.side or plan.stages[0].sides[0]
+    args.blocks = args.blocks or [size["double"], size["single"]]
+    group = math.lcm(*(OBJECTIVES[name].group for name in args.objectives))
+    if args.batch % group:
+        parser.error(f"--batch must be a multiple of {group} for these objectives")
+    if args.side % (size["patch"] * plan.factor()):
+        parser.error(f"--side must be a multiple of {size['patch'] * plan.factor()}")
+    if not any(args.blocks):
+        parser.error("--blocks: there must be a block")
+    return args
+
+
+def show(report: dict) -> None:
+    def line(first: str, *cells: str) -> None:
+        print(f"{first:26}" + "".join(f"{cell:>17}" for cell in cells))
+
+    tokens, blocks = f"{report['image_tokens']} + {report['text_tokens']} tokens", report["blocks"]
+    print(f"{report['size']}, {blocks[0]} + {blocks[1]} blocks, batch {report['batch']}, {tokens}")
+    print(f"{report['precision']}{', compiled' * report['compile']}, on {report['hardware']}")
+    print(f"a large matrix product: {report['peak_tflops']:.2f} TFLOP/s\n")
+    line("step", "ms", "x flow matching", "pictures/s", "passes", "TFLOP/s", "MFU", "memory")
+    for name, row in report["rows"].items():
+        memory = f"{row['peak_gib']:.1f} GiB peak" if "peak_gib" in row else f"{row['kept_mib']:.1f} MiB kept"
+        cells = f"{1e3 * row['seconds']:.1f}", f"{row['ratio']:.2f}", f"{row['pictures_per_s']:.1f}"
+        line(name, *cells, f"{row['passes']:.2f}", f"{row['tflops']:.3f}", f"{row['mfu']:.1%}", memory)
+    print()
+    line("its parts", *PARTS)
+    for name, row in report["rows"].items():
+        line(name, *(f"{seconds / sum(row['parts'].values()):.1%}" for seconds in row["parts"].values()))
+    if pair := report.get("forward_backward"):
+        ours, theirs = (f"{1e3 * pair[name]:.1f} ms" for name in ("ours", "diffusers"))
+        print(f"\nforward + backward: {ours}, diffusers' FLUX {theirs} (ratio {pair['ratio']:.2f})")
+    else:
+        print("\ndiffusers is not installed: the network is not set beside its FLUX")
+
+
+def main() -> None:
+    args = parse_arguments()
+    machine.keep_freed_memory()
+    torch.manual_seed(0)
+    plan, device = recipe.RECIPES[args.size], machine.pick_device(args.device)
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    precision = named.get(args.precision) or machine.pick_precision(device)
+    size = model.SIZES[args.size] | dict(zip(("double", "single"), args.blocks))
+    shape = (args.batch, size["channels"], args.side // plan.factor(), args.side // plan.factor())
+    tokens = recipe.latent_tokens(size, shape)
+
+    network, ema = networks(size, device, precision, args)
+    # The weights do move: a last layer that stays zero hands back zeros, which a GPU multiplies faster.
+    adam = optimizers.build("adam", network, 1e-4, plan.betas)
+    batch = made_up_batch(size, shape, plan.txt_len, device)
+    chosen = kinds(args.objectives)
+    steps = {name: Step(kind, (network, ema), adam, batch) for name, kind in chosen.items()}
+    own = {name: value for name, value in vars(args).items() if name not in ("device", "out")}
+    own |= {"precision": str(precision).removeprefix("torch.")}
+    own |= {"image_tokens": tokens, "text_tokens": plan.txt_len}
+    report = machine.provenance(device) | own
+    report |= measure(steps, model.forward_flops(size, tokens, plan.txt_len), args.repeats)
+
+    del steps, ema, adam  # they make room for the other network
+    with contextlib.suppress(ImportError):
+        flux = diffusers_flux(size, device, args.compile)
+        seconds = in_turns(both_ways(network, flux, batch), device, args.repeats)
+        pair = {name: median(values) for name, values in seconds.items()}
+        report["forward_backward"] = pair | {"ratio": ratio(seconds["ours"], seconds["diffusers"])}
+    show(report)
+    if args.out:
+        checkpoint.write_json(args.out, report)
+
+
+if __name__ == "__main__":
+    errors.run(main)

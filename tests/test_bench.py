@@ -1,0 +1,177 @@
+"""bench.py: what it counts against torch's own counters, what it times by a clock of ours, and that it runs as typed.
+
+How long anything takes is not tested.
+"""
+
+import itertools
+import json
+import sys
+import types
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+import model
+from engine import errors
+from objectives import AUX_FORWARDS, OBJECTIVES
+
+TINY = dict(
+    width=16, heads=2, double=1, single=2, axes=(2, 2, 4), channels=3, patch=4, txt_dim=12, vec_dim=10
+)
+CPU, FP32 = torch.device("cpu"), torch.float32
+TEXT = 14
+KINDS = bench.kinds(list(OBJECTIVES))
+
+
+def made(label: str, size: dict = TINY, shape: tuple = (8, 3, 16, 16), recompute: int = 0) -> bench.Step:
+    torch.manual_seed(0)
+    args = types.SimpleNamespace(recompute=recompute, compile=False)
+    networks = bench.networks(size, CPU, FP32, args)
+    adam = torch.optim.Adam(networks[0].parameters(), lr=1e-4)
+    return bench.Step(KINDS[label], networks, adam, bench.made_up_batch(size, shape, TEXT, CPU))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is counted
+# ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("label", KINDS)
+def test_a_step_makes_the_passes_that_its_objective_names(label):
+    name, flags, aux = KINDS[label]
+    objective = OBJECTIVES[name]
+    price = AUX_FORWARDS if aux else objective.forwards + (objective.guided if flags else 0)
+    assert made(label).taken_apart()[1] == price
+
+
+@pytest.mark.parametrize("label", ["flow_matching", "self_e", "self_e, aux", "meanflow, guided"])
+def test_operations_are_those_that_torch_counts(label):
+    """Forward and backward pass. Torch's are fewer by the gradients that no input asks for: of patches, text, times."""
+    size = model.SIZES["laptop"]
+    step = made(label, size, (8, 3, 16, 16))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        step.loss().backward()
+    ours = step.taken_apart()[1] * 8 * model.forward_flops(size, 16, TEXT)
+    assert 0.97 * ours < counter.get_total_flops() <= ours
+
+
+def test_what_a_backward_pass_needs_is_counted_once_and_without_weights():
+    weight = torch.nn.Linear(5, 7, bias=False)
+    x = torch.randn(3, 5, requires_grad=True)  # so that the weight is kept too
+    assert bench.kept_bytes(lambda: weight(x).sum(), weight) == x.nbytes
+    assert bench.kept_bytes(lambda: (weight(x) + weight(x)).sum(), weight) == x.nbytes
+    assert bench.kept_bytes(lambda: weight(x).square().sum(), weight) == x.nbytes + 3 * 7 * 4
+
+
+def test_only_the_auxiliary_term_and_not_recomputing_keep_more():
+    kept = {label: made(label).memory()["kept_mib"] for label in ("flow_matching", "self_e", "self_e, aux")}
+    assert kept["self_e"] == pytest.approx(kept["flow_matching"], rel=0.02)
+    assert 1.3 * kept["self_e"] < kept["self_e, aux"] < 1.6 * kept["self_e"]  # half of the batch once more
+    assert made("self_e", recompute=3).memory()["kept_mib"] < 0.5 * kept["self_e"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is timed
+# ------------------------------------------------------------------------------------------------------------
+def test_turns_are_taken_and_the_warm_up_is_not_counted(monkeypatch):
+    clock, order = [0.0], []
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+
+    def work(name, seconds):
+        order.append(name)
+        clock[0] += seconds * (100 if len(order) <= 4 else 1)
+
+    works = {"a": lambda: work("a", 2.0), "b": lambda: work("b", 3.0)}
+    assert bench.in_turns(works, CPU, 3) == {"a": [2.0] * 3, "b": [3.0] * 3}
+    assert order == ["a", "b"] * 5
+    assert bench.ratio([2.0, 8.0, 3.0], [1.0, 2.0, 3.0]) == 2.0  # of each round, not of the medians
+
+
+@pytest.mark.parametrize(
+    "label, evaluations", [("flow_matching", 0), ("self_e", 2), ("self_e, aux", 2), ("imm", 1), ("tim", 2)]
+)
+def test_each_second_belongs_to_one_part(label, evaluations, monkeypatch):
+    """By a clock that ticks whenever it is read: a part takes as many seconds as it has ends."""
+    step = made(label)
+    step()
+    monkeypatch.setattr(bench.time, "perf_counter", itertools.count().__next__)
+    forwards = 2 if label.endswith("aux") else 1
+    parts = {"forward": forwards, "evaluations": evaluations, "targets and loss": forwards + evaluations + 1}
+    parts |= {"backward": 1, "clipping": 1, "Adam": 1, "EMA": 1}
+    found = step.taken_apart()[0]
+    assert {part: found[part] for part in bench.PARTS} == parts and sum(parts.values()) == sum(found.values())
+
+
+def test_a_step_trains_and_the_average_follows():
+    step = made("self_e")
+    before = step.network.img_in.weight.detach().clone()
+    for _ in range(2):  # gradients reach the first layer once the last is no longer zero
+        step()
+    moved, average = step.network.img_in.weight - before, step.ema.img_in.weight - before
+    assert 0 < average.norm() < 0.01 * moved.norm()
+
+
+def test_diffusers_network_is_ours_without_the_gap_and_both_go_both_ways():
+    step = made("flow_matching", shape=(4, 3, 8, 12))
+    flux = bench.diffusers_flux(TINY, CPU, False)
+    ours, gap = (sum(p.numel() for p in m.parameters()) for m in (step.network, step.network.gap_in))
+    assert sum(p.numel() for p in flux.parameters()) == ours - gap
+    works = bench.both_ways(step.network, flux, step.inputs)
+    for name, network in (("ours", step.network), ("diffusers", flux)):
+        reached = set()
+        for p in network.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: reached.add(id(p)))
+        works[name]()
+        assert reached == {id(p) for p in network.parameters()}
+        assert all(p.grad is None for p in network.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------------------
+def run(monkeypatch, *flags) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--device", "cpu", "--precision", "fp32", *map(str, flags)])
+    errors.run(bench.main)
+
+
+@pytest.mark.parametrize("diffusers", [True, False])
+def test_as_a_user_runs_it(diffusers, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(model.SIZES, "laptop", TINY)
+    if not diffusers:
+        monkeypatch.setitem(sys.modules, "diffusers", None)
+    out = tmp_path / "bench.json"
+    run(monkeypatch, "--batch", 4, "--repeats", 2, "--side", 8, "--objectives", "self_e", "--out", out)
+    report, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert {"command", "commit", "hardware", "date"} <= set(report) and report["blocks"] == [1, 2]
+    assert (report["image_tokens"], report["text_tokens"], report["precision"]) == (4, 14, "float32")
+    assert list(report["rows"]) == ["flow_matching", "self_e", "self_e, aux"]
+    flops = 4 * model.forward_flops(TINY, 4, 14)
+    for row in report["rows"].values():
+        rate = row["passes"] * flops / row["seconds"]
+        assert row["mfu"] == pytest.approx(rate / (1e12 * report["peak_tflops"]))
+        assert row["pictures_per_s"] == pytest.approx(4 / row["seconds"])
+    assert report["rows"]["flow_matching"]["ratio"] == 1
+    assert ("forward_backward" in report) is diffusers is ("diffusers is not installed" not in printed)
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (["--batch", 12], "multiple of 8"),  # shortcut models learn from an eighth
+        (["--batch", 2**62], "--batch"),
+        (["--side", 18], "multiple of 4"),
+        (["--side", 2**40], "--side"),
+        (["--blocks", 0, 0], "a block"),
+        (["--blocks", 10**15, 0], "--blocks"),
+        (["--repeats", 0], "--repeats"),
+        (["--objectives", "telepathy"], "telepathy"),
+        (["--out", "."], "--out"),
+        (["--out", "/nowhere/at/all.json"], "--out"),
+    ],
+)
+def test_bad_input_is_one_line(flags, complaint, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *flags)
+    said = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and complaint in said and "\n" not in said
