@@ -334,7 +334,7 @@ def price(size: dict, plan: Recipe, objective: str, factor: int, start: int = 0)
     lines = [
         f"{flops:.2e} FLOP from iteration {start:,} on, {time} at {ASSUMED_MFU:.0%} of {H100_FLOPS / 1e12:.0f} "
         "TFLOP/s (an assumption; "
-        "engine/benchmark.py measures it)"
+        "bench.py measures it)"
     ]
     if hours > 24:
         lines += [

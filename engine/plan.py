@@ -43,7 +43,7 @@ def dry_run(args: argparse.Namespace, plan: recipe.Recipe, world: int, start: in
     encoders = "; T5-XXL, CLIP and the VAE take 9.3 GiB more, with a cache on the first process only"
     print(
         f"memory of each process: {sum(state.values()) / 2**30:.2f} GiB of state ({parts}), and activations "
-        f"(engine/benchmark.py measures them){encoders if plan.text == 'flux' else ''}"
+        f"(bench.py measures them){encoders if plan.text == 'flux' else ''}"
     )
     print(
         f"each saved state: {4 * (2 * parameters + moments) / 2**30:.2f} GiB on disk; {args.keep} are kept"

@@ -26,19 +26,9 @@ import encoders
 import model
 import sample
 import train
-from engine import (
-    benchmark,
-    checkpoint,
-    data_speed,
-    errors,
-    loop_speed,
-    peer_speed,
-    preparation,
-    scaling,
-    watch,
-)
+from engine import checkpoint, errors, preparation, watch
 from engine.processes import Ranks
-from experiments import cost, dose, evaluate, tables, two_networks
+from experiments import dose, evaluate, tables, two_networks
 from scale import cache, shards
 from toy import any_step, explore, identities
 
@@ -104,20 +94,6 @@ FLAGS = [
     (sample, ["--prompt", "x", "--images", 20000, "--scale", 64]),
     (data, ["--out", ""]),
     (data, ["--data", ""]),
-    (benchmark, ["--batch", HUGE]),
-    (benchmark, ["--txt-len", HUGE]),
-    (benchmark, ["--blocks", 10**15, 0]),
-    (benchmark, ["--side", 2**40]),
-    (benchmark, ["--repeats", 10**15]),
-    (benchmark, ["--out", "."]),
-    (benchmark, ["--data", "absent", "--repeats", 1, "--batch", 2]),
-    (cost, ["--repeats", 10**15]),
-    (cost, ["--out", "."]),
-    (loop_speed, ["--threads", 10**18]),
-    (loop_speed, ["--out", "."]),
-    (loop_speed, ["--objec", "imm"]),
-    (loop_speed, ["--resume"]),
-    (scaling, ["--measure", 2, "--out", "."]),
     (two_networks, ["r", "--pictures", 0]),
     (two_networks, ["r", "--pictures", 10**15]),
     (cache, ["", "c", "--side", 32]),
@@ -134,10 +110,6 @@ FLAGS = [
     (identities, ["--out", "."]),
     (tables, ["--quick", "--out", "."]),
     (dose, ["--quick", "--runs", "/"]),
-    (data_speed, ["--out", "."]),
-    (peer_speed, ["--out", "."]),
-    (peer_speed, ["--batch", 2**62]),
-    (peer_speed, ["--repeats", 10**15]),
     (train, ["--dry-run", "--side", 6]),
     (train, ["--dry-run", "--size", "2b", "--side", 104]),
 ]

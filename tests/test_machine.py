@@ -1,10 +1,4 @@
-"""The operation count against torch's own counter, the machine's choices, and the benchmark as a command."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The operation count against torch's own counter, the machine's choices."""
 
 import pytest
 import torch
@@ -13,8 +7,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from engine import errors, machine
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -69,43 +61,3 @@ def test_kept_memory_changes_no_result():
     before = a @ a
     machine.keep_freed_memory()
     assert torch.equal(before, a @ a)
-
-
-def test_the_benchmark_counts_forward_passes(tmp_path):
-    """A Self-E step makes two evaluations of half a batch, the auxiliary stage one more; the report says so."""
-    result = subprocess.run(
-        [
-            sys.executable,
-            "engine/benchmark.py",
-            "--batch",
-            "4",
-            "--repeats",
-            "1",
-            "--blocks",
-            "1",
-            "0",
-            "--device",
-            "cpu",
-            "--precision",
-            "fp32",
-            "--profile",
-            "--out",
-            str(tmp_path / "b.json"),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    report = json.loads((tmp_path / "b.json").read_text())
-    assert [row["forwards"] for row in report["steps"].values()] == [1.0, 2.0, 2.5]
-    real = report["real_data"]
-    assert real["picture_sizes"] == 1 and 0 <= real["waited"] < real["seconds"]
-    calls = {row["name"]: row["calls"] for row in report["kernels"]}
-    spent = [row["milliseconds"] for row in report["kernels"]]
-    assert calls["aten::_fused_adam_"] == 1 and spent == sorted(
-        spent, reverse=True
-    )  # one step, the longest first
-    assert 0.5 < sum(row["share"] for row in report["kernels"]) <= 1
-    assert report["forward_backward"]["diffusers"] > 0 and report["peak_tflops"]["float32"] > 0

@@ -102,8 +102,7 @@ def test_the_tests_named_in_the_long_run_exist():
 
 PROGRAMS = ["train.py", "sample.py", "data.py", "experiments/evaluate.py", "experiments/tables.py"]
 PROGRAMS += [
-    "engine/benchmark.py",
-    "engine/peer_speed.py",
+    "bench.py",
     "scale/cache.py",
     "toy/any_step.py",
     "toy/explain.py",
