@@ -158,9 +158,11 @@ def commit() -> str:
 def provenance(device: torch.device) -> dict[str, str]:
     """What every result file says of where it comes from."""
     program, here = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parents[1]
-    name = program.relative_to(here) if program.is_relative_to(here) else program.name
+    name = str(program.relative_to(here) if program.is_relative_to(here) else program.name)
+    if "/" in name:  # in a folder: started as a module
+        name = "-m " + name.removesuffix(".py").replace("/", ".")
     return {
-        "command": " ".join(["python", str(name), *sys.argv[1:]]),
+        "command": " ".join(["python", name, *sys.argv[1:]]),
         "commit": commit(),
         "hardware": describe(device),
         "torch": torch.__version__,

@@ -35,7 +35,7 @@ if (
 import data
 import sample
 from engine import checkpoint, errors, machine
-from experiments.scorer import SIDES, score
+from experiments.scorer import SIDES, Found, judge
 
 # ============================================================================================================
 # The prompts
@@ -150,6 +150,9 @@ def mean_interval(shares: list[tuple[int, int]]) -> tuple[float, float, float]:
 # ============================================================================================================
 # Scores of a model
 # ============================================================================================================
+BATCH = 72  # pictures drawn at once
+
+
 def measure(
     loaded: sample.Loaded,
     asked: list[dict],
@@ -160,35 +163,30 @@ def measure(
     stream: int = 0,
     bar: tqdm | None = None,
     **choices,
-) -> list[int]:
-    """How many of `images` pictures of each prompt are right at one step count, one number per prompt.
+) -> list[list[list[Found]]]:
+    """The objects of every right picture among `images` of each prompt at one step count, one list per prompt.
 
     asked: metadata, as from `prompts`. choices: guidance, eta, s_rule, space of sample.generate. The noise of a picture
     is a function of (seed, stream, position of the prompt, number of the image), so models are compared on one noise.
     """
     jobs = itertools.product(range(len(asked)), range(images))
-    right = [0] * len(asked)
-    while part := list(itertools.islice(jobs, 64)):
-        pictures = sample.generate(
-            loaded,
-            [asked[i]["prompt"] for i, _ in part],
-            [(stream, i, j) for i, j in part],
-            seed=seed,
-            steps=steps,
-            **choices,
-        )
+    found: list[list[list[Found]]] = [[] for _ in asked]
+    while part := list(itertools.islice(jobs, BATCH)):
+        texts, keys = [asked[i]["prompt"] for i, _ in part], [(stream, *job) for job in part]
+        pictures = sample.generate(loaded, texts, keys, seed=seed, steps=steps, batch_size=BATCH, **choices)
         for (i, _), picture in zip(part, pictures):
-            right[i] += score(picture, asked[i])
+            if objects := judge(picture, asked[i])[0]:
+                found[i].append(objects)
         if bar is not None:
             bar.update(len(part))
-    return right
+    return found
 
 
-def summary(asked: list[dict], right: list[int], images: int) -> dict:
-    """Scores with 95% intervals: "overall" (unweighted mean of the tags), "tags", "prompts" ([right, total] each), and
+def summary(asked: list[dict], found: list[list], images: int) -> dict:
+    """Of what `measure` found, scores with 95% intervals: "overall" (unweighted mean of the tags), "tags", "prompts" ([right, total] each), and
     "unseen": the mean of the tags again, over the prompts that training never met."""
     tags, unseen, of_prompt = {}, {}, {}
-    for metadata, n in zip(asked, right):
+    for metadata, n in zip(asked, map(len, found)):
         where = [(tags, metadata["tag"]), (of_prompt, metadata["prompt"])]
         if split_of(metadata) != "train":
             where.append((unseen, metadata["tag"]))
@@ -596,7 +594,7 @@ def run_scores(args: argparse.Namespace, device: torch.device) -> None:
         for split in args.split:
             results["splits"][split] = {}
             for steps in args.steps:
-                right = measure(
+                found = measure(
                     loaded,
                     asked[split],
                     args.images,
@@ -606,7 +604,7 @@ def run_scores(args: argparse.Namespace, device: torch.device) -> None:
                     bar=bar,
                     **choices,
                 )
-                results["splits"][split][steps] = summary(asked[split], right, args.images)
+                results["splits"][split][steps] = summary(asked[split], found, args.images)
     results["seconds"] = round(time.perf_counter() - began, 1)
     for split in args.split:
         pictures = len(asked[split]) * args.images

@@ -1,6 +1,7 @@
 """What a picture of the built-in shapes shows, exactly: GenEval's detector in miniature (Sec. 4, Tables 1 and 2).
 
-    ok, reason = scorer.judge(picture, metadata)    # a uint8 picture [H, W, 3] against the prompt's metadata
+    scorer.score(picture, metadata)                 # whether a uint8 picture [H, W, 3] is right by its prompt's metadata
+    objects, reason = scorer.judge(picture, metadata)   # its objects if it is, none otherwise, and why
     scorer.find_objects(picture)                    # what is in it: data.Object(shape, color, x, y, diameter), ...
 
 GenEval asks a detector what a picture shows. Here the objects are flat shapes of eight colours on a grey background, so
@@ -369,8 +370,8 @@ def assignments(items: list[dict], objects: list[Found]) -> Iterator[list[list[F
         yield from rest(0, [[] for _ in items])
 
 
-def judge(picture: np.ndarray, metadata: dict) -> tuple[bool, str]:
-    """Whether a picture shows exactly what its prompt asks for, and if not, why.
+def judge(picture: np.ndarray, metadata: dict) -> tuple[list[Found], str]:
+    """The objects of a picture that shows exactly what its prompt asks for, none of any other picture; and the reason.
 
     picture: uint8 [H, W, 3]. metadata: GenEval's `include` (class, count, color, position: [relation, index of the
     entry it refers to]) and `exclude` (class, count, color), whatever the tag, so a prompt may mix all of them.
@@ -378,11 +379,11 @@ def judge(picture: np.ndarray, metadata: dict) -> tuple[bool, str]:
     """
     _, objects, complaint = explain(picture)
     if complaint:
-        return False, complaint
+        return [], complaint
     shown = ", ".join(sorted(f"{o.color} {o.shape}" for o in objects)) or "nothing"
     for item in metadata.get("exclude", []):
         if sum(matches(item, o) for o in objects) >= item["count"]:
-            return False, f"too many: {shown}"
+            return [], f"too many: {shown}"
     items = metadata["include"]
     matched = False
     for groups in assignments(items, objects):
@@ -394,10 +395,10 @@ def judge(picture: np.ndarray, metadata: dict) -> tuple[bool, str]:
             for a in group
             for b in groups[item["position"][1]]
         ):
-            return True, f"shows {shown}"
-    return False, f"out of place: {shown}" if matched else f"shows {shown}"
+            return objects, f"shows {shown}"
+    return [], f"out of place: {shown}" if matched else f"shows {shown}"
 
 
 def score(picture: np.ndarray, metadata: dict) -> bool:
-    """`judge` without the reason."""
-    return judge(picture, metadata)[0]
+    """Whether a picture shows exactly what its prompt asks for."""
+    return bool(judge(picture, metadata)[0])

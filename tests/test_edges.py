@@ -28,7 +28,7 @@ import sample
 import train
 from engine import checkpoint, errors, preparation, watch
 from engine.processes import Ranks
-from experiments import dose, evaluate, tables, two_networks
+from experiments import evaluate, tables
 from scale import cache, shards
 from toy import any_step, explore, identities
 
@@ -94,22 +94,17 @@ FLAGS = [
     (sample, ["--prompt", "x", "--images", 20000, "--scale", 64]),
     (data, ["--out", ""]),
     (data, ["--data", ""]),
-    (two_networks, ["r", "--pictures", 0]),
-    (two_networks, ["r", "--pictures", 10**15]),
     (cache, ["", "c", "--side", 32]),
     (cache, ["t", "", "--side", 32]),
     (evaluate, ["--images", 10**18, "--per-tag", 1]),
     (evaluate, ["--pipeline", "", "--prompts", "p", "--export", "o"]),
-    (tables, ["--images", 10**18]),
-    (tables, ["--sample-steps", 10**18]),
+    (tables, ["--steps", 10**18]),
     (tables, ["--seeds", -1]),
     (any_step, ["--jobs", 2**32]),
     (explore, ["--out", ""]),
     (identities, ["--seed", "x"]),
     (identities, ["--seed", 10**30]),
     (identities, ["--out", "."]),
-    (tables, ["--quick", "--out", "."]),
-    (dose, ["--quick", "--runs", "/"]),
     (train, ["--dry-run", "--side", 6]),
     (train, ["--dry-run", "--size", "2b", "--side", 104]),
 ]
@@ -123,50 +118,6 @@ def called(x) -> str:
 def test_odd_flags(program, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     refused(program, words, monkeypatch, capsys)
-    assert not list(tmp_path.iterdir())
-
-
-BUDGET = "--steps 2 --batch-size 4 --grid-every 0 --no-compile --precision fp32"
-SMALL = [
-    "--rows",
-    "flow_matching",
-    "--seeds",
-    0,
-    "--images",
-    1,
-    "--search-images",
-    1,
-    "--per-tag",
-    1,
-    "--sample-steps",
-    1,
-    "--milestones",
-    0,
-    "--out",
-    "o",
-    "--runs",
-    "u",
-    "--device",
-    "cpu",
-]
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        "--out x",
-        "--resume",
-        "--dry-run",
-        "--seed 5",
-        "--se 0",
-        "--objective imm",
-        "--data absent",
-        "--steps x",
-    ],
-)
-def test_a_budget_has_no_flags_that_tables_chooses(more, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    refused(tables, ["--budget", f"{BUDGET} {more}", *SMALL], monkeypatch, capsys)
     assert not list(tmp_path.iterdir())
 
 
@@ -738,66 +689,6 @@ def test_a_prompt_that_is_cut_is_named(run, tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------------------
 # Results of other programs
 # ------------------------------------------------------------------------------------------------------------
-ROW = {
-    "seed": 0,
-    "training": {"precision": "float32", "data": ["one-shape"]},
-    "splits": {"test": {"1": {"overall": {"score": 0.5}, "settings": {}}}},
-}
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"seed": ...},
-        {"seed": [0]},
-        {"splits": ...},
-        {"splits": []},
-        {"training": ...},
-        {"splits": {"test": {"1": {"overall": {"score": "x"}}}}},
-        {"splits": {"test": {"one": {}}}},
-        None,
-    ],
-    ids=str,
-)
-def test_a_row_that_was_not_measured(change, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("o/rows").mkdir(parents=True)
-    path = Path("o/rows/flow_matching-0.json")
-    path.write_text(json.dumps(ROW))
-    path.write_text("null") if change is None else edit(path, **change)
-    assert str(path) in refused(tables, ["--report", "--out", "o", "--runs", "u"], monkeypatch, capsys)
-
-
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("done.json", "null"),
-        ("done.json", "{}"),
-        ("search", "null"),
-        ("search", '{"chosen": null}'),
-        ("search", '{"chosen": {"1": {"settings": {"colour": 1}}}}'),
-        ("search", '{"chosen": {"1": {"settings": {"guidance": "x"}}}}'),
-    ],
-)
-def test_what_tables_goes_on_from(name, content, run, monkeypatch, capsys):
-    Path("u").mkdir()
-    shutil.move("r", "u/flow_matching-0")
-    Path("u/flow_matching-0/done.json").write_text('{"seconds": 1}' if name == "search" else content)
-    if name == "search":
-        Path("o/rows").mkdir(parents=True)
-        Path("o/rows/flow_matching-search.json").write_text(content)
-    line = refused(tables, ["--budget", BUDGET, *SMALL], monkeypatch, capsys)
-    assert (name if name == "done.json" else "flow_matching-search.json") in line
-    assert not Path("o/rows/flow_matching-0.json").exists()
-
-
-@pytest.mark.parametrize("value", [["pictures/"], [], ...], ids=str)
-def test_new_pictures_can_be_made_of_the_shapes_alone(value, run, monkeypatch, capsys):
-    for state in (run / "state").iterdir():
-        edit(state / "config.json", data=value)
-    assert "built-in shapes" in refused(two_networks, ["r", "--pictures", 2], monkeypatch, capsys)
-
-
 @pytest.mark.parametrize("content", ["null", "{", '{"records": [{"label": 1}]}', "{}"])
 def test_records_of_another_study(content, tmp_path, monkeypatch, capsys):
     (tmp_path / "s_rule.json").write_text(content)

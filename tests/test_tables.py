@@ -1,106 +1,170 @@
-"""The command behind the tables, in its quick form: trains, searches, scores, resumes, reports."""
+"""The command behind the table, its settings, its intervals, and the diversity that stands beside its scores."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections import Counter
 
+import numpy as np
 import pytest
 
-ROOT = Path(__file__).parent.parent
+import data
+from engine import checkpoint
+from engine.randomness import rng
+from experiments import diversity, evaluate, report, rows, tables
+
+SCENES = data.SETS["scenes"]
 
 
-def command(folder: Path, *arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [
-            sys.executable,
-            "experiments/tables.py",
-            "--quick",
-            "--out",
-            str(folder / "results"),
-            "--runs",
-            str(folder / "runs"),
-            "--device",
-            "cpu",
-            "--rows",
-            "flow_matching",
-            "self_e",
-            *arguments,
-        ],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
+# ------------------------------------------------------------------------------------------------------------
+# Diversity
+# ------------------------------------------------------------------------------------------------------------
+def test_what_the_data_would_choose_is_what_training_pictures_show():
+    """Frequencies of every choice over the 4,000 training scenes of the commonest prompts, beside those of `pool`."""
+    seen: dict[str, list] = {}
+    source = data.Shapes(24, "scenes")
+    for scene in map(source.scene, range(12_000)):
+        seen.setdefault(scene.metadata["prompt"], []).append(scene)
+    compared = 0
+    for scenes in (scenes for scenes in seen.values() if len(scenes) >= 60):
+        expected, counts = diversity.pool(scenes[0].metadata, SCENES), {}
+        for scene in scenes:
+            for kind, what, choice in diversity.choices(scene.metadata, scene.objects, 24):
+                counts.setdefault((kind, what), Counter())[choice] += 1
+        assert set(counts) == set(expected)
+        for question, counter in counts.items():
+            assert set(counter) <= set(expected[question])
+            for choice, n in expected[question].items():
+                p = n / diversity.POOL
+                deviation = (p * (1 - p) * (1 / len(scenes) + 1 / diversity.POOL)) ** 0.5
+                assert abs(counter[choice] / len(scenes) - p) <= 4.5 * deviation
+                compared += 1
+    assert compared > 100
+
+
+def paint(asked, images, one_color=False):
+    """What a model finds that draws like the data, or with the first colour that each class ever had."""
+    random, first = rng(1, "painter"), {}
+    found = [[diversity.draw_objects(random, m, SCENES) for _ in range(images)] for m in asked]
+    for objects in (o for pictures in found for o in pictures) if one_color else []:
+        for i, o in enumerate(objects):
+            objects[i] = data.Object(o.shape, first.setdefault(o.shape, o.color), o.x, o.y, o.diameter)
+    return found
+
+
+@pytest.mark.parametrize("images", [1, 8])
+def test_a_model_that_draws_like_the_data_has_its_diversity_at_every_sample_size(images):
+    asked = evaluate.prompts("test", 36, SCENES)
+    result = diversity.measure(asked, paint(asked, images), 32, SCENES)
+    assert set(result) == {"overall", "single_object", "two_object", "counting", "position", "color_attr"}
+    for kind in diversity.KINDS:
+        assert result["overall"][kind]["effective"] == pytest.approx(
+            result["overall"][kind]["data"], rel=0.06
+        )
+    alone = [
+        m for m in asked if m["tag"] == "single_object"
+    ]  # allowed: 5 colours, 4, 4 and 4 (held-out pairs)
+    many = diversity.measure(alone, paint(alone, 60), 32, SCENES)["single_object"]["colors"]
+    assert (
+        many["effective"] == pytest.approx((5 * 4 * 4 * 4) ** 0.25, rel=0.01) and many["pictures"] == 36 * 60
     )
+
+
+def test_a_model_of_one_color_has_one_and_what_is_told_is_not_open():
+    asked = evaluate.prompts("test", 36, SCENES)
+    result = diversity.measure(asked, paint(asked, 4, one_color=True), 32, SCENES)
+    assert (
+        result["overall"]["colors"]["effective"] == pytest.approx(1) and "colors" not in result["color_attr"]
+    )
+    told = data.prompt_metadata("colors", ["circle"], ["red"])
+    four = data.prompt_metadata("counting", ["circle"], ["red"], 4)  # one layout: nowhere else to stand
+    assert diversity.measure([told, four], paint([told, four], 9), 32, SCENES) == {}
+    assert diversity.measure([told], [[]], 32, SCENES) == {}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Settings and intervals
+# ------------------------------------------------------------------------------------------------------------
+def tried(row: str) -> list[dict]:
+    """The settings that are tried for a row, when the first is the best."""
+    words, eta = rows.ROWS[row].flags.split(), rows.ROWS[row].eta
+    objective = words[words.index("--objective") + 1] if "--objective" in words else "self_e"
+    first = rows.guidances(objective, eta)
+    return first + [x for x in (first[0] | way for way in rows.ways(objective, eta)) if x != first[0]]
+
+
+def test_every_row_has_equally_many_settings_to_choose_from():
+    for row in rows.ROWS:
+        assert len(tried(row)) == len({tuple(sorted(map(str, x.items()))) for x in tried(row)}) == 18, row
+
+
+def test_paired_differences_against_students_t():
+    """Three pairs of scores and two without partner, the interval by hand: mean -+ 4.303 s / sqrt(3)."""
+    of = {"a": {1: 0, 2: 0.5, 3: 0.7, 4: 0.9}, "b": {2: 0.4, 3: 0.4, 4: 0.4, 5: 0}}
+    mean, half = report.interval(report.paired(of, "a", "b", lambda score: score))
+    assert mean == pytest.approx(0.3) and half == pytest.approx(4.303 * 0.2 / 3**0.5)
+    assert report.interval([0.5])[1] == np.inf
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------------------
+def command(folder, *arguments):
+    folders = ["--out", str(folder / "results"), "--runs", str(folder / "runs")]
+    words = [sys.executable, "-m", "experiments.tables", *folders, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 @pytest.mark.slow
 def test_the_quick_form_makes_every_file_and_goes_on_where_it_stopped(tmp_path):
-    first = command(tmp_path, "--seeds", "0")
-    assert first.returncode == 0, first.stderr
-    out = tmp_path / "results-quick"
-    row = json.loads((out / "rows/self_e-0.json").read_text())
-    assert {"command", "commit", "hardware", "seconds", "seed"} <= set(row) and row["training"]["steps"] == 4
-    assert set(row["splits"]) == {"test", "pairs"} and set(row["splits"]["test"]) == {"1", "2"}
-    flow = json.loads((out / "rows/flow_matching-0.json").read_text())
-    assert {s["settings"]["s_rule"] for s in flow["splits"]["test"].values()} == {1.0}
-    assert {"guidance", "eta", "s_rule"} == set(row["splits"]["test"]["2"]["settings"])
-    points = json.loads((out / "rows/self_e-progress-0.json").read_text())["points"]
-    assert [p["step"] for p in points] == [2, 4]
-    assert all((out / name).exists() for name in ("table2.md", "scores.png", "progress.png"))
-    table = (out / "table2.md").read_text()
-    assert "Flow Matching" in table and "| 0.610 |" in table
-    before = (out / "rows/self_e-0.json").read_bytes()
-    second = command(tmp_path, "--seeds", "0", "1")
-    assert second.returncode == 0, second.stderr
-    assert (out / "rows/self_e-0.json").read_bytes() == before and (out / "rows/self_e-1.json").exists()
-    assert "minus" in (out / "table2.md").read_text()
+    def measure(*seeds):
+        wanted = ["--quick", "--steps", 1, 2, "--rows", "flow_matching", "self_e", "--wrong-captions", 0, 0.3]
+        process = command(tmp_path, *wanted, "--seeds", *seeds)
+        return process.communicate()[1], process.returncode
+
+    assert "run seed 2" in measure(3)[0]
+    said, code = measure(2)
+    assert code == 0, said
+    out = tmp_path / "results"
+    path = out / "0.3/self_e-2.json"
+    row, written = checkpoint.read_json(path), path.read_bytes()
+    assert {"command", "commit", "hardware", "seconds", "seed", "train"} <= set(row) and row[
+        "wrong_captions"
+    ] == 0.3
+    assert row["training"]["steps"] == 4 and row["training"]["wrong_captions"] == 0.3
+    assert set(row["steps"]) == {"1", "2"} and set(row["steps"]["2"]["tags"]) == set(data.TAGS)
+    flow = checkpoint.read_json(out / "0/flow_matching-2.json")
+    assert {s["settings"]["s_rule"] for s in flow["steps"].values()} == {1.0}
+    searched = checkpoint.read_json(out / "0/self_e-search.json")["steps"]["2"]
+    assert len(searched["tried"]) == 18 and searched["best"] in searched["tried"]
+    said, code = measure(2, 3)
+    assert code == 0, said
+    assert path.read_bytes() == written and (out / "0/self_e-3.json").exists()
+    assert all((out / name).exists() for name in ("scores.png", "samples_counting.png"))
+    page = (out / "table.md").read_text()
+    assert "self_e minus flow_matching" in page and "## 30% of captions wrong" in page and "| 0.610 |" in page
 
 
 @pytest.mark.slow
 def test_sigterm_stops_the_training_too(tmp_path):
-    """Sent to tables.py alone, as `kill` does: train.py saves and ends with it, and the same command goes on."""
-    runs = tmp_path / "runs"
-    arguments = [
-        sys.executable,
-        "experiments/tables.py",
-        "--out",
-        str(tmp_path / "results"),
-        "--runs",
-        str(runs),
-        "--device",
-        "cpu",
-        "--rows",
-        "self_e",
-        "--seeds",
-        "0",
-        "--milestones",
-        "0",
-        "--budget",
-        "--steps 100000 --batch-size 8 --grid-every 0 --no-compile --log-every 1",
-    ]
-    process = subprocess.Popen(
-        arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    log = runs / "self_e-0/metrics.jsonl"
+    """Sent to tables alone, as `kill` does: train.py saves and ends with it, and the same command goes on."""
+    budget = "--data scenes --side 24 --batch-size 8 --grid-every 0 --no-compile --log-every 1 --steps 100000"
+    process = command(tmp_path, "--rows", "self_e", "--seeds", 2, "--budget", budget)
+    run = tmp_path / "runs/0/self_e-2"
     try:
-        while not log.exists() or not log.read_text():
+        while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.1)
         process.terminate()
-        complaints = process.communicate(timeout=60)[1]
+        complaints = process.communicate()[1]
         with pytest.raises(ProcessLookupError):  # nobody is left in the group
             os.killpg(process.pid, 0)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130 and "the same command goes on" in complaints
-    assert (
-        len(list((runs / "self_e-0/state").glob("step_*"))) == 1
-        and not (runs / "self_e-0/done.json").exists()
-    )
+    assert len(checkpoint.complete_states(run)) == 1 and not tables.finished(run)

@@ -424,17 +424,6 @@ def test_the_flags_of_the_objective_reach_it():
         )
 
 
-def test_what_delta_is_made_of(trained, tmp_path):
-    """The three differences of two networks under two prompts form a triangle."""
-    result = command(
-        "experiments/two_networks.py", trained[0], "--pictures", "4", "--out", tmp_path / "out.json"
-    )
-    assert result.returncode == 0, result.stderr
-    for state in checkpoint.read_json(tmp_path / "out.json")["states"]:
-        sides = sorted((state["Delta"], state["of_prompts"], state["of_networks"]))
-        assert 0 < sides[2] <= sides[0] + sides[1] + 1e-3
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Bad input: one line, exit code 2, nothing half-written
 # ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,118 @@
+"""What right pictures choose where their prompt leaves colours and places open, and what the training data would.
+
+    found = evaluate.measure(loaded, asked, images=8, steps=2)            # the objects of every right picture
+    diversity.measure(asked, found, side, world)["two_object"]["colors"]  # {"effective": 3.9, "data": 4.0, ...}
+
+"A photo of a square" leaves a colour open. The effective number of colours is exp(H), H the entropy of the colours that
+its right pictures have: 4 where four colours are equally frequent, 1 where there is one only. Few pictures cannot show
+many colours, so a small sample looks less diverse than it is. Therefore each number stands beside the data's own, from
+samples of the training distribution that are exactly as large, question by question.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+import data
+from engine.randomness import rng
+
+POOL = 1000  # scenes of each prompt, for the frequencies in the data
+REPEATS = 200  # samples of the model's size from these frequencies
+KINDS = ("colors", "places")
+
+
+def choices(metadata: dict, objects: Sequence, side: float) -> Iterator[tuple[str, str, str]]:
+    """What a right picture chose where its prompt is open: (kind, of what, the choice).
+
+    objects: scorer.Found or data.Object. side: of the picture, in the unit of their centres. Of several objects of a
+    class the first counts for the colour.
+    """
+    items = metadata["include"]
+    for item in items:
+        if "color" not in item:
+            yield "colors", item["class"], next(o.color for o in objects if o.shape == item["class"])
+    if len(objects) > 1 and not any("position" in item for item in items):
+        yield "places", "", arrangement([item["class"] for item in items], objects, side)
+
+
+def arrangement(classes: list[str], objects: Sequence, side: float) -> str:
+    """Two objects: whether they stand side by side or one above the other, and which comes first where they differ.
+    More: the quarters of the picture that they occupy."""
+    if len(objects) > 2:
+        return " ".join(sorted(f"{int(2 * o.x > side)}{int(2 * o.y > side)}" for o in objects))
+    a, b = sorted(objects, key=lambda o: classes.index(o.shape))
+    across, down = b.x - a.x, b.y - a.y
+    axis, first = ("beside", across > 0) if abs(across) > abs(down) else ("above", down > 0)
+    return f"{axis} {first}" if len(classes) > 1 else axis
+
+
+def draw_objects(random: np.random.Generator, metadata: dict, world: data.World) -> list[data.Object]:
+    """The objects of a training scene (32 units a side), given its prompt. All of a number have one colour."""
+    kinds = []
+    for item in metadata["include"]:
+        open_to = [c for c in world.colors if (c, item["class"]) not in data.HELD_OUT_PAIRS]
+        color = item.get("color") or open_to[random.integers(len(open_to))]
+        kinds += [(item["class"], color)] * item["count"]
+    relation = next((item["position"][0] for item in metadata["include"] if "position" in item), "")
+    while True:
+        places = data.place(random, len(kinds), 32)
+        if not relation or data.holds(
+            relation, places[1], places[0]
+        ):  # the metadata lists the reference first
+            return [data.Object(*kind, *place) for kind, place in zip(kinds, places)]
+
+
+def entropy(counts: np.ndarray) -> np.ndarray:
+    """Of the observed frequencies [..., k], in nats."""
+    p = counts / counts.sum(-1, keepdims=True)
+    return -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
+
+
+def measure(asked: list[dict], found: list[list[list]], side: int, world: data.World) -> dict[str, dict]:
+    """tag -> kind -> {"effective", "data", "pictures"}, and the same for all tags together under "overall".
+
+    found: of each prompt the objects of its right pictures. The entropies of single questions are averaged, each with
+    the weight of its pictures, and effective = exp of that mean. A question on which the data never varies is not open.
+    A kind that a tag leaves open nowhere, or of which no picture is right, is missing.
+    """
+    answers: dict[tuple, Counter] = {}
+    prompts = {}
+    for metadata, pictures in zip(asked, found):
+        for objects in pictures:
+            for kind, what, choice in choices(metadata, objects, side):
+                prompts[metadata["prompt"]] = metadata
+                question = metadata["tag"], kind, metadata["prompt"], what
+                answers.setdefault(question, Counter())[choice] += 1
+
+    sums: dict[tuple, np.ndarray] = {}  # of pictures, and of both entropies times pictures
+    pools = {prompt: pool(metadata, world) for prompt, metadata in prompts.items()}
+    for (tag, kind, prompt, what), counter in answers.items():
+        frequencies = np.array(list(pools[prompt][kind, what].values())) / POOL
+        if len(frequencies) == 1:
+            continue
+        n = counter.total()
+        own = entropy(np.array(list(counter.values())))
+        samples = rng(0, f"diversity of {kind} {what} {prompt}", n).multinomial(n, frequencies, REPEATS)
+        for key in ((tag, kind), ("overall", kind)):
+            sums[key] = sums.get(key, 0) + n * np.array([1, own, entropy(samples).mean()])
+
+    result: dict[str, dict] = {}
+    for (tag, kind), (n, own, of_data) in sums.items():
+        numbers = {
+            "effective": float(np.exp(own / n)),
+            "data": float(np.exp(of_data / n)),
+            "pictures": int(n),
+        }
+        result.setdefault(tag, {})[kind] = numbers
+    return result
+
+
+def pool(metadata: dict, world: data.World) -> dict[tuple[str, str], Counter]:
+    """(kind, of what) -> how often each choice occurs in POOL training scenes of a prompt."""
+    counts: dict[tuple[str, str], Counter] = {}
+    random = rng(0, f"scenes of {metadata['prompt']}")
+    for _ in range(POOL):
+        for kind, what, choice in choices(metadata, draw_objects(random, metadata, world), 32):
+            counts.setdefault((kind, what), Counter())[choice] += 1
+    return counts
