@@ -27,8 +27,8 @@ HEAD = """# The rows of the table
 Made by `python -m experiments.tables --report` from the files beside it, each with its command, commit, hardware and
 time. Test prompts; a score is the share of right pictures of a kind of prompt, "overall" the mean of the kinds. Means
 over seeds, ± half the 95% interval over seeds (Student's t). After a score, where prompts leave colours or places open:
-their effective number in right pictures (`experiments/diversity.py`), in % of the data's in samples as large. "_64" has
-twice the batch: at s = t it sees as many pictures as flow matching.
+their effective number in right pictures, and in samples of the data as large (`experiments/diversity.py`); differences
+are of their ratios. "_64" has twice the batch: at s = t it sees as many pictures as flow matching.
 """
 
 
@@ -55,10 +55,16 @@ def score(result: dict, n: int, tag: str) -> float:
     return (scores["overall"] if tag == "overall" else scores["tags"][tag])["score"]
 
 
-def diversity(result: dict, n: int, tag: str, kind: str) -> float | None:
-    """The effective number of colours or places as a share of the data's; None where the tag leaves none open."""
+def effective(result: dict, n: int, tag: str, kind: str) -> tuple[float, float] | None:
+    """The effective number of colours or places, and the data's; None where the tag leaves none open."""
     found = result["steps"][str(n)]["diversity"].get(tag, {}).get(kind)
-    return found and found["effective"] / found["data"]
+    return found and (found["effective"], found["data"])
+
+
+def diversity(result: dict, n: int, kind: str) -> float | None:
+    """The effective number over all tags as a share of the data's."""
+    found = effective(result, n, "overall", kind)
+    return found and found[0] / found[1]
 
 
 def paired(rows: Rows, a: str, b: str, value: Callable[[dict], float | None]) -> list[float]:
@@ -89,10 +95,11 @@ def scores_of(rows: Rows, tag: str, steps: list[int]) -> list[str]:
     for row, seeds in rows.items():
         cells = []
         for n in steps:
-            shares = [[diversity(result, n, tag, kind) for result in seeds.values()] for kind in KINDS]
-            shares = [[x for x in values if x is not None] for values in shares]
             parts = [cell([score(result, n, tag) for result in seeds.values()])]
-            parts += [f"{100 * np.mean(values):.0f}% {kind}" for kind, values in zip(KINDS, shares) if values]
+            for kind in KINDS:
+                pairs = [effective(result, n, tag, kind) for result in seeds.values()]
+                if pairs := [pair for pair in pairs if pair]:
+                    parts.append("{:.1f} of {:.1f} {}".format(*np.mean(pairs, axis=0), kind))
             cells.append(", ".join(parts))
         lines.append([row, len(seeds), *cells])
     return table(["row", "seeds", *steps], lines)
@@ -102,7 +109,7 @@ def differences_of(rows: Rows, a: str, b: str, tags: list[str], steps: list[int]
     """A table of two rows: overall, every tag and diversity down, step counts across."""
     measures = {tag: [lambda r, n=n, tag=tag: score(r, n, tag) for n in steps] for tag in tags}
     for kind in KINDS:
-        measures[kind] = [lambda r, n=n, kind=kind: diversity(r, n, "overall", kind) for n in steps]
+        measures[f"effective {kind}"] = [lambda r, n=n, kind=kind: diversity(r, n, kind) for n in steps]
     lines = [[name, *(cell(paired(rows, a, b, v), "+") for v in values)] for name, values in measures.items()]
     return table([f"{a} minus {b}", *steps], lines)
 
@@ -118,7 +125,7 @@ def write_page(doses: dict[str, Rows], out: Path, steps: list[int], tags: list[s
             if set(rows.get(a, ())) & set(rows.get(b, ())):
                 lines += differences_of(rows, a, b, tags, steps)
         lines += [""]
-    papers = [[row.title, *row.paper] for row in ROWS.values() if row.paper]
+    papers = [[row.title, *(f"{x:.3f}" for x in row.paper)] for row in ROWS.values() if row.paper]
     lines += [
         "## The paper",
         "",
