@@ -196,7 +196,7 @@ def report(out: Path, runs: Path) -> None:
     first = next(iter(next(iter(rows.values())).values()))
     steps = [int(n) for n in first["steps"]]
     known = next(iter(first["steps"].values()))["tags"]
-    tags = ["overall", *(tag for tag in evaluate.TABLE_ORDER if tag in known)]
+    tags = ["overall", *(tag for tag in evaluate.COLUMNS if tag in known)]
     write_page(doses, out, steps, tags)
     draw_scores(doses, out / "scores.png", steps, tags)
     draw_samples(rows, out, runs / share, steps)

@@ -2,7 +2,6 @@
 
     scorer.score(picture, metadata)                 # whether a uint8 picture [H, W, 3] is right by its prompt's metadata
     objects, reason = scorer.judge(picture, metadata)   # its objects if it is, none otherwise, and why
-    scorer.find_objects(picture)                    # what is in it: data.Object(shape, color, x, y, diameter), ...
 
 GenEval asks a detector what a picture shows. Here the objects are flat shapes of eight colours on a grey background, so
 the question has an exact answer. A picture is right when a rendering of known objects explains it, and these are the
@@ -327,11 +326,6 @@ def left_over(p: np.ndarray, ground: np.ndarray, objects: list[Found]) -> str:
         if excess[y, x] > bound:
             return f"something unexplained {where} at ({x}, {y})"
     return ""
-
-
-def find_objects(picture: np.ndarray) -> list[data.Object]:
-    """The objects of a picture, in pixels, whether or not they explain all of it."""
-    return [data.Object(o.shape, o.color, o.x, o.y, o.diameter) for o in explain(picture).objects]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -97,7 +97,6 @@ FLAGS = [
     (cache, ["", "c", "--side", 32]),
     (cache, ["t", "", "--side", 32]),
     (evaluate, ["--images", 10**18, "--per-tag", 1]),
-    (evaluate, ["--pipeline", "", "--prompts", "p", "--export", "o"]),
     (tables, ["--steps", 10**18]),
     (tables, ["--seeds", -1]),
     (any_step, ["--jobs", 2**32]),

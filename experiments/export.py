@@ -1,0 +1,134 @@
+"""Pictures for GenEval's public scorer, of any checkpoint (Sec. 4).
+
+    python -m experiments.export --checkpoint runs/mine --prompts evaluation_metadata.jsonl --steps 2 --out pictures/
+
+Writes 00000/metadata.jsonl, 00000/samples/0000.png, ..., as the scorer reads them. Stopped, the same command goes on.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+import data
+import sample
+from engine import checkpoint, errors, machine
+from experiments.evaluate import choices_of, sampling_flags
+
+
+def read_prompts(path: Path) -> list[dict]:
+    """The lines of a prompt file of GenEval's format: JSON objects with at least a "prompt". Raises UserError."""
+    if not path.is_file():
+        raise errors.UserError(f"no such prompt file: {path}")
+    found = []
+    # JSON may hold the other characters that end lines
+    for number, line in enumerate(data.read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            metadata = json.loads(line)
+            found.append(metadata | {"prompt": data.whole(metadata["prompt"])})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise errors.UserError(
+                f'{path}, line {number} is no JSON object with a "prompt", as evaluation_metadata.jsonl has'
+            ) from error
+    if not found:
+        raise errors.UserError(f"{path} is empty")
+    return found
+
+
+def put(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file in one piece. The name until then begins with a dot: GenEval reads whatever begins like 0000.png."""
+    partial = path.with_name("." + path.name + ".partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+def export(folder: Path, asked: list[dict], images: int, batch_size: int, draw: Callable) -> int:
+    """Write the pictures that are not there yet; returns how many were made.
+
+    draw([(prompt, image), ...]) gives uint8 pictures that depend on these two numbers alone.
+    """
+    jobs = []
+    for i, metadata in enumerate(asked):
+        samples = folder / f"{i:05}" / "samples"
+        samples.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(metadata)
+        put(
+            samples.parent / "metadata.jsonl", lambda path, text=text: path.write_text(text, encoding="utf-8")
+        )
+        jobs += [(i, j) for j in range(images) if not (samples / f"{j:04}.png").exists()]
+    made, total = len(jobs), len(asked) * images
+    todo = iter(jobs)
+    with tqdm(total=total, initial=total - made, unit=" pictures", disable=None) as bar:
+        while part := list(itertools.islice(todo, batch_size)):
+            for (i, j), picture in zip(part, draw(part), strict=True):
+                image = Image.fromarray(picture)
+                put(
+                    folder / f"{i:05}" / "samples" / f"{j:04}.png", lambda p, x=image: x.save(p, format="PNG")
+                )
+            bar.update(len(part))
+    return made
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = errors.Parser("-m experiments.export", "Write a model's pictures for GenEval's public scorer.")
+    a = parser.add_argument_group("what").add_argument
+    a("--checkpoint", metavar="DIR", type=Path, required=True, help="folder of a run")
+    a(
+        "--prompts",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="GenEval's evaluation_metadata.jsonl, or like it",
+    )
+    a(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        required=True,
+        help="folder of the pictures, one for each step count",
+    )
+    a("--steps", metavar="N", type=int, default=2, help="evaluations of the network (default: 2)")
+    a("--images", metavar="N", type=int, default=4, help="pictures per prompt (default: 4)")
+    a("--seed", metavar="N", type=int, default=0, help="of the noise (default: 0)")
+    a("--batch-size", metavar="N", type=int, default=8, help="pictures at once (default: 8)")
+    sampling_flags(parser)
+    args = parser.parse_args()
+    sizes = {"steps": (1, 10**6), "images": (1, 10**4), "batch_size": (1, 2**16)}
+    parser.check_ranges(args, **sizes, seed=(0, 2**63 - 1), guidance=(0, 100))
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    machine.keep_freed_memory()
+    asked = read_prompts(args.prompts)
+    loaded = sample.load(args.checkpoint, machine.pick_device(args.device))
+    choices = choices_of(args)
+    if args.out.exists() and any(args.out.iterdir()) and not (args.out / "settings.json").exists():
+        raise errors.UserError(
+            f"{args.out} is not empty and holds no export to go on with; choose another --out"
+        )
+    files = {"prompts": args.prompts, "weights": args.checkpoint / "model.safetensors"}
+    settings = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    settings |= {"steps": args.steps, "seed": args.seed, "precision": str(loaded.network.precision)}
+    settings |= sample.choose(loaded.config, **choices)
+    checkpoint.keep_settings(args.out, settings, "choose another --out")
+
+    def draw(jobs):
+        texts = [asked[i]["prompt"] for i, _ in jobs]
+        return sample.generate(loaded, texts, jobs, seed=args.seed, steps=args.steps, **choices)
+
+    made = export(args.out, asked, args.images, args.batch_size, draw)
+    print(f"wrote {args.out}: {made} new pictures, {len(asked) * args.images} in all, for GenEval's scorer")
+
+
+if __name__ == "__main__":
+    errors.run(main, "stopped; the same command goes on")
