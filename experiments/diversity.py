@@ -57,9 +57,8 @@ def draw_objects(random: np.random.Generator, metadata: dict, world: data.World)
     relation = next((item["position"][0] for item in metadata["include"] if "position" in item), "")
     while True:
         places = data.place(random, len(kinds), 32)
-        if not relation or data.holds(
-            relation, places[1], places[0]
-        ):  # the metadata lists the reference first
+        # The metadata lists the reference of a relation first.
+        if not relation or data.holds(relation, places[1], places[0]):
             return [data.Object(*kind, *place) for kind, place in zip(kinds, places)]
 
 
@@ -76,12 +75,11 @@ def measure(asked: list[dict], found: list[list[list]], side: int, world: data.W
     the weight of its pictures, and effective = exp of that mean. A question on which the data never varies is not open.
     A kind that a tag leaves open nowhere, or of which no picture is right, is missing.
     """
-    answers: dict[tuple, Counter] = {}
-    prompts = {}
+    prompts = {m["prompt"]: m for m, pictures in zip(asked, found) if pictures}
+    answers: dict[tuple, Counter] = {}  # (tag, kind, prompt, of what) -> how often each choice was made
     for metadata, pictures in zip(asked, found):
         for objects in pictures:
             for kind, what, choice in choices(metadata, objects, side):
-                prompts[metadata["prompt"]] = metadata
                 question = metadata["tag"], kind, metadata["prompt"], what
                 answers.setdefault(question, Counter())[choice] += 1
 
@@ -98,13 +96,9 @@ def measure(asked: list[dict], found: list[list[list]], side: int, world: data.W
             sums[key] = sums.get(key, 0) + n * np.array([1, own, entropy(samples).mean()])
 
     result: dict[str, dict] = {}
-    for (tag, kind), (n, own, of_data) in sums.items():
-        numbers = {
-            "effective": float(np.exp(own / n)),
-            "data": float(np.exp(of_data / n)),
-            "pictures": int(n),
-        }
-        result.setdefault(tag, {})[kind] = numbers
+    for (tag, kind), (n, *entropies) in sums.items():
+        effective, of_data = np.exp(np.array(entropies) / n).tolist()
+        result.setdefault(tag, {})[kind] = {"effective": effective, "data": of_data, "pictures": int(n)}
     return result
 
 

@@ -22,29 +22,22 @@ import numpy as np
 import data
 
 SIDES = (16, 64)  # of the pictures that can be judged, in pixels
-GROUND_SLACK = (
-    15  # the ground may be this much darker or lighter than any in training, and this much off grey
-)
+# The ground may be this much darker or lighter than any in training, and this much off grey.
+GROUND_SLACK = 15
 GROUND_SHARE = 0.4  # of the picture, at least; the fullest scenes leave 63%
 LINE = 45.0  # a pixel further than this from every line from the ground to a colour belongs to no object
 GRAIN = 0.12  # of coverage that is overlooked
 AGREEMENT = 0.885  # overlap of an object with its best-fitting shape, at least
-SOFT = (
-    0.5  # an outline may be this many units wider than a rendering's, and this many pixels in small pictures
-)
+# An outline may be this many units wider than a rendering's, and this many pixels in small pictures.
+SOFT = 0.5
 DIAMETER = (7.0, 24.0)  # of an object, in units; training has 8 to 22
-AT_BORDER = (
-    0.75  # a pixel at the picture's border that is covered more than this: the object goes on beyond it
-)
+# A pixel at the picture's border that is covered more than this: the object goes on beyond it.
+AT_BORDER = 0.75
 SHARED = 1.5  # square units that two objects may both claim; a hidden part of an object is a missing part
 SMALLEST = 4.0  # square units; less is a speck, which the test of what is left over judges
-OUTSIDE, INSIDE = (
-    25.0,
-    50.0,
-)  # unexplained colour, averaged over 3 x 3 units, away from and within the objects
-CLEARLY = (
-    0.4  # "left of": the centres lie further apart along the axis than this times the sum of the diameters
-)
+OUTSIDE, INSIDE = 25.0, 50.0  # unexplained colour, the mean of 3 x 3 units, away from and within objects
+# "left of": the centres lie further apart along the axis than this times the sum of the diameters.
+CLEARLY = 0.4
 
 PALETTE = np.array(list(data.COLORS.values()), dtype=float)
 COLOR_NAMES = list(data.COLORS)
@@ -71,8 +64,7 @@ class Explanation(NamedTuple):
 
 
 class Outline(NamedTuple):
-    """A shape of radius 1: its area, the length of its outline, the height of
-    its centre of mass below its centre, and its box."""
+    """A shape of radius 1: area, length of the outline, how far the centre of mass lies below the centre, and box."""
 
     area: float
     length: float
@@ -87,9 +79,7 @@ def outline(shape: str) -> Outline:
     distance = data.signed_distance(shape, u[None, :], u[:, None], 1.0)
     inside = distance < 0
     rows, columns = u[inside.any(1)], u[inside.any(0)]
-    length = (
-        (np.abs(distance) < 0.02).sum() / 250**2 / 0.04
-    )  # the area of a strip along it, over the strip's width
+    length = (np.abs(distance) < 0.02).sum() / 250**2 / 0.04  # the area of a strip along it, over its width
     drop = (inside * u[:, None]).sum() / inside.sum()
     return Outline(inside.sum() / 250**2, length, drop, (columns[0], columns[-1], rows[0], rows[-1]))
 
@@ -148,8 +138,7 @@ def coverage(shape: str, x, y, r, rows: np.ndarray, columns: np.ndarray) -> np.n
 
 
 def blurred(a: np.ndarray) -> np.ndarray:
-    """[n, h, w] under the kernel (1, 2, 1) / 4 in both directions, repeating
-    the border, to recognise a shape under slight blur."""
+    """[n, h, w] under the kernel (1, 2, 1) / 4 in both directions, repeating the border."""
     down, across = np.arange(a.shape[1]), np.arange(a.shape[2])
     a = (2 * a + a[:, np.maximum(down - 1, 0)] + a[:, np.minimum(down + 1, down[-1])]) / 4
     return (2 * a + a[:, :, np.maximum(across - 1, 0)] + a[:, :, np.minimum(across + 1, across[-1])]) / 4
@@ -233,18 +222,10 @@ def explain(picture: np.ndarray) -> Explanation:
     picture: uint8 [H, W, 3], square, 16 to 64 pixels a side; below 24, crowded scenes have objects of too few pixels to
     be told apart and true ones are refused now and then. Raises ValueError for anything else.
     """
-    if (
-        picture.dtype != np.uint8
-        or picture.ndim != 3
-        or picture.shape[2] != 3
-        or picture.shape[0] != picture.shape[1]
-    ):
-        raise ValueError(f"expected a square uint8 picture [H, W, 3], not {picture.dtype} {picture.shape}")
-    if not SIDES[0] <= len(picture) <= SIDES[1]:
-        raise ValueError(
-            f"pictures of {SIDES[0]} to {SIDES[1]} pixels a side can be judged, not of {len(picture)}"
-        )
-    size, unit = len(picture), len(picture) / 32
+    size, unit, (least, most) = len(picture), len(picture) / 32, SIDES
+    if picture.dtype != np.uint8 or picture.shape != (size, size, 3) or not least <= size <= most:
+        said = f"not {picture.dtype} {picture.shape}"
+        raise ValueError(f"expected a square uint8 picture of {least} to {most} pixels a side, {said}")
     p = picture.astype(float)
     ground = ground_color(p)
     low, high = data.GREYS[0] - GROUND_SLACK, data.GREYS[1] + GROUND_SLACK
