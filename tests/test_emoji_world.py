@@ -53,6 +53,6 @@ def test_flow_matching_on_exact_prompts_draws_them_at_once(source):
     scores = emoji_world.draw(
         emoji_world.World(source, texts), judge, "flow matching", 2, pictures.SETTINGS[0], (0, 0)
     )
-    assert scores["right"] == scores["variety"] == scores["score"] == 1.0 and scores["total"] == 40
+    assert scores["right"] == scores["variety"] == scores["score"] == 1.0 and scores["total"] == 20
     unseen = emoji_judge.summary(source, texts, [judge([source.pictures.mean((0, 1)).astype(np.uint8)])] * 5)
     assert unseen["right"] == unseen["score"] == 0.0 and unseen["variety"] is None

@@ -44,8 +44,8 @@ from toy import pictures
 ROOT = Path(__file__).resolve().parents[1]
 SIDE = 32
 OBJECTIVES = ("flow matching", "control, Delta = 0", "classifier only", "k = 0.9")
-STEPS, SEEDS, ROUNDS = (1, 2, 4, 8), (0, 1, 2), 20
-PROMPTS, IMAGES = 35, 8  # of a kind at most; pictures of each, with each seed
+STEPS, SEEDS, ROUNDS = (1, 2, 4, 8), (0, 1), 12
+PROMPTS, IMAGES = 35, 4  # of a kind at most; pictures of each, with each seed
 
 
 class World(pictures.World):
