@@ -5,8 +5,9 @@
     python bench.py --size 0.5b --blocks 1 1 --batch 8 --objectives self_e              # two blocks, on a CPU
 
 A step is that of train.py but for the data: loss, gradient, clipping, Adam and moving average, on noise in place of
-pictures and prompts, with tau = 1. Objectives take turns, so that the machine's moods hit all alike, and medians
-count. Ratios are to flow matching, which is always measured; each is the median of the rounds' own ratios.
+pictures and prompts, with tau = 1, all in one precision (train.py takes fp32 for finite differences). Objectives take
+turns, so that the machine's moods hit all alike, and medians count. Ratios are to flow matching, which is always
+measured; each is the median of the rounds' own ratios.
 
     passes    forward passes of the whole batch, counted as they happen; one with a backward pass counts 3
     MFU       passes x model.forward_flops, by the best rate of a large matrix product in the same rounds;
