@@ -1,10 +1,10 @@
 """Captioned pictures: the built-in shapes, and a folder of your own (S.2: text-to-image data).
 
     source = data.Shapes(32, "shapes")               # endless, seeded: GenEval in miniature
-    source = data.ImageFolder("pictures/", size=32)  # images with metadata.jsonl, or a .txt beside each
+    source = data.ImageFolder("pictures/", size=32)  # pictures with captions, in one of the forms of files.py
     picture, caption, key = source.sample(g, seed)   # g = 0, 1, 2, ...: the global index of the sample in training
 
-    python data.py --out shapes.png                  # looks at the built-in data: a sheet of pictures with captions
+    python -m engine.feed --data shapes              # looks at data: a sheet of pictures with captions
 
 A source is a function from the global sample index g to a sample. It has no position of its own. So one integer, which
 train.py counts, is the position of a run in its data, and any number of processes can share the work.
@@ -12,24 +12,21 @@ train.py counts, is the position of a run in its data, and any number of process
 
 import functools
 import hashlib
-import io
 import itertools
 import json
-import struct
-import sys
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import checkpoint, errors, machine
+import files
 from engine.randomness import rng
+from files import DataError
 
 
 class Sample(NamedTuple):
@@ -41,49 +38,19 @@ class Sample(NamedTuple):
 
 
 class Source(Protocol):
-    """What the loop asks of a data set; Shapes and ImageFolder below, and the sources of scale/shards.py, are such; those of
-    scale/cache.py give samples that are encoded already.
+    """What the loop asks of a data set, such as Shapes and ImageFolder below, emoji.Emoji and scale/'s.
 
     `sample` must be safe to call from several threads. All samples of one iteration must have one size.
     """
 
     name: str
-    buckets: list[tuple[int, int]]  # every (height, width) that occurs
+    buckets: dict[tuple[int, int], float]  # every (height, width) that occurs -> share of the samples
     skipped: dict[str, str]  # key -> reason, of samples that cannot be used
     fingerprint: str  # changes when the sequence of samples does
 
     def sample(self, g: int, seed: int = 0) -> Sample: ...
 
     def bucket(self, g: int, seed: int = 0) -> tuple[int, int]: ...
-
-    # What WrongCaptions asks besides: its samples have the numbers 0 .. numbers - 1, in whatever order g meets them.
-    numbers: int
-
-    def number(self, g: int, seed: int = 0) -> int: ...
-
-    def caption(self, number: int, seed: int = 0) -> str: ...
-
-
-class DataError(errors.UserError):
-    """The data cannot be used; the message says which file and what to do."""
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file, with or without a byte-order mark. Raises DataError for one that is something else."""
-    try:
-        text = errors.regular(path, DataError).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
-        ) from error
-    if "\0" in text:  # UTF-16 without a mark would pass
-        raise DataError(f"{path} is not UTF-8 text (it holds zero bytes): save it as UTF-8")
-    return text
-
-
-def whole(text: str) -> str:
-    """Text without halves of surrogate pairs, which JSON can carry and no tokenizer takes; each becomes one U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def to_tensor(pictures: list[np.ndarray]) -> Tensor:
@@ -316,7 +283,7 @@ class Shapes:
 
     def __init__(self, size: int = 32, name: str = "shapes"):
         self.size, self.world, self.name = size, SETS[name], name
-        self.buckets, self.skipped, self.fingerprint = [(size, size)], {}, f"{name} {size} {VERSION}"
+        self.buckets, self.skipped, self.fingerprint = {(size, size): 1.0}, {}, f"{name} {size} {VERSION}"
         self.numbers = 2**62  # no end
 
     def __len__(self) -> int:
@@ -345,184 +312,53 @@ class Shapes:
 # ============================================================================================================
 # (b) A folder of pictures
 # ============================================================================================================
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-
-# What Pillow raises for a broken picture.
-BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
-MAX_PIXELS = 2**26  # 8192 x 8192: a larger picture is refused from its header, before memory is taken for it
-TURNS = {
-    2: "FLIP_LEFT_RIGHT",
-    3: "ROTATE_180",
-    4: "FLIP_TOP_BOTTOM",
-    5: "TRANSPOSE",
-    6: "ROTATE_270",
-    7: "TRANSVERSE",
-    8: "ROTATE_90",
-}
-
-
-def orientation(image: Image.Image) -> int:
-    """How the camera was held, EXIF's 1 .. 8; 1 where nothing usable is said."""
-    told = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
-    return told if told in TURNS else 1
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """As the camera was held. (ImageOps.exif_transpose writes all of the EXIF
-    data again, and fails where it is odd.)"""
-    turn = TURNS.get(orientation(image))
-    return image.transpose(Image.Transpose[turn]) if turn else image
-
-
-def over_white(image: Image.Image) -> Image.Image:
-    """A PIL image of any mode -> RGB, what is transparent over white."""
-    if "A" in image.mode or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """A PIL image -> uint8 [height, width, 3]: upright, over white, resized to cover (Lanczos), cropped centrally."""
-    return np.asarray(ImageOps.fit(over_white(upright(image)), (width, height), Image.Resampling.LANCZOS))
-
-
-def square_crop(image: Image.Image, size: int) -> np.ndarray:
-    """A PIL image -> uint8 [size, size, 3], by `cover`.
-
-    Raises ValueError for 16-bit and floating-point grey, which Pillow would clip to white, and for more than
-    MAX_PIXELS.
-    """
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError("more than 67 million pixels")
-    if image.mode[0] in "IF":
-        raise ValueError(f"grey of mode {image.mode}, not of 8 bits")
-    return cover(image, size, size)
-
-
-def read_captions(folder: Path) -> dict[str, str]:
-    """File name -> caption, from metadata.jsonl (`file_name`, `text`) or from a .txt beside each picture.
-
-    Raises DataError when the folder is missing, has no captions, or a caption line is not what it should be.
-    """
-    if not folder.is_dir():
-        raise DataError(f"no such folder: {folder}")
-    metadata = folder / "metadata.jsonl"
-    if not metadata.exists():
-        pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
-        texts = {p.name: p.with_suffix(".txt") for p in pictures}
-        captions = {name: read_text(text).strip() for name, text in texts.items() if text.exists()}
-        if not captions:
-            raise DataError(
-                f"{folder} has no captions: give it a metadata.jsonl with one line "
-                '{"file_name": ..., "text": ...} per picture, or a .txt beside each picture; '
-                "for tar shards, name the folder that holds the .tar files themselves"
-            )
-        if len(captions) < len(pictures):
-            print(
-                f"{folder}: {len(pictures) - len(captions)} of {len(pictures)} pictures have no .txt and are left "
-                "out",
-                file=sys.stderr,
-            )
-        lonely = {p.name for p in folder.glob("*.txt")} - {text.name for text in texts.values()}
-        if lonely:
-            print(
-                f"{folder}: {len(lonely)} .txt, such as {min(lonely)}, have no picture of a known kind "
-                f"({', '.join(PICTURE_SUFFIXES)}) and are left out",
-                file=sys.stderr,
-            )
-        return captions
-    captions = {}
-    several = 0
-    # JSON may hold the other characters that end lines
-    for number, line in enumerate(read_text(metadata).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            if not isinstance(entry["file_name"], str):
-                raise TypeError
-            several += entry["file_name"] in captions
-            captions[entry["file_name"]] = whole(entry["text"]).strip()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(
-                f'{metadata}, line {number}: expected {{"file_name": "...", "text": "..."}}, '
-                f"found {line.strip()[:60]!r} ({type(error).__name__})"
-            ) from error
-    if not captions:
-        raise DataError(f"{metadata} is empty: it needs one line per picture")
-    if several:
-        print(
-            f"{metadata}: {several} lines name a picture once more; the last line of each picture counts",
-            file=sys.stderr,
-        )
-    named = {folder / name for name in captions}  # paths, to which ./a.png is a.png
-    unnamed = sum(p.suffix.lower() in PICTURE_SUFFIXES and p not in named for p in folder.iterdir())
-    if unnamed:
-        print(f"{metadata}: {unnamed} pictures beside it have no line and are left out", file=sys.stderr)
-    return captions
 
 
 class ImageFolder:
-    """The captioned pictures of a folder, cropped square to size x size and held in memory (3 size^2 bytes each).
+    """The captioned pictures of a folder (files.py), cropped square to size x size and held in memory.
 
-    Sample g is picture number g mod n of epoch g div n, in an order shuffled by (seed, epoch). A picture that cannot be
-    read is skipped, counted in `skipped` and named on stderr; DataError when none is left, or when they do not fit into
-    the machine's memory.
+    Sample g is picture number g mod n of epoch g div n, in an order shuffled by (seed, epoch); of several captions it
+    draws one. A picture that cannot be read is left out, counted and named. Raises DataError when none is left, or when
+    they do not fit into the memory.
     """
 
-    def __init__(self, folder: str | Path, size: int):
-        self.folder, self.size, self.name = Path(folder), size, str(folder)
-        self.buckets = [(size, size)]
-        self.skipped: dict[str, str] = {}  # file name -> reason
-        self.pictures: list[np.ndarray] = []
-        self.captions: list[str] = []
+    def __init__(self, folder: str | Path, size: int, caption_key: str | None = None):
+        self.name, self.size, self.buckets = str(folder), size, {(size, size): 1.0}
+        found = files.find(Path(folder), caption_key)
+        self.skipped = found.left_out
+        self.captions: list[list[str]] = []
         self.keys: list[str] = []
-        captions, state = read_captions(self.folder), hashlib.sha256()
-        if (needed := 3 * size**2 * len(captions)) > machine.memory():
+        try:
+            self.pictures = np.empty((len(found.captions), size, size, 3), np.uint8)
+        except MemoryError as error:
             raise DataError(
-                f"{folder}: {len(captions)} pictures of {size} x {size} take {needed / 2**30:.0f} GiB, "
-                "more memory than there is: put them in tar shards, which are read as they are needed "
-                f"(python -m scale.shards pack {folder} TARS)"
-            )
-        for name in tqdm(
-            sorted(captions), desc=f"reading {folder}", unit=" pictures", leave=False, disable=None
-        ):
+                f"{folder}: {len(found.captions)} pictures of {size} x {size} are more than the memory holds: put them "
+                f"in tars, which are read as they are needed (python -m scale.shards pack {folder} TARS)"
+            ) from error
+        state = hashlib.sha256()
+        names = tqdm(
+            sorted(found.captions), desc=f"reading {folder}", unit=" pictures", leave=False, disable=None
+        )
+        for name in names:
             try:
-                content = errors.regular(self.folder / name).read_bytes()
-                with Image.open(io.BytesIO(content)) as image:
-                    self.pictures.append(square_crop(image, size))
-            except BROKEN as error:
-                self.skipped[name] = f"{type(error).__name__}: {error}"
-                print(f"skipped {self.folder / name}: {self.skipped[name]}", file=sys.stderr)
+                content = found.read(name)
+                self.pictures[len(self.keys)] = files.cover(files.opened(content), size, size)
+            except files.Unusable as error:
+                self.skipped[name] = str(error)
                 continue
-            self.captions.append(captions[name])
+            self.captions.append(found.captions[name])
             self.keys.append(name)
             state.update(content)
-        if self.skipped:
-            print(f"{self.folder}: skipped {len(self.skipped)} of {len(captions)} pictures", file=sys.stderr)
-        state.update(json.dumps([self.keys, self.captions, size, "order 2"]).encode())
-        self.fingerprint, self.numbers = state.hexdigest(), len(self.pictures)
-        if not self.pictures:
-            raise DataError(f"{self.folder}: none of its {len(captions)} pictures can be read")
+        state.update(json.dumps([self.keys, self.captions, size, "order 3"]).encode())
+        self.fingerprint, self.numbers = state.hexdigest(), len(self.keys)
+        self.pictures = self.pictures[: self.numbers]
+        count = sum(map(len, self.captions))
+        self.told = f"{folder}: {self.numbers:,} pictures, {count:,} captions{files.told(self.skipped)}"
+        if not self.keys:
+            raise DataError(f"{folder}: none of its pictures can be used{files.told(self.skipped)}")
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return self.numbers
 
     def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
         """(height, width) of sample g."""
@@ -539,11 +375,18 @@ class ImageFolder:
         return int(self.order(seed, g // len(self))[g % len(self)])
 
     def caption(self, number: int, seed: int = 0) -> str:
-        return self.captions[number]
+        return self.captions[number][0]
 
     def sample(self, g: int, seed: int = 0) -> Sample:
         i = self.number(g, seed)
-        return Sample(self.pictures[i], self.captions[i], self.keys[i])
+        return Sample(self.pictures[i], draw_caption(self.captions[i], g, seed), self.keys[i])
+
+
+def draw_caption(captions: list[str], g: int, seed: int) -> str:
+    """The caption of sample g: one of its picture's, as (seed, g) has it."""
+    return (
+        captions[int(rng(seed, "caption", g).integers(len(captions)))] if len(captions) > 1 else captions[0]
+    )
 
 
 # ============================================================================================================
@@ -555,6 +398,17 @@ class ImageFolder:
 # can be set.
 
 
+class Numbered(Source, Protocol):
+    """What WrongCaptions asks of a source besides: its samples have the numbers 0 .. numbers - 1, in whatever order g
+    meets them."""
+
+    numbers: int
+
+    def number(self, g: int, seed: int = 0) -> int: ...
+
+    def caption(self, number: int, seed: int = 0) -> str: ...
+
+
 class WrongCaptions:
     """A source whose samples carry, each with probability `share`, the caption of another sample.
 
@@ -562,9 +416,9 @@ class WrongCaptions:
     (Another sample's caption may say the same.) Raises DataError when all captions of the source are alike.
     """
 
-    def __init__(self, source: Source, share: float):
+    def __init__(self, source: Numbered, share: float):
         self.source, self.share, self.name = source, share, source.name
-        self.buckets, self.skipped, self.numbers = source.buckets, source.skipped, source.numbers
+        self.buckets, self.skipped = source.buckets, source.skipped
         self.fingerprint = f"{source.fingerprint}, {share:g} of the captions wrong"
         first = source.caption(0)
         if all(source.caption(number) == first for number in range(1, source.numbers)):
@@ -578,19 +432,15 @@ class WrongCaptions:
     def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
         return self.source.bucket(g, seed)
 
-    def number(self, g: int, seed: int = 0) -> int:
-        return self.source.number(g, seed)
-
-    def caption(self, number: int, seed: int = 0) -> str:
-        random = rng(seed, "wrong captions", number)
-        if random.random() < self.share:
-            other = int(random.integers(self.numbers - 1))
-            number = other + (other >= number)  # any sample but this one
-        return self.source.caption(number, seed)
-
     def sample(self, g: int, seed: int = 0) -> Sample:
         sample = self.source.sample(g, seed)
-        return sample._replace(caption=self.caption(self.source.number(g, seed), seed))
+        number, numbers = self.source.number(g, seed), self.source.numbers
+        random = rng(seed, "wrong captions", number)
+        if random.random() >= self.share:
+            return sample
+        other = int(random.integers(numbers - 1))
+        other += other >= number  # any sample but this one
+        return sample._replace(caption=self.source.caption(other, seed))
 
 
 # ============================================================================================================
@@ -603,66 +453,44 @@ def label_grid(
 ) -> Image.Image:
     """A sheet: one row per caption, one column per label; rows[r][c] is a uint8 picture, enlarged `scale` times.
 
-    A caption is one line, of no more letters than the sheet has pixels.
+    Pictures may differ in size. A caption is one line, of no more letters than the sheet has pixels.
     """
-    h, w = (side * scale for side in rows[0][0].shape[:2])
-    pad, top, line = 6, 18, 13
-    width, height = len(columns) * (w + pad) + pad, top + len(rows) * (h + line + pad) + pad
-    sheet = Image.new("RGB", (width, height), "white")
+    pad, top, line = 6, 18, 15
+    w = scale * max(picture.shape[1] for row in rows for picture in row)
+    heights = [scale * max(picture.shape[0] for picture in row) for row in rows]
+    width, y = len(columns) * (w + pad) + pad, top
+    sheet = Image.new("RGB", (width, top + sum(heights) + len(rows) * (line + pad) + pad), "white")
     pen = ImageDraw.Draw(sheet)
     for c, label in enumerate(columns):
-        pen.text((pad + c * (w + pad), 4), label, fill="black")
-    for r, (pictures, caption) in enumerate(zip(rows, captions)):
-        y = top + r * (h + line + pad)
+        pen.text((pad + c * (w + pad), 3), label, fill="black", font=font_of(label))
+    for pictures, caption, height in zip(rows, captions, heights):
         for c, picture in enumerate(pictures):
-            enlarged = Image.fromarray(picture).resize((w, h), Image.Resampling.NEAREST)
+            enlarged = Image.fromarray(picture)
+            enlarged = enlarged.resize([scale * side for side in enlarged.size], Image.Resampling.NEAREST)
             sheet.paste(enlarged, (pad + c * (w + pad), y))
-        pen.text((pad, y + h), " ".join(caption.split())[:width], fill="black")
+        text = " ".join(caption.split())[:width]
+        pen.text((pad, y + height), text, fill="black", font=font_of(text))
+        y += height + line + pad
     return sheet
 
 
-def main() -> None:
-    import emoji  # here, because it imports this module
+def font_of(text: str) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib, or the font of this machine that has more of the letters of a text."""
+    from matplotlib import font_manager  # takes a second, and only sheets need it
 
-    parser = errors.Parser("data.py", "Draw a sheet of training pictures with their captions.")
-    parser.add_argument(
-        "--data",
-        metavar="DIR",
-        type=errors.name,
-        default="one-shape",
-        help=f"{', '.join((*SETS, *emoji.SETS))} or a folder of captioned pictures (default: one-shape)",
-    )
-    parser.add_argument(
-        "--side", metavar="N", type=int, default=16, help="of the pictures, in pixels (default: 16)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="which pictures (default: 0)")
-    parser.add_argument(
-        "--out",
-        type=errors.file_to_write,
-        default="data.png",
-        help="where to write the sheet (default: data.png)",
-    )
-    args = parser.parse_args()
-    parser.check_ranges(args, side=(1, 1024), seed=(0, 2**63 - 1))
-    if args.out.suffix.lower() != ".png":
-        parser.error(f"--out must name a .png file, not {args.out}")
-    known = dict.fromkeys(SETS, Shapes) | dict.fromkeys(emoji.SETS, emoji.Emoji)
-    source = (
-        known[args.data](args.side, args.data) if args.data in known else ImageFolder(args.data, args.side)
-    )
-    samples = [source.sample(g, args.seed) for g in range(24)]
-    columns = [samples[i : i + 6] for i in range(0, 24, 6)]
-    sheets = [
-        label_grid([[s.picture] for s in column], [""], [s.caption for s in column], max(1, 256 // args.side))
-        for column in columns
-    ]
-    whole = Image.new("RGB", (sum(sheet.width for sheet in sheets), sheets[0].height), "white")
-    for i, sheet in enumerate(sheets):
-        whole.paste(sheet, (i * sheet.width, 0))
-    with checkpoint.in_one_piece(args.out) as partial:
-        whole.save(partial, format="PNG")
-    print(f"wrote {args.out}")
+    dejavu, wanted = font_manager.findfont("DejaVu Sans"), {ord(c) for c in text}
+    others = () if wanted <= letters(dejavu) else {font.fname for font in font_manager.fontManager.ttflist}
+    others = sorted(name for name in others if "LastResort" not in name)  # which has a box for every letter
+    return ImageFont.truetype(max((dejavu, *others), key=lambda name: len(wanted & letters(name))), 11)
 
 
-if __name__ == "__main__":
-    errors.run(main)
+@functools.lru_cache(maxsize=None)
+def letters(font: str) -> frozenset[int]:
+    """The characters that a font file has; none where it cannot be drawn with, as fonts of bitmaps."""
+    from matplotlib import ft2font
+
+    try:
+        ImageFont.truetype(font, 11)
+        return frozenset(ft2font.FT2Font(font).get_charmap())
+    except (OSError, RuntimeError):
+        return frozenset()

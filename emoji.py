@@ -3,7 +3,7 @@
     source = emoji.Emoji(32, "emoji")                # 285 animals, plants, foods; "emoji-all" has 1,015
     picture, caption, key = source.sample(g, seed)   # a function of (seed, g), like every source of data.py
 
-    python data.py --data emoji --side 32            # looks at them
+    python -m engine.feed --data emoji --side 32   # looks at them
     python train.py --data emoji --side 32           # trains on them
 
 The first use fetches four packages by name and version with `npm pack` (160 MB, seconds) and keeps what is
@@ -44,6 +44,7 @@ import numpy as np
 from PIL import Image
 
 import data
+import files
 from engine import checkpoint, errors
 from engine.randomness import rng
 
@@ -160,7 +161,7 @@ def read_concepts(archive: Path) -> list[Concept]:
 def tile(content: bytes) -> np.ndarray:
     """A picture file -> uint8 [TILE, TILE, 3], over white."""
     with Image.open(io.BytesIO(content)) as image:
-        return data.cover(image, TILE, TILE)
+        return files.cover(image, TILE, TILE)
 
 
 def prepare(path: Path) -> None:
@@ -253,7 +254,7 @@ class Emoji:
         self.pairs = [pair for pair in every if pair not in set(self.held_out_pairs)]
         count = Counter(tag for concept in self.concepts for tag in concept.tags)
         self.tags = {tag for tag in count if count[tag] >= FEWEST}
-        self.buckets, self.skipped = [(side, side)], {}
+        self.buckets, self.skipped = {(side, side): 1.0}, {}
         words = hashlib.sha256(json.dumps([self.concepts, PACKAGES]).encode()).hexdigest()
         self.fingerprint = f"{name} {side} {VERSION} {words}"
 

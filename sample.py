@@ -21,6 +21,7 @@ from PIL import Image
 
 import data
 import encoders
+import files
 import model
 import objectives
 import sampler
@@ -221,10 +222,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     if args.prompts:
         if not args.prompts.is_file():
             parser.error(f"no such prompt file: {args.prompts}")
-        args.prompt += [line.strip() for line in data.read_text(args.prompts).splitlines() if line.strip()]
+        args.prompt += [line.strip() for line in files.read_text(args.prompts).splitlines() if line.strip()]
     if not args.prompt:
         parser.error("give at least one --prompt, or --prompts FILE")
-    args.prompt = list(map(data.whole, args.prompt))  # the shell may hand over what is not UTF-8
+    args.prompt = list(map(files.whole, args.prompt))  # the shell may hand over what is not UTF-8
     parser.check_ranges(
         args, steps=(1, 10**6), guidance=(0, 100), images=(1, 10**6), scale=(0, 64), seed=(0, 2**63 - 1)
     )

@@ -31,7 +31,18 @@ OWN = {
     "loss_power": 1.0,
 }
 # What a run keeps for its whole life, and what changes the recipe.
-FIXED = ("size", "objective", *OWN, "text", "txt_len", "autoencoder", "wrong_captions", "optimizer", "init")
+FIXED = (
+    "size",
+    "objective",
+    *OWN,
+    "text",
+    "txt_len",
+    "autoencoder",
+    "wrong_captions",
+    "optimizer",
+    "init",
+    "caption_key",
+)
 RECIPE = (
     "steps",
     "batch_size",
@@ -86,6 +97,11 @@ def what_is_trained(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         type=errors.name,
         help="folder of the index of tar shards (default: beside the tars)",
+    )
+    a(
+        "--caption-key",
+        metavar="NAME",
+        help="of captions in tables and .json (default: text, caption or prompt)",
     )
     a("--seed", metavar="N", type=int, default=0, help="of everything random (default: 0)")
     a = parser.add_argument_group("the recipe").add_argument
@@ -152,7 +168,7 @@ def what_is_trained(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         type=float,
         default=0.9,
-        help="share of the classifier term in Delta beside the auxiliary term; 0 is none of it (default: 0.9)",
+        help="share of the classifier term in Delta beside the auxiliary term; 0 is none (default: 0.9)",
     )
     a(
         "--train-guidance",

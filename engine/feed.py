@@ -1,5 +1,7 @@
 """The way of the data: from global sample indices to the tensors that the loss takes, read ahead on threads (S.2).
 
+    python -m engine.feed --data tars/ --side 32       # looks at data: what is used and why not, and a sheet of samples
+
     codec = feed.Codec(text, autoencoder, device, patch=4)
     feed = feed.Feed(plan, draw, seed, codec, Ranks(world=8, rank=0))
     for batch in feed.stream(start=1200):      # this process's micro-batches, from iteration 1200 on, in order
@@ -15,16 +17,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 import data
 import emoji
 import encoders
-from engine import checkpoint
+import files
+from engine import checkpoint, errors
 from engine.processes import Ranks
 from engine.randomness import rng
 from recipe import Recipe, Stage
@@ -41,64 +44,107 @@ def check_sides(sides: tuple[int, ...], multiple: int) -> None:
             raise data.DataError(f"the side of the pictures must be a multiple of {multiple}, not {side}")
 
 
-def open_source(
-    names: tuple[str, ...], stage: Stage, multiple: int, index: str | None = None, wrong_captions: float = 0.0
-):
-    """The samples of a stage: a built-in set by its name, a folder of pictures, a folder of tar shards, or caches of
-    encoded shards.
+class Reading(NamedTuple):
+    """How sources are read."""
 
-    Sources of several sides take turns, batch by batch. A cache has one side, so a stage of two sides needs two caches;
-    all else serves every side. `multiple` is what the sides of a picture must be multiples of: the auto-encoder's
-    factor times the patch; `index` the folder of the tars' index, if not their own; `wrong_captions` the share of
-    samples with the caption of another (data.WrongCaptions). Raises DataError with what is wrong and what to do.
+    workers: int = 2  # threads that read ahead
+    index: str | None = None  # folder of the tars' index, if not their own
+    caption_key: str | None = None  # where captions stand in tables and .json
+
+
+def open_source(
+    names: tuple[str, ...],
+    stage: Stage,
+    multiple: int,
+    reading: Reading = Reading(),
+    wrong_captions: float = 0.0,
+):
+    """The samples of a stage, whose sides take turns, batch by batch.
+
+    `multiple` is what the sides of a picture must be multiples of: the auto-encoder's factor times the patch;
+    `wrong_captions` the share of samples with the caption of another (data.WrongCaptions). Raises DataError.
     """
-    sides, batch_size = stage.sides, stage.batch_size
-    caches = {
-        checkpoint.read_json(Path(name) / "cache.json")["side"]: name
-        for name in names
-        if cache.is_cache(name)
-    }
-    if len(caches) < len(names) and len(names) > 1:
-        raise data.DataError(
-            f"--data takes one folder, or several caches; of {', '.join(names)} only {len(caches)} are caches"
-        )
-    check_sides(sides, multiple)
-    if caches and wrong_captions:
-        raise data.DataError(
-            f"{names[0]} is a cache, whose captions are encoded already: --wrong-captions needs its tars"
-        )
-    parts = []
-    for side in sides:
-        if names[0] in data.SETS:
-            parts.append(data.Shapes(side, names[0]))
-        elif names[0] in emoji.SETS:
-            parts.append(emoji.Emoji(side, names[0]))
-        elif caches:
-            if side not in caches:
-                raise data.DataError(f"none of {', '.join(names)} was cached with --side {side}")
-            source = cache.CachedShards(
-                caches[side], batch_size
-            )  # only this one: others may be for other batches
-            wrong = [f"{h}x{w}" for h, w in source.buckets if h % multiple or w % multiple]
-            if wrong:
-                raise data.DataError(
-                    f"{source.name} holds pictures of {', '.join(wrong)}, and sides must be multiples "
-                    f"of {multiple}: cache again "
-                    f"with --multiple {multiple}"
-                )
-            parts.append(source)
-        elif any(Path(names[0]).glob("*.tar")):
-            parts.append(shards.Shards(names[0], side, batch_size, multiple=multiple, index=index))
-        else:
-            parts.append(data.ImageFolder(names[0], side))
+    check_sides(stage.sides, multiple)
+    parts = [open_side(names, side, stage.batch_size, multiple, reading) for side in stage.sides]
     if wrong_captions:
+        if not all(hasattr(part, "caption") for part in parts):
+            raise data.DataError(
+                f"--wrong-captions swaps those of a folder, tars or built-in shapes; {parts[0].name} keeps its own"
+            )
         parts = [data.WrongCaptions(part, wrong_captions) for part in parts]
-    return parts[0] if len(parts) == 1 else shards.Mixed(parts, batch_size)
+    return parts[0] if len(parts) == 1 else Mixed(parts, stage.batch_size)
+
+
+def open_side(names: tuple[str, ...], side: int, batch_size: int, multiple: int, reading: Reading):
+    """What --data means, at one side: a built-in set, caches (one for each side), tars, or a folder of pictures."""
+    if names[0] in data.SETS:
+        return data.Shapes(side, names[0])
+    if names[0] in emoji.SETS:
+        return emoji.Emoji(side, names[0])
+    caches = [name for name in names if cache.is_cache(name)]
+    tars = [name for name in names if name not in caches and shards.find_tars(name)[0]]
+    if len(names) > 1 and len(names) not in (len(caches), len(tars)):
+        odd = next(name for name in names if name not in (tars or caches))
+        raise data.DataError(
+            f"--data takes one folder, several tars or several caches; {odd} is not like the others"
+        )
+    if tars:
+        return shards.Shards(
+            names, side, batch_size, multiple=multiple, index=reading.index, caption_key=reading.caption_key
+        )
+    if not caches:
+        return data.ImageFolder(names[0], side, reading.caption_key)
+    fitting = [name for name in caches if cache.side_of(name) == side]  # others may be for other batches
+    if not fitting:
+        raise data.DataError(f"none of {', '.join(names)} was cached with --side {side}")
+    source = cache.CachedShards(fitting[-1], batch_size)
+    wrong = [f"{h}x{w}" for h, w in source.buckets if h % multiple or w % multiple]
+    if wrong:
+        raise data.DataError(
+            f"{source.name} holds pictures of {', '.join(wrong)}, and sides must be multiples of {multiple}: "
+            f"cache again with --multiple {multiple}"
+        )
+    return source
+
+
+class Mixed:
+    """Several sources in equal parts, by whole batches (S.2: 256^2 and 512^2, 1:1).
+
+    Of n sources, block b is block b div n of source b mod n; a block is batch_size samples.
+    """
+
+    def __init__(self, sources: list, batch_size: int):
+        self.sources, self.batch_size = sources, batch_size
+        self.name = " + ".join(source.name for source in sources)
+        self.fingerprint = " ".join(source.fingerprint for source in sources)
+        self.buckets = {}
+        for source in sources:
+            for bucket, share in source.buckets.items():
+                self.buckets[bucket] = self.buckets.get(bucket, 0.0) + share / len(sources)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        # Copies, because threads that read may be adding to them.
+        return {key: reason for source in self.sources for key, reason in dict(source.skipped).items()}
+
+    def locate(self, g: int):
+        """(the source of g, g's index in it)"""
+        b, place = divmod(g, self.batch_size)
+        turn, which = divmod(b, len(self.sources))
+        return self.sources[which], turn * self.batch_size + place
+
+    def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
+        source, own = self.locate(g)
+        return source.bucket(own, seed)
+
+    def sample(self, g: int, seed: int = 0):
+        source, own = self.locate(g)
+        return source.sample(own, seed)
 
 
 def parts_of(source) -> list:
-    """A source, or the several that take turns in it."""
-    return getattr(source, "sources", [source])
+    """The sources of files and pictures in a source: several may take turns, and WrongCaptions holds another."""
+    return [getattr(part, "source", part) for part in getattr(source, "sources", [source])]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -137,13 +183,6 @@ class Codec(NamedTuple):
     factor: int = 1  # what the auto-encoder shrinks sides by
 
 
-class Reading(NamedTuple):
-    """How sources are read."""
-
-    workers: int = 2  # threads that read ahead
-    index: str | None = None  # folder of the tars' index, if not their own
-
-
 class Feed:
     """The micro-batches of one process.
 
@@ -165,22 +204,43 @@ class Feed:
         start: int = 0,
         reading: Reading = Reading(),
     ):
-        self.plan, self.draw, self.seed, self.codec, self.ranks, self.reading = (
-            plan,
-            draw,
-            seed,
-            codec,
-            ranks,
-            reading,
-        )
-        self.waited, multiple = 0.0, codec.factor * codec.patch
+        self.plan, self.draw, self.seed, self.codec = plan, draw, seed, codec
+        self.ranks, self.reading, self.null, self.waited = ranks, reading, None, 0.0
         self.sources = {
-            number: open_source(plan.data, stage, multiple, reading.index, plan.wrong_captions)
+            number: open_source(plan.data, stage, codec.factor * codec.patch, reading, plan.wrong_captions)
             for number, stage in enumerate(plan.stages)
             if number >= plan.stage_number(start)
         }
-        self.null = None
-        self.check_caches()
+        for part in self.parts():
+            if isinstance(part, cache.CachedShards):  # now, not at the iteration that needs it
+                part.check(plan.text, plan.txt_len, plan.autoencoder)
+                if plan.aux_from < 1 and not part.fake:
+                    raise data.DataError(
+                        f"{part.name} was cached without --fake, which the auxiliary term needs: cache again, or "
+                        "train with --aux-from 1"
+                    )
+
+    def parts(self) -> list:
+        """Every source of a single side, of all stages to come."""
+        return [part for source in self.sources.values() for part in parts_of(source)]
+
+    def tell(self) -> list[str]:
+        """A line on each source of files: its pictures and captions, what is left out and why, what is cut."""
+        lines = []
+        for part in self.parts():
+            line = getattr(part, "told", "")
+            if isinstance(part, data.ImageFolder) and self.codec.text:
+                cut = sum(self.codec.text.cuts(caption) for own in part.captions for caption in own)
+                limit = f"; {cut:,} captions are longer than --txt-len {self.codec.text.txt_len} reads"
+                line += limit if cut else ""
+            lines.append(line)
+        return list(dict.fromkeys(filter(None, lines)))
+
+    def buckets(self, step: int) -> dict[tuple[int, int], float]:
+        """(height, width) -> share of the pictures that a model is to draw after iteration `step`: those of the stage's
+        largest side, the most frequent first."""
+        largest = max(parts_of(self.source(step)), key=lambda part: max(h * w for h, w in part.buckets))
+        return dict(sorted(largest.buckets.items(), key=lambda item: -item[1]))
 
     def fingerprints(self) -> dict[str, str]:
         """What the samples of each stage to come follow from, besides the seed:
@@ -194,24 +254,9 @@ class Feed:
         """The source of iteration `step`."""
         return self.sources[self.plan.stage_number(step)]
 
-    def check_caches(self) -> None:
-        """Raise DataError now, not at the iteration that needs it, for a cache
-        of other encoders or without fake prompts."""
-        for source in self.sources.values():
-            for part in parts_of(source):
-                if isinstance(part, cache.CachedShards):
-                    part.check(self.plan.text, self.plan.txt_len, self.plan.autoencoder)
-                    if self.plan.aux_from < 1 and not part.fake:
-                        raise data.DataError(
-                            f"{part.name} was cached without --fake, which the auxiliary term needs: "
-                            "cache again, "
-                            "or train with --aux-from 1"
-                        )
-
-    def skipped(self) -> set[str]:
-        """The keys of the samples that could not be read so far: those that an
-        index knows, and those found by this process."""
-        return {key for source in self.sources.values() for key in dict(source.skipped)}
+    def skipped(self) -> dict[str, str]:
+        """Key -> reason of what is left out so far: what was known at the start, and what this process has found."""
+        return {key: reason for part in self.parts() for key, reason in dict(part.skipped).items()}
 
     def indices(self, step: int) -> list[list[int]]:
         """The global indices of this process's micro-batches of an iteration: a run of consecutive integers each."""
@@ -294,3 +339,53 @@ class Feed:
             finally:
                 for _, future in ahead:
                     future.cancel()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A look at data
+# ------------------------------------------------------------------------------------------------------------
+def main() -> None:
+    parser = errors.Parser(
+        "-m engine.feed", "Say what data hold, and draw a sheet of samples with their captions."
+    )
+    a = parser.add_argument
+    a(
+        "--data",
+        nargs="+",
+        type=errors.name,
+        default=["one-shape"],
+        help="as for train.py (default: one-shape)",
+    )
+    a(
+        "--caption-key",
+        metavar="NAME",
+        help="where captions stand in tables and .json (default: text, caption or prompt)",
+    )
+    a("--side", metavar="N", type=int, default=16, help="of the pictures, a multiple of 4 (default: 16)")
+    a("--seed", metavar="N", type=int, default=0, help="which pictures (default: 0)")
+    a("--out", type=errors.file_to_write, default="data.png", help="the sheet to write (default: data.png)")
+    args = parser.parse_args()
+    parser.check_ranges(args, side=(4, 2**13), seed=(0, 2**63 - 1))
+    if args.out.suffix.lower() != ".png":
+        parser.error(f"--out must name a .png file, not {args.out}")
+    reading = Reading(caption_key=args.caption_key)
+    source = open_source(tuple(args.data), Stage(0, (args.side,), 1), 4, reading)
+    if isinstance(source, cache.CachedShards):
+        parser.error(f"{source.name} is a cache of latents: look at its tars")
+    print(getattr(source, "told", f"{source.name}: without end"))
+    for name, why in source.skipped.items():
+        print(f"  {files.printable(name)}: {why}")
+    samples = [source.sample(g, args.seed) for g in range(24)]
+    columns = [samples[i : i + 6] for i in range(0, 24, 6)]
+    scale = max(1, 256 // args.side)
+    sheets = [data.label_grid([[s.picture] for s in c], [""], [s.caption for s in c], scale) for c in columns]
+    whole = Image.new("RGB", (sum(s.width for s in sheets), max(s.height for s in sheets)), "white")
+    for i, sheet in enumerate(sheets):
+        whole.paste(sheet, (sum(s.width for s in sheets[:i]), 0))
+    with checkpoint.in_one_piece(args.out) as partial:
+        whole.save(partial, format="PNG")
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -103,14 +103,6 @@ def compile_works(device: torch.device) -> tuple[bool, str]:
     return True, ""
 
 
-def memory() -> float:
-    """Bytes of memory that the machine has, used or free; without end where it does not say."""
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):  # Windows, and systems without these names
-        return float("inf")
-
-
 def keep_freed_memory() -> None:
     """Linux: let malloc keep freed blocks instead of handing them back to the kernel after every tensor.
 

@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import data
 import encoders
 import losses
 import model
@@ -30,7 +29,7 @@ import objectives
 import recipe
 from engine import arguments, checkpoint, errors, limits, machine, optimizers
 from engine import plan as printed
-from engine.feed import Batch, Codec, Feed, Reading, parts_of
+from engine.feed import Batch, Codec, Feed, Reading
 from engine.processes import Ranks, StopSignal
 from objectives import OBJECTIVES
 from scale import cache
@@ -83,7 +82,8 @@ class Run:
         if step == self.start or step in self.plan.begins():
             side = max(self.plan.stage(step).sides)
             tokens = recipe.image_tokens(self.sizes, side, self.codec.factor)
-            self.config |= {"side": side, "mu": losses.mu_of_length(tokens)}
+            buckets = [[*sides, share] for sides, share in self.feed.buckets(step).items()]
+            self.config |= {"side": side, "mu": losses.mu_of_length(tokens), "buckets": buckets}
             if self.ranks.is_first:
                 checkpoint.write_json(self.folder / "config.json", self.config)
 
@@ -162,10 +162,8 @@ def prepare(
             codec,
             ranks,
             start,
-            Reading(args.workers, args.index),
+            Reading(args.workers, args.index, args.caption_key),
         )
-    if ranks.is_first and codec.text:
-        tell_cut_captions(feed, codec.text)
     precision = pick_precision(args, folder, device, ranks)
     flags = {
         "--" + k.replace("_", "-"): v
@@ -205,25 +203,14 @@ def prepare(
         run.step_module = DistributedDataParallel(run.objective, gradient_as_bucket_view=True)
     if ranks.is_first:
         printed.tell(args, plan, sizes, codec.factor, ranks.world, start)
+        for line in feed.tell():
+            print("  " + line)
         print(f"  on {run.config['machine']}, in {run.config['precision']}", flush=True)
     run.stop = StopSignal()
     run.stream = feed.stream(start)
     closing.callback(run.stream.close)
     run.began = run.saved_at = time.perf_counter()
     return run
-
-
-def tell_cut_captions(feed: Feed, text) -> None:
-    """Say how many captions of a folder are longer than --txt-len, which drops their ends."""
-    for source in {id(s): s for s in feed.sources.values()}.values():
-        for part in parts_of(getattr(source, "source", source)):  # data.WrongCaptions holds its own
-            captions = part.captions if isinstance(part, data.ImageFolder) else []
-            if cut := sum(map(text.cuts, captions)):
-                print(
-                    f"{part.name}: {cut} of {len(captions)} captions are longer than --txt-len {text.txt_len} reads; "
-                    "their ends are left out",
-                    file=sys.stderr,
-                )
 
 
 def open_encoders(plan: recipe.Recipe, size: dict, device: torch.device, draws: bool) -> tuple[Codec, dict]:

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import files
 import model
 import recipe
 import sample
@@ -129,7 +130,11 @@ class Watch:
         if step % run.args.log_every and step != run.plan.steps:
             return
         record = self.meter.record(run.ranks.world, self.peak, run.feed.waited)
-        self.skipped = self.skipped.union(*run.ranks.gather(run.feed.skipped() - self.skipped))
+        new = {key: why for key, why in run.feed.skipped().items() if key not in self.skipped}
+        for found in run.ranks.gather(new):  # told once, whichever process met it
+            for key in found.keys() - self.skipped.keys():
+                self.say(f"left out {files.printable(key)}: {found[key]}")
+            self.skipped |= found
         if self.log_file and record:
             record["skipped"] = len(self.skipped)
             record["images_per_s"] = record["iterations_per_s"] * run.plan.stage(last).batch_size

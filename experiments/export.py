@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-import data
+import files
 import sample
 from engine import checkpoint, errors, machine
 from experiments.evaluate import choices_of, sampling_flags
@@ -28,12 +28,12 @@ def read_prompts(path: Path) -> list[dict]:
         raise errors.UserError(f"no such prompt file: {path}")
     found = []
     # JSON may hold the other characters that end lines
-    for number, line in enumerate(data.read_text(path).split("\n"), 1):
+    for number, line in enumerate(files.read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             metadata = json.loads(line)
-            found.append(metadata | {"prompt": data.whole(metadata["prompt"])})
+            found.append(metadata | {"prompt": files.whole(metadata["prompt"])})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise errors.UserError(
                 f'{path}, line {number} is no JSON object with a "prompt", as evaluation_metadata.jsonl has'

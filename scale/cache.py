@@ -10,7 +10,8 @@
     OUT/192x336_00002.safetensors     shard 2 of bucket (192, 336): latent [n, C, h, w], pooled [n, d] in fp32, tokens
                                       [n, L, d] in bf16 or fp32, the same of the fake prompts, captions and keys
 
-A cache yields the sequence of samples that its tars yield with the same side, `multiple` and batch size.
+A cache yields the sequence of samples that its tars yield with the same side, `multiple` and batch size. Of a picture
+with several captions it holds the first.
 """
 
 import contextlib
@@ -31,17 +32,16 @@ from tqdm import tqdm
 
 import data
 import encoders
-from data import DataError
-from engine import checkpoint, errors, limits, machine
-from engine.checkpoint import in_one_piece
+import files
+from engine import checkpoint, errors, machine
+from files import DataError
 from scale import shards
 
 
 class CachedSample(NamedTuple):
     """One encoded sample: latent [C, h, w], (tokens [L, d_txt], pooled [d_vec]) of its caption and of its fake prompt.
 
-    Tensors are as they are stored: fp32, and tokens perhaps bf16. `fake` is None where the cache was made without
-    --fake.
+    Tensors are as they are stored: fp32, and tokens perhaps bf16. `fake` is None where the cache was made without it.
     """
 
     latent: Tensor
@@ -50,6 +50,109 @@ class CachedSample(NamedTuple):
     pooled: Tensor
     key: str
     fake: tuple[Tensor, Tensor] | None
+
+
+class Settings(NamedTuple):
+    """How a cache is made."""
+
+    batch_size: int = 1024  # the one it is meant for: as in Shards, smaller buckets are merged
+    fake: bool = False  # whether the fake prompts are encoded too
+    tokens: str = "bf16"  # precision of the stored tokens, or fp32
+    multiple: int = 16  # of which all sides are multiples
+    per_shard: int = 256  # samples of a cached shard
+    encode_batch: int = 16  # pictures encoded at once
+    index: str | None = None  # folder of the tars' index, by default beside them
+    caption_key: str | None = None  # where captions stand in tables and .json
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Making one
+# ------------------------------------------------------------------------------------------------------------
+def make(names, out: Path, side: int, encoders: tuple, settings: Settings = Settings(), part=(0, 1)) -> None:
+    """Encode the pictures and captions of tars into the folder `out`; what is complete there is left as it is.
+
+    encoders are the frozen (text encoder, auto-encoder). part (i, n) makes every n-th shard from the i-th on, so that n
+    processes can share the work. A picture that cannot be decoded is replaced as in Shards, and its shard remembers it.
+    Raises DataError when `out` holds a cache made from other tars or with other settings.
+    """
+    text, autoencoder = encoders
+    if settings.multiple % autoencoder.factor:
+        raise DataError(
+            f"{autoencoder.name} needs multiples of {autoencoder.factor}, not {settings.multiple}"
+        )
+    source = shards.Shards(
+        names,
+        side,
+        settings.batch_size,
+        multiple=settings.multiple,
+        index=settings.index,
+        caption_key=settings.caption_key,
+    )
+    print(source.told)
+    own = {
+        "format": 1,
+        "text": text.name,
+        "txt_len": text.txt_len,
+        "autoencoder": autoencoder.name,
+        "side": side,
+    }
+    own |= {
+        name: getattr(settings, name) for name in ("multiple", "batch_size", "tokens", "fake", "per_shard")
+    }
+    own |= {"source": source.fingerprint}
+    own |= {"buckets": [[h, w, len(members)] for (h, w), members in zip(source.sides, source.members)]}
+    begin(out, own)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.tokens]
+    if not (out / "null.safetensors").exists():
+        save_shard(out / "null.safetensors", encode_text(text, [""], 1, dtype, fake=True))
+    plan = list(shard_plan(out, own))[part[0] :: part[1]]
+    missing = [entry for entry in plan if not entry[0].exists()]
+    total, left = (sum(len(rows) for _, _, rows in some) for some in (plan, missing))
+    with (
+        tqdm(total=total, initial=total - left, desc="encoding", unit=" pictures", disable=None) as bar,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+    ):
+        for path, k, rows in missing:
+            latents, captions, texts = [], [], []
+            for first in range(0, len(rows), settings.encode_batch):
+                some = rows[first : first + settings.encode_batch]
+                pictures, told, keys = zip(*pool.map(functools.partial(source.picture, k), some))
+                latents.append(autoencoder.encode(data.to_tensor(pictures)).cpu())
+                captions += [caption for caption, *_ in told]
+                texts += [json.dumps([caption, key]).encode() for (caption, *_), key in zip(told, keys)]
+                bar.update(len(some))
+            tensors = encode_text(text, captions, settings.encode_batch, dtype, settings.fake)
+            tensors["latent"] = torch.cat(latents)
+            tensors["text_end"] = torch.tensor(np.cumsum([0, *map(len, texts)]))
+            tensors["text"] = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
+            broken = [
+                source.text(n)[0] for n in source.members[k][rows.start : rows.stop] if n in source.broken
+            ]
+            save_shard(path, tensors, {"skipped": json.dumps({key: source.skipped[key] for key in broken})})
+
+
+def begin(out: Path, own: dict) -> None:
+    """Write the cache.json of a cache, or find the same. Raises DataError for a cache of another kind."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "cache.json").exists():
+        return checkpoint.write_json(out / "cache.json", own, shared=True)  # all parts write it
+    stored = checkpoint.read_json(out / "cache.json")
+    for name, value in own.items():
+        if not isinstance(stored, dict) or name not in stored:
+            raise DataError(f"{out / 'cache.json'} is not that of a cache: choose another folder")
+        if stored[name] != value:
+            told = (
+                "other tars" if name in ("source", "buckets") else f"{name} {stored[name]!r}, not {value!r}"
+            )
+            raise DataError(f"{out} is a cache made with {told}: choose another folder, or the same settings")
+
+
+def shard_plan(out: Path, own: dict) -> Iterator[tuple[Path, int, range]]:
+    """The shards of a cache: (path, bucket k, which of the bucket's pictures it holds)."""
+    for k, (height, width, count) in enumerate(own["buckets"]):
+        for number, first in enumerate(range(0, count, own["per_shard"])):
+            path = out / f"{height}x{width}_{number:05d}.safetensors"
+            yield path, k, range(first, min(count, first + own["per_shard"]))
 
 
 def encode_text(text, captions: list[str], batch: int, dtype: torch.dtype, fake: bool) -> dict[str, Tensor]:
@@ -64,128 +167,13 @@ def encode_text(text, captions: list[str], batch: int, dtype: torch.dtype, fake:
 
 def save_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Safetensors in one piece; several processes may write the same file."""
-    with in_one_piece(path, shared=True) as partial:
+    with checkpoint.in_one_piece(path, shared=True) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
 
 
-class Settings(NamedTuple):
-    """What a cache holds; all of it but the last two is part of its cache.json."""
-
-    batch_size: int = (
-        1024  # the one it is meant for: as in Shards, smaller buckets are merged, which fixes the sizes
-    )
-    fake: bool = False  # whether the fake prompts are encoded too
-    tokens: str = "bf16"  # precision of the stored tokens, or fp32
-    multiple: int = 16  # of which all sides are multiples
-    per_shard: int = 256  # samples of a cached shard
-    encode_batch: int = 16  # pictures encoded at once
-    index: str | Path | None = None  # folder of the tars' index, by default beside them
-
-
-def make(
-    folder: str | Path,
-    out: str | Path,
-    side: int,
-    encoders: tuple,
-    settings: Settings = Settings(),
-    part: tuple[int, int] = (0, 1),
-) -> None:
-    """Encode the pictures and captions of a folder of tars into `out`; what is complete there is left as it is.
-
-    encoders are the frozen (text encoder, auto-encoder). part (i, n) makes every n-th shard from the i-th on, so that n
-    processes can share the work. A picture that cannot be decoded is replaced as in Shards, and its shard remembers it:
-    a cache yields the sequence that its tars yield. Raises DataError when `out` holds a cache made from other tars or
-    with other settings.
-    """
-    text, autoencoder = encoders
-    if settings.multiple % autoencoder.factor:
-        raise DataError(
-            f"auto-encoder {autoencoder.name} needs multiples of {autoencoder.factor}, not "
-            f"{settings.multiple}"
-        )
-    out = Path(out)
-    source = shards.Shards(
-        folder, side, settings.batch_size, multiple=settings.multiple, index=settings.index
-    )
-    spec = begin(
-        out,
-        {
-            "format": 1,
-            "text": text.name,
-            "txt_len": text.txt_len,
-            "autoencoder": autoencoder.name,
-            "side": side,
-            "multiple": settings.multiple,
-            "batch_size": settings.batch_size,
-            "tokens": settings.tokens,
-            "fake": settings.fake,
-            "per_shard": settings.per_shard,
-            "source": source.fingerprint,
-            "buckets": [[h, w, len(m)] for (h, w), m in zip(source.buckets, source.members)],
-        },
-    )
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.tokens]
-    if not (out / "null.safetensors").exists():
-        save_shard(out / "null.safetensors", encode_text(text, [""], 1, dtype, fake=True))
-    plan = list(shard_plan(out, spec))[part[0] :: part[1]]
-    missing = [entry for entry in plan if not entry[0].exists()]
-    bar = tqdm(
-        total=sum(len(rows) for _, _, rows in plan),
-        initial=sum(len(rows) for p, _, rows in plan if p.exists()),
-        desc=f"encoding {folder}",
-        unit=" pictures",
-        disable=None,
-    )
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for path, k, rows in missing:
-            latents, captions, texts = [], [], []
-            for first in range(0, len(rows), settings.encode_batch):
-                some = rows[first : first + settings.encode_batch]
-                samples = list(pool.map(functools.partial(source.picture, k), some))
-                latents.append(autoencoder.encode(data.to_tensor([s.picture for s in samples])).cpu())
-                captions += [s.caption for s in samples]
-                texts += [json.dumps([s.caption, s.key]).encode() for s in samples]
-                bar.update(len(samples))
-            tensors = encode_text(text, captions, settings.encode_batch, dtype, settings.fake)
-            tensors |= {
-                "latent": torch.cat(latents),
-                "text_end": torch.tensor(np.cumsum([0, *map(len, texts)])),
-                "text": torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8),
-            }
-            own = [source.key(n) for n in source.members[k][rows.start : rows.stop]]
-            failed = {key: source.skipped[key] for key in own if key in source.skipped}
-            save_shard(path, tensors, {"skipped": json.dumps(failed)})
-    bar.close()
-
-
-def begin(out: Path, spec: dict) -> dict:
-    """The folder of a cache, its cache.json written or found the same. Raises DataError for a cache of another kind."""
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / "cache.json").exists():
-        checkpoint.write_json(out / "cache.json", spec, shared=True)  # all parts write it
-        return spec
-    stored = spec_of(out)
-    if stored is None:
-        raise DataError(f"{out / 'cache.json'} is not that of a cache: choose another folder")
-    for name, value in spec.items():
-        if stored.get(name) != value:
-            said = (
-                "other tars"
-                if name in ("source", "buckets")
-                else f"{name} {stored.get(name)!r}, not {value!r}"
-            )
-            raise DataError(f"{out} is a cache made with {said}: choose another folder, or the same settings")
-    return spec
-
-
-def shard_plan(out: Path, spec: dict) -> Iterator[tuple[Path, int, range]]:
-    """The shards of a cache: (path, bucket k, which of the bucket's pictures it holds)."""
-    for k, (height, width, count) in enumerate(spec["buckets"]):
-        for number, first in enumerate(range(0, count, spec["per_shard"])):
-            path = out / f"{height}x{width}_{number:05d}.safetensors"
-            yield path, k, range(first, min(count, first + spec["per_shard"]))
-
-
+# ------------------------------------------------------------------------------------------------------------
+# The source
+# ------------------------------------------------------------------------------------------------------------
 class CachedShards:
     """What `make` wrote, as a source of CachedSample in the order of shards.Blocks: the interface of shards.Shards.
 
@@ -196,54 +184,48 @@ class CachedShards:
     """
 
     def __init__(self, folder: str | Path, batch_size: int):
-        self.folder, self.name, self.batch_size = Path(folder), str(folder), batch_size
-        self.spec = spec_of(folder)
-        if self.spec is None:
+        self.name, self.batch_size = str(folder), batch_size
+        if not is_cache(folder):
             raise DataError(f"{folder} holds no cache.json: python -m scale.cache makes a cache")
-        plan = list(shard_plan(self.folder, self.spec))
+        self.spec = checkpoint.read_json(Path(folder) / "cache.json")
+        self.side, self.fake, self.fingerprint = (self.spec[name] for name in ("side", "fake", "source"))
+        plan = list(shard_plan(Path(folder), self.spec))
         missing = [path for path, _, _ in plan if not path.exists()]
         if missing:
             raise DataError(
                 f"{folder} lacks {len(missing)} of {len(plan)} shards, first {missing[0].name}: "
                 "run its python -m scale.cache command again, it goes on where it stopped"
             )
-        height, width, smallest = min(self.spec["buckets"], key=lambda bucket: bucket[2])
-        if smallest < batch_size:
+        *sides, counts = zip(*self.spec["buckets"])
+        self.sides = list(zip(*sides))
+        if min(counts) < batch_size:
+            height, width = self.sides[counts.index(min(counts))]
             raise DataError(
-                f"bucket {height}x{width} of {folder} has {smallest} pictures, fewer than a batch of "
+                f"bucket {height}x{width} of {folder} has {min(counts)} pictures, fewer than a batch of "
                 f"{batch_size}: lower it, or cache with --batch-size {batch_size}"
             )
-        self.side, self.fake, self.skipped = self.spec["side"], self.spec["fake"], {}
-        self.fingerprint = self.spec["source"]  # that of its tars: it yields their sequence
-        self.buckets = [(height, width) for height, width, _ in self.spec["buckets"]]
-        self.blocks = shards.Blocks(
-            [count for _, _, count in self.spec["buckets"]], batch_size, self.spec["side"]
-        )
-        self.paths: list[list[Path]] = [[] for _ in self.buckets]
-        sizes, factor = cached_sizes(self.folder)
-        texts = {"tokens": (self.spec["txt_len"], sizes["txt_dim"]), "pooled": (sizes["vec_dim"],)}
-        fakes = {f"fake_{name}": shape for name, shape in texts.items()}
-        with opened(self.folder / "null.safetensors") as file:
-            check_tensors(file, 1, texts | fakes)
-            self.null = tuple(file.get_tensor(name) for name in texts)
-            self.null_fake = tuple(file.get_tensor(name) for name in fakes)
-        for path, k, rows in plan:
+        self.buckets = {side: count / sum(counts) for side, count in zip(self.sides, counts)}
+        self.blocks = shards.Blocks(counts, batch_size, self.side)
+        self.skipped, self.paths = {}, [[] for _ in counts]
+        for path, k, _ in plan:
             self.paths[k].append(path)
-            latent = {"latent": (sizes["channels"], *(side // factor for side in self.buckets[k]))}
             with opened(path) as file:
-                check_tensors(file, len(rows), latent | texts | (fakes if self.fake else {}))
-                check_texts(file, len(rows))
-                self.skipped |= {key: str(why) for key, why in json.loads(file.metadata()["skipped"]).items()}
-        shards.log_skipped(self.name, self.skipped, len(self))
+                self.skipped |= json.loads(file.metadata()["skipped"])
+        with opened(Path(folder) / "null.safetensors") as file:
+            self.null, self.null_fake = (
+                tuple(file.get_tensor(prefix + name) for name in ("tokens", "pooled"))
+                for prefix in ("", "fake_")
+            )
+        self.told = f"{folder}: {sum(counts):,} encoded pictures with captions{files.told(self.skipped)}"
 
     def check(self, text: str, txt_len: int, autoencoder: str) -> None:
         """Raise DataError unless the encoders of these names are those that the cache was made with."""
-        asked = (
-            ("text", encoders.canonical(text)),
-            ("txt_len", txt_len),
-            ("autoencoder", encoders.canonical(autoencoder)),
-        )
-        for name, value in asked:
+        asked = {
+            "text": encoders.canonical(text),
+            "txt_len": txt_len,
+            "autoencoder": encoders.canonical(autoencoder),
+        }
+        for name, value in asked.items():
             if self.spec[name] != value:
                 raise DataError(
                     f"{self.name} was encoded with {name} {self.spec[name]!r}, not {value!r}: "
@@ -255,7 +237,7 @@ class CachedShards:
 
     def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
         """(height, width) in pixels of sample g, and of its whole block; nothing is read."""
-        return self.buckets[self.blocks.block(g, seed)[0]]
+        return self.sides[self.blocks.block(g, seed)[0]]
 
     def sample(self, g: int, seed: int = 0) -> CachedSample:
         """Sample g of the sequence that belongs to `seed`; one row of each tensor is read."""
@@ -270,95 +252,53 @@ class CachedShards:
         return CachedSample(latent, caption, tokens, pooled, key, tuple(fake) or None)
 
 
-def spec_of(folder: str | Path) -> dict | None:
-    """What cache.json says of a cache; None where there is none, or that of another program. Raises CheckpointError for
-    a damaged one."""
-    path = Path(folder) / "cache.json"
-    spec = checkpoint.read_json(path) if path.exists() else None
-    if not isinstance(spec, dict) or "buckets" not in spec:
-        return None
-    limits.check(path, spec, limits.CACHE)
-    return spec
+@contextlib.contextmanager
+def opened(path: Path):
+    """A safetensors file, mapped and not read. Raises DataError naming one that is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} is damaged or missing ({error}): remove it and cache again") from error
 
 
 def is_cache(folder: str | Path) -> bool:
-    return spec_of(folder) is not None
+    """Whether a folder is a cache, and not another program's that has a cache.json too."""
+    path = Path(folder) / "cache.json"
+    own = checkpoint.read_json(path) if path.is_file() else {}
+    return isinstance(own, dict) and "buckets" in own
+
+
+def side_of(folder: str | Path) -> int:
+    """The side that a cache was made with."""
+    return checkpoint.read_json(Path(folder) / "cache.json")["side"]
 
 
 def cached_sizes(folder: Path) -> tuple[dict, int]:
-    """What a cache says of the encoders without loading them: ({channels,
-    txt_dim, vec_dim} for model.SIZES, factor)."""
-    spec = spec_of(folder)
-    path, k, _ = next(shard_plan(folder, spec))
-    with opened(path) as file:
-        _, channels, height, _ = file.get_slice("latent").get_shape()
-        factor = spec["buckets"][k][0] // height
-    with opened(folder / "null.safetensors") as file:
-        sizes = {
-            "channels": channels,
-            "txt_dim": file.get_slice("tokens").get_shape()[-1],
-            "vec_dim": file.get_slice("pooled").get_shape()[-1],
-        }
-    return sizes, factor
+    """What a cache says of the encoders without loading them: ({channels, txt_dim, vec_dim} for model.SIZES, factor)."""
+    own = checkpoint.read_json(folder / "cache.json")
+    with opened(next(shard_plan(folder, own))[0]) as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in ("latent", "tokens", "pooled")}
+    sizes = {
+        "channels": shapes["latent"][1],
+        "txt_dim": shapes["tokens"][-1],
+        "vec_dim": shapes["pooled"][-1],
+    }
+    return sizes, own["buckets"][0][0] // shapes["latent"][2]
 
 
 def collate(samples: list[CachedSample], dropped: list[bool], null: tuple, null_fake: tuple, with_fake: bool):
     """(x0 [B, C, h, w], c, fake): what the loss takes, with the prompts of `dropped` samples replaced by "".
 
-    c and fake are (tokens [B, L, d_txt], pooled [B, d_vec]), as they are stored: feed.py makes them fp32 where the
-    network runs. fake is None unless asked for. Raises DataError when it is asked for and was not cached.
+    c and fake are (tokens [B, L, d_txt], pooled [B, d_vec]), as they are stored; fake is None unless asked for.
     """
-    if with_fake and any(s.fake is None for s in samples):
-        raise DataError("the auxiliary term needs the encoded fake prompts: cache with --fake")
-    c = [[a[0] for a in null] if drop else [s.tokens, s.pooled] for s, drop in zip(samples, dropped)]
-    fake = (
-        [[a[0] for a in null_fake] if drop else s.fake for s, drop in zip(samples, dropped)]
-        if with_fake
-        else None
-    )
-    stacked = [tuple(map(torch.stack, zip(*rows))) if rows else None for rows in (c, fake)]
-    return torch.stack([s.latent for s in samples]), *stacked
 
+    def stacked(rows: list[tuple], instead: tuple) -> tuple:
+        rows = [[a[0] for a in instead] if drop else row for row, drop in zip(rows, dropped)]
+        return tuple(map(torch.stack, zip(*rows)))
 
-@contextlib.contextmanager
-def opened(path: Path):
-    """A safetensors file, mapped and not read. Raises DataError naming one that is damaged, also where what is read of
-    it is not what it should be."""
-    try:
-        with safe_open(errors.regular(path, DataError), framework="pt") as file:
-            yield file
-    except (
-        SafetensorError,
-        OSError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-    ) as error:
-        raise DataError(f"{path} is damaged or missing ({error}): remove it and cache again") from error
-
-
-def check_tensors(file, rows: int, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError unless each tensor of an opened file has so many rows of its shape; only its header is read."""
-    for name, shape in shapes.items():
-        part = file.get_slice(name)
-        if part.get_shape() != [rows, *shape] or part.get_dtype() not in ("F32", "BF16"):
-            raise ValueError(f"{name} is {part.get_dtype()} {part.get_shape()}, not numbers {[rows, *shape]}")
-
-
-def check_texts(file, rows: int) -> None:
-    """Raise ValueError unless the ends of the texts of an opened shard are in order and within them."""
-    ends, letters = file.get_tensor("text_end"), file.get_slice("text")
-    told = ends.tolist()
-    if (
-        (ends.dtype, letters.get_dtype()) != (torch.int64, "U8")
-        or len(told) != rows + 1
-        or told != sorted(told)
-    ):
-        raise ValueError("its captions have no order")
-    if [told[:1], told[-1:]] != [[0], letters.get_shape()]:
-        raise ValueError("its captions are not whole")
+    x0, c = torch.stack([s.latent for s in samples]), stacked([(s.tokens, s.pooled) for s in samples], null)
+    return x0, c, stacked([s.fake for s in samples], null_fake) if with_fake else None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -366,87 +306,81 @@ def check_texts(file, rows: int) -> None:
 # ------------------------------------------------------------------------------------------------------------
 def share(text: str) -> tuple[int, int]:
     """ "0/8" -> (0, 8)"""
-    i, _, n = text.partition("/")
-    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+    i, n = map(int, text.split("/"))
+    if not 0 <= i < n:
         raise ValueError(text)
-    return int(i), int(n)
+    return i, n
 
 
 def main() -> None:
-    parser = errors.Parser("-m scale.cache FOLDER OUT", "Encode tar shards once: pictures and captions.")
+    own = Settings()
+    parser = errors.Parser("-m scale.cache TARS OUT", "Encode tar shards once: pictures and captions.")
     a = parser.add_argument
-    a("folder", metavar="FOLDER", type=errors.name, help="a folder of .tar")
-    a(
-        "out",
-        metavar="OUT",
-        type=errors.name,
-        help="the folder of the cache; one that was begun with the same settings is gone on with",
-    )
-    a("--side", metavar="N", type=shards.positive, required=True, help="side of the square bucket in pixels")
+    a("tars", metavar="TARS", type=errors.name, nargs="+", help="a folder of tars, tars, or ranges of them")
+    a("out", metavar="OUT", type=Path, help="the folder of the cache; one that was begun is gone on with")
+    a("--side", metavar="N", type=int, required=True, help="side of the square bucket in pixels")
     a("--text", metavar="SPEC", default="flux", help="frozen text encoder, see encoders.py (default: flux)")
-    a("--txt-len", metavar="N", type=shards.positive, help="tokens a caption (default: the encoder's)")
-    a(
-        "--autoencoder",
-        metavar="SPEC",
-        default="flux",
-        help="frozen auto-encoder, see encoders.py (default: flux)",
-    )
-    a(
-        "--fake",
-        action="store_true",
-        help="encode the fake prompts too, which the auxiliary term needs (default: off)",
-    )
+    a("--txt-len", metavar="N", type=int, help="tokens a caption (default: the encoder's)")
+    a("--autoencoder", metavar="SPEC", default="flux", help="frozen auto-encoder (default: flux)")
+    a("--fake", action="store_true", help="encode what the auxiliary term needs too (default: off)")
     a(
         "--tokens",
-        default="bf16",
+        default=own.tokens,
         choices=("bf16", "fp32"),
-        help="precision of the stored tokens (default: bf16)",
+        help="precision of the tokens (default: bf16)",
     )
     a(
         "--batch-size",
         metavar="N",
-        type=shards.positive,
-        default=1024,
-        help="the largest to train with: smaller buckets are merged (default: 1024)",
+        type=int,
+        default=own.batch_size,
+        help="the largest to train with (default: 1024)",
     )
     a(
         "--multiple",
         metavar="N",
-        type=shards.positive,
-        default=16,
-        help="of which all sides are multiples (default: 16)",
+        type=int,
+        default=own.multiple,
+        help="all sides are multiples of it (default: 16)",
     )
     a(
         "--per-shard",
         metavar="N",
-        type=shards.positive,
-        default=256,
+        type=int,
+        default=own.per_shard,
         help="samples a cached shard (default: 256)",
     )
-    a(
-        "--encode-batch",
-        metavar="N",
-        type=shards.positive,
-        default=16,
-        help="pictures encoded at once (default: 16)",
-    )
+    a("--encode-batch", metavar="N", type=int, default=own.encode_batch, help="encoded at once (default: 16)")
     a(
         "--part",
         metavar="I/N",
         type=share,
         default=(0, 1),
-        help="every N-th shard from the I-th on (default: 0/1, all)",
+        help="every N-th shard from the I-th (default: 0/1, all)",
     )
-    a("--index", metavar="DIR", type=errors.name, help="folder of the index (default: FOLDER)")
+    a("--index", metavar="DIR", type=errors.name, help="folder of the index (default: beside the tars)")
+    a(
+        "--caption-key",
+        metavar="NAME",
+        help="where captions stand in tables and .json (default: text, caption or prompt)",
+    )
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     args = parser.parse_args()
-    parser.check_ranges(args, side=limits.RANGES["side"], txt_len=limits.RANGES["txt_len"])
+    some = (1, 2**20)
+    parser.check_ranges(args, side=(1, 2**13), txt_len=(1, 2**12), batch_size=some, multiple=(1, 2**13))
+    parser.check_ranges(args, per_shard=some, encode_batch=some)
     device = machine.pick_device(args.device)
     text = encoders.text_encoder(args.text, args.txt_len, device)
-    autoencoder = encoders.autoencoder(args.autoencoder, device)
     settings = Settings(**{name: getattr(args, name) for name in Settings._fields})
-    make(args.folder, args.out, args.side, (text, autoencoder), settings, args.part)
-    plan = shard_plan(Path(args.out), checkpoint.read_json(Path(args.out) / "cache.json"))
+    make(
+        args.tars,
+        args.out,
+        args.side,
+        (text, encoders.autoencoder(args.autoencoder, device)),
+        settings,
+        args.part,
+    )
+    plan = shard_plan(args.out, checkpoint.read_json(args.out / "cache.json"))
     missing = [path for path, _, _ in plan if not path.exists()]
     print(f"{args.out}: " + (f"{len(missing)} shards are left to the other parts" if missing else "complete"))
 

@@ -1,6 +1,5 @@
 """The built-in shapes against their own rules, judged from the pictures and the captions; and folders of pictures."""
 
-import json
 import re
 
 import numpy as np
@@ -162,146 +161,70 @@ def test_pictures_and_tensors_are_inverse():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Folders
+# Folders (what they may look like: test_files.py)
 # ------------------------------------------------------------------------------------------------------------
-def write_pictures(folder, names, size=(40, 30)):
-    folder.mkdir(exist_ok=True)
-    for i, name in enumerate(names):
-        Image.new("RGB", size, (20 * i, 0, 0)).save(folder / name)
-    return folder
+@pytest.fixture
+def folder(tmp_path):
+    """Seven pictures whose colour is in their caption; the third has three captions more."""
+    for i in range(7):
+        Image.new("RGB", (40, 30), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"{20 * i} zero" + "\n40 one\n40 two\n40 three" * (i == 2))
+    return tmp_path
 
 
-def metadata(folder, lines):
-    (folder / "metadata.jsonl").write_text(
-        "\n".join(json.dumps(x) if isinstance(x, dict) else x for x in lines)
-    )
-    return folder
-
-
-def test_both_caption_conventions(tmp_path):
-    names = ["a.png", "b.jpg", "c.webp"]
-    jsonl = metadata(
-        write_pictures(tmp_path / "j", names), [{"file_name": n, "text": n.upper()} for n in names]
-    )
-    txt = write_pictures(tmp_path / "t", names)
-    for name in names:
-        (txt / name).with_suffix(".txt").write_text(name.upper() + "\n")
-    for folder in (jsonl, txt):
-        source = data.ImageFolder(folder, 16)
-        assert sorted(source.captions) == ["A.PNG", "B.JPG", "C.WEBP"] and source.pictures[0].shape == (
-            16,
-            16,
-            3,
-        )
-
-
-def test_every_epoch_shows_every_picture_once_in_another_order(tmp_path):
-    names = [f"{i}.png" for i in range(7)]
-    folder = metadata(write_pictures(tmp_path / "f", names), [{"file_name": n, "text": n} for n in names])
+def test_every_epoch_shows_every_picture_once_in_another_order(folder):
     source = data.ImageFolder(folder, 8)
     epochs = [[source.sample(g, 5).key for g in range(7 * e, 7 * e + 7)] for e in range(3)]
-    assert all(sorted(epoch) == names for epoch in epochs) and len(set(map(tuple, epochs))) > 1
+    assert all(sorted(epoch) == sorted(source.keys) for epoch in epochs) and len(set(map(tuple, epochs))) > 1
     assert (
         [source.sample(g, 5).key for g in range(7)]
         == epochs[0]
         != [source.sample(g, 6).key for g in range(7)]
     )
+    for sample in map(source.sample, range(21)):
+        assert sample.picture.shape == (8, 8, 3) and sample.picture.max() == int(sample.caption.split()[0])
 
 
-def lanczos(line: np.ndarray, n: int) -> np.ndarray:
-    """Values [N, ...] along a line -> [n, ...], n < N, by the formula: weights sinc(x) sinc(x / 3) for |x| < 3, where x
-    is the distance in pixels of the result; what lies beyond an end has no weight."""
-    x = (np.arange(len(line)) + 0.5)[None, :] * n / len(line) - (np.arange(n) + 0.5)[:, None]
-    weights = np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0.0)
-    return np.tensordot(weights / weights.sum(1, keepdims=True), line, 1)
+def test_of_several_captions_each_sample_draws_one(folder):
+    """A function of (seed, g); over many samples each as often as another."""
+    source, again = data.ImageFolder(folder, 8), data.ImageFolder(folder, 8)
+    drawn = [source.sample(g, 1) for g in range(7 * 400)]
+    assert [again.sample(g, 1).caption for g in range(100)] == [s.caption for s in drawn[:100]]
+    assert [again.sample(g, 2).caption for g in range(100)] != [s.caption for s in drawn[:100]]
+    counts = np.unique([s.caption for s in drawn if s.key == "2.png"], return_counts=True)[1]
+    assert len(counts) == 4 and abs(counts - 100).max() < 5 * (400 * 3 / 16) ** 0.5
 
 
-def test_pictures_are_made_smaller_by_lanczos():
-    """Against the formula, on noise that no overshoot takes out of 0 to 255. Pillow rounds twice, once an axis."""
-    picture = np.random.default_rng(0).integers(60, 196, (60, 40, 3)).astype(np.uint8)
-    expected = lanczos(lanczos(picture, 24).swapaxes(0, 1), 16).swapaxes(0, 1)
-    assert np.abs(data.cover(Image.fromarray(picture), 24, 16) - expected).max() <= 1.5
-
-
-def test_transparency_lies_over_white_and_crops_are_centred(tmp_path):
-    image = Image.new("RGBA", (30, 10), (255, 0, 0, 255))
-    image.paste((0, 0, 255, 0), (10, 0, 20, 10))  # the middle third is transparent
-    image.save(tmp_path / "x.png")
-    metadata(tmp_path, [{"file_name": "x.png", "text": "x"}])
-    picture = data.ImageFolder(tmp_path, 10).pictures[0]
-    assert (picture[:, 2:8] > 250).all()
-
-
-def test_cameras_are_held_upright_and_deep_grey_is_refused(tmp_path):
-    image = Image.new("RGB", (20, 10), (255, 0, 0))
-    image.paste((0, 0, 255), (10, 0, 20, 10))  # red left of blue, to be turned by a quarter: red above blue
-    tag = Image.Exif()
-    tag[0x0112] = 6
-    image.save(tmp_path / "x.png", exif=tag)
-    Image.fromarray(np.full((9, 9), 30000, np.uint16)).save(tmp_path / "deep.png")
-    source = data.ImageFolder(
-        metadata(tmp_path, [{"file_name": n, "text": n} for n in ("x.png", "deep.png")]), 10
-    )
-    assert source.keys == ["x.png"] and "not of 8 bits" in source.skipped["deep.png"]
-    assert (source.pictures[0][:4, :, 0] > 200).all() and (source.pictures[0][6:, :, 2] > 200).all()
-
-
-def test_broken_pictures_are_skipped_counted_and_named(tmp_path, capsys):
-    folder = write_pictures(tmp_path / "f", ["cut.png", "good.png", "well.png"])
-    whole = (folder / "cut.png").read_bytes()
-    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "text.png").write_text("not a picture")
-    names = ("good.png", "cut.png", "text.png", "absent.png", "well.png")
-    metadata(folder, [{"file_name": n, "text": f"caption of {n}"} for n in names])
+def test_a_folder_tells_what_it_holds_and_leaves_out(folder, capsys):
+    (folder / "lost.png").write_bytes(b"")
+    (folder / "lost.txt").write_text("lost")
     source = data.ImageFolder(folder, 8)
-    assert source.keys == ["good.png", "well.png"]
-    assert sorted(source.skipped) == ["absent.png", "cut.png", "text.png"]
-    error = capsys.readouterr().err
-    assert all(name in error for name in source.skipped) and "skipped 3 of 5" in error
-    # What is left keeps its own caption
-    samples = {s.key: (s.picture[0, 0, 0], s.caption) for s in map(source.sample, range(2))}
-    assert samples == {"good.png": (20, "caption of good.png"), "well.png": (40, "caption of well.png")}
+    assert source.told == f"{folder}: 7 pictures, 10 captions; left out: 1 broken picture (lost.png)"
+    assert not capsys.readouterr().err  # told once, by whoever prints the plan
 
 
-@pytest.mark.parametrize(
-    "lines, complaint",
-    [
-        (["{not json"], "line 1"),
-        ([{"file_name": "good.png"}], "KeyError"),
-        ([{"file_name": "good.png", "text": 3}], "line 1"),
-        ([{"file_name": 3, "text": "x"}], "line 1"),
-        (["[1, 2]"], "line 1"),
-        ([""], "empty"),
-        ([{"file_name": "absent.png", "text": "x"}], "none of its 1 pictures"),
-    ],
-)
-def test_unusable_metadata_is_one_clear_error(tmp_path, lines, complaint):
-    folder = metadata(write_pictures(tmp_path / "f", ["good.png"]), lines)
-    with pytest.raises(data.DataError, match=complaint):
-        data.ImageFolder(folder, 8)
+def test_a_folder_that_the_memory_does_not_hold(folder, monkeypatch):
+    monkeypatch.setattr(np, "empty", lambda *shape: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(data.DataError, match="7 pictures of 512 x 512 are more than .* scale.shards pack"):
+        data.ImageFolder(folder, 512)
 
 
-def test_decompression_bombs_are_refused_before_decoding(tmp_path, monkeypatch):
-    for name, side in (("a", 9), ("b", 8)):
-        Image.new("RGB", (side, 8)).save(tmp_path / f"{name}.png")
-        (tmp_path / f"{name}.txt").write_text("a picture")
-    monkeypatch.setattr(data, "MAX_PIXELS", 64)
-    folder = data.ImageFolder(tmp_path, 8)
-    assert folder.keys == ["b.png"] and "67 million" in folder.skipped["a.png"]
+# ------------------------------------------------------------------------------------------------------------
+# Sheets
+# ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("caption", ["x" * 200_000, "two\nlines\tand more", "\u202e\U0001f600", ""])
+def test_any_caption_fits_on_a_sheet_of_pictures_of_any_shape(caption):
+    wide, tall = np.zeros((16, 32, 3), np.uint8), np.zeros((24, 16, 3), np.uint8)
+    sheet = np.asarray(data.label_grid([[wide] * 2, [tall] * 2], ["a", "b"], ["", caption], 4))
+    assert sheet.shape[1] < 300 and sheet.shape[0] < 4 * (16 + 24) + 80
+    assert (sheet == 0).all(-1).sum() > 2 * 16 * (
+        16 * 32 + 24 * 16
+    )  # every pixel of every picture, and letters
 
 
-def test_captions_are_utf8_with_or_without_a_mark(tmp_path):
-    folder = write_pictures(tmp_path / "f", ["a.png", "b.png"])
-    for name, mark in (("a", b""), ("b", b"\xef\xbb\xbf")):
-        (folder / f"{name}.txt").write_bytes(mark + "café".encode())
-    assert data.ImageFolder(folder, 8).captions == ["café", "café"]
-    (folder / "b.txt").write_bytes("café".encode("latin-1"))
-    with pytest.raises(data.DataError, match="b.txt is not UTF-8"):
-        data.ImageFolder(folder, 8)
-
-
-def test_missing_folder_or_captions(tmp_path):
-    with pytest.raises(data.DataError, match="no such folder"):
-        data.ImageFolder(tmp_path / "absent", 8)
-    with pytest.raises(data.DataError, match="metadata.jsonl"):
-        data.ImageFolder(write_pictures(tmp_path / "f", ["a.png"]), 8)
+def test_letters_beyond_ascii_are_drawn():
+    """Each its own picture, and none that of a letter that the font lacks."""
+    drawn = [
+        data.font_of(c).getmask(c).getbbox() and bytes(data.font_of(c).getmask(c)) for c in "eéжΩ\U0010fffe"
+    ]
+    assert len(set(drawn)) == 5

@@ -5,31 +5,26 @@ code 2 with the disk as it was, or a sample that is skipped and counted.
 """
 
 import contextlib
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import data
 import encoders
 import model
 import sample
 import train
-from engine import checkpoint, errors, preparation, watch
+from engine import checkpoint, errors, feed, preparation, watch
 from engine.processes import Ranks
 from experiments import evaluate, tables
-from scale import cache, shards
+from scale import cache
 from toy import any_step, explore, identities
 
 ROOT = Path(__file__).parent.parent
@@ -92,8 +87,8 @@ FLAGS = [
     (train, ["--out", "a" * 300]),
     (sample, ["--checkpoint", "", "--prompt", "x"]),
     (sample, ["--prompt", "x", "--images", 20000, "--scale", 64]),
-    (data, ["--out", ""]),
-    (data, ["--data", ""]),
+    (feed, ["--out", ""]),
+    (feed, ["--data", ""]),
     (cache, ["", "c", "--side", 32]),
     (cache, ["t", "", "--side", 32]),
     (evaluate, ["--images", 10**18, "--per-tag", 1]),
@@ -167,7 +162,8 @@ def test_processes_without_a_place_to_meet(variables, monkeypatch):
 def test_a_full_disk_behind_stdout_is_one_line(tmp_path):
     with open("/dev/full", "w") as full:
         result = subprocess.run(
-            [sys.executable, str(ROOT / "data.py"), "--out", str(tmp_path / "x.png")],
+            [sys.executable, "-m", "engine.feed", "--out", str(tmp_path / "x.png")],
+            cwd=ROOT,
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -175,264 +171,10 @@ def test_a_full_disk_behind_stdout_is_one_line(tmp_path):
     assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Folders, captions, tars
-# ------------------------------------------------------------------------------------------------------------
-def png(size=(32, 32), color=(200, 0, 0)) -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", size, color).save(content, "PNG")
-    return content.getvalue()
-
-
-GOOD = [
-    (f"g{i}.{kind}", png(color=(20 * i, 0, 0)) if kind == "png" else f"good {i}".encode())
-    for i in range(8)
-    for kind in ("png", "txt")
-]
-
-
-def tar(path: Path, members, more: bytes = b"") -> Path:
-    """A tar of (name, content), with raw blocks behind them."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-        end = archive.offset
-    if more:
-        path.write_bytes(path.read_bytes()[:end] + more + bytes(1024))
-    return path
-
-
-def header(name: str, size: bytes, kind: bytes = b"0", content: bytes = b"") -> bytes:
-    """A tar member with any 12 bytes for its size."""
-    block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
-    block[124:136], block[156:157], block[148:156] = size, kind, b" " * 8
-    block[148:156] = b"%06o\0 " % (sum(block) & 0o777777)
-    return bytes(block) + content + bytes(-len(content) % 512)
-
-
-def sparse(**fields) -> bytes:
-    """The extended header that calls the next member sparse."""
-    body = b""
-    for name, value in fields.items():
-        record = f" GNU.sparse.{name}={value}\n".encode()
-        length = len(record) + 2 if len(record) < 97 else len(record) + 3
-        body += str(length).encode() + record
-    return header("pax", b"%011o\0" % len(body), b"x", body)
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        header("a.png", b"\xff" + (256**11 - 512).to_bytes(11, "big"), content=b"x"),
-        header("a.png", b"\x80" + (2**80).to_bytes(11, "big"), content=b"x"),
-        sparse(map="a,b", size=1000) + header("s.txt", b"%011o\0" % 4, content=b"abcd"),
-        sparse(map="0,4", size="x", name="s.txt") + header("s.txt", b"%011o\0" % 4, content=b"abcd"),
-    ],
-    ids=["negative size", "size 2^80", "sparse map of letters", "sparse size of letters"],
-)
-def test_a_tar_with_an_odd_header_is_named(more, tmp_path):
-    tar(tmp_path / "0.tar", GOOD, more)
-    with pytest.raises(errors.UserError, match="0.tar"):
-        shards.read_index(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "caption", [b"a\0b", "a cat".encode("utf-16-le")], ids=["zero bytes", "UTF-16 without a mark"]
-)
-def test_captions_of_zero_bytes(caption, tmp_path):
-    """In a tar the sample is skipped and counted; in a folder the file is named."""
-    tar(tmp_path / "0.tar", [*GOOD, ("o.png", png()), ("o.txt", caption)])
-    assert len(shards.read_index(tmp_path).skipped) == 1
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    (folder / "a.png").write_bytes(png())
-    (folder / "a.txt").write_bytes(caption)
-    with pytest.raises(errors.UserError, match="a.txt is not UTF-8"):
-        data.ImageFolder(folder, 16)
-
-
-def test_a_million_accents_take_no_hour(tmp_path):
+def test_a_million_accents_take_no_hour():
     text = encoders.text_encoder("words", 14)
     tokens, _ = text(["a" + "\u0300\u0316" * 500_000])
     assert torch.equal(tokens, text(["a" + "\u0300\u0316" * 2**15])[0])  # as far as prompts are read
-
-
-@pytest.mark.parametrize("caption", ["x" * 200_000, "two\nlines\tand more", "\u202e\U0001f600"])
-def test_any_caption_fits_on_a_sheet(caption):
-    sheet = data.label_grid([[np.zeros((16, 16, 3), np.uint8)] * 2], ["a", "b"], [caption], 4)
-    assert sheet.height < 120
-
-
-def test_packing_spares_what_is_called_partial(tmp_path):
-    for name, content in GOOD:
-        (tmp_path / name).write_bytes(content)
-    theirs = tmp_path / "tars.partial"
-    theirs.mkdir()
-    (theirs / "notes").write_text("theirs")
-    try:
-        shards.pack(tmp_path, tmp_path / "tars")
-    except errors.UserError:
-        pass
-    assert (theirs / "notes").read_text() == "theirs"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The index of a tar: an odd one is made again
-# ------------------------------------------------------------------------------------------------------------
-def rows_with(**values):
-    def change(stored):
-        stored["rows"] = stored["rows"].copy()
-        for name, value in values.items():
-            stored["rows"][name] = value
-
-    return change
-
-
-INDICES = {
-    "offset negative": rows_with(offset=-1000),
-    "offset past the end": rows_with(offset=10**12),
-    "size huge": rows_with(size=2**62),
-    "size negative": rows_with(size=-1),
-    "caption huge": rows_with(text_size=2**31 - 1),
-    "caption negative": rows_with(text_size=-7),
-    "width 0": rows_with(width=0),
-    "one row": lambda stored: stored.update(rows=stored["rows"][0]),
-    "rows of rows": lambda stored: stored.update(rows=stored["rows"][None]),
-    "keys too few": lambda stored: stored.update(keys=stored["keys"][:5]),
-    "no rows": lambda stored: stored.update(rows=stored["rows"][:0], keys=stored["keys"][:0]),
-    "keys of numbers": lambda stored: stored.update(keys=np.arange(8)),
-    "keys of text": lambda stored: stored.update(keys=stored["keys"].astype(str)),
-    "skipped a list": lambda stored: stored.update(skipped=np.frombuffer(b"[1]", np.uint8)),
-    "skipped null": lambda stored: stored.update(skipped=np.frombuffer(b"null", np.uint8)),
-    "skipped of numbers": lambda stored: stored.update(skipped=np.frombuffer(b'{"a": [1]}', np.uint8)),
-}
-
-
-@pytest.mark.parametrize("what", INDICES)
-def test_an_odd_index_is_made_again(what, tmp_path, capsys):
-    tar(tmp_path / "0.tar", GOOD)
-    right, path = shards.read_index(tmp_path), tmp_path / "0.tar.index"
-    with np.load(path) as stored:
-        content = dict(stored)
-    INDICES[what](content)
-    with open(path, "wb") as file:
-        np.savez(file, **content)
-    again = shards.read_index(tmp_path)
-    assert np.array_equal(again.rows, right.rows) and np.array_equal(again.keys, right.keys)
-    assert again.skipped == right.skipped and "damaged" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------------------------------------
-# A cache
-# ------------------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    (folder / "t").mkdir()
-    tar(folder / "t/0.tar", GOOD)
-    encoders_used = encoders.text_encoder("words", 14), encoders.autoencoder("pixels")
-    cache.make(
-        folder / "t",
-        folder / "c",
-        16,
-        encoders_used,
-        cache.Settings(batch_size=4, per_shard=4, multiple=4, tokens="fp32"),
-    )
-    return folder / "c"
-
-
-SPECS = [
-    {"per_shard": ...},
-    {"per_shard": 0},
-    {"per_shard": "4"},
-    {"side": ...},
-    {"side": [16]},
-    {"buckets": None},
-    {"buckets": []},
-    {"buckets": [[16, 16]]},
-    {"buckets": [["a", 16, 8]]},
-    {"buckets": [[16, 16, -8]]},
-    {"buckets": [[16, 16, 7]]},
-    {"source": None},
-    {"fake": "yes"},
-    {"fake": True},
-    {"text": ...},
-    {"txt_len": "14"},
-    {"txt_len": 8},
-]
-
-
-def opened_and_checked(folder: Path) -> None:
-    """What training does with a cache before its first iteration."""
-    cache.cached_sizes(folder)
-    cache.CachedShards(folder, 4).check("words", 14, "pixels")
-
-
-@pytest.mark.parametrize("change", SPECS, ids=str)
-def test_a_cache_whose_json_is_odd(change, cached, tmp_path):
-    folder = Path(shutil.copytree(cached, tmp_path / "c"))
-    opened_and_checked(folder)
-    edit(folder / "cache.json", **change)
-    with pytest.raises(errors.UserError):
-        opened_and_checked(folder)
-
-
-def replaced(**tensors):
-    return lambda stored: stored.update(tensors)
-
-
-SHARDS = {
-    "no latent": lambda stored: stored.pop("latent"),
-    "no tokens": lambda stored: stored.pop("tokens"),
-    "no text_end": lambda stored: stored.pop("text_end"),
-    "another side": replaced(latent=torch.zeros(4, 3, 8, 8)),
-    "channels": replaced(latent=torch.zeros(4, 4, 16, 16)),
-    "flat": replaced(latent=torch.zeros(4)),
-    "fewer rows": replaced(latent=torch.zeros(2, 3, 16, 16)),
-    "whole numbers": replaced(latent=torch.zeros(4, 3, 16, 16, dtype=torch.int64)),
-    "longer tokens": replaced(tokens=torch.zeros(4, 9, 256)),
-    "narrower tokens": replaced(tokens=torch.zeros(4, 14, 128)),
-    "another pooled": replaced(pooled=torch.zeros(4, 5)),
-    "texts out of order": lambda stored: stored.update(text_end=stored["text_end"].flip(0)),
-    "texts past the end": lambda stored: stored.update(text_end=stored["text_end"] + 10**6),
-    "texts before the start": lambda stored: stored.update(text_end=stored["text_end"] - 10),
-    "ends of floats": lambda stored: stored.update(text_end=stored["text_end"].float()),
-    "texts of floats": lambda stored: stored.update(text=stored["text"].float()),
-}
-
-
-@pytest.mark.parametrize("what", [*SHARDS, "no metadata", "metadata a list", "metadata not JSON"])
-def test_a_cache_whose_tensors_are_odd(what, cached, tmp_path):
-    folder = Path(shutil.copytree(cached, tmp_path / "c"))
-    path = folder / "16x16_00001.safetensors"
-    stored = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    if what in SHARDS:
-        SHARDS[what](stored)
-    else:
-        odd = {
-            "no metadata": None,
-            "metadata a list": {"skipped": "[1]"},
-            "metadata not JSON": {"skipped": "{"},
-        }
-        metadata = odd[what]
-    save_file(stored, path, metadata)
-    with pytest.raises(errors.UserError, match="16x16_00001.safetensors"):
-        cache.CachedShards(folder, 4)
-
-
-def test_captions_that_are_no_json_are_named_when_they_are_read(cached, tmp_path):
-    folder = Path(shutil.copytree(cached, tmp_path / "c"))
-    path = folder / "16x16_00001.safetensors"
-    stored = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    with safe_open(path, "pt") as file:
-        save_file(stored | {"text": torch.full_like(stored["text"], 65)}, path, file.metadata())
-    source = cache.CachedShards(folder, 4)
-    with pytest.raises(errors.UserError, match="16x16_00001.safetensors"):
-        [source.sample(g) for g in range(8)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -611,51 +353,6 @@ def test_commands_for_a_folder_with_a_dash(tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------------------
 # What is not read is said
 # ------------------------------------------------------------------------------------------------------------
-def picture_folder(folder: Path) -> Path:
-    folder.mkdir()
-    for name in ("a", "b"):
-        Image.new("RGB", (8, 8), "red").save(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text(f"one two three {name}")
-    return folder
-
-
-def test_pictures_and_captions_that_are_left_out_are_counted(tmp_path, capsys):
-    folder = picture_folder(tmp_path / "p")
-    (folder / "c.txt").write_text("alone")
-    assert len(data.read_captions(folder)) == 2
-    assert "1 .txt, such as c.txt" in capsys.readouterr().err
-    (folder / "metadata.jsonl").write_text('{"file_name": "./a.png", "text": "one"}')
-    assert len(data.read_captions(folder)) == 1
-    assert "1 pictures beside it have no line" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("txt_len, cut", [(4, 2), (5, 0)])
-def test_captions_that_are_cut_are_counted(txt_len, cut, tmp_path, monkeypatch, capsys):
-    """Four words and the end."""
-    monkeypatch.setitem(model.SIZES, "laptop", TINY)
-    folder = picture_folder(tmp_path / "p")
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "train.py",
-            "--steps",
-            "1",
-            "--data",
-            str(folder),
-            "--side",
-            "8",
-            "--txt-len",
-            str(txt_len),
-            "--out",
-            str(tmp_path / "r"),
-            *QUICK,
-        ],
-    )
-    train.main()
-    assert (f"{cut} of 2 captions are longer" in capsys.readouterr().err) == bool(cut)
-
-
 def test_a_prompt_that_is_cut_is_named(run, tmp_path, monkeypatch, capsys):
     read = json.loads((run / "config.json").read_text())["txt_len"] - 1
     words = [" ".join(["red"] * n) for n in (read, read + 1)]

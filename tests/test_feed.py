@@ -4,6 +4,7 @@ threads or stops, from every kind of source."""
 import functools
 import itertools
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -171,13 +172,61 @@ def test_caches_feed_what_their_tars_feed(tars):
         (("shapes",), (26,), "multiple of 4"),
         (("absent",), (24,), "no such folder"),
         (("{}/cache16",), (32,), "--side 32"),
-        (("{}/cache16", "{}/tars"), (16,), "several caches"),
+        (("{}/cache16", "{}/tars"), (16,), "is not like the others"),
+        (("{}/tars", "{}/pictures"), (16,), "pictures is not like the others"),
         (("{}/tars",), (18,), "multiple of 4"),
     ],
 )
 def test_what_cannot_be_opened(tars, names, sides, said):
     with pytest.raises(data.DataError, match=said):
         feed.open_source(tuple(name.format(tars) for name in names), recipe.Stage(0, sides, 4), 4)
+
+
+def test_sides_take_turns_by_whole_batches(tars):
+    mixed = feed.open_source((str(tars / "tars"),), recipe.Stage(0, (16, 32), 4), 4)
+    sources = [shards.Shards(tars / "tars", side, 4, multiple=4) for side in (16, 32)]
+    for g in range(48):
+        (turn, which), place = divmod(g // 4, 2), g % 4
+        own = sources[which].sample(4 * turn + place, 2)
+        assert mixed.sample(g, 2).key == own.key and mixed.sample(g, 2).picture.shape == own.picture.shape
+        assert mixed.bucket(g, 2) == own.picture.shape[:2]
+
+
+def test_the_shapes_that_a_model_will_draw(tars):
+    """Those of the stage's largest side with their shares, the most frequent first; of a folder its square."""
+    plan = plan_of((0, (16,), 4), (0.5, (32, 16), 4), data=(str(tars / "tars"),), steps=12)
+    first, second = (feed_of(plan).buckets(step) for step in (5, 6))
+    assert list(first.values()) == list(second.values()) == [10 / 16, 6 / 16]
+    assert list(first) == [(12, 20), (16, 16)] and list(second) == [(24, 44), (32, 32)]
+    assert feed_of(plan_of((0, (24,), 4))).buckets(0) == {(24, 24): 1.0}
+
+
+def test_each_source_is_told_in_a_line(tars, tmp_path):
+    """Once for all its sides and stages; captions that --txt-len cuts are counted."""
+    shutil.copytree(tars / "pictures", tmp_path / "pictures")
+    (tmp_path / "pictures/7.txt").write_text("one two three four five six seven eight nine ten eleven twelve")
+    plans = [
+        plan_of((0, (16,), 4), (0.5, (16, 32), 4), data=(str(place),), wrong_captions=share)
+        for place, share in ((tars / "tars", 0.0), (tmp_path / "pictures", 0.5))
+    ]
+    assert [feed_of(plan).tell() for plan in plans] == [
+        [f"{tars / 'tars'}: 16 pictures in 4 tars, 16 captions"],
+        [f"{tmp_path / 'pictures'}: 16 pictures, 16 captions; 1 captions are longer than --txt-len 12 reads"],
+    ]
+    assert feed_of(plan_of((0, (24,), 4))).tell() == []
+
+
+def test_a_look_at_data(tars, tmp_path, monkeypatch, capsys):
+    (tmp_path / "lost.png").write_bytes(b"")
+    for name in ("lost", "found"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    Image.new("RGB", (20, 20)).save(tmp_path / "found.png")
+    for place, told in ((tmp_path, "lost.png: broken picture"), (tars / "tars", "16 pictures in 4 tars")):
+        monkeypatch.setattr(
+            sys, "argv", ["feed.py", "--data", str(place), "--out", str(tmp_path / "sheet.png")]
+        )
+        feed.main()
+        assert told in capsys.readouterr().out and Image.open(tmp_path / "sheet.png").width > 1000
 
 
 @pytest.mark.parametrize(
@@ -287,7 +336,7 @@ def test_a_cache_whose_sides_do_not_fit_the_patch_is_refused(tars):
 def test_an_index_elsewhere_is_found(tars, tmp_path):
     plan = plan_of((0, (16,), 4), data=(str(tars / "tars"),))
     feed_of(plan, index=str(tmp_path / "index"))
-    assert len(list((tmp_path / "index").glob("*.index"))) == 4
+    assert len(list((tmp_path / "index").iterdir())) == 8
 
 
 def test_an_error_on_a_thread_reaches_the_loop(monkeypatch):

@@ -39,6 +39,7 @@ def test_the_ground_floor_is_the_paper():
         "losses",
         "sampler",
         "data",
+        "files",
         "emoji",
         "train",
         "sample",

@@ -11,18 +11,14 @@ import sys
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import data
 import model
 import sample
 import train
-from engine import arguments, checkpoint, errors, limits, machine, optimizers
-from scale import shards
+from engine import arguments, checkpoint, errors, feed, limits, optimizers
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(
@@ -452,8 +448,8 @@ def test_whole_numbers_have_an_end(flag, value, tmp_path, monkeypatch, capsys):
         (sample, ["--prompt", "x", "--steps", "9" * 400]),
         (sample, ["--prompt", "x", "--images", "9" * 400]),
         (sample, ["--prompt", "x", "--seed", "9" * 5000]),
-        (data, ["--side", "9" * 400]),
-        (data, ["--side", str(2**31)]),
+        (feed, ["--side", "9" * 400]),
+        (feed, ["--side", str(2**31)]),
         (checkpoint, ["a", "b", "--dtype", "z" * 5000]),
     ],
 )
@@ -523,32 +519,6 @@ pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes
 
 
 @pipes
-def test_a_pipe_among_the_pictures_is_skipped(tmp_path, capsys):
-    for name in ("a", "b"):
-        Image.new("RGB", (20, 20), "red").save(tmp_path / f"{name}.png")
-        (tmp_path / f"{name}.txt").write_text(name)
-    os.mkfifo(tmp_path / "c.png")
-    (tmp_path / "c.txt").write_text("c")
-    source = in_time(lambda: data.ImageFolder(tmp_path, 16))
-    assert source.keys == ["a.png", "b.png"] and "not a regular file" in source.skipped["c.png"]
-
-
-@pipes
-@pytest.mark.parametrize("name", ["a.txt", "metadata.jsonl", "a.tar", "b.tar.index", "cache.json"])
-def test_a_pipe_among_the_files_is_named(name, tmp_path):
-    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
-    (tmp_path / "b.tar").touch()
-    os.mkfifo(tmp_path / name)
-    with pytest.raises(errors.UserError, match=f"{name} is not a regular file"):
-        if "tar" in name:
-            in_time(lambda: shards.read_index(tmp_path))
-        elif name == "cache.json":
-            in_time(lambda: checkpoint.read_json(tmp_path / name))
-        else:
-            in_time(lambda: data.ImageFolder(tmp_path, 16))
-
-
-@pipes
 @pytest.mark.parametrize(
     "name",
     ["config.json", "metrics.jsonl", "lock", "state/step_00000002/adam.pt", "state/step_00000002/state.json"],
@@ -581,21 +551,6 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
         checkpoint.check_writable(Path("/tmp/" + "x" * 20))
     finally:
         os.seteuid(before)
-
-
-def test_a_folder_of_pictures_that_the_memory_does_not_hold(tmp_path, monkeypatch):
-    lines = [json.dumps({"file_name": f"{i}.png", "text": "x"}) for i in range(100)]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
-    monkeypatch.setattr(machine, "memory", lambda: 3 * 512**2 * 99.0)
-    with pytest.raises(errors.UserError, match="scale.shards pack"):
-        data.ImageFolder(tmp_path, 512)
-
-
-def test_the_memory_of_this_machine():
-    assert machine.memory() > 2**28
-    if Path("/proc/meminfo").exists():
-        told = int(re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-        assert np.isclose(machine.memory(), told, rtol=0.05)
 
 
 def test_the_flags_table_knows_every_whole_number():

@@ -100,13 +100,8 @@ def test_the_tests_named_in_the_long_run_exist():
         assert f"def {name}" in sources, name
 
 
-PROGRAMS = ["train.py", "sample.py", "data.py", "experiments/evaluate.py", "experiments/tables.py"]
-PROGRAMS += [
-    "bench.py",
-    "scale/cache.py",
-    "toy/any_step.py",
-    "toy/explain.py",
-]
+PROGRAMS = ["train.py", "sample.py", "engine/feed.py", "experiments/evaluate.py", "experiments/tables.py"]
+PROGRAMS += ["bench.py", "scale/cache.py", "toy/any_step.py", "toy/explain.py"]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

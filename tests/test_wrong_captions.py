@@ -7,6 +7,8 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from test_shards import half_a_picture, write_tar
+from test_shards import picture as png
 
 import data
 import encoders
@@ -91,20 +93,10 @@ def test_two_resolutions_of_one_data_set_agree(folder):
         assert told.setdefault(sample.key, sample.caption) == sample.caption
 
 
-def test_a_broken_picture_is_replaced_with_its_substitutes_own_caption(folder, tmp_path):
+def test_a_broken_picture_is_replaced_with_its_substitutes_own_caption(tmp_path):
     """One picture of the tars is damaged after its header: what stands for it has the caption that it has elsewhere."""
-    (tmp_path / "pictures").mkdir()
-    for i in range(8):
-        noise = np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(tmp_path / "pictures" / f"{i}.png")
-        (tmp_path / "pictures" / f"{i}.txt").write_text(f"number {i}")
-    shards.pack(tmp_path / "pictures", tmp_path / "tars")
-    tar = next((tmp_path / "tars").glob("*.tar"))
-    row = shards.read_index(tmp_path / "tars").rows[3]
-    content = bytearray(tar.read_bytes())
-    middle = int(row["offset"] + row["size"] // 2)
-    content[middle : middle + 200] = bytes(200)
-    tar.write_bytes(bytes(content))
+    members = {f"{i}.png": half_a_picture((64, 64)) if i == 3 else png((64, 64), (i, 0, 0)) for i in range(8)}
+    write_tar(tmp_path / "tars/0.tar", members | {f"{i}.txt": f"number {i}".encode() for i in range(8)})
     source = open_source(tmp_path / "tars", 0.5)
     told = {}
     for g in range(32):
@@ -131,7 +123,7 @@ def test_a_cache_is_refused(folder, tmp_path):
         (text, pixels),
         cache.Settings(batch_size=4, tokens="fp32", multiple=4),
     )
-    with pytest.raises(errors.UserError, match="is a cache"):
+    with pytest.raises(errors.UserError, match="keeps its own"):
         open_source(tmp_path / "cache", 0.1)
 
 

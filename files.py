@@ -1,0 +1,411 @@
+"""Pictures and their captions as people keep them: the one reading that folders and tars share.
+
+    captions, left_out = files.pair(names, read)    # names of files, and a way to read the bytes of one
+    found = files.find(Path("pictures/"))           # a folder with all below, or a .parquet
+    picture = files.cover(files.opened(found.read(name)), 256, 256)     # uint8 [256, 256, 3]
+
+    beside a.png      a.txt, a.caption, a.png.txt (each line is a caption), a.json: {"text": "...", ...}
+    in a table        metadata.jsonl, .csv or .parquet, with columns file_name and text; .json, a list or {name: text}
+    in a .parquet     columns image {bytes, path} and text, as image sets on the hub are
+
+In tables and .json, "caption" and "prompt" serve as well as "text", and each may be a list. Of several captions each
+sample draws one. A picture without a caption, or one of the two that cannot be read, is left out, counted and named.
+"""
+
+import csv
+import functools
+import io
+import json
+import os
+import posixpath
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from engine import errors
+
+PICTURES = ("png", "jpg", "jpeg", "webp", "bmp", "gif")  # what their names end in
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # the only decoders of Pillow's that data may reach
+TEXTS = ("txt", "caption", "json")  # beside a picture; the first that says something counts
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
+KEYS = ("text", "caption", "prompt")
+NEAR = dict.fromkeys(("zip", "gz", "7z", "rar"), "unpack it") | {  # what people have who have no captions
+    kind: f"call it metadata.{kind}" for kind in ("csv", "jsonl", "json")
+}
+MAX_PIXELS = 2**26  # 8192 x 8192: a larger picture is refused from its header, before memory is taken for it
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, a warning
+
+
+class DataError(errors.UserError):
+    """The data cannot be used; the message says which file and what to do."""
+
+
+class Unusable(Exception):
+    """A picture or caption that has to be left out; the message says why."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A picture
+# ------------------------------------------------------------------------------------------------------------
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+
+
+def orientation(image: Image.Image) -> int:
+    """How the camera was held, EXIF's 1 .. 8; 1 where nothing usable is said."""
+    told = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
+    return told if told in TURNS else 1
+
+
+def opened(content: bytes, decode: bool = True) -> Image.Image:
+    """The picture in a file, or with decode=False its header alone. Raises Unusable.
+
+    Whatever Pillow raises over one file is that file's fault; a full memory is not.
+    """
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise Unusable("more than 67 million pixels")
+        if image.mode[0] in "IF":  # Pillow would cut these to 8 bits as all white
+            raise Unusable("grey of more than 8 bits")
+        if decode:
+            image.load()
+        orientation(image)
+    except (Unusable, MemoryError):
+        raise
+    except Exception as error:
+        raise Unusable("broken picture") from error
+    return image
+
+
+def upright_size(content: bytes) -> tuple[int, int]:
+    """(width, height) of an upright picture from its header; nothing is decoded. Raises Unusable."""
+    image = opened(content, decode=False)
+    return image.size[::-1] if orientation(image) >= 5 else image.size  # 5 and more lie on their side
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """As the camera was held. (ImageOps.exif_transpose writes all EXIF data again, and fails where it is odd.)"""
+    turn = TURNS.get(orientation(image))
+    return image.transpose(Image.Transpose[turn]) if turn else image
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    """A PIL image of any mode -> RGB, what is transparent over white."""
+    if "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """A PIL image -> uint8 [height, width, 3]: upright, over white, resized to cover (Lanczos), cropped centrally."""
+    return np.asarray(ImageOps.fit(over_white(upright(image)), (width, height), Image.Resampling.LANCZOS))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A caption: every form becomes a list of them
+# ------------------------------------------------------------------------------------------------------------
+def utf8(content: bytes) -> str:
+    """UTF-8 text, with or without a byte-order mark. Raises Unusable for anything else."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Unusable("not UTF-8 text") from error
+    if "\0" in text:  # UTF-16 without a mark would pass
+        raise Unusable("not UTF-8 text")
+    return text
+
+
+def read_text(path: Path) -> str:
+    """What a UTF-8 text file says. Raises DataError for one that is something else."""
+    try:
+        return utf8(path.read_bytes())
+    except Unusable as error:
+        raise DataError(f"{path} is {error}: save it as UTF-8") from error
+
+
+def whole(text: str) -> str:
+    """Text without halves of surrogate pairs, which JSON can carry and no tokenizer takes; each becomes one U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def as_list(value) -> list[str]:
+    """A caption, or a list of them; [""] where all are blank. Raises Unusable for what is no text."""
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in values):
+        raise Unusable("no caption" if value is None else "its caption is no text")
+    return [text for text in (whole(value).strip() for value in values) if text] or [""]
+
+
+def first_of(readings: list[Callable[[], list[str]]]) -> list[str]:
+    """The captions of the first reading that says something, or [""]. Raises Unusable where none can be read."""
+    found, reasons = [], []
+    for reading in readings:
+        try:
+            found.append(reading())
+        except Unusable as error:
+            reasons.append(error)
+    if not found:
+        raise reasons[0] if reasons else Unusable("no caption")
+    return next((captions for captions in found if captions != [""]), [""])
+
+
+def of_entry(entry, key: str | None) -> list[str]:
+    """The captions in a line of a table or a .json: under `key`, or under one of KEYS. Raises Unusable."""
+    if not isinstance(entry, dict):
+        return as_list(entry)
+    values = [entry[name] for name in ([key] if key else KEYS) if entry.get(name) is not None]
+    if key and not values:
+        raise Unusable(f'no "{key}"')
+    return first_of([functools.partial(as_list, value) for value in values])
+
+
+def of_file(name: str, read: Callable[[str], bytes], key: str | None) -> list[str]:
+    """The captions in a file beside a picture. Raises Unusable."""
+    text = utf8(read(name))
+    return of_entry(from_json(text), key) if ending(name) == "json" else as_list(text.split("\n"))
+
+
+def from_json(text: str):
+    """What a JSON text says. Raises Unusable."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Unusable("not valid JSON") from error
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A table of captions
+# ------------------------------------------------------------------------------------------------------------
+def parquet(name: str | Path, columns: tuple[str, ...], source=None):
+    """A table of those of `columns` that a .parquet has, in the file of that name or in `source`. Raises DataError."""
+    try:
+        import pyarrow.parquet  # optional
+    except ImportError as error:
+        raise DataError("a .parquet is read with pyarrow: pip install pyarrow") from error
+    try:
+        file = pyarrow.parquet.ParquetFile(source or name)
+        return file.read([name for name in columns if name in file.schema_arrow.names])
+    except (ValueError, OSError) as error:
+        raise DataError(f"{name} is not a whole .parquet: fetch it again") from error
+
+
+def entries(name: str, content: bytes, key: str | None) -> list:
+    """The lines of a table, those of a .jsonl as text. Raises Unusable."""
+    kind = ending(name)
+    if kind == "parquet":
+        return parquet(name, ("file_name", *([key] if key else KEYS)), io.BytesIO(content)).to_pylist()
+    if kind == "jsonl":
+        return [line for line in utf8(content).split("\n") if line.strip()]
+    if kind == "csv":
+        try:
+            return list(csv.DictReader(io.StringIO(utf8(content), newline="")))
+        except csv.Error as error:
+            raise Unusable(f"not a .csv ({error})") from error
+    table = from_json(utf8(content))
+    if isinstance(table, dict):
+        return [{"file_name": n} | (v if isinstance(v, dict) else {"text": v}) for n, v in table.items()]
+    return table if isinstance(table, list) else [table]
+
+
+def read_table(name: str, content: bytes, key: str | None) -> tuple[dict, dict]:
+    """({picture: captions}, {picture or line: why it is left out}). A picture may have several lines."""
+    captions, left_out = {}, {}
+    for number, entry in enumerate(entries(name, content, key), 1):
+        what = f"{name}, entry {number}"
+        try:
+            if isinstance(entry, str):
+                entry = from_json(entry)
+            if not isinstance(entry, dict):
+                raise Unusable("not an object with file_name and text")
+            if not isinstance(entry.get("file_name"), str):
+                raise Unusable(f"no file_name, but {', '.join(map(str, entry))}")
+            picture = entry["file_name"].replace("\\", "/")
+            what = posixpath.normpath(posixpath.join(posixpath.dirname(name), picture))
+            if None in entry:
+                raise Unusable("more columns than its header: a caption with a comma stands in quotes")
+            found = of_entry(entry, key)
+            captions.setdefault(what, []).extend(found)
+        except Unusable as error:
+            left_out[what] = str(error)
+    return {name: as_list(own) for name, own in captions.items()}, left_out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Which caption belongs to which picture
+# ------------------------------------------------------------------------------------------------------------
+def ending(name: str) -> str:
+    """What follows the last dot of a name, in small letters."""
+    return name.rpartition(".")[2].lower()
+
+
+def is_table(name: str) -> bool:
+    return name.rpartition("/")[2].lower() in TABLES
+
+
+def key_of(name: str) -> str:
+    """As WebDataset cuts names: "v1.0/a.mask.png" -> "v1.0/a". Files of one key belong together."""
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + last.partition(".")[0]
+
+
+def not_for_training(names: list[str]) -> set[str]:
+    """The other parts of a data set that has a part train/, or train-00000-of-00002.parquet."""
+    found = {n: re.match(r"(?:data/)?(train|test|val|valid|validation|dev)(?:/|-\d)", n) for n in names}
+    part = {name: match[1] for name, match in found.items() if match}
+    return {name for name in part if part[name] != "train"} if "train" in part.values() else set()
+
+
+def pair(names: list[str], read: Callable[[str], bytes], key: str | None = None) -> tuple[dict, dict]:
+    """({picture: its captions}, {what is left out: why}) of files, whose names have a "/" below folders.
+
+    read    gives the bytes of a file, or raises Unusable
+    key     where captions stand in tables and .json, if not under one of KEYS
+
+    A table speaks for all pictures of its folder and below. Whether there is a picture that only a table names shows
+    when it is read.
+    """
+    captions, left_out, tables, groups = {}, {}, {}, {}
+    elsewhere = not_for_training(names)
+    for name in names:
+        if ending(name) not in (*PICTURES, *TEXTS, "jsonl", "csv", "parquet"):
+            continue
+        if any(part.startswith(".") for part in name.split("/")):  # such as macOS's ._a.txt
+            left_out[name] = "hidden"
+        elif name in elsewhere:
+            left_out[name] = "not for training"
+        elif is_table(name):
+            tables.setdefault(posixpath.dirname(name), []).append(name)
+        else:
+            groups.setdefault(key_of(name), []).append(name)
+    for folder, some in tables.items():
+        name, *others = sorted(some, key=lambda n: TABLES.index(n.rpartition("/")[2].lower()))
+        left_out |= {other: f"beside {name}" for other in others}
+        try:
+            found, wrong = read_table(name, read(name), key)
+        except Unusable as error:
+            found, wrong = {}, {name: str(error)}
+        captions |= found
+        left_out |= wrong
+    for group in groups.values():
+        pictures = [name for name in group if ending(name) in PICTURES and name not in captions]
+        texts = sorted((n for n in group if ending(n) in TEXTS), key=lambda n: TEXTS.index(ending(n)))
+        governed = any(not folder or group[0].startswith(folder + "/") for folder in tables)
+        taken = set()
+        for name in pictures:
+            own = [t for t in texts if t.rpartition(".")[0] in (name, name.rpartition(".")[0])]
+            if len(pictures) == 1:
+                own = own or texts  # WebDataset's a.image.jpg and a.caption.txt
+            try:
+                if governed:
+                    raise Unusable("in no line of the table")
+                if own and taken.issuperset(own):
+                    raise Unusable("second picture for one caption")
+                taken.update(own)
+                captions[name] = first_of([functools.partial(of_file, t, read, key) for t in own])
+            except Unusable as error:
+                left_out.setdefault(name, str(error))
+        if not pictures and not governed:
+            left_out |= {t: "without a picture" for t in texts if ending(t) != "json"}
+    return captions, left_out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A folder
+# ------------------------------------------------------------------------------------------------------------
+class Found(NamedTuple):
+    """The pictures of a folder: the captions of each, the way to its bytes (raises Unusable), and what is left out."""
+
+    captions: dict[str, list[str]]
+    read: Callable[[str], bytes]
+    left_out: dict[str, str]
+
+
+def walk(folder: Path) -> list[str]:
+    """The files of a folder and of all below, by their names from there, in alphabetical order."""
+    seen, names = set(), []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        names += [os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/") for name in files]
+    return sorted(names)
+
+
+def find(place: Path, key: str | None = None) -> Found:
+    """The pictures of a folder with all below, or of a .parquet. Raises DataError where there are none with captions."""
+    if not place.exists():
+        raise DataError(f"no such folder: {place}")
+    folder, names = (place, walk(place)) if place.is_dir() else (place.parent, [place.name])
+    if place.is_file() and ending(place.name) != "parquet":
+        raise DataError(f"{place} is a file: name the folder that it lies in, a .tar or a .parquet")
+
+    @functools.lru_cache(maxsize=1)
+    def column(name: str):
+        table = parquet(folder / name, ("image",))
+        if not table.num_columns:
+            raise DataError(f"{folder / name} has no column image; a table of captions is called metadata.parquet")
+        return table["image"]
+
+    def read(name: str) -> bytes:
+        path, _, row = name.rpartition("/")
+        if ending(path) == "parquet":
+            value = column(path)[int(row)].as_py()
+            return value["bytes"] if isinstance(value, dict) else value
+        try:
+            return (folder / name).read_bytes()
+        except FileNotFoundError as error:
+            raise Unusable("no such file") from error
+        except OSError as error:
+            raise Unusable(f"cannot be read ({error.strerror})") from error
+
+    captions, left_out = pair(names, read, key)
+    for name in names:
+        if ending(name) != "parquet" or is_table(name) or name in left_out:
+            continue
+        for row, entry in enumerate(parquet(folder / name, (key,) if key else KEYS).to_pylist()):
+            try:
+                captions[f"{name}/{row}"] = of_entry(entry, key)
+            except Unusable as error:
+                left_out[f"{name}/{row}"] = str(error)
+    if captions:
+        return Found(captions, read, left_out)
+    near = [f" ({n}: {NEAR[ending(n)]})" for n in names if ending(n) in NEAR and not is_table(n)]
+    if not any(ending(name) in PICTURES for name in names):
+        raise DataError(
+            f"{place} holds no pictures (.{', .'.join(PICTURES)}){''.join(near[:1])}{told(left_out)}"
+        )
+    raise DataError(
+        f'{place} has no captions: give it a metadata.jsonl with one line {{"file_name": ..., "text": ...}} per '
+        f"picture, or a .txt beside each picture{''.join(near[:1])}{told(left_out)}"
+    )
+
+
+def told(left_out: dict[str, str]) -> str:
+    """ "; left out: 3 no caption (a.png, b.png, c.png), 1 hidden (._a.txt)", or nothing."""
+    reasons = {}
+    for name, reason in dict(left_out).items():  # a copy, as threads that read may be adding to it
+        reasons.setdefault(reason, []).append(printable(name))
+    parts = [
+        f"{len(names):,} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1]))
+    ]
+    return "; left out: " + ", ".join(parts) if parts else ""
+
+
+def printable(name: str) -> str:
+    """A name of a file without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in name)

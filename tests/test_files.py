@@ -1,0 +1,431 @@
+"""The layouts that people bring, each as a folder and as a tar; damaged pictures; and what is said of what is left out."""
+
+import contextlib
+import io
+import json
+import random
+import struct
+import sys
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import files
+from scale import shards
+
+
+def encoded(image: Image.Image, kind="PNG", **options) -> bytes:
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return content.getvalue()
+
+
+def png(number: int, size=(20, 20), kind="PNG") -> bytes:
+    """A picture whose colour tells its number: 10 times that."""
+    return encoded(
+        Image.new("RGB", size, (10 * number,) * 3), kind, **({"quality": 100} if kind == "JPEG" else {})
+    )
+
+
+def table(*captions, name="text", **more) -> bytes:
+    """A metadata.jsonl of 1.png, 2.png, ..."""
+    entries = [{"file_name": f"{i}.png", name: caption} | more for i, caption in enumerate(captions, 1)]
+    return "\n".join(map(json.dumps, entries)).encode()
+
+
+ONE, TWO = {"1.png": png(1)}, {"1.png": png(1), "2.png": png(2)}
+# name: (files, what training sees: number -> captions, what is left out -> why). Text stands for its UTF-8.
+LAYOUTS = {
+    "txt": (TWO | {"1.txt": "one", "2.txt": " two\n"}, {1: ["one"], 2: ["two"]}, {}),
+    "TXT": (ONE | {"1.TXT": "one"}, {1: ["one"]}, {}),
+    "caption": (ONE | {"1.caption": "one"}, {1: ["one"]}, {}),
+    "full name": (ONE | {"1.png.txt": "one"}, {1: ["one"]}, {}),
+    "json": (ONE | {"1.json": '{"caption": "one", "width": 20}'}, {1: ["one"]}, {}),
+    "json of text": (
+        TWO | {"1.json": '{"text": "one"}', "2.json": '{"prompt": "two"}'},
+        {1: ["one"], 2: ["two"]},
+        {},
+    ),
+    "json of a list": (ONE | {"1.json": '{"text": ["one", "eins"]}'}, {1: ["one", "eins"]}, {}),
+    "txt before json": (ONE | {"1.json": '{"text": "json"}', "1.txt": "one"}, {1: ["one"]}, {}),
+    "json where txt is blank": (ONE | {"1.json": '{"text": "one"}', "1.txt": " \n"}, {1: ["one"]}, {}),
+    "json where txt is broken": (ONE | {"1.json": '{"text": "one"}', "1.txt": b"\xff"}, {1: ["one"]}, {}),
+    "lines": (ONE | {"1.txt": "one\r\n\neins\n"}, {1: ["one", "eins"]}, {}),
+    "blank": (ONE | {"1.txt": "\n"}, {1: [""]}, {}),
+    "marked": (ONE | {"1.txt": b"\xef\xbb\xbfcaf\xc3\xa9"}, {1: ["café"]}, {}),
+    "half a character": (
+        ONE | {"1.json": '{"text": "a \\ud83d half\\u2028line"}'},
+        {1: ["a \ufffd half\u2028line"]},
+        {},
+    ),
+    "dots": (
+        {"a.b.png": png(1), "a.c.png": png(2), "a.b.txt": "one", "a.c.txt": "two"},
+        {1: ["one"], 2: ["two"]},
+        {},
+    ),
+    "fields": ({"1.image.png": png(1), "1.caption.txt": "one"}, {1: ["one"]}, {}),
+    "mask": (ONE | {"1.txt": "one", "1.mask.png": png(2)}, {1: ["one"]}, {"1.mask.png": "no caption"}),
+    "twice": (
+        {"1.jpg": png(1, kind="JPEG"), "1.txt": "one", "1.png": png(2)},
+        {1: ["one"]},
+        {"1.png": "second picture for one caption"},
+    ),
+    "below": (
+        {"a.b/1.png": png(1), "a.b/1.txt": "one", "c/2.png": png(2), "c/2.txt": "two"},
+        {1: ["one"], 2: ["two"]},
+        {},
+    ),
+    "train": (
+        {"train/1.png": png(1), "train/1.txt": "one", "test/2.png": png(2), "test/2.txt": "two"},
+        {1: ["one"]},
+        {"test/2.png": "not for training", "test/2.txt": "not for training"},
+    ),
+    "dot": (
+        ONE
+        | {"1.txt": "one", "._1.txt": b"\0\5\26\7", "._1.png": b"\0", ".git/x.txt": "no", ".DS_Store": b""},
+        {1: ["one"]},
+        {"._1.txt": "hidden", "._1.png": "hidden", ".git/x.txt": "hidden"},
+    ),
+    "alone": (
+        TWO | {"1.txt": "one", "c.txt": "?"},
+        {1: ["one"]},
+        {"2.png": "no caption", "c.txt": "without a picture"},
+    ),
+    "latin": (TWO | {"1.txt": "one", "2.txt": b"caf\xe9"}, {1: ["one"]}, {"2.png": "not UTF-8 text"}),
+    "UTF-16": (
+        TWO | {"1.txt": "one", "2.txt": "zwei".encode("utf-16-le")},
+        {1: ["one"]},
+        {"2.png": "not UTF-8 text"},
+    ),
+    "null": (TWO | {"1.txt": "one", "2.json": '{"text": null}'}, {1: ["one"]}, {"2.png": "no caption"}),
+    "number": (
+        TWO | {"1.txt": "one", "2.json": '{"text": 2}'},
+        {1: ["one"]},
+        {"2.png": "its caption is no text"},
+    ),
+    "no JSON": (TWO | {"1.txt": "one", "2.json": "{"}, {1: ["one"]}, {"2.png": "not valid JSON"}),
+    "jsonl": (TWO | {"metadata.jsonl": table("one", "two")}, {1: ["one"], 2: ["two"]}, {}),
+    "jsonl of captions": (
+        TWO | {"metadata.jsonl": table("one", "two", name="caption")},
+        {1: ["one"], 2: ["two"]},
+        {},
+    ),
+    "jsonl of lists": (ONE | {"metadata.jsonl": table(["one", "eins"])}, {1: ["one", "eins"]}, {}),
+    "jsonl with ./": (ONE | {"metadata.jsonl": '{"file_name": "./1.png", "text": "one"}'}, {1: ["one"]}, {}),
+    "jsonl of several lines a picture": (
+        ONE | {"metadata.jsonl": table("one") + b"\n\n" + table("eins")},
+        {1: ["one", "eins"]},
+        {},
+    ),
+    "jsonl below": (
+        {"train/a/1.png": png(1), "train/metadata.jsonl": '{"file_name": "a/1.png", "text": "one"}'},
+        {1: ["one"]},
+        {},
+    ),
+    "jsonl from Windows": (
+        {"a/1.png": png(1), "metadata.jsonl": '{"file_name": "a\\\\1.png", "text": "one"}'},
+        {1: ["one"]},
+        {},
+    ),
+    "jsonl of a few": (
+        TWO | {"metadata.jsonl": table("one"), "2.txt": "two"},
+        {1: ["one"]},
+        {"2.png": "in no line of the table"},
+    ),
+    "jsonl with odd lines": (
+        TWO | {"metadata.jsonl": b'{\n[1]\n{"text": "x"}\n' + table("one", None, "three")},
+        {1: ["one"]},
+        {
+            "metadata.jsonl, entry 1": "not valid JSON",
+            "metadata.jsonl, entry 2": "not an object with file_name and text",
+            "metadata.jsonl, entry 3": "no file_name, but text",
+            "2.png": "no caption",
+            "3.png": "no such file",
+        },
+    ),
+    "csv": (
+        TWO | {"metadata.csv": 'file_name,text\n1.png,"one, two"\n2.png,two\n'},
+        {1: ["one, two"], 2: ["two"]},
+        {},
+    ),
+    "csv of prompts": (
+        ONE | {"metadata.csv": b"\xef\xbb\xbffile_name,prompt\r\n1.png,one\r\n"},
+        {1: ["one"]},
+        {},
+    ),
+    "csv without quotes": (
+        TWO | {"metadata.csv": "file_name,text\n1.png,one\n2.png,a cat, black\n"},
+        {1: ["one"]},
+        {"2.png": "more columns than its header: a caption with a comma stands in quotes"},
+    ),
+    "metadata.json, a list": (
+        ONE | {"metadata.json": '[{"file_name": "1.png", "text": "one"}]'},
+        {1: ["one"]},
+        {},
+    ),
+    "metadata.json by name": (
+        TWO | {"metadata.json": '{"1.png": "one", "2.png": {"caption": "two"}}'},
+        {1: ["one"], 2: ["two"]},
+        {},
+    ),
+    "two tables": (
+        ONE | {"metadata.jsonl": table("one"), "metadata.csv": "file_name,text\n1.png,eins"},
+        {1: ["one"]},
+        {"metadata.csv": "beside metadata.jsonl"},
+    ),
+    "kinds": (
+        {f"{i}.{kind.lower()}": png(i, kind=kind) for i, kind in enumerate(files.FORMATS)}
+        | {f"{i}.txt": str(i) for i in range(5)},
+        {i: [str(i)] for i in range(5)},
+        {},
+    ),
+    "damaged": (
+        TWO
+        | {f"{i}.txt": str(i) for i in range(1, 7)}
+        | {"2.png": png(2)[:60], "3.png": b"text", "4.jpg": b"", "6.png": png(6, size=(50, 50))}
+        | {"5.png": encoded(Image.fromarray(np.full((9, 9), 30000, np.uint16)))},
+        {1: ["1"]},
+        {
+            "2.png": "broken picture",
+            "3.png": "broken picture",
+            "4.jpg": "broken picture",
+            "5.png": "grey of more than 8 bits",
+            "6.png": "more than 67 million pixels",
+        },
+    ),
+}
+
+
+def write(folder: Path, layout: dict, kind: str) -> Path:
+    """The layout as a folder, or as a tar in a folder of its own."""
+    layout = {
+        name: content.encode() if isinstance(content, str) else content for name, content in layout.items()
+    }
+    if kind == "folder":
+        for name, content in layout.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        return folder
+    with tarfile.open(folder / "t.tar", "w") as archive:
+        for name, content in layout.items():
+            member = tarfile.TarInfo(random.choice(["", "./"]) + name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return folder / "t.tar"
+
+
+def seen(place: Path, kind: str, key=None) -> tuple[dict, dict]:
+    """(number -> captions, left out -> why) of what training sees."""
+    if kind == "folder":
+        source = data.ImageFolder(place, 16, key)
+        found = {picture.max() // 10: own for picture, own in zip(source.pictures, source.captions)}
+        return found, source.skipped
+    source = shards.Shards(place, 16, 1, caption_key=key)
+    samples = [source.picture(0, i) for i in range(len(source))]
+    skipped = {name.removeprefix("t/"): why for name, why in source.skipped.items()}
+    if "2" in skipped:  # what is found in decoding is called by its key
+        skipped["2.png"] = skipped.pop("2")
+    return {picture.max() // 10: own for picture, own, _ in samples}, skipped
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name, kind, tmp_path, monkeypatch):
+    layout, captions, left_out = LAYOUTS[name]
+    monkeypatch.setattr(files, "MAX_PIXELS", 2400)
+    assert seen(write(tmp_path, layout, kind), kind) == (captions, left_out)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_captions_under_another_name(kind, tmp_path):
+    layout = TWO | {
+        "metadata.jsonl": b'{"file_name": "1.png", "text": "no", "de": "eins"}\n' + table("one", "two")
+    }
+    place = write(tmp_path, layout, kind)
+    assert seen(place, kind, "de") == ({1: ["eins"]}, {"1.png": 'no "de"', "2.png": 'no "de"'})
+    assert seen(place, kind) == ({1: ["no", "one"], 2: ["two"]}, {})  # and the index of a tar is made again
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_table_in_parquet(kind, tmp_path):
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    content = io.BytesIO()
+    names = ["1.png", "2.png"]
+    parquet.write_table(arrow.table({"file_name": names, "caption": ["one", None], "n": [1, 2]}), content)
+    place = write(tmp_path, TWO | {"metadata.parquet": content.getvalue()}, kind)
+    assert seen(place, kind) == ({1: ["one"]}, {"2.png": "no caption"})
+
+
+@pytest.mark.parametrize("one_file", [False, True])
+def test_pictures_in_parquet(one_file, tmp_path):
+    """As image sets on the hub are, whose test part is not for training."""
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    for part, numbers in (
+        ("train-00000-of-00002", (1, 2)),
+        ("train-00001-of-00002", (3,)),
+        ("test-00000-of-00001", (4,)),
+    ):
+        images = [{"bytes": png(i), "path": f"{i}.png"} for i in numbers]
+        images += [{"bytes": None, "path": "lost.png"}]
+        texts = [[str(i), "a number"] for i in numbers] + [["lost"]]
+        (tmp_path / "data").mkdir(exist_ok=True)
+        parquet.write_table(arrow.table({"image": images, "text": texts}), tmp_path / f"data/{part}.parquet")
+    found, left_out = seen(tmp_path / "data/train-00000-of-00002.parquet" if one_file else tmp_path, "folder")
+    assert found == {i: [str(i), "a number"] for i in ((1, 2) if one_file else (1, 2, 3))}
+    assert sorted(left_out.values()) == ["broken picture"] * (1 if one_file else 2) + ["not for training"] * (
+        not one_file
+    )
+    parquet.write_table(arrow.table({"url": ["x"], "text": ["x"]}), tmp_path / "other.parquet")
+    with pytest.raises(data.DataError, match="other.parquet has no column image"):
+        data.ImageFolder(tmp_path / "other.parquet", 16)
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(data.DataError, match="a.parquet is not a whole .parquet"):
+        pytest.importorskip("pyarrow") and data.ImageFolder(tmp_path, 16)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(data.DataError, match="pip install pyarrow"):
+        data.ImageFolder(tmp_path, 16)
+
+
+@pytest.mark.parametrize(
+    "layout, said",
+    [
+        ({}, "holds no pictures"),
+        ({"a.zip": b"PK"}, r"holds no pictures .*\(a.zip: unpack it\)"),
+        (TWO, r"has no captions: .*metadata.jsonl.*; left out: 2 no caption \(1.png, 2.png\)"),
+        (ONE | {"captions.csv": "file,text\n1.png,one"}, r"\(captions.csv: call it metadata.csv\)"),
+        (ONE | {"1.txt": b"\xff"}, "1 not UTF-8 text"),
+        (ONE | {"metadata.csv": "image;text\n1.png;one"}, "1 no file_name, but image;text"),
+        ({"metadata.jsonl": table("one")}, "none of its pictures can be used; left out: 1 no such file"),
+        ({"1.png": b"", "1.txt": "one", "\33[2J.txt": "?"}, r"\(\?\[2J.txt\), 1 broken picture \(1.png\)"),
+    ],
+    ids=str,
+)
+def test_folders_that_are_refused_with_the_reason(layout, said, tmp_path):
+    with pytest.raises(data.DataError, match=said):
+        data.ImageFolder(write(tmp_path, layout, "folder"), 16)
+
+
+def test_names_that_are_no_folder(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(1))
+    for name, said in (("absent", "no such folder"), ("a.png", "is a file: name the folder")):
+        with pytest.raises(data.DataError, match=said):
+            data.ImageFolder(tmp_path / name, 16)
+
+
+def test_links_that_lead_back_end(tmp_path):
+    write(tmp_path, {"a/1.png": png(1), "a/1.txt": "one"}, "folder")
+    (tmp_path / "a/back").symlink_to(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/a").symlink_to(tmp_path / "a")
+    assert seen(tmp_path / "there", "folder")[0] == {1: ["one"]}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pixels
+# ------------------------------------------------------------------------------------------------------------
+def lanczos(line: np.ndarray, n: int) -> np.ndarray:
+    """Values [N, ...] along a line -> [n, ...], n < N, by the formula: weights sinc(x) sinc(x / 3) for |x| < 3, where x
+    is the distance in pixels of the result; what lies beyond an end has no weight."""
+    x = (np.arange(len(line)) + 0.5)[None, :] * n / len(line) - (np.arange(n) + 0.5)[:, None]
+    weights = np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0.0)
+    return np.tensordot(weights / weights.sum(1, keepdims=True), line, 1)
+
+
+def test_pictures_are_made_smaller_by_lanczos():
+    """Against the formula, on noise that no overshoot takes out of 0 to 255. Pillow rounds twice, once an axis."""
+    picture = np.random.default_rng(0).integers(60, 196, (60, 40, 3)).astype(np.uint8)
+    expected = lanczos(lanczos(picture, 24).swapaxes(0, 1), 16).swapaxes(0, 1)
+    assert np.abs(files.cover(Image.fromarray(picture), 24, 16) - expected).max() <= 1.5
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB", "1"])
+def test_what_is_transparent_lies_over_white(mode):
+    """By an alpha channel, or by a colour that a PNG calls transparent (tRNS); the rest keeps its own colour."""
+    image, options = Image.new(mode, (20, 20), 0), {}
+    if mode in ("RGBA", "LA"):
+        image.paste((0,) * (len(mode) - 1) + (255,), (0, 0, 20, 10))
+    else:
+        if mode == "P":
+            image.putpalette([0, 0, 0, 255, 0, 0])
+        image.paste({"P": 1, "L": 100, "RGB": (100, 0, 0), "1": 1}[mode], (0, 0, 20, 10))
+        options["transparency"] = (0, 0, 0) if mode == "RGB" else 0
+    picture = files.cover(files.opened(encoded(image, **options)), 20, 20)
+    top = {"P": [255, 0, 0], "L": [100] * 3, "RGB": [100, 0, 0], "1": [255] * 3}.get(mode, [0] * 3)
+    assert (picture[12:] == 255).all() and (picture[:8] == top).all()
+
+
+def test_crops_are_centred_and_cameras_are_held_upright():
+    halves = Image.new("RGB", (60, 20), (255, 0, 0))
+    halves.paste((0, 0, 255), (30, 0, 60, 20))
+    middle = files.cover(halves, 20, 20)
+    assert (middle[:, :8, 0] > 250).all() and (middle[:, 12:, 2] > 250).all()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter: red above blue
+    turned = encoded(halves, exif=exif)
+    assert files.upright_size(turned) == (20, 60)
+    picture = files.cover(files.opened(turned), 60, 20)
+    assert (picture[:25, :, 0] > 250).all() and (picture[35:, :, 2] > 250).all()
+
+
+def test_odd_exif_is_no_damage():
+    """The camera's make as a fraction: Pillow reads it and cannot write it again."""
+    tags = [(0x010F, 5, 1, 38), (0x0112, 3, 1, 6)]  # make: a rational at byte 38; orientation 6
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + entries + bytes(4) + struct.pack("<II", 1, 1)
+    content = encoded(Image.new("RGB", (48, 32)), "JPEG", exif=exif)
+    assert files.upright_size(content) == (32, 48) and files.cover(files.opened(content), 16, 16).shape == (
+        16,
+        16,
+        3,
+    )
+
+
+@pytest.mark.parametrize("kind", files.FORMATS)
+def test_damage_is_the_files_fault_and_a_full_memory_is_not(kind, monkeypatch):
+    """Every byte after another changed, and every cut: a picture, or Unusable. Nothing else, and no warning."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 9, 3), dtype=np.uint8))
+    content = encoded(noise.convert("P") if kind == "GIF" else noise, kind)
+    chance = random.Random(0)
+    for _ in range(600):
+        damaged = bytearray(content)
+        for _ in range(chance.randint(1, 4)):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        damaged = bytes(damaged[: chance.choice([len(damaged), chance.randrange(len(damaged))])])
+        with contextlib.suppress(files.Unusable):
+            assert files.cover(files.opened(damaged), 8, 8).shape == (8, 8, 3)
+    monkeypatch.setattr(Image.Image, "load", lambda self: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        files.opened(content)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "DDS", "TIFF", "PPM", "ICO", "TGA", "PCX"])
+def test_other_formats_are_not_opened_whatever_their_name(kind):
+    content = io.BytesIO()
+    try:
+        Image.new("RGB", (16, 16)).save(content, kind)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow writes no {kind}")
+    with pytest.raises(files.Unusable, match="broken picture"):
+        files.opened(content.getvalue())
+
+
+def test_a_bomb_is_refused_without_decoding(monkeypatch, recwarn):
+    """A few bytes whose header promises more pixels than are allowed."""
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    for side in (8193, 10_000, 60_000):
+        header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+        content = b"\x89PNG\r\n\x1a\n"
+        for name, body in ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 64)), (b"IEND", b"")):
+            content += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        with pytest.raises(files.Unusable, match="67 million"):
+            files.opened(content)
+    assert not recwarn.list
