@@ -1,6 +1,6 @@
 """A judge without a network: which emoji a picture shows, and whether it shows it clearly.
 
-    python experiments/emoji_judge.py   # is it sound? Shares in results/emoji/judge.json, a page of verdicts
+    python -m experiments.emoji_judge   # is it sound? Shares in results/emoji/judge.json, a page of verdicts
 
 All originals are known, so a picture is compared with every one of them, moved by up to a pixel. The distance
 is the root mean square over its values, of 255. The nearest original says concept and maker. It is shown
@@ -13,8 +13,6 @@ three, "a bird" every bird (emoji.Emoji.carriers). Open prompts ask besides how 
 
 import argparse
 import hashlib
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,16 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-if __name__ == "__main__":  # started as a file: modules are found from the project's folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import data
 import emoji
 from engine import checkpoint, errors, machine
 from engine.randomness import rng
 from experiments import evaluate
 
-ROOT = Path(__file__).resolve().parents[1]
 RATIO = 0.75  # a mixture of two originals passes where the main one has a share of at least 4/7
 
 
@@ -234,7 +228,7 @@ def page(judge: Judge, made: dict[str, list[tuple[np.ndarray, str]]], rows: int 
 
 
 def main() -> None:
-    parser = errors.Parser("experiments/emoji_judge.py", "Is the judge of emoji sound?")
+    parser = errors.Parser("-m experiments.emoji_judge", "Is the judge of emoji sound?")
     parser.add_argument("--data", choices=list(emoji.SETS), default="emoji", help="which (default: emoji)")
     parser.add_argument("--side", type=int, default=32, help="of the pictures, in pixels (default: 32)")
     parser.add_argument("--seed", type=int, default=0, help="of the specimens (default: 0)")

@@ -1,0 +1,242 @@
+"""Emoji by kind of prompt: rows of the table and a peer, beside what perfect evaluators predict.
+
+    taskset -c 0 python -m experiments.emoji_table --rows flow_matching self_e   # one core; others beside it
+    python -m experiments.emoji_table --quick                                    # checks the path
+    python -m experiments.emoji_table --report                                   # the page, from what is measured
+
+A row and seed (rows.py) are a run of train.py under one budget, RUNS/ROW-SEED, and its scores
+(emoji_judge.summary) on test prompts of each kind and on the pairs that training never shows,
+OUT/ROW-SEED.json. Sampler settings are searched on validation prompts, on the run of the first seed, for each
+kind and step count: OUT/ROW-search.json. Every row tries equally many, as in tables.py. A sheet of samples
+shows prompts fixed by their hashes. Stopped at any time, the same command goes on.
+"""
+
+import argparse
+import itertools
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import emoji
+import sample
+from engine import checkpoint, errors, machine
+from experiments import emoji_judge, report, tables
+from experiments.rows import ROWS, SEEDS, guidances, ways
+
+KINDS = emoji_judge.KINDS
+# The longest of these captions has seven words.
+BUDGET = "--data emoji --side 32 --txt-len 10 --optimizer muon --precision bf16 --grid-every 0 --steps 9000"
+QUICK = "--data emoji --side 32 --txt-len 10 --steps 4 --batch-size 8 --grid-every 0 --no-compile"
+PREDICTIONS = Path(__file__).resolve().parents[1] / "toy" / "results" / "emoji_world.json"
+PREDICTED = {  # row -> the perfect evaluator that it is compared with
+    "flow_matching": "flow matching",
+    "control": "control, Delta = 0",
+    "self_e": "classifier only",
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Draw, judge
+# ------------------------------------------------------------------------------------------------------------
+class Scores:
+    """The prompts of a source by kind, at most `most` of one; what a model's pictures of them are worth."""
+
+    def __init__(self, source: emoji.Emoji, most: int):
+        self.source, self.judge, self.most = source, emoji_judge.Judge(source), most
+
+    def prompts(self, kind: str, split: str) -> list[str]:
+        return emoji_judge.asked(self.source, kind, split, self.most)
+
+    def draw(
+        self, loaded: sample.Loaded, kind: str, split: str, images: int, **choices
+    ) -> list[list[np.ndarray]]:
+        """So many pictures of each prompt, whose noise follows from (seed, split, kind, prompt, image)."""
+        texts = self.prompts(kind, split)
+        jobs = list(itertools.product(range(len(texts)), range(images)))
+        keys = [(40 + (split == "test"), KINDS.index(kind), *job) for job in jobs]
+        pictures = sample.generate(loaded, [texts[i] for i, _ in jobs], keys, **choices)
+        return [pictures[i : i + images] for i in range(0, len(pictures), images)]
+
+    def __call__(self, loaded: sample.Loaded, kind: str, split: str, pictures: int, **choices) -> dict:
+        """emoji_judge.summary of at least so many pictures, as many of each prompt."""
+        images = math.ceil(pictures / len(self.prompts(kind, split)))
+        drawn = self.draw(loaded, kind, split, images, **choices)
+        return emoji_judge.summary(
+            self.source, self.prompts(kind, split), [self.judge(some) for some in drawn]
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Search, score
+# ------------------------------------------------------------------------------------------------------------
+def search(loaded: sample.Loaded, scores: Scores, out: Path, args: argparse.Namespace, device) -> dict:
+    """kind -> step count -> the best settings on validation prompts; kept in `out` with every score.
+
+    As in tables.search: first guidance and its space, then at the best of them eta and the rule for s_k.
+    """
+    objective = loaded.config["objective"]
+    result = machine.provenance(device) | {
+        "train": loaded.config["command"],
+        "pictures": args.search_pictures,
+    }
+    result = checkpoint.read_json(out) if out.exists() else result | {"kinds": {kind: {} for kind in KINDS}}
+
+    def try_all(settings: list[dict], kind: str, n: int) -> list[dict]:
+        bar = tqdm(settings, desc=f"search: {kind}, {n} steps", leave=False, disable=None)
+        found = [scores(loaded, kind, "validation", args.search_pictures, steps=n, **s)["score"] for s in bar]
+        return [{"settings": s, "score": score} for s, score in zip(settings, found)]
+
+    for kind, n in itertools.product(KINDS, args.steps):
+        chosen, before = result["kinds"][kind], {}
+        if str(n) in chosen:
+            continue
+        if n >= tables.LONG and chosen:
+            last = chosen[max(chosen, key=int)]["best"]["settings"]
+            before = {name: last[name] for name in ("eta", "s_rule") if name in last}
+        tried = try_all([choice | before for choice in guidances(objective)], kind, n)
+        best = max(tried, key=lambda t: t["score"])
+        if n < tables.LONG:
+            more = [best["settings"] | way for way in ways(objective)]
+            tried += try_all([choice for choice in more if choice != best["settings"]], kind, n)
+            best = max(tried, key=lambda t: t["score"])
+        chosen[str(n)] = {"best": best, "tried": tried}
+        checkpoint.write_json(out, result)
+    return {
+        kind: {n: chosen[str(n)]["best"]["settings"] for n in args.steps}
+        for kind, chosen in result["kinds"].items()
+    }
+
+
+def score(row: str, seed: int, run: Path, scores: Scores, args: argparse.Namespace, device) -> None:
+    """Write OUT/ROW-SEED.json and a sheet of samples: two prompts of each kind, the first picture of each."""
+    searched = args.out / f"{row}-search.json"
+    if seed != args.seeds[0] and not searched.exists():
+        raise errors.UserError(
+            f"{searched} is missing: run seed {args.seeds[0]} of {row} first, which is searched"
+        )
+    began = time.perf_counter()
+    loaded = tables.load(run, device, "--no-compile" not in args.budget)
+    chosen = search(loaded, scores, searched, args, device)
+    elapsed = checkpoint.read_json(checkpoint.complete_states(run)[-1] / "state.json")["elapsed"]
+    result = machine.provenance(device) | {"row": row, "seed": seed, "train": loaded.config["command"]}
+    result |= {"training": loaded.config, "training_seconds": round(elapsed, 1), "pictures": args.pictures}
+    result["kinds"], sheet, captions = {}, [], []
+    for kind, of_steps in chosen.items():
+        settings = {n: s | {"steps": n, "seed": seed} for n, s in of_steps.items()}
+        result["kinds"][kind] = {
+            str(n): scores(loaded, kind, "test", args.pictures, **s) | {"settings": of_steps[n]}
+            for n, s in tqdm(settings.items(), desc=f"{row}: {kind}", leave=False, disable=None)
+        }
+        columns = [scores.draw(loaded, kind, "test", 1, **s)[:2] for s in settings.values()]
+        sheet += [[picture for (picture,) in line] for line in zip(*columns)]
+        captions += [f"{text} ({kind})" for text in scores.prompts(kind, "test")[:2]]
+    result["seconds"] = round(time.perf_counter() - began, 1)
+    checkpoint.write_json(args.out / f"{row}-{seed}.json", result)
+    sample.sheet(sheet, args.steps, captions).save(args.out / f"samples-{row}-{seed}.png")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The page
+# ------------------------------------------------------------------------------------------------------------
+HEAD = """# Emoji by kind of prompt
+
+Made by `python -m experiments.emoji_table --report` from the files beside it, each with its command, commit,
+hardware and time. Test prompts; the share of right pictures, and the variety of the right ones
+(`experiments/emoji_judge.py`); means over seeds, ± half the 95% interval over seeds (Student's t).
+"predicted" is what perfect evaluators have
+([emoji_world.json](../../toy/results/emoji_world.json)), who know no held-out pairs."""
+
+
+def predictions(row: str, kind: str, n: int) -> list[dict]:
+    """The scores that toy/emoji_world.py has for a row, one for each of its seeds."""
+    records = checkpoint.read_json(PREDICTIONS)["kinds"].get(kind, {}).get("records", [])
+    return [r for r in records if (r["objective"], r["steps"]) == (PREDICTED.get(row), n)]
+
+
+def cell(scores: list[dict]) -> str:
+    if not scores:
+        return ""
+    variety = report.cell([s["variety"] for s in scores if s["variety"] is not None])
+    return report.cell([s["right"] for s in scores]) + (f"; {variety}" if variety else "")
+
+
+def write_page(out: Path) -> None:
+    """OUT/table.md. Raises UserError where nothing has been measured."""
+    measured, lines = report.read_rows(out), [HEAD]
+    if not measured:
+        raise errors.UserError(f"nothing has been measured in {out}")
+    steps = list(map(int, next(iter(next(iter(measured.values())).values()))["kinds"]["exact"]))
+    for kind in KINDS:
+        cells = []
+        for row, seeds in measured.items():
+            own = [[result["kinds"][kind][str(n)] for result in seeds.values()] for n in steps]
+            cells.append([row, len(seeds), *map(cell, own)])
+            predicted = [cell(predictions(row, kind, n)) for n in steps]
+            cells += [["predicted", "", *predicted]] if any(predicted) else []
+        lines += ["", f"## {kind}", *report.table(["row", "seeds", *steps], cells)]
+    with checkpoint.in_one_piece(out / "table.md", shared=True) as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"wrote {out / 'table.md'}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------------------
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = errors.Parser(
+        "-m experiments.emoji_table", "Train, search and score rows on emoji, by kind of prompt."
+    )
+    a = parser.add_argument
+    rows = ["flow_matching", "control", "self_e", "meanflow"]
+    a("--rows", metavar="ROW", nargs="+", choices=ROWS, default=rows, help=f"of rows.py ({' '.join(rows)})")
+    a(
+        "--seeds",
+        metavar="N",
+        type=int,
+        nargs="+",
+        default=list(SEEDS[:2]),
+        help="the first is searched (2 3)",
+    )
+    a("--budget", metavar="FLAGS", default=BUDGET, help=f'flags of train.py for every row ("{BUDGET}")')
+    a("--steps", metavar="N", type=int, nargs="+", default=list(sample.STEP_COUNTS), help="(1 2 4 8 50)")
+    a("--out", metavar="DIR", type=Path, default=Path("results/emoji"), help="(results/emoji)")
+    a("--runs", metavar="DIR", type=Path, default=Path("runs/emoji"), help="(runs/emoji)")
+    a("--report", action="store_true", help="only the page, from what has been measured")
+    a("--quick", action="store_true", help="tiny budgets, to check the path")
+    args = parser.parse_args(argv)
+    args.prompts, args.pictures, args.search_pictures = (
+        35,
+        280,
+        70,
+    )  # prompts as in toy/emoji_world.py; of each kind
+    if args.quick:
+        args.budget, args.prompts, args.pictures, args.search_pictures = QUICK, 2, 2, 2
+    parser.check_ranges(args, steps=(1, 10**6), seeds=(0, 2**63 - 1))
+    args.steps = sorted(args.steps)
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    machine.keep_freed_memory()
+    device = machine.pick_device()
+    if not args.report:
+        names = ("budget", "steps", "prompts", "pictures", "search_pictures")
+        settings = {"emoji": emoji.VERSION} | {name: getattr(args, name) for name in names}
+        checkpoint.keep_settings(args.out, settings, "choose another --out")
+        for seed, row in itertools.product(args.seeds, args.rows):
+            if (args.out / f"{row}-{seed}.json").exists():
+                continue  # measured, perhaps on another machine
+            run = args.runs / f"{row}-{seed}"
+            tables.train(row, 0.0, seed, run, args)
+            config = checkpoint.read_json(run / "config.json")
+            scores = Scores(emoji.Emoji(config["side"], config["data"][0]), args.prompts)
+            score(row, seed, run, scores, args, device)
+    write_page(args.out)
+
+
+if __name__ == "__main__":
+    errors.run(main, "stopped; the same command goes on")

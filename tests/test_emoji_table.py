@@ -1,0 +1,92 @@
+"""The table of emoji: what a perfect and a stubborn model score, and prediction beside measurement."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import emoji
+import sample
+from experiments import emoji_judge, emoji_table
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Sixteen animals, coarse random pictures; half share a second tag."""
+    path = tmp_path_factory.mktemp("tiles") / "tiles.npz"
+    coarse = np.random.default_rng(0).integers(0, 256, (16, 3, 4, 4, 3), dtype=np.uint8)
+    words = [
+        emoji.Concept(f"{i}", f"thing {i}", ["one"] + ["two"] * (i % 2), f"group {i % 8}", "animals-nature")
+        for i in range(16)
+    ]
+    emoji.write(path, coarse.repeat(16, 2).repeat(16, 3), words)
+    return emoji.Emoji(16, "emoji", path)
+
+
+def test_validation_and_test_share_no_prompt_and_are_all_there(source):
+    for kind in ("exact", "label", "group"):
+        lots = [set(emoji_judge.asked(source, kind, split, 999)) for split in ("validation", "test")]
+        assert not lots[0] & lots[1] and lots[0] | lots[1] == set(source.prompts(kind))
+        assert emoji_judge.asked(source, kind, "test", 3) == emoji_judge.asked(source, kind, "test", 999)[:3]
+    held = {t for split in ("validation", "test") for t in emoji_judge.asked(source, "held-out", split, 999)}
+    assert len(held) == len(source.held_out_pairs) and not held & set(source.prompts("exact"))
+
+
+def test_scores_of_a_model_that_knows_all_and_of_one_that_repeats_itself(source, monkeypatch):
+    every, asked, g = source.carriers(source.pairs), {}, np.random.default_rng(0)
+
+    def knows(loaded, prompts, keys, **choices):
+        asked.setdefault("keys", []).extend(keys)
+        return [source.pictures[list(every[p])[g.integers(len(every[p]))]] for p in prompts]
+
+    scores = emoji_table.Scores(source, 35)
+    monkeypatch.setattr(sample, "generate", knows)
+    first = scores(None, "label", "test", 60)
+    assert first["right"] == first["concept"] == 1.0 and first["variety"] == pytest.approx(1, abs=0.15)
+    scores(None, "group", "test", 60), scores(None, "label", "validation", 60)
+    assert len(set(asked["keys"])) == len(asked["keys"])  # no noise is used twice
+
+    monkeypatch.setattr(
+        sample, "generate", lambda loaded, prompts, keys, **_: [source.pictures[0, 0]] * len(prompts)
+    )
+    again = scores(None, "label", "test", 60)
+    assert again["right"] in (0.0, 1 / len(scores.prompts("label", "test")))
+    assert again["variety"] is None or again["variety"] < 0.6
+    tag = scores(None, "tag", "test", 60)
+    assert tag["score"] == pytest.approx(tag["right"] * (tag["variety"] or 0))
+
+
+def test_the_page_sets_the_prediction_below_what_was_measured(tmp_path, monkeypatch):
+    told = {"objective": "classifier only", "steps": 2, "variety": None}
+    world = {"kinds": {"tag": {"records": [told | {"right": 0.25}, told | {"right": 0.75, "variety": 0.5}]}}}
+    monkeypatch.setattr(emoji_table, "PREDICTIONS", tmp_path / "emoji_world.json")
+    emoji_table.PREDICTIONS.write_text(json.dumps(world))
+    for seed, right in enumerate((0.5, 0.7)):
+        kinds = {kind: {"2": {"right": right, "variety": 0.8}} for kind in emoji_judge.KINDS}
+        result = json.dumps({"row": "self_e", "seed": seed, "kinds": kinds})
+        (tmp_path / f"self_e-{seed}.json").write_text(result)
+    (tmp_path / "self_e-search.json").write_text("{}")
+    emoji_table.write_page(tmp_path)
+    section = (tmp_path / "table.md").read_text().split("## tag")[1].split("##")[0]
+    measured, predicted = [line for line in section.splitlines() if line.startswith("| ")][2:]
+    assert "| self_e | 2 | 0.600 ± " in measured and "; 0.800 ± 0.000 |" in measured
+    assert predicted.startswith("| predicted |  | 0.500 ± ") and predicted.endswith("; 0.500 |")
+
+
+def test_settings_are_chosen_for_each_kind_by_their_score(source, tmp_path, monkeypatch):
+    """A model that is right at guidance 3 alone, and for labels at eta 0 alone."""
+
+    def judged(loaded, kind, split, pictures, **choices):
+        assert split == "validation" and pictures == 70
+        good = choices["guidance"] == 3 and (kind != "label" or choices["eta"] == 0)
+        return {"score": float(good) + 0.1 * (choices["eta"] == 0)}
+
+    args = emoji_table.parse_arguments(["--steps", "50", "2"])
+    loaded = SimpleNamespace(config={"objective": "self_e", "command": "python train.py"})
+    monkeypatch.setattr(emoji_table.machine, "provenance", lambda device: {})
+    chosen = emoji_table.search(loaded, judged, tmp_path / "search.json", args, None)
+    assert chosen["tag"][2]["guidance"] == 3 and chosen["tag"][2]["eta"] == 0.0
+    assert chosen["tag"][50]["guidance"] == 3 and chosen["tag"][50]["eta"] == 0.0  # those of two steps
+    again = emoji_table.search(loaded, None, tmp_path / "search.json", args, None)  # nothing is tried twice
+    assert again == chosen
