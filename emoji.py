@@ -254,7 +254,7 @@ class Emoji:
         self.pairs = [pair for pair in every if pair not in set(self.held_out_pairs)]
         count = Counter(tag for concept in self.concepts for tag in concept.tags)
         self.tags = {tag for tag in count if count[tag] >= FEWEST}
-        self.buckets, self.skipped = {(side, side): 1.0}, {}
+        self.buckets, self.skipped, self.numbers = {(side, side): 1.0}, {}, 2**62  # no end
         words = hashlib.sha256(json.dumps([self.concepts, PACKAGES]).encode()).hexdigest()
         self.fingerprint = f"{name} {side} {VERSION} {words}"
 
@@ -294,10 +294,21 @@ class Emoji:
         """(height, width) of sample g."""
         return self.side, self.side
 
-    def sample(self, g: int, seed: int = 0) -> data.Sample:
+    def drawn(self, g: int, seed: int) -> tuple[int, int, str, np.ndarray]:
+        """(concept, maker, caption, how far the picture is moved down and right) of sample g."""
         random = rng(seed, "emoji", g)
         concept, maker = self.pairs[random.integers(len(self.pairs))]
         captions = self.captions(concept, maker)
         caption = captions[random.choice(len(captions), p=[c.share for c in captions])]
-        picture = shifted(self.pictures[concept, maker], *random.integers(-SHIFT, SHIFT + 1, 2))
-        return data.Sample(picture, caption.text, f"{self.concepts[concept].code}-{list(MAKERS)[maker]}")
+        return concept, maker, caption.text, random.integers(-SHIFT, SHIFT + 1, 2)
+
+    def sample(self, g: int, seed: int = 0) -> data.Sample:
+        concept, maker, caption, move = self.drawn(g, seed)
+        key = f"{self.concepts[concept].code}-{list(MAKERS)[maker]}"
+        return data.Sample(shifted(self.pictures[concept, maker], *move), caption, key)
+
+    def number(self, g: int, seed: int = 0) -> int:
+        return g
+
+    def caption(self, number: int, seed: int = 0) -> str:
+        return self.drawn(number, seed)[2]

@@ -188,3 +188,7 @@ def test_what_is_missing_or_broken_is_one_clear_line(source, tmp_path, monkeypat
 def test_the_loop_opens_it_by_name(source, name):
     opened = feed.open_source((name,), Stage(0, (16,), 32), 4)
     assert isinstance(opened, emoji.Emoji) and opened.name == name
+    wrong = feed.open_source((name,), Stage(0, (16,), 32), 4, wrong_captions=0.5)
+    pairs = [(opened.sample(g), wrong.sample(g)) for g in range(400)]
+    assert all(np.array_equal(a.picture, b.picture) for a, b in pairs)
+    assert 0.35 < np.mean([a.caption != b.caption for a, b in pairs]) <= 0.5
