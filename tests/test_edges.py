@@ -398,5 +398,5 @@ def test_records_of_another_study(content, tmp_path, monkeypatch, capsys):
 def test_a_file_that_is_no_page_is_not_written_over(content, tmp_path, monkeypatch, capsys):
     path = tmp_path / "x.html"
     path.write_bytes(content)
-    refused(explore, ["--out", path, "--no-open"], monkeypatch, capsys)
+    refused(explore, ["--out", path], monkeypatch, capsys)
     assert path.read_bytes() == content

@@ -1,201 +1,241 @@
-"""The page toy/explore.html: its mathematics against the Python, what it is made of, and itself in a real browser.
-
-The first part runs the page's scripts in Node.js and is skipped where `node` is missing. The last part (slow) needs
-Chromium from the distribution and Playwright (requirements-browser.txt), and is skipped without them.
-"""
+"""The page toy/explore.html without a browser: its JavaScript, in Node.js, against the Python; and what it is made of."""
 
 import base64
-import contextlib
+import gzip
+import hashlib
 import json
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+import unicodedata
 
 import numpy as np
 import pytest
 import torch
 
+import encoders
 import losses
+import model
+import sample
 import sampler
 from engine import errors
+from engine.randomness import normal, rng
 from toy import explore, ideal, measures
 from toy.mixture import LAYOUTS, Mixture
 from toy.training import Net
 
 PAGE = explore.PAGE.read_text(encoding="utf-8")
-SCRIPTS = dict(re.findall(r'<script data-source="([\w.]+)">\n(.*?)\n</script>', PAGE, re.S))
-LIBRARIES = dict(re.findall(r'<script data-library="([\w. -]+)">\n(.*?)\n</script>', PAGE, re.S))
-MATHEMATICS = ("mixture.js", "method.js", "toynet.js")
 WORLD = explore.embedded(explore.PAGE)
+SCRIPTS = re.findall(r"\{\{(\w+\.js)\}\}", (explore.FOLDER / "template.html").read_text())
 DOUBLE = {"dtype": torch.float64}
 
 
-def node(expression: str, **given):
-    """The value of a JavaScript expression that sees the page's mathematics, WORLD and the names of `given`."""
+def node(program: str, **given):
+    """What `program` hands to answer(). It sees the page's scripts, its data as `world`, and the names of `given`."""
     if shutil.which("node") is None:
-        pytest.skip("Node.js is not installed: the page's mathematics is not run")
-    program = [(explore.FOLDER / name).read_text() for name in MATHEMATICS]
-    given |= {"WORLD": WORLD} if "WORLD" in expression else {}
-    program += [f"const {name} = {json.dumps(value)};" for name, value in given.items()]
-    program.append(f"process.stdout.write(JSON.stringify({expression}));")
-    done = subprocess.run(["node", "-"], input="\n".join(program), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+        pytest.skip("Node.js is not installed: the page's JavaScript is not run")
+    sources = "".join((explore.FOLDER / name).read_text() for name in SCRIPTS if name != "main.js")
+    script = f"""{sources}
+        const given = JSON.parse(require("fs").readFileSync(0, "utf8")), {{ world }} = given;
+        const answer = (value) => console.log(
+          JSON.stringify(value, (_, part) => (ArrayBuffer.isView(part) ? Array.from(part) : part)));
+        (async () => {{ const {{ {", ".join(given)} }} = given; {program} }})();"""
+    told = json.dumps({"world": WORLD, **given})
+    run = subprocess.run(["node", "-e", script], input=told, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
 
 
 def close(found, expected, bound=1e-6):
     assert np.abs(np.asarray(found, dtype=float) - np.asarray(expected)).max() <= bound
 
 
-def draw(q: Mixture, n: int = 60, seed: int = 0):
-    """Random x [n, 2], t [n], c [n] with the ends of [0, 1] and the null prompt among them."""
-    g = np.random.default_rng(seed)
-    t = g.random(n)
-    t[:4] = 0, 1, 1e-3, 1 - 1e-3
-    return tuple(torch.from_numpy(a) for a in (2 * g.standard_normal((n, 2)), t, g.integers(0, q.C + 1, n)))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The mathematics, in Node.js
-# ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_closed_form_is_that_of_the_mixture(layout):
+def mixed(layout: str, wrong: float = 0.0) -> Mixture:
+    """A layout in double precision; `wrong` is the share of labels that are drawn anew."""
     q = Mixture(**LAYOUTS[layout], **DOUBLE)
-    x, t, c = draw(q)
+    q.table[: q.C] = (1 - wrong) * q.table[: q.C] + wrong * q.table[q.C]
+    return q
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The plane
+# ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("layout, wrong", [("ring", 0), ("between", 0.4), ("far", 0)])
+def test_the_closed_form_is_that_of_the_mixture(layout, wrong):
+    q, g, n = mixed(layout, wrong), np.random.default_rng(0), 60
+    t = torch.from_numpy(np.concatenate([[0, 1, 1e-3, 1 - 1e-3], g.random(n - 4)]))
+    x, c = torch.from_numpy(2 * g.standard_normal((n, 2))), torch.from_numpy(g.integers(0, q.C + 1, n))
     found = node(
-        "x.map((point, n) => [posterior_mean(q, point, t[n], c[n]), log_density(q, point, t[n], c[n])])".replace(
-            "q,", f"mixture(WORLD.layouts.{layout}),"
-        ),
-        x=x.tolist(),
-        t=t.tolist(),
-        c=c.tolist(),
+        """const q = mixture(world.layouts[layout], wrong);
+           const u = random.uniform(0, "page", [1], 20000), z = normal_points(20000, 2);
+           answer([x.map((point, n) => posterior_mean(q, point, t[n], c[n])),
+                   x.map((point, n) => posterior(q, point, t[n], c[n]).shares),
+                   range(20000).map((n) => draw_posterior(q, x[9], t[9], c[9], u[n], z[n]))]);""",
+        **dict(layout=layout, wrong=wrong, x=x.tolist(), t=t.tolist(), c=c.tolist()),
     )
-    close([mean for mean, _ in found], q.posterior_mean(x, t, c))
-    close([log for _, log in found], q.log_density(x, t, c), 1e-5)  # of the size of 1000, where t is near 0
+    shares, means, var = q.posterior(x, t, c)
+    close(found[0], q.posterior_mean(x, t, c))
+    close(found[1], shares)
+    draws, mean = np.array(found[2]), q.posterior_mean(x, t, c)[9].numpy()
+    second = (shares[9, :, None] * (means[9] ** 2 + var[9, :, None])).sum(0).numpy()
+    close(draws.mean(0), mean, 5 * draws.std(0).max() / 20000**0.5)
+    close((draws**2).mean(0), second, 5 * (draws**2).std(0).max() / 20000**0.5)
 
 
 def test_what_is_said_of_samples_is_what_measures_say():
-    q = Mixture(**LAYOUTS["between"], **DOUBLE)
-    g = np.random.default_rng(1)
+    q, g = mixed("between"), np.random.default_rng(1)
     x, y = q.sample(torch.ones(80, dtype=torch.int64), g), q.sample(torch.full((90,), 3), g)
-    near = node(
-        "[energy_distance(x, y), y.map((p) => off_by(mixture(WORLD.layouts.between), p, 1)),"
-        " y.map((p) => nearest_mode(mixture(WORLD.layouts.between), p, 1))]",
+    found = node(
+        """const q = mixture(world.layouts.between);
+           answer([energy_distance(x, y), y.map((p) => is_blend(q, p, 1)), mass_of(q, y, 1)]);""",
         x=x.tolist(),
         y=y.tolist(),
     )
     distance = torch.cdist(y, q.means[1]) / 0.12
-    close(near[0], measures.energy_distance(x, y))
-    close(near[1], distance.min(1).values)
-    assert near[2] == distance.argmin(1).tolist()
-    assert "OFF_MODES = 4;" in SCRIPTS["paths.js"]
-    assert "distance.min(1).values > 4" in Path(measures.__file__).read_text()
+    close(found[0], measures.energy_distance(x, y))
+    assert found[1] == (distance.min(1).values > 4).tolist()
+    close(found[2], torch.bincount(distance.argmin(1), minlength=3) / 90)
 
 
 def step_in_python(q: Mixture, given: dict) -> dict:
-    """The quantities of one training step by the functions of losses.py; given as for training_step of method.js."""
+    """The quantities of a training step by the functions of losses.py; given as for training_step of method.js."""
     row = lambda value: torch.tensor([value], **DOUBLE)  # noqa: E731
-    x0, x_t, eps_s, t, s = (row(given[name]) for name in ("x0", "x_t", "eps_s", "t", "s"))
+    x0, eps, eps_s, t, s = (row(given[name]) for name in ("x0", "eps", "eps_s", "t", "s"))
     c = torch.tensor([given["c"]])
+    x_t = losses.add_noise(x0, t, eps)
     x0_hat = losses.one_step_estimate(x_t, t, q.V(x_t, t, s, c))
     x_s_hat = losses.add_noise(x0_hat, s, eps_s)
     G_c, G_null = (q.posterior_mean(x_s_hat, s, prompt) for prompt in (c, q.null(c)))
-    answers = torch.cat([x0_hat, torch.tensor(given["answers"], **DOUBLE)])
-    G_fake = ideal.mean_of_answers(x_s_hat[None], given["s"], answers[None])[0] if given["k"] < 1 else None
-    Delta = losses.self_evaluation(G_null, G_c, G_fake, given["k"])
-    x_self, mix = losses.pseudo_target(x0_hat, Delta), losses.mix_weight(t, s)
-    x_tar = losses.implicit_target(x0, x_self, mix)
-    x_renorm = losses.renormalise(x_tar, x0)
-    loss = losses.time_weight(t) * losses.target_loss(x0_hat, x_renorm)
-    eps = (x_t - (1 - t) * x0) / t
-    made = dict(
-        x0=x0,
-        eps=eps,
-        x_t=x_t,
-        x0_hat=x0_hat,
-        x_s_hat=x_s_hat,
-        G_c=G_c,
-        G_null=G_null,
-        Delta=Delta,
-        x_self=x_self,
-        mix=mix,
-        x_tar=x_tar,
-        x_renorm=x_renorm,
-        loss=loss,
-    )
-    made |= {"G_fake": G_fake} if G_fake is not None else {}
+    made = dict(x0=x0, eps=eps, x_t=x_t, x0_hat=x0_hat, x_s_hat=x_s_hat, G_c=G_c, G_null=G_null)
+    if given["k"] < 1:
+        answers = torch.cat([x0_hat, torch.tensor(given["answers"], **DOUBLE)])
+        made["G_fake"] = ideal.mean_of_answers(x_s_hat[None], given["s"], answers[None])[0]
+    Delta = made["Delta"] = losses.self_evaluation(G_null, G_c, made.get("G_fake"), given["k"])
+    x_self = made["x_self"] = losses.pseudo_target(x0_hat, Delta)
+    mix = made["mix"] = losses.mix_weight(t, s)
+    x_tar = made["x_tar"] = losses.implicit_target(x0, x_self, mix)
+    x_renorm = made["x_renorm"] = losses.renormalise(x_tar, x0)
+    made["loss"] = losses.time_weight(t) * losses.target_loss(x0_hat, x_renorm)
     made |= {"lambda": losses.lam(t, s)} if given["t"] < 1 else {}
     return {name: value[0].numpy() for name, value in made.items()}
 
 
 def test_a_training_step_is_that_of_losses():
-    q, g, steps = Mixture(**LAYOUTS["between"], **DOUBLE), np.random.default_rng(2), []
-    times = (
-        (0.8, 0.3, 1.0),
-        (0.8, 0.3, 0.9),
-        (0.5, 0.5, 0.0),
-        (1.0, 0.4, 0.5),
-        (0.9, 0.0, 1.0),
-        (0.3, 0.1, 0.2),
-    )
+    q, g, steps = mixed("between"), np.random.default_rng(2), []
+    times = (0.8, 0.3, 1), (0.8, 0.3, 0.9), (0.5, 0.5, 0), (1, 0.4, 0.5), (0.9, 0, 1), (0.3, 0.1, 0.2)
     for t, s, k in times:
-        points = {name: g.standard_normal(2).tolist() for name in ("x0", "x_t", "eps_s")}
+        points = {name: g.standard_normal(2).tolist() for name in ("x0", "eps", "eps_s")}
         answers = g.standard_normal((7, 2)).tolist()
         steps.append({**points, "t": t, "s": s, "k": k, "c": int(g.integers(3)), "answers": answers})
-    found = node("steps.map((given) => training_step(mixture(WORLD.layouts.between), given))", steps=steps)
+    found = node(
+        "answer(steps.map((one) => training_step(mixture(world.layouts.between), one)))", steps=steps
+    )
     for given, numbers in zip(steps, found):
         for name, value in step_in_python(q, given).items():
             close(numbers[name], value)
-    silent = found[4]
-    assert silent["Delta"] == pytest.approx([0, 0], abs=1e-12) and silent["G_fake"] is None
+
+
+def test_a_target_that_is_zero_but_for_rounding_has_no_direction():
+    """The ring at t = 1, s = 0: the mean of all modes is 0, and so is the target."""
+    given = dict(x0=[1.5, 0], eps=[0.3, -0.2], eps_s=[0, 0], t=1, s=0, c=0, k=1, answers=[])
+    found = node("answer(training_step(mixture(world.layouts.ring), one))", one=given)
+    assert 0 < np.abs(found["x_tar"]).max() < 1e-12 and found["x_renorm"] == [0, 0]
+
+
+@pytest.mark.parametrize("label", ["Eq. 19, Delta = 0", "Eq. 19, classifier only", "Eq. 18, k = 0"])
+def test_following_the_target_is_ideal_pys(label):
+    """Six rounds with the same draws, for one condition."""
+    k, normalise, scale = goal = ideal.GOALS[label]
+    q, g, rounds, n = mixed("far"), np.random.default_rng(3), 6, 9
+    t, s, c = torch.full((n,), 0.9, **DOUBLE), torch.full((n,), 0.3, **DOUBLE), torch.zeros(n, dtype=int)
+    x_t = losses.add_noise(q.sample(c, g), t, torch.from_numpy(g.standard_normal((n, 2))))
+    x0 = [q.posterior_sample(x_t, t, c, g) for _ in range(rounds)]
+    eps_s = [torch.from_numpy(g.standard_normal((n, 2))) for _ in range(rounds)]
+    start = q.posterior_mean(x_t, t, c)
+
+    class Told:
+        data, noise = iter(x0).__next__, iter(eps_s).__next__
+
+        def evaluate(self, x_s, x0_hat):
+            fake = ideal.mean_of_answers(x_s[None], 0.3, x0_hat[None])[0]
+            return q.posterior_mean(x_s, s, q.null(c)), q.posterior_mean(x_s, s, c), fake
+
+    expected = ideal.follow(start, t, s, goal, rounds, Told())
+    found = node(
+        """const q = mixture(world.layouts.far);
+           let x = start;
+           x0.forEach((data, i) => { x = follow(q, x, { x0: data, eps_s: eps_s[i], rate: 0.3 * (1 - i / x0.length),
+             t: 0.9, s: 0.3, c: 0, k, judge, normalise }); });
+           answer(x);""",
+        start=start.tolist(),
+        x0=torch.stack(x0).tolist(),
+        eps_s=torch.stack(eps_s).tolist(),
+        **dict(k=k, judge=bool(scale), normalise=normalise),
+    )
+    close(found, expected)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, "renoise"])
 def test_a_trajectory_is_that_of_the_sampler(eta):
-    """With a network that listens to t, s and the prompt, in guided and unguided steps."""
+    """With a network that listens to t, s and the prompt, in guided and unguided steps, in both spaces of guidance."""
     g, steps, n = np.random.default_rng(3), 5, 6
     x, noise = g.standard_normal((n, 2)), g.standard_normal((steps, n, 2))
 
     def V(x, t, s, c):
         return x * (1 + c[:, None]) + torch.stack([(t - 2 * s), t * s * (c - 1.5)], dim=1)
 
-    network = "(x, t, s, c) => x.map(([u, w]) => [u * (1 + c) + t - 2 * s, w * (1 + c) + t * s * (c - 1.5)])"
-    for choices in (dict(s_rule=0.0, guidance=1.0, mu=0.0), dict(s_rule=0.3, guidance=2.5, mu=0.4)):
-        told = json.dumps({"steps": steps, "eta": eta, **choices})
+    for choices in (
+        dict(s_rule=0.0, guidance=1.0, mu=0.0, space="v"),
+        dict(s_rule=0.3, guidance=2.5, mu=0.4, space="v"),
+        dict(s_rule=1.0, guidance=2.0, mu=0.4, space="x0"),
+    ):
         found = node(
-            f"[...trajectory({network}, x, 1, 3, {{...{told}, draw_noise: (k) => noise[k]}})]",
+            """const V = (x, t, s, c) => x.map(([u, w]) => [u * (1 + c) + t - 2 * s, w * (1 + c) + t * s * (c - 1.5)]);
+               const path = [], draw_noise = (k) => noise[k];
+               for await (const one of trajectory(V, x, 1, 3, { ...choices, draw_noise })) path.push(one);
+               answer(path);""",
             x=x.tolist(),
             noise=noise.tolist(),
+            choices=dict(steps=steps, eta=eta, **choices),
         )
-        cond, null = (torch.full((n,), c) for c in (1, 3))
-        expected = sampler.trajectory(
-            V,
-            torch.from_numpy(x),
-            (cond,),
-            (null,),
-            steps=steps,
-            eta=eta,
-            draw_noise=lambda k: torch.from_numpy(noise[k]),
-            **choices,
-        )
+        cond, null = ((torch.full((n,), c),) for c in (1, 3))
+        draw_noise = lambda k: torch.from_numpy(noise[k])  # noqa: E731
+        told = dict(steps=steps, eta=eta, draw_noise=draw_noise, **choices)
+        expected = sampler.trajectory(V, torch.from_numpy(x), cond, null, **told)
         for step, (t, x_t, x0_hat) in zip(found, expected, strict=True):
-            close(step["t"], t)
+            close(step["t_next"], t)
             close(step["x"], x_t)
             close(step["x0_hat"], x0_hat)
 
 
+def unpacked(weights: dict) -> dict[str, torch.Tensor]:
+    """What explore.pack wrote: for each tensor the rows' scales, fp32, then their numbers in units of them."""
+    content, at, state = gzip.decompress(base64.b64decode(weights["numbers"])), 0, {}
+    for name, (rows, columns) in weights["shapes"].items():
+        scale = np.frombuffer(content, "<f4", rows, at)[:, None]
+        units = np.frombuffer(content, np.int8, rows * columns, at + 4 * rows).reshape(rows, columns)
+        state[name], at = torch.from_numpy(scale * units), at + rows * (4 + columns)
+    assert at == len(content)
+    return state
+
+
+def test_packed_weights_are_near_and_read_alike():
+    state = {"a": torch.randn(5, 7), "b": torch.randn(6), "c": torch.zeros(2, 3)}
+    packed, rounded = explore.pack(state, levels=20)
+    found = node("answer(await unpack(packed))", packed=packed)
+    for name, value in state.items():
+        close(found[name], rounded[name].flatten(), 0)
+        close(unpacked(packed)[name].flatten(), rounded[name].flatten(), 0)
+        most = value.view(-1, value.shape[-1]).abs().amax(1, keepdim=True)
+        assert ((rounded[name] - value).view(most.shape[0], -1).abs() <= most / 40 * 1.0001).all()
+
+
 def toy_net(layout: str, label: str) -> Net:
     """The network of the page in PyTorch, from the weights that the page holds."""
-    numbers = np.frombuffer(base64.b64decode(WORLD["networks"]["weights"][layout][label]), dtype="<f2")
-    net, at, state = Net([0], 3), 0, {}
-    for name, (rows, columns) in WORLD["networks"]["shapes"].items():
-        values = torch.from_numpy(numbers[at : at + rows * columns].astype(np.float32))
-        state[name] = values.view(net.state_dict()[name].shape)
-        at += rows * columns
-    assert at == len(numbers)
-    net.load_state_dict(state)
+    net = Net([0], 3)
+    state = unpacked(WORLD["networks"]["weights"][layout][label])
+    net.load_state_dict({name: state[name].view_as(value) for name, value in net.state_dict().items()})
     return net.requires_grad_(False)
 
 
@@ -204,12 +244,13 @@ def test_the_networks_are_those_of_pytorch():
     asked = [(t, s, c) for t, s in ((1.0, 0.0), (0.7, 0.7), (0.31, 0.02)) for c in range(4)]
     which = [(layout, label) for layout in LAYOUTS for label in explore.OBJECTIVES]
     found = node(
-        "which.map(([layout, label]) => { const { weights, shapes } = WORLD.networks;"
-        " const V = toy_network(unpack(weights[layout][label], shapes));"
-        " return asked.map(([t, s, c]) => V(x, t, s, c)); })",
-        x=x.tolist(),
-        asked=asked,
-        which=which,
+        """const out = [];
+           for (const [layout, label] of which) {
+             const V = toy_network(await unpack(world.networks.weights[layout][label]));
+             out.push(asked.map(([t, s, c]) => V(x, t, s, c)));
+           }
+           answer(out);""",
+        **dict(x=x.tolist(), asked=asked, which=which),
     )
     for (layout, label), answers in zip(which, found, strict=True):
         net = toy_net(layout, label)
@@ -218,377 +259,229 @@ def test_the_networks_are_those_of_pytorch():
             close(velocities, net(torch.from_numpy(x), *times, torch.full((20,), c)), 1e-5)
 
 
-def test_half_precision_is_read_right():
-    bits = [0, 1, 0x3FF, 0x400, 0x3C00, 0xBC01, 0x7BFF, 0x8001]
-    close(
-        node("bits.map(half)", bits=bits), np.array(bits, dtype=np.uint16).view(np.float16).astype(float), 0
+# ------------------------------------------------------------------------------------------------------------
+# Noise, prompts, pictures
+# ------------------------------------------------------------------------------------------------------------
+def test_noise_is_numpys_bit_for_bit():
+    """Seeds of one and of two words; enough values for every branch of the ziggurat. Beyond 3.65 a library's log1p
+    decides the last bit."""
+    keys = [(seed, (k, i)) for seed in (0, 2**32 - 1, 2**32, 2**53 - 1) for k, i in ((0, 0), (3, 2**33))]
+    program = """answer([random.PURPOSES, keys.map(([seed, key]) => random.normal(seed, "sampling", key, 8000)),
+                 random.uniform(7, "page", [2, 3], 50)])"""
+    purposes, ours, uniform = node(program, keys=keys)
+    for purpose, (low, high) in purposes.items():
+        assert low + (high << 32) == int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
+    assert uniform == rng(7, "page", 2, 3).random(50).tolist()
+    ours = np.array(ours, np.float32)
+    numpys = np.stack([normal(seed, "sampling", [key], (8000,))[0].numpy() for seed, key in keys])
+    tail = np.abs(numpys) > 3.654
+    assert 3 < tail.sum() < 60  # 16.5 expected
+    assert np.array_equal(ours[~tail], numpys[~tail])
+    np.testing.assert_array_max_ulp(ours[tail], numpys[tail], maxulp=2)
+
+
+TEXTS = ["", "   ", "A red-hot café!", "cafe\u0301 ＦＵＬＬ　width", "猫と犬 ½ ① ﬁ", "tab\tnew\nline"]
+TEXTS += [
+    "emoji 👩‍👩‍👧 ❤️ x",
+    "İstanbul ΣΑΣ ẞ",
+    "a\x1cb\x85c\ufeffd\u2028e\u200bf",
+    "[`{|}~]^_\\",
+    "\ud800 lone",
+]
+TEXTS += ["x" * 127, "x" * 128, "x" * 129, "é" * 300, " ".join(f"w{i}" for i in range(40))]
+
+
+def test_prompts_become_pythons_words_and_vectors():
+    """With 50 random ones, of characters that Unicode has had since 3.2, on whose lower case every program agrees."""
+    g, old = np.random.default_rng(0), unicodedata.ucd_3_2_0
+    letters = [chr(c) for c in range(0x20000) if old.category(chr(c)) not in ("Cn", "Cs", "Co")]
+    prompts = TEXTS + ["".join(g.choice(letters, g.integers(1, 20))) for _ in range(50)]
+    program = "answer([prompts.map(prompt_words.split_words), [4, 12].map((n) => prompts.map(prompt_words.encoder(n)))])"
+    split, vectors = node(program, prompts=prompts)
+    assert split == [*map(encoders.split_words, prompts)]
+    for txt_len, found in zip((4, 12), vectors):
+        tokens, pooled = encoders.text_encoder("words", txt_len)(prompts)
+        assert torch.equal(torch.tensor([v["tokens"] for v in found]), tokens.flatten(1))
+        assert torch.equal(torch.tensor([v["pooled"] for v in found]), pooled)
+
+
+def test_words_that_are_not_read_or_not_known_are_named():
+    config, vocabulary = {"txt_len": 6}, ["a", "photo", "of", "red"]
+    prompts = ["a photo of a red", "a photo of a dog", "a red a red a zebra", ""]
+    said = node("answer(prompts.map((p) => remark_on(p, config, vocabulary)))", **locals())
+    assert said[0] == said[3] == ""
+    assert "“dog”" in said[1] and "Not read" not in said[1] and "photo" not in said[1]
+    assert "Not read: “zebra”" in said[2] and "Not known" not in said[2]
+    assert {"red", "circle", "photo"} <= set(WORLD["pictures"]["vocabulary"]) and "dog" not in WORLD[
+        "pictures"
+    ]["vocabulary"]
+
+
+# Other sizes than the included one: tokens that are no multiple of 4, an odd number of text tokens, several patches.
+SIZE = dict(channels=3, txt_dim=256, vec_dim=256)
+SMALL = dict(width=48, heads=2, double=1, single=2, axes=[8, 4, 12], patch=2, **SIZE)
+DEEP = dict(width=32, heads=4, double=3, single=1, axes=[2, 2, 4], patch=1, **SIZE)
+
+
+def small_model(size: dict, **config) -> tuple[sample.Loaded, dict]:
+    """A model in which no gate, bias or scale is at its initial zero or one, and how the page holds it."""
+    network, generator = model.Denoiser(**size), torch.Generator().manual_seed(0)
+    for name, p in network.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        p.data = noise / p.shape[1] ** 0.5 if p.dim() == 2 else 0.3 * noise + name.endswith("norm.scale")
+    weights, rounded = explore.pack(network.state_dict())
+    network.load_state_dict(rounded)
+    config = {
+        **WORLD["pictures"]["models"]["self_e"]["config"],
+        "model": size,
+        "side": 6,
+        "txt_len": 5,
+        **config,
+    }
+    text = encoders.text_encoder("words", config["txt_len"])
+    full = {**config, "objective": "self_e"}
+    loaded = sample.Loaded(network.eval().requires_grad_(False), full, text, encoders.autoencoder("pixels"))
+    return loaded, {"config": config, "weights": weights}
+
+
+def included() -> tuple[sample.Loaded, dict]:
+    held = WORLD["pictures"]["models"]["self_e"]
+    loaded = sample.load(explore.ROOT / WORLD["pictures"]["folder"], torch.device("cpu"))
+    state, own = unpacked(held["weights"]), loaded.network.state_dict()
+    loaded.network.load_state_dict({name: state[name].view_as(value) for name, value in own.items()})
+    return loaded, held
+
+
+@pytest.mark.parametrize("size", [SMALL, DEEP, None], ids=["small", "deep", "included"])
+def test_the_network_answers_as_pytorchs(size):
+    loaded, held = small_model(size) if size else included()
+    side, prompts = loaded.config["side"], ["a photo of a red circle", "", "two squares left of a ring"]
+    x_t = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(1))
+    t, s = torch.tensor([[1.0, 0.61, 0.02], [0.4, 0.61, 0.0]])
+    with torch.no_grad():
+        expected = loaded.network(x_t, t, s, *loaded.text(prompts))
+    ours = node(
+        """const { network, text } = await picture_model(held), out = [];
+           for (let i = 0; i < t.length; i++) {
+             out.push(await denoiser.velocity(network, Float32Array.from(x_t[i]), t[i], s[i], text(prompts[i])));
+           }
+           answer(out);""",
+        **dict(held=held, x_t=x_t.flatten(1).tolist(), t=t.tolist(), s=s.tolist(), prompts=prompts),
     )
+    difference = (torch.tensor(ours).view_as(expected) - expected).abs().amax((1, 2, 3))
+    assert (difference < 1e-4 * expected.abs().amax((1, 2, 3))).all()
+
+
+def alike(ours, expected: np.ndarray) -> None:
+    """RGBA bytes of the page and a uint8 picture: equal but for rounding."""
+    ours = np.array(ours).reshape(*expected.shape[:2], 4)
+    assert (ours[..., 3] == 255).all()
+    difference = np.abs(ours[..., :3] - expected.astype(int))
+    assert difference.max() <= 1 and (difference == 0).mean() > 0.99, np.bincount(difference.ravel())
+
+
+@pytest.mark.parametrize("space", ["v", "x0", None], ids=["v", "x0", "included"])
+def test_pictures_are_those_of_sample_py(space):
+    """Every choice of the sampler, and the noise of (seed, step)."""
+    loaded, held = small_model(SMALL, guidance_space=space, mu=0.7) if space else included()
+    runs = [
+        dict(seed=11, steps=1, guidance=1, eta=1, s_rule=0),
+        dict(seed=2**40, steps=3, guidance=3, eta=0, s_rule=0.5),
+        dict(seed=0, steps=3, guidance=1.5, eta="renoise", s_rule=1),
+    ]
+    found = node(
+        """const drawn = await picture_model(held), out = [];
+           for (const choices of runs) {
+             let last;
+             for await (const frame of draw_picture(drawn, "a photo of a blue ring", choices)) last = frame;
+             out.push(picture_bytes(last.x0_hat));
+           }
+           answer(out);""",
+        **dict(held=held, runs=runs),
+    )
+    for choices, ours in zip(runs, found, strict=True):
+        alike(ours, sample.generate(loaded, ["a photo of a blue ring"], [(0,)], **choices)[0])
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What the page is made of
+# What the page says and is made of
 # ------------------------------------------------------------------------------------------------------------
-def test_the_page_holds_the_present_sources():
-    """If this fails: python toy/explore.py --no-open"""
-    assert tuple(SCRIPTS) == explore.SOURCES
-    for name, text in SCRIPTS.items():
-        assert text == (explore.FOLDER / name).read_text().rstrip(), (
-            f"{name} changed: run python toy/explore.py"
-        )
-    assert all((explore.FOLDER / name).read_text().rstrip() in PAGE for name in explore.STYLES)
-    for part in re.split(r"\{\{\w+\}\}", (explore.FOLDER / "template.html").read_text()):
-        assert part in PAGE
-
-
-def test_the_page_holds_the_layouts_and_says_where_its_networks_come_from():
-    for name, layout in LAYOUTS.items():
-        q, kept = Mixture(**layout, **DOUBLE), WORLD["layouts"][name]
-        close(kept["means"], q.means, 0)
-        close(kept["weights"], q.weights, 0)
-        close(kept["std"], q.std, 1e-8)
-    made_by = WORLD["networks"]["provenance"]
-    assert made_by["command"] == "python toy/explore.py" and made_by["seed"] == explore.SEED
-    assert made_by["commit"] and made_by["hardware"] and made_by["date"]
-
-
-def test_the_page_is_small_and_asks_the_network_for_nothing():
-    assert len(PAGE.encode()) < 1_500_000
-    page = re.sub(r"<script.*?</script>", "", PAGE, flags=re.S)
-    assert all(
-        value.startswith("data:") for value in re.findall(r"""(?:src|href)\s*=\s*["']?([^\s"'>]+)""", page)
+def test_what_the_page_says_of_following_the_target_is_so():
+    """Each button that promises shares of blends, run to its end."""
+    buttons = re.findall(r'<button type="button" data-set="([^"]*)"\s+data-expect="(\d+) (\d+)"', PAGE)
+    assert len(buttons) == 7
+    found = node(
+        """document = { querySelector: () => null, querySelectorAll: () => [] };
+           figures.follow = { allowed: FOLLOW_SETTINGS };
+           answer(buttons.map(([text]) => {
+             const run = start_run({ set: parse_settings("follow", text.replaceAll(" ", "&")), world });
+             while (!finished(run)) one_round(run);
+             return [run.blends[0], run.blends.at(-1)];
+           }));""",
+        buttons=buttons,
     )
-    assert not re.search(r"<script[^>]*\bsrc\b", PAGE)
-    code = "".join(SCRIPTS.values())
-    assert not re.search(r"XMLHttpRequest|WebSocket|import\(|@import|url\((?!#)|https:", code)
-    # The pictures' model, from beside the page and only once its tab is shown (tests/test_explore_pictures.py).
-    assert re.findall(r"fetch\((.*)\);", code) == ["FOLDER + name"] and 'FOLDER = "../checkpoints/' in code
-    addresses = set(re.findall(r"https?://[\w.]+", PAGE)) - {
-        "http://localhost"
-    }  # the last is named to the reader
-    assert addresses <= {"https://d3js.org", "http://www.w3.org"}, (
-        addresses
-    )  # comments and names of XML, not requests
+    for (_, start, end), (first, last) in zip(buttons, found):
+        assert abs(100 * first - int(start)) <= 1 and abs(100 * last - int(end)) <= 1.5
 
 
-def test_libraries_are_pinned_and_keep_their_licences():
-    assert list(LIBRARIES) == [f"{name} {version}" for name, version in explore.LIBRARIES.items()]
-    for name, text in LIBRARIES.items():
-        version = name.split()[1]
-        assert "Permission to use, copy, modify" in text and "Copyright" in text and f"v{version} " in text, (
-            name
-        )
+def test_settings_of_an_address_are_read_and_foreign_ones_left_out():
+    program = """figures.step = { allowed: STEP_SETTINGS };
+        answer(texts.map((text) => parse_settings("step", text)));"""
+    texts = [
+        "layout=far&t=0.5&c=2&field=false&eps=1,-2",
+        "layout=near&t=nine&c=7&other=1&eps=1&s=",
+        "t=9&seed=2.6",
+    ]
+    found = node(program, texts=texts)
+    assert found[0] == {"layout": "far", "t": 0.5, "c": 2, "field": False, "eps": [1, -2]}
+    assert found[1:] == [{}, {"t": 1, "seed": 3}]
 
 
-def test_the_same_sources_and_networks_give_the_same_page(tmp_path, monkeypatch):
-    """Built again from the parts that the page itself holds, byte for byte; so nothing else goes in."""
-
-    def library(name: str, text: str) -> tuple[str, str]:
-        licence, code = re.fullmatch(rf"/\*\n{name} [\d.]+\n\n(.*?)\n\*/\n(.*)", text, re.S).groups()
-        return licence, code
-
-    parts = {title.split()[0]: library(title.split()[0], text) for title, text in LIBRARIES.items()}
-    monkeypatch.setattr(explore, "libraries", lambda: parts)
-    monkeypatch.setattr(explore, "recipe", lambda: WORLD["networks"]["recipe"])
+def test_the_same_sources_give_the_same_page(tmp_path):
+    """If this fails: python -m toy.explore"""
     page = tmp_path / "page.html"
-    page.write_text(PAGE, encoding="utf-8")
+    shutil.copy(explore.PAGE, page)
     explore.build(page)
     assert page.read_bytes() == explore.PAGE.read_bytes()
 
 
-def test_without_npm_it_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(explore, "ROOT", tmp_path)  # nothing kept in runs/explore
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["explore.py", "--out", str(tmp_path / "page.html")])
+def test_the_page_is_one_small_file_that_asks_for_nothing():
+    assert len(PAGE.encode()) <= 5_000_000
+    code = "".join((explore.FOLDER / name).read_text() for name in SCRIPTS)
+    assert not re.search(r"</script|<!--|\bfetch\(|XMLHttpRequest|WebSocket|import\(|https:", code)
+    links = re.findall(r"""(?:src|href)\s*=\s*["']?([^\s"'>$`]+)""", PAGE)
+    assert {link for link in links if link[0] not in "#{"} == {"data:,", "https://arxiv.org/abs/2512.22374"}
+    assert "@import" not in PAGE and "url(" not in PAGE
+
+
+def test_what_is_told_by_colour_is_told_apart_without_red_green_vision():
+    """CIE distances after the deuteranope's matrix of Machado et al. (2009), of the colours that stand together."""
+    style = (explore.FOLDER / "style.css").read_text()
+    deuteranope = np.array([[0.3673, 0.8606, -0.228], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]])
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+    def lab(colour: str) -> np.ndarray:
+        rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        x, y, z = np.cbrt(xyz @ np.clip(deuteranope @ linear, 1e-4, 1) / [0.9505, 1, 1.089])
+        return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+    for scheme in re.findall(r":root \{(.*?)\}", style, re.S):
+        colours = {name: lab(colour) for name, colour in re.findall(r"--([\w-]+): (#\w{6})", scheme)}
+        for together in ("prompt-0 prompt-1 prompt-2 ink predict", "given predict judge target"):
+            names = together.split()
+            apart = [np.linalg.norm(colours[a] - colours[b]) for a in names for b in names if a < b]
+            assert min(apart) > 15, together
+
+
+@pytest.mark.parametrize(
+    "flags, said", [(["--out", "README.md"], "no page"), (["--pictures", "a", "b", "c"], "one folder or two")]
+)
+def test_what_cannot_be_done_is_refused_before_the_work(flags, said, monkeypatch, capsys):
+    monkeypatch.chdir(explore.ROOT)
+    monkeypatch.setattr(explore, "build", lambda *_, **__: pytest.fail("it began to work"))
+    monkeypatch.setattr(sys, "argv", ["explore", *flags])
     with pytest.raises(SystemExit) as end:
         errors.run(explore.main)
-    said = capsys.readouterr().err.strip()
-    assert end.value.code == 2 and "npm" in said and len(said.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("bad", [".", "no/such/folder/page.html"])
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(bad, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(explore, "build", lambda page: pytest.fail("it began to work"))
-    monkeypatch.setattr(sys, "argv", ["explore.py", "--out", bad])
-    with pytest.raises(SystemExit) as end:
-        errors.run(explore.main)
-    said = capsys.readouterr().err.strip()
-    assert end.value.code == 2 and "--out" in said and len(said.splitlines()) == 1
-
-
-def test_a_script_that_would_end_its_element_is_refused():
-    with pytest.raises(ValueError, match="would end"):
-        explore.script("const text = '</script>';", source="a.js")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The page in a real browser
-# ------------------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def browser():
-    pytest.importorskip("playwright", reason="pip install -r requirements-browser.txt")
-    if not any(map(shutil.which, explore.CHROMIUM)):
-        pytest.skip("no Chromium: install the distribution's package `chromium`")
-    with explore.chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def tab(browser):
-    """The page, open. Afterwards: nothing complained, and nothing but the page itself was asked for."""
-    tab, wrong = browser.new_page(viewport={"width": 1240, "height": 1000}), []
-    tab.on(
-        "console",
-        lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None,
-    )
-    tab.on("pageerror", lambda error: wrong.append(str(error)))
-    tab.on(
-        "request",
-        lambda request: wrong.append(request.url) if not request.url.startswith(("data:", url)) else None,
-    )
-    url = explore.PAGE.as_uri()
-    tab.goto(url)
-    tab.wait_for_function("plane.n !== null")
-    yield tab
-    tab.close()
-    assert not wrong
-
-
-def settle(tab) -> None:
-    """Wait until what was asked for is drawn."""
-    tab.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
-
-
-def numbers(tab) -> dict:
-    """The table of numbers as it is shown."""
-    read = {}
-    for key in tab.evaluate("QUANTITIES.map(({key}) => key)"):
-        text = tab.inner_text(f"#number-{key}")
-        if text not in ("off", "infinite"):
-            read[key] = np.array([float(part) for part in text.strip("()").split(",")])
-    return read
-
-
-def check_against_python(tab) -> dict:
-    """The numbers that are shown are those of losses.py for the points that are shown."""
-    shown = numbers(tab)
-    given = tab.evaluate("(({t, s, k, c, eps_s, answers}) => ({t, s, k, c, eps_s, answers}))(plane)")
-    layout = tab.input_value("#layout")
-    assert given["t"] == float(tab.input_value("#t")) and given["c"] == int(tab.input_value("#prompt"))
-    given |= {name: shown[name].tolist() for name in ("x0", "x_t")}
-    expected = step_in_python(Mixture(**LAYOUTS[layout], **DOUBLE), given)
-    assert expected.keys() == shown.keys()
-    for name, value in expected.items():
-        close(shown[name], value, 0.6e-4)
-    return shown
-
-
-def drag(tab, key: str, dx: float, dy: float) -> None:
-    box = tab.locator(f"#handle-{key} circle").bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    tab.mouse.move(x, y)
-    tab.mouse.down()
-    tab.mouse.move(x + dx, y + dy, steps=5)
-    tab.mouse.up()
-    settle(tab)
-
-
-@pytest.mark.slow
-def test_dragging_gives_the_numbers_of_python(tab):
-    before = check_against_python(tab)
-    drag(tab, "x_t", 90, -60)
-    after = check_against_python(tab)
-    assert after["x_t"][0] > before["x_t"][0] + 0.3 and after["x_t"][1] > before["x_t"][1] + 0.2
-    assert not np.allclose(after["x0_hat"], before["x0_hat"]) and np.array_equal(after["x0"], before["x0"])
-    drag(tab, "x0", 40, 30)
-    assert not np.allclose(check_against_python(tab)["x0"], after["x0"])
-    tab.click("#parts button:nth-child(6)")
-    drag(tab, "x_s_hat", 60, -40)
-    moved = check_against_python(tab)
-    assert not np.allclose(moved["Delta"], after["Delta"]) and np.array_equal(moved["x_t"], after["x_t"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("example", range(6))
-def test_each_example_gives_the_numbers_of_python(tab, example):
-    tab.click(f"#tries button:nth-child({example + 1})")
-    settle(tab)
-    shown = check_against_python(tab)
-    assert tab.inner_text("#hint")
-    title = tab.inner_text(f"#tries button:nth-child({example + 1})")
-    if title in ("Nothing to say", "Silent at s = 0"):
-        assert np.abs(shown["Delta"]).max() < 1e-2
-    else:
-        assert np.abs(shown["Delta"]).max() > 0.05, title
-
-
-@pytest.mark.slow
-def test_s_never_exceeds_t(tab):
-    tab.fill("#s", "0.7")
-    tab.fill("#t", "0.4")
-    settle(tab)
-    assert float(tab.input_value("#s")) == 0.4 and tab.inner_text("#s-value") == "0.40"
-    check_against_python(tab)
-    tab.fill("#s", "0.9")
-    settle(tab)
-    assert float(tab.input_value("#s")) == 0.4 and numbers(tab)["mix"] == 0
-
-
-@pytest.mark.slow
-def test_next_and_back_go_through_the_step_and_every_quantity_has_its_part(tab):
-    parts, sentences = len(tab.query_selector_all("#parts button")), []
-    assert tab.is_disabled("#back")
-    for part in range(1, parts + 1):
-        settle(tab)
-        assert tab.inner_text("#part-title").startswith(f"{part}. ")
-        sentences.append(tab.inner_text("#say"))
-        assert tab.locator("#numbers tr.now").count() >= 1
-        if part < parts:
-            tab.click("#next")
-    assert (
-        len(set(sentences)) == parts
-        and tab.is_disabled("#next")
-        and not tab.locator("#numbers tr.later").count()
-    )
-    for part in range(parts - 1, 0, -1):
-        tab.click("#back")
-        settle(tab)
-        assert (
-            tab.inner_text("#part-title").startswith(f"{part}. ")
-            and tab.inner_text("#say") == sentences[part - 1]
-        )
-
-
-@pytest.mark.slow
-def test_everything_can_be_done_with_the_keyboard(tab):
-    before = numbers(tab)["x_t"]
-    tab.focus("#handle-x_t")
-    for key in ("ArrowRight", "ArrowRight", "ArrowUp", "Shift+ArrowDown"):
-        tab.keyboard.press(key)
-    settle(tab)
-    close(check_against_python(tab)["x_t"] - before, [0.1, 0.04], 1e-9)
-    tab.focus("#t")
-    tab.keyboard.press("ArrowLeft")
-    tab.focus("#next")
-    tab.keyboard.press("Enter")
-    settle(tab)
-    assert tab.inner_text("#t-value") == "0.89" and tab.inner_text("#part-title").startswith("2.")
-    tab.focus("#tab-step")
-    tab.keyboard.press("ArrowRight")
-    assert tab.is_visible("#sampling") and not tab.is_visible("#step")
-    assert tab.evaluate("document.activeElement.id") == "tab-sampling"
-    missing = "[...document.querySelectorAll('input, select')].filter((e) => !e.labels.length && !e.ariaLabel).length"
-    assert tab.evaluate(missing) == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [360, 400])
-def test_it_fits_a_phone(tab, width):
-    tab.set_viewport_size({"width": width, "height": 740})
-    for name in ("step", "sampling"):
-        tab.click(f"#tab-{name}")
-        settle(tab)
-        assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        sizes = (
-            "[...document.querySelectorAll('main *')].filter((e) => e.offsetParent && !e.childElementCount &&"
-            " e.textContent.trim()).map((e) => parseFloat(getComputedStyle(e).fontSize))"
-        )
-        assert min(tab.evaluate(sizes)) > 11
-
-
-@pytest.mark.slow
-def test_a_finger_drags_too(browser):
-    context = browser.new_context(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
-    tab = context.new_page()
-    tab.goto(explore.PAGE.as_uri())
-    tab.wait_for_function("plane.n !== null")
-    before, box = numbers(tab)["x_t"], tab.locator("#handle-x_t circle").bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    finger = context.new_cdp_session(tab)
-    for kind, i in (("touchStart", 0), *(("touchMove", i) for i in range(1, 6)), ("touchEnd", None)):
-        points = [] if i is None else [{"x": x + 12 * i, "y": y - 8 * i}]
-        finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-    settle(tab)
-    after = check_against_python(tab)["x_t"]
-    context.close()
-    assert after[0] > before[0] + 0.3 and after[1] > before[1] + 0.2
-
-
-@pytest.mark.slow
-def test_nothing_is_told_by_colour_alone(tab):
-    dashes = tab.evaluate("CONDITIONS.map(({dash}) => JSON.stringify(dash))")
-    assert len(set(dashes)) == len(dashes) == 3
-    shapes = tab.evaluate(
-        "QUANTITIES.filter(({symbol}) => symbol).map(({symbol}) => d3.symbol(symbol, 100)())"
-    )
-    assert len(set(shapes)) == len(shapes)
-    lines = tab.evaluate("OBJECTIVES.map(({symbol, dash}) => `${d3.symbol(symbol, 100)()} ${dash}`)")
-    assert len(set(lines)) == 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("steps", [1, 4])
-def test_sampling_gives_the_samples_of_python(tab, steps):
-    """The page's own noise through PyTorch and sampler.py: the same points, and the share of blends that is shown."""
-    tab.click("#tab-sampling")
-    tab.click(f"#budgets button:has-text('{steps}')")
-    tab.select_option("#s-layout", "far")
-    tab.select_option("#s-prompt", "1")
-    tab.select_option("#eta", "0.5")
-    tab.select_option("#s-rule", "0.25")
-    tab.fill("#guidance", "2")
-    run = "paths.runs.get(name_of(paths, label, paths.steps))"
-    tab.wait_for_function(f"OBJECTIVES.every(({{label}}) => {run})", timeout=120_000)
-    settle(tab)
-    noise = tab.evaluate(
-        'd3.range(-1, paths.steps).map((k) => normal_points(SAMPLES, "sampling", paths.seed, 1, k))'
-    )
-    noise = torch.tensor(noise, dtype=torch.float32)
-    c, null = (torch.full((noise.shape[1],), k) for k in (1, 3))
-    q = Mixture(**LAYOUTS["far"])
-    for label in explore.OBJECTIVES:
-        s_rule = 1.0 if label == "flow matching" else 0.25
-        x = sampler.sample(
-            toy_net("far", label),
-            noise[0],
-            (c,),
-            (null,),
-            steps=steps,
-            eta=0.5,
-            s_rule=s_rule,
-            guidance=2.0,
-            draw_noise=lambda k: noise[k + 1],
-        )
-        found = tab.evaluate(f"(label) => {run}.frames.at(-1)", label)
-        close(found, x, 2e-3)
-        blends = float((torch.cdist(x, q.means[1]).min(1).values > 4 * 0.12).float().mean())
-        text = tab.inner_text(f'#panels figure[data-label="{label}"] output')
-        assert abs(int(text.split("%")[0]) / 100 - blends) <= 0.01, label
-
-
-@pytest.mark.slow
-def test_the_paths_can_be_played_and_scrubbed(tab):
-    tab.click("#tab-sampling")
-    ready = "OBJECTIVES.every(({label}) => paths.runs.has(name_of(paths, label, paths.steps)))"
-    tab.wait_for_function(ready, timeout=120_000)
-    tab.fill("#scrub", "0.5")
-    settle(tab)
-    assert tab.inner_text("#moment") == "step 0.5 of 2, t = 0.75"
-    tab.click("#play")
-    tab.wait_for_function("paths.at > 0.6 && paths.playing")
-    tab.wait_for_function("paths.at === paths.steps && !paths.playing")
-    settle(tab)
-    assert tab.inner_text("#moment") == "step 2.0 of 2, t = 0.00" and tab.inner_text("#play") == "Play"
-
-
-@pytest.mark.slow
-def test_the_measure_writes_what_it_found(tmp_path, monkeypatch, browser):
-    (tmp_path / "results").mkdir()
-    monkeypatch.setattr(explore, "ROOT", tmp_path)
-    monkeypatch.setattr(explore, "chromium", lambda: contextlib.nullcontext(browser))
-    explore.measure(explore.PAGE, frames=20)
-    record = json.loads((tmp_path / "results" / "explore.json").read_text())
-    assert {"command", "commit", "hardware", "browser", "load", "times"} <= record.keys()
-    assert all(row.keys() == {"draw_ms", "frame_ms"} for row in record["times"].values())
-    assert (tmp_path / "results" / "explore.png").stat().st_size < 150_000
+    message = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and said in message.replace("not a page", "no page") and "\n" not in message

@@ -1,236 +1,177 @@
-"""A page on which any-step generation is understood by moving things: toy/explore.html, one file, works offline.
+"""A page on which Self-E is understood by moving things: toy/explore.html, one file, works by double click.
 
-    python toy/explore.py                # trains the nine networks of the page (minutes, once), writes it and opens it
-    python toy/explore.py --no-open      # only writes it
-    python toy/explore.py --measure      # also drags a point in headless Chromium: results/explore.json and .png
+    python -m toy.explore                              # writes the page from its sources, in toy/explore/
+    python -m toy.explore --pictures SELF_E [FLOW]     # ... with other models: two folders of train.py
+    python -m toy.explore --networks                   # ... with the plane's nine networks trained anew (minutes)
+    python -m toy.explore --measure                    # ... and times it in Chromium: results/explore.json, .png
 
-The page's sources are in toy/explore/ and are inlined as they stand; mixture.js, method.js and toynet.js are its
-mathematics, tested against the Python (tests/test_explore.py). Interface and plotting are D3's modules, inlined from
-their npm releases with their licences. They are plain scripts, so the page works by double click. Networks that are in
-the page already, made by the same code, are kept; otherwise they are trained (and kept in runs/toy). The same sources
-and networks give the same bytes.
+Networks and models stay those that are in the page, unless new ones are asked for. So the same sources give the
+same bytes.
 """
 
 import base64
-import contextlib
+import gzip
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-import tarfile
-import webbrowser
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-
-if (
-    __name__ == "__main__"
-):  # started as a file: modules are found from the project's folder, not from this one
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
+import data
+import emoji
+import encoders
+import sample
 from engine import checkpoint, errors, machine
 from toy import studies
 from toy.mixture import LAYOUTS, Mixture
 from toy.training import STEPS, Member
 
-FOLDER, PAGE, MODEL = ROOT / "toy" / "explore", ROOT / "toy" / "explore.html", ROOT / "checkpoints" / "laptop"
-SEED, MOST_BYTES = 0, 1_500_000
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER, PAGE = ROOT / "toy" / "explore", ROOT / "toy" / "explore.html"
+SEED, CPU = 0, torch.device("cpu")
+MOST_BYTES = 5_000_000  # of the page
+ROOM = 4_250_000  # of the pictures' weights in it
+LEVELS = (127, 90, 64, 45, 32, 26)  # how finely weights may be rounded; see pack
 OBJECTIVES = ("flow matching", "control Delta = 0", "Self-E")  # of the study `objectives`
 
-# The scripts of the page, in this order. The later ones use the earlier ones; main.js starts all once the page is read.
-SOURCES = (
-    "mixture.js",
-    "method.js",
-    "toynet.js",
-    "drawing.js",
-    "plane.js",
-    "paths.js",  # two dimensions
-    "random.js",
-    "words.js",
-    "network.js",
-    "pictures.js",  # the included checkpoint
-    "main.js",
-)
-STYLES = ("style.css", "pictures.css")
-
-# D3's modules and their versions. The whole of D3 would be twice as large.
-LIBRARIES = {
-    "d3-array": "3.2.4",
-    "d3-dispatch": "3.0.1",
-    "d3-selection": "3.0.0",
-    "d3-drag": "3.0.0",
-    "d3-path": "3.1.0",
-    "d3-shape": "3.2.0",
-    "d3-color": "3.1.0",
-    "d3-interpolate": "3.0.1",
-    "d3-format": "3.1.0",
-    "d3-time": "3.1.0",
-    "d3-time-format": "4.1.0",
-    "d3-scale": "4.0.2",
-    "d3-contour": "4.0.2",
-    "d3-random": "3.0.1",
-}
-
 
 # ------------------------------------------------------------------------------------------------------------
-# What the page is made of
+# What the page holds beside its sources
 # ------------------------------------------------------------------------------------------------------------
-def libraries() -> dict[str, tuple[str, str]]:
-    """{module: (its licence, its script)} from the npm releases, kept in runs/explore. UserError without npm."""
-    kept = ROOT / "runs" / "explore"
-    files = {name: kept / f"{name}-{version}.tgz" for name, version in LIBRARIES.items()}
-    missing = [f"{name}@{LIBRARIES[name]}" for name, file in files.items() if not file.exists()]
-    if missing:
-        npm = shutil.which("npm")
-        if npm is None:
-            raise errors.UserError("npm is needed to fetch D3's modules: install Node.js and run again")
-        kept.mkdir(parents=True, exist_ok=True)
-        packed = subprocess.run([npm, "pack", "--silent", *missing], cwd=kept, capture_output=True, text=True)
-        if packed.returncode:
-            reason = packed.stderr.strip().splitlines() or ["no reason given"]
-            raise errors.UserError(
-                f"npm could not fetch D3's modules ({reason[0]}); check the network and run again"
-            )
-
-    def read(name: str) -> tuple[str, str]:
-        with tarfile.open(files[name]) as release:
-            texts = (f"package/{part}" for part in ("LICENSE", f"dist/{name}.min.js"))
-            return tuple(release.extractfile(text).read().decode("utf-8").strip() for text in texts)
-
-    return {name: read(name) for name in LIBRARIES}
+def pack(state: dict[str, Tensor], levels: int = 127) -> tuple[dict, dict[str, Tensor]]:
+    """Weights in few bytes for unpack of toynet.js, and the state that they stand for. Each row has a scale and is
+    rounded to whole numbers from -levels to levels."""
+    shapes, parts, rounded = {}, [], {}
+    for name, value in state.items():
+        rows = value.detach().float().reshape(-1, value.shape[-1])
+        scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-30) / levels
+        units = (rows / scale).round()
+        shapes[name], rounded[name] = list(rows.shape), (scale * units).view_as(value)
+        parts += [scale.numpy().tobytes(), units.to(torch.int8).numpy().tobytes()]
+    numbers = gzip.compress(b"".join(parts), compresslevel=9, mtime=0)
+    return {"shapes": shapes, "numbers": base64.b64encode(numbers).decode("ascii")}, rounded
 
 
-def world(page: Path) -> dict:
-    """What the scripts read: the layouts of toy/mixture.py, and the networks; those of `page` if made by this code."""
-    layouts = {}
-    for name, layout in LAYOUTS.items():
-        q = Mixture(**layout, dtype=torch.float64)
-        layouts[name] = {
-            "means": q.means.tolist(),
-            "weights": q.weights.tolist(),
-            "std": layout.get("std", 0.12),
-        }
-    known = embedded(page).get("networks", {}) if page.exists() else {}
-    return {"layouts": layouts, "networks": known if known.get("recipe") == recipe() else networks()}
-
-
-def embedded(page: Path) -> dict:
-    """The data block of a page that was written before. Raises UserError for a file that is no such page."""
-    text = page.read_text(encoding="utf-8", errors="replace")
-    found = re.search(r'<script type="application/json" id="world">(.*?)</script>', text, re.S)
-    try:
-        block = json.loads(found[1]) if found else None
-    except ValueError:
-        block = None
-    if not isinstance(block, dict):
-        raise errors.UserError(f"{page} is not a page of this program: remove it, or choose another --out")
-    return block
-
-
-def settings(label: str) -> tuple[dict, dict]:
-    """(departures of the training, choices of the sampler) of an objective."""
-    return studies.STUDIES["objectives"].settings[label]
-
-
-def recipe() -> dict:
-    """What names each network, the text of the code that trains it included: {layout: {objective: name}}."""
-
-    def name(layout: str, label: str) -> str:
-        return studies.weights_file(Member(layout, SEED), STEPS, settings(label)[0]).stem
-
-    return {layout: {label: name(layout, label) for label in OBJECTIVES} for layout in LAYOUTS}
+def layouts() -> dict:
+    """The layouts of toy/mixture.py in numbers."""
+    mixtures = {name: Mixture(**layout, dtype=torch.float64) for name, layout in LAYOUTS.items()}
+    return {
+        name: {"means": q.means.tolist(), "weights": q.weights.tolist(), "std": round(q.std[0, 0].item(), 6)}
+        for name, q in mixtures.items()
+    }
 
 
 def networks() -> dict:
-    """The networks of the page, from runs/toy or trained now, as base64 of half precision, and where they come from."""
-    members = [Member(layout, SEED) for layout in LAYOUTS]
-    weights = {layout: {} for layout in LAYOUTS}
-    for label in OBJECTIVES:
+    """The plane's networks, from runs/toy or trained now, and where they come from."""
+    members, weights = [Member(layout, SEED) for layout in LAYOUTS], {layout: {} for layout in LAYOUTS}
+    settings = {label: studies.STUDIES["objectives"].settings[label] for label in OBJECTIVES}
+    for label, (training, _) in settings.items():
         print(f"networks of {label} ...", flush=True)
-        net = studies.trained(members, STEPS, settings(label)[0])
+        net = studies.trained(members, STEPS, training)
         for e, layout in enumerate(LAYOUTS):
-            own = net.weights_of(e)
-            numbers = np.concatenate([value.half().numpy().ravel() for value in own.values()]).astype("<f2")
-            weights[layout][label] = base64.b64encode(numbers.tobytes()).decode("ascii")
-    shapes = {name: list(value.shape[-2:]) for name, value in own.items()}
-    made_by = machine.provenance(torch.device("cpu"))
-    made_by |= {"command": "python toy/explore.py", "seed": SEED, "steps": STEPS}
+            weights[layout][label] = pack(net.weights_of(e))[0]
+    made_by = machine.provenance(CPU) | {
+        "command": "python -m toy.explore --networks",
+        "seed": SEED,
+        "steps": STEPS,
+    }
     return {
-        "recipe": recipe(),
         "provenance": made_by,
-        "sampling": {label: settings(label)[1] for label in OBJECTIVES},
-        "shapes": shapes,
+        "sampling": {label: sampling for label, (_, sampling) in settings.items()},
         "weights": weights,
     }
+
+
+def pictures(*folders: Path) -> dict:
+    """The models of the pictures, Self-E's and flow matching's, as finely rounded as ROOM allows; what that changes."""
+    models = dict(zip(("self_e", "flow"), (sample.load(folder, CPU) for folder in folders)))
+    for levels in LEVELS:
+        packed = {name: pack(model.network.state_dict(), levels) for name, model in models.items()}
+        if sum(len(weights["numbers"]) for weights, _ in packed.values()) <= ROOM:
+            break
+    else:
+        raise errors.UserError("these models are too large for the page; try Self-E's alone")
+    config = models["self_e"].config
+    source = (emoji.Emoji if config["data"][0] in emoji.SETS else data.Shapes)(
+        config["side"], config["data"][0]
+    )
+    captions = [source.sample(g).caption for g in range(3000)]
+    off = []
+    for name, model in models.items():
+        before = draw(model, captions[:12])
+        model.network.load_state_dict(packed[name][1])
+        off.append(np.abs(draw(model, captions[:12]) - before))
+    told = ("model", "side", "mu", "txt_len", "guidance", "guidance_space", "eta", "s_rule")
+    return {
+        "note": f"The pictures' weights are rounded, each row to {2 * levels + 1} values. Over 12 training captions "
+        f"in 1, 2, 4 and 8 steps, a value of a picture moves by at most {max(map(np.max, off))} of 255, "
+        f"by {np.mean(off):.1f} in the mean.",
+        "folder": os.path.relpath(folders[0].resolve(), ROOT),
+        "data": config["data"][0],
+        "vocabulary": sorted({word for caption in captions for word in encoders.split_words(caption)}),
+        "models": {
+            name: {"config": {key: model.config[key] for key in told}, "weights": packed[name][0]}
+            for name, model in models.items()
+        },
+    }
+
+
+def draw(model: sample.Loaded, prompts: list[str]) -> np.ndarray:
+    """The page's pictures of some prompts: [steps, prompt, height, width, 3]."""
+    keys = [(0,)] * len(prompts)
+    return np.array([sample.generate(model, prompts, keys, steps=steps) for steps in (1, 2, 4, 8)], dtype=int)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The page
 # ------------------------------------------------------------------------------------------------------------
-def script(text: str, **marks: str) -> str:
-    """A script element. A text that would end it early is refused."""
-    if re.search(r"</script|<!--", text, re.I):
-        raise ValueError(f"{marks} holds '</script' or '<!--', which would end its element")
-    given = "".join(f' data-{name}="{value}"' for name, value in marks.items())
-    return f"<script{given}>\n{text}\n</script>"
+def embedded(page: Path) -> dict:
+    """The data block of a page that was written before. Raises UserError for a file that is no such page."""
+    found = re.search(
+        r'<script type="application/json" id="world">(.*?)</script>', page.read_text("utf-8", "replace"), re.S
+    )
+    try:
+        return json.loads(found[1])
+    except (TypeError, ValueError) as error:
+        raise errors.UserError(
+            f"{page} is not a page of this program: remove it, or choose another --out"
+        ) from error
 
 
-def build(page: Path) -> None:
-    """Write the page: template, style, libraries with their licences, data and scripts in one file."""
-    parts = [
-        script(f"/*\n{name} {LIBRARIES[name]}\n\n{licence}\n*/\n{code}", library=f"{name} {LIBRARIES[name]}")
-        for name, (licence, code) in libraries().items()
-    ]
-    parts += [script((FOLDER / name).read_text(encoding="utf-8").rstrip(), source=name) for name in SOURCES]
-    fill = {
-        "style": "\n".join((FOLDER / name).read_text(encoding="utf-8").rstrip() for name in STYLES),
-        "libraries": ", ".join(f"{name} {version}" for name, version in LIBRARIES.items()),
-        "world": json.dumps(world(page)),
-        "scripts": "\n".join(parts),
-    }
-    text = (FOLDER / "template.html").read_text(encoding="utf-8")
-    text = re.sub(r"\{\{(\w+)\}\}", lambda found: fill[found[1]], text)
+def build(page: Path, **changes: dict) -> None:
+    """Write the page: the template with sources and data in place. `changes` replace parts of the data."""
+    kept = embedded(page if page.exists() else PAGE)
+    world = {"layouts": layouts()}
+    world |= {name: changes.get(name) or kept[name] for name in ("networks", "pictures")}
+
+    def fill(mark: re.Match) -> str:
+        return json.dumps(world) if mark[1] == "world" else (FOLDER / mark[1]).read_text("utf-8").rstrip()
+
+    text = re.sub(r"\{\{([\w.]+)\}\}", fill, (FOLDER / "template.html").read_text("utf-8"))
     size = len(text.encode("utf-8"))
-    if size >= MOST_BYTES:
-        raise ValueError(f"the page has {size:,} bytes; fewer than {MOST_BYTES:,} were promised")
+    if size > MOST_BYTES:
+        raise errors.UserError(f"the page would have {size:,} bytes; {MOST_BYTES:,} were promised")
     with checkpoint.in_one_piece(page) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
-    print(f"{page}: {size:,} bytes")
-
-
-def show(page: Path) -> None:
-    """Open the page in the browser; without a screen, say where it is."""
-    screen = (
-        sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    )
-    if not (screen and webbrowser.open(page.resolve().as_uri())):
-        print("no browser here; open that file in one")
+    print(f"{page}: {size:,} bytes; open it in a browser")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The page in a real browser
 # ------------------------------------------------------------------------------------------------------------
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
-QUIET = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
+QUIET = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+QUIET += "disable-component-update disable-sync"
 
 
-@contextlib.contextmanager
+@contextmanager
 def chromium():
     """The distribution's Chromium, headless, driven by Playwright. UserError when one of the two is missing."""
     try:
@@ -241,76 +182,36 @@ def chromium():
     if path is None:
         raise errors.UserError("no Chromium found: install the distribution's package `chromium`")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=list(QUIET))
+        browser = playwright.chromium.launch(
+            executable_path=path, args=[f"--{flag}" for flag in QUIET.split()]
+        )
         try:
             yield browser
         finally:
             browser.close()
 
 
-# Move x_t along a circle, and take the time of each drawing and of each frame of the screen.
-DRAG = """async ([frames, k]) => {
-  change(plane, {layout: "between", c: 0, t: 0.8, s: 0.3, k, part: 9});
-  const draws = [], between = [];
-  let before = await new Promise(requestAnimationFrame);
-  for (let i = 0; i < frames; i++) {
-    plane.x_t = [1.5 * Math.cos(i / 20), 1.5 * Math.sin(i / 20)];
-    const start = performance.now();
-    draw_plane(plane);
-    draws.push(performance.now() - start);
-    const now = await new Promise(requestAnimationFrame);
-    between.push(now - before);
-    before = now;
-  }
-  return {draw_ms: draws, frame_ms: between};
-}"""
-
-
-# Draw the first prompt in four guided steps, and take the time of each picture.
-PICTURES = """async ([config, weights, pictures]) => {
-  const model = picture_model(config, Uint8Array.from(atob(weights), (c) => c.charCodeAt(0)).buffer), times = [];
-  for (let seed = 0; seed < pictures; seed++) {
-    const start = performance.now(), choices = {seed, steps: 4, guidance: 1.5, eta: 1, s_rule: 0};
-    for await (const frame of picture_trajectory(model, "a photo of a red circle", choices)) frame;
-    times.push(performance.now() - start);
-  }
-  return times;
-}"""
-
-
-def measure(page: Path, frames: int = 300) -> None:
-    """Drag x_t for `frames` frames, with the field on; draw pictures; write results/explore.json and explore.png.
-
-    draw_ms is the time of the script that computes and draws one frame, frame_ms the time from frame to frame, with
-    the browser's own painting, here by the processor. k = 1 is the classifier term alone, k = 0.9 also asks G_fake.
-    """
+def measure(page: Path, out: Path = ROOT / "results", frames: int = 300) -> None:
+    """Time the page's own loops (time.js): `frames` frames of each moving figure, and pictures in four guided steps."""
     with chromium() as browser:
         tab = browser.new_page(viewport={"width": 1240, "height": 945}, color_scheme="light")
         tab.goto(page.resolve().as_uri())
-        times = {f"k = {k:g}": tab.evaluate(DRAG, [frames, k]) for k in (1.0, 0.9)}
-        arrows = tab.evaluate("GRID * GRID")
-        weights = base64.b64encode((MODEL / "model.safetensors").read_bytes()).decode()
-        pictures = tab.evaluate(PICTURES, [(MODEL / "config.json").read_text(encoding="utf-8"), weights, 10])
-        tab.evaluate("change(plane, {...TRIES[0][1], part: 6})")
-        tab.wait_for_timeout(300)  # the drawing of the next frame
+        times = tab.evaluate((FOLDER / "time.js").read_text("utf-8"), frames)
+        tab.evaluate('figures.step.change({part: 6}, true).scrollIntoView({block: "center"})')
+        tab.wait_for_timeout(600)
         drawn = Image.open(BytesIO(tab.screenshot()))
-        version = browser.version
-    record = {
-        **machine.provenance(torch.device("cpu")),
-        "browser": f"Chromium {version}, headless, no GPU",
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "frames": frames,
-        "arrows": arrows,
-        "times": {name: {key: spread(values) for key, values in row.items()} for name, row in times.items()},
-        "four_guided_steps_of_a_picture_ms": spread(pictures),
-    }
-    checkpoint.write_json(ROOT / "results" / "explore.json", record)
-    drawn = drawn.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE)
-    drawn.save(ROOT / "results" / "explore.png", optimize=True)
-    for name, row in record["times"].items():
-        print(f"{name}: drawing a frame {row['draw_ms']}, from frame to frame {row['frame_ms']}, in ms")
-    print(f"four guided steps of a picture: {record['four_guided_steps_of_a_picture_ms']}, in ms")
+        record = machine.provenance(CPU) | {
+            "command": "python -m toy.explore --measure",
+            "browser": f"Chromium {browser.version}, headless, no GPU",
+            "cores": os.cpu_count(),
+            "load": round(os.getloadavg()[0], 1),
+            "frames": frames,
+            "milliseconds": {what: spread(values) for what, values in times.items()},
+        }
+    checkpoint.write_json(out / "explore.json", record)
+    drawn.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(out / "explore.png", optimize=True)
+    for what, values in record["milliseconds"].items():
+        print(f"{what}: {values} ms")
 
 
 def spread(times: list[float]) -> dict:
@@ -320,25 +221,24 @@ def spread(times: list[float]) -> dict:
 
 
 def main() -> None:
-    parser = errors.Parser("toy/explore.py", __doc__.split("\n")[0])
+    parser = errors.Parser("-m toy.explore", __doc__.split("\n")[0])
+    parser.add_argument("--out", type=errors.file_to_write, default=PAGE, help="the page (toy/explore.html)")
+    parser.add_argument("--networks", action="store_true", help="train the plane's networks anew (minutes)")
     parser.add_argument(
-        "--out", type=errors.file_to_write, default=PAGE, help="the page to write (toy/explore.html)"
+        "--pictures", type=Path, nargs="+", metavar="FOLDER", help="models: Self-E's, then flow matching's"
     )
-    parser.add_argument("--no-open", action="store_true", help="write the page, do not open it")
-    parser.add_argument(
-        "--measure",
-        action="store_true",
-        help="also time the dragging in headless Chromium: results/explore.json and .png",
-    )
+    parser.add_argument("--measure", action="store_true", help="also time the page in headless Chromium")
     args = parser.parse_args()
+    if len(args.pictures or []) > 2:
+        parser.error("--pictures takes one folder or two: Self-E's, then flow matching's")
     if args.out.exists():
         embedded(args.out)  # or it would be lost
     torch.set_num_threads(1)
-    build(args.out)
+    changes = {"networks": networks()} if args.networks else {}
+    changes |= {"pictures": pictures(*args.pictures)} if args.pictures else {}
+    build(args.out, **changes)
     if args.measure:
         measure(args.out)
-    elif not args.no_open:
-        show(args.out)
 
 
 if __name__ == "__main__":

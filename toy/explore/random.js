@@ -1,4 +1,4 @@
-// Random numbers, the same as engine/randomness.py's: a port of what NumPy does for
+// Random numbers, the same as rng.py's: a port of what NumPy does for
 //
 //     rng(seed, purpose, *key).standard_normal(n, dtype=np.float32)
 //
@@ -8,12 +8,12 @@
 // The one exception is a value further out than 3.65 (one in 4,000). It goes through log1p in single precision, whose
 // last bit depends on the C library that NumPy was built with.
 
-const picture_random = (() => {
+const random = (() => {
 "use strict";
 
 // The purpose enters as the first 8 bytes of its SHA-256, a 64-bit word [low, high]. A browser has SHA-256 only on
 // secure pages and not in a file, so the words that the page needs are written down (a test compares them).
-const PURPOSES = { sampling: [0x410e6352, 0x2e86f931] };
+const PURPOSES = { sampling: [0x410e6352, 0x2e86f931], page: [0x5a316036, 0x25dff39a] };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // SeedSequence: any number of integers -> a key of 128 bits (O'Neill's seed_seq, in 32-bit arithmetic)
@@ -132,12 +132,24 @@ function standard_normal(next) {
   }
 }
 
-/** engine.randomness.normal for one row: n standard normal numbers that depend on (seed, purpose, ...key) alone. */
+/** The random bits of (seed, purpose, ...key): a function that gives the next 32. */
+const bits_of = (seed, purpose, key) =>
+  philox(seed_key([...words32(seed), ...PURPOSES[purpose], ...key.flatMap(words32)]));
+
+/** rng.normal for one row: n standard normal numbers that depend on (seed, purpose, ...key) alone. */
 function normal(seed, purpose, key, n) {
-  const entropy = [...words32(seed), ...PURPOSES[purpose], ...key.flatMap(words32)];
-  const next = philox(seed_key(entropy));
+  const next = bits_of(seed, purpose, key);
   return Float32Array.from({ length: n }, () => standard_normal(next));
 }
 
-return { PURPOSES, normal };
+/** n numbers in [0, 1), of double precision as NumPy's random(). */
+function uniform(seed, purpose, key, n) {
+  const next = bits_of(seed, purpose, key);
+  return Float64Array.from({ length: n }, () => {
+    const low = next(), high = next();
+    return (high * 2 ** 21 + (low >>> 11)) / 2 ** 53;
+  });
+}
+
+return { PURPOSES, normal, uniform };
 })();

@@ -1,25 +1,25 @@
 // The toy's two-time network V(x_t, t, s, c) of toy/training.py: a residual MLP of 40,000 weights.
 //
-//     const V = toy_network(unpack(base64, shapes));
+//     const V = toy_network(await unpack(weights));
 //     V([[0.1, 0.2], [1, 0]], 0.8, 0.4, 0)          // velocities of two points, both at times t and s
 
 const FREQUENCIES = [1, 2, 4, 8, 16];
 const silu = (h) => h / (1 + Math.exp(-h));
 
-/** The number that 16 bits stand for in IEEE 754 half precision. */
-function half(bits) {
-  const sign = bits & 0x8000 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023;
-  if (exponent === 0) return sign * fraction * 2 ** -24;
-  return sign * (1024 + fraction) * 2 ** (exponent - 25);
-}
-
-/** {name: Float32Array} from half precision in base64; shapes is {name: [rows, columns]} in the order of storage. */
-function unpack(base64, shapes) {
-  const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
-  const weights = {};
+/**
+ * {name: Float32Array} from what explore.pack wrote: {shapes: {name: [rows, columns]}, numbers}, the numbers as base64
+ * of gzip. A tensor is a scale for each row, fp32, and then its numbers in units of it, one byte each.
+ */
+async function unpack({ shapes, numbers }) {
+  const bytes = Uint8Array.from(atob(numbers), (letter) => letter.charCodeAt(0)), weights = {};
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const buffer = await new Response(stream).arrayBuffer();
   let at = 0;
   for (const [name, [rows, columns]] of Object.entries(shapes)) {
-    weights[name] = Float32Array.from({ length: rows * columns }, () => half(bytes[at++] | (bytes[at++] << 8)));
+    const scales = new Float32Array(buffer.slice(at, at + 4 * rows));
+    const units = new Int8Array(buffer, at + 4 * rows, rows * columns);
+    weights[name] = Float32Array.from(units, (unit, i) => unit * scales[Math.floor(i / columns)]);
+    at += rows * (4 + columns);
   }
   return weights;
 }

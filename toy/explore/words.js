@@ -1,12 +1,12 @@
 // Prompts to conditions: a port of encoders.WordVectors, the built-in text encoder of the laptop model.
 //
-//     const text = picture_words.encoder(12);
+//     const text = prompt_words.encoder(12);
 //     const { tokens, pooled } = text("a photo of a red circle");   // Float32Array [12 * 256] and [256]
 //
 // A word's vector is 128 bits of its hash, read as signs. There is no table of words: any word has a vector, in the
 // browser the same one as in Python.
 
-const picture_words = (() => {
+const prompt_words = (() => {
 "use strict";
 
 // ---------------------------------------------------------------------------------------------------------------------
