@@ -1,7 +1,7 @@
 """The equations of the paper, checked in numbers: losses.py and sampler.py as they are, closed forms for the network.
 
-    python toy/identities.py                 # a few seconds; a table, and exit code 1 if a line fails
-    python toy/identities.py --only 19       # the lines whose equation contains "19"
+    python -m toy.identities                 # a few seconds; a table, and exit code 1 if a line fails
+    python -m toy.identities --only 19       # the lines whose equation contains "19"
 
 Each line of the table is a check, a function in toy/checks/, one file for each part of the paper. It computes something
 with the project's code and the same thing by another route: automatic differentiation of a log density, quadrature on a
@@ -16,14 +16,8 @@ closed forms of its own.
 
 import sys
 import time
-from pathlib import Path
 
 import torch
-
-if (
-    __name__ == "__main__"
-):  # started as a file: modules are found from the project's folder, not from this one
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from engine import checkpoint, errors, machine
 
@@ -34,43 +28,26 @@ from toy.checks.inference import BUDGETS, ETAS, std_of_the_sampler  # isort: ski
 
 def main() -> int:
     """The exit code: 1 where a line fails. Raises UserError."""
-    parser = errors.Parser("toy/identities.py", __doc__.split("\n")[0])
-    parser.add_argument(
-        "--only", default="", help="run the lines whose equation contains this text; empty runs all"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="other points and other samples for every line (default: 0)"
-    )
-    parser.add_argument(
-        "--out", type=errors.file_to_write, help="write the table as JSON, too, with commit and hardware"
-    )
+    parser = errors.Parser("-m toy.identities", __doc__.split("\n")[0])
+    parser.add_argument("--only", default="", help="the lines whose equation contains this text (all)")
+    parser.add_argument("--seed", type=int, default=0, help="other points and samples for every line (0)")
+    parser.add_argument("--out", type=errors.file_to_write, help="write the table as JSON, too")
     args = parser.parse_args()
     parser.check_ranges(args, seed=(0, 2**53))
     SEED[0] = 1000 * args.seed
-    chosen = [line for line in CHECKS if args.only in line[0]]
+    chosen = [line for line in CHECKS if args.only in line.equation]
     if not chosen:
-        raise errors.UserError(
-            f"no line has {args.only!r} in its equation; run without --only to see them all"
-        )
+        parser.error(f"no line has {args.only!r} in its equation; run without --only to see them all")
 
-    start, failed, table = time.perf_counter(), 0, []
+    start, table = time.perf_counter(), []
     print(f"{'equation':22s} {'what equals what':82s} {'error':>9s}   {'bound':>8s}  verdict")
-    for equation, claim, bound, is_above, function in chosen:
-        number = function()
-        holds = number >= bound if is_above else number <= bound
-        failed += not holds
-        table.append(
-            {
-                "equation": equation,
-                "claim": claim,
-                "number": float(number),
-                "bound": bound,
-                "holds": bool(holds),
-            }
-        )
-        sign = ">" if is_above else "<"
+    for line in chosen:
+        number = line.function()
+        row = {"equation": line.equation, "claim": line.claim, "number": float(number), "bound": line.bound}
+        table.append(row | {"holds": bool(line.holds(number))})
+        sign, verdict = ">" if line.is_above else "<", "holds" if line.holds(number) else "FAILS"
         print(
-            f"{equation:22s} {claim:82s} {number:9.1e} {sign} {bound:8.1e}  {'holds' if holds else 'FAILS'}",
+            f"{line.equation:22s} {line.claim:82s} {number:9.1e} {sign} {line.bound:8.1e}  {verdict}",
             flush=True,
         )
 
@@ -82,15 +59,12 @@ def main() -> int:
         for eta in ETAS:
             name = eta if isinstance(eta, str) else f"eta = {eta:g}"
             print(f"  {name:10s}" + "".join(f"{std_of_the_sampler(n, eta):9.3f}" for n in BUDGETS))
-    seconds = time.perf_counter() - start
-    print(f"\n{len(chosen) - failed} of {len(chosen)} lines hold, {seconds:.1f} s")
+    seconds, held = time.perf_counter() - start, sum(row["holds"] for row in table)
+    print(f"\n{held} of {len(table)} lines hold, {seconds:.1f} s")
     if args.out:
-        made_by = machine.provenance(torch.device("cpu"))
-        checkpoint.write_json(
-            args.out, made_by | {"seed": args.seed, "seconds": round(seconds, 1), "lines": table}
-        )
-        print(f"wrote {args.out}")
-    return 1 if failed else 0
+        head = machine.provenance(torch.device("cpu")) | {"seed": args.seed, "seconds": round(seconds, 1)}
+        checkpoint.write_json(args.out, head | {"lines": table})
+    return int(held < len(table))
 
 
 if __name__ == "__main__":

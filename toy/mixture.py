@@ -41,6 +41,10 @@ class Mixture:
         """The null prompt, shaped like the conditions c."""
         return torch.full_like(c, self.C)
 
+    def modes(self, c: int):
+        """(mean [2], standard deviation, share) of each mode of condition c."""
+        return zip(self.means[c], self.std[c], self.weights[c])
+
     def sample(self, c: Tensor, rng: np.random.Generator) -> Tensor:
         """x0 ~ q(x0 | c), one for each c: [B, 2]."""
         return self._draw(self.table[c], self.m.expand(len(c), -1, -1), self.v.expand(len(c), -1), rng)
@@ -48,12 +52,8 @@ class Mixture:
     def _draw(self, shares: Tensor, mean: Tensor, var: Tensor, rng: np.random.Generator) -> Tensor:
         """Pick a component by `shares` [B, K], then a point of it: mean [B, K, 2], var [B, K] -> [B, 2]."""
         u = torch.from_numpy(rng.random(len(shares))).to(shares)
-        # U may round to 1
-        k = (
-            (u[:, None] > shares.cumsum(1) / shares.sum(1, keepdim=True))
-            .sum(1)
-            .clamp_max(shares.shape[1] - 1)
-        )
+        passed = u[:, None] > shares.cumsum(1) / shares.sum(1, keepdim=True)
+        k = passed.sum(1).clamp_max(shares.shape[1] - 1)  # u may round to 1
         row = torch.arange(len(k))
         z = torch.from_numpy(rng.standard_normal((len(k), 2))).to(shares)
         return mean[row, k] + var[row, k].sqrt()[:, None] * z
@@ -90,8 +90,7 @@ class Mixture:
         return (x_t - self.posterior_mean(x_t, t, c)) / t[:, None]
 
     def pushforward(self, a: float, b: Tensor, t: float) -> "Mixture":
-        """The distribution p_theta(x0_hat | c) of x0_hat = a x_t + b, x_t ~
-        q(x_t | c): a model simple enough to be solved."""
+        """The distribution of x0_hat = a x_t + b, x_t ~ q(x_t | c): a model simple enough to be solved."""
         std = (a**2 * ((1 - t) ** 2 * self.std**2 + t**2)) ** 0.5
         return Mixture(a * (1 - t) * self.means + b, std, self.weights, self.means.dtype)
 

@@ -6,17 +6,7 @@ from torch.autograd.functional import hessian
 
 import losses
 import model
-from toy.checks.stage import (
-    check,
-    data_by_quadrature,
-    full,
-    mean_by_quadrature,
-    points,
-    q,
-    random,
-    three_distributions,
-    worst,
-)
+from toy.checks.stage import bayes, check, full, hermite, points, q, random, three, worst
 
 
 @check("Eq. 1-2", "velocity = d x_t / dt, by automatic differentiation", below=1e-14)
@@ -42,37 +32,30 @@ def weight_makes_velocity_loss():
 
 @check("Eq. 4", "closed posterior mean = Bayes' rule on a grid, 3 distributions", below=1e-9)
 def posterior_mean():
-    x, s, c = points(60)
-    s = s.clamp_min(0.2)  # the grid must resolve the kernel, whose width is s / (1 - s)
-    return worst(
-        *(
-            each.posterior_mean(x, s, k) - mean_by_quadrature(each, x, s, k)
-            for each, k in three_distributions(c)
-        )
-    )
+    x, s, c = points(60, least=0.2)
+    pairs = three(c)
+    return worst(*(each.posterior_mean(x, s, k) - bayes(each, x, s, k) for each, k in pairs))
 
 
 def bumps(x_t: Tensor, n: int = 8) -> Tensor:
     """n smooth directions in the space of predictors, evaluated at x_t [N, 2]: [n, N, 2]."""
     rng = random(3)
-    W, phase = (
-        torch.from_numpy(rng.standard_normal((n, 2, 2))),
-        torch.from_numpy(rng.uniform(0, 6, (n, 1, 2))),
-    )
+    W = torch.from_numpy(rng.standard_normal((n, 2, 2)))
+    phase = torch.from_numpy(rng.uniform(0, 6, (n, 1, 2)))
     return torch.cos(torch.einsum("Nj,njk->nNk", x_t, W) + phase)
 
 
 def data_loss_along_bumps(h: Tensor) -> Tensor:
     """E || G* + sum_i h_i bump_i - x0 ||^2 with the closed form G*, by 4-D quadrature over x0 and eps."""
-    total = 0.0
+    z, w = hermite(13, 4)
+    t, total = full(0.6, z), 0.0
     for c in range(q.C):
-        x0, eps, w = data_by_quadrature(c)
-        t = full(0.6, x0)
-        x_t = losses.add_noise(x0, t, eps)
-        x0_hat = q.posterior_mean(x_t, t, torch.full((len(x0),), c)) + torch.einsum(
-            "n,nNk->Nk", h, bumps(x_t)
-        )
-        total = total + (w * losses.data_loss(x0_hat, x0)).sum() / q.C
+        for m, std, share in q.modes(c):
+            x0 = m + std * z[:, :2]
+            x_t = losses.add_noise(x0, t, z[:, 2:])
+            x0_hat = q.posterior_mean(x_t, t, torch.full((len(x0),), c))
+            x0_hat = x0_hat + torch.einsum("n,nNk->Nk", h, bumps(x_t))
+            total = total + share * (w * losses.data_loss(x0_hat, x0)).sum() / q.C
     return total
 
 

@@ -8,87 +8,72 @@ from toy.checks.stage import check, points, random, worst
 
 
 def pairs(n: int = 256) -> tuple[Tensor, ...]:
-    """x0, x0_hat, Delta [n, 2] and times s < t < 1 [n]."""
+    """x0, x0_hat, Delta [n, 2], times s < t < 1 [n], and lambda as Eq. 17 has it: sigma_t/alpha_t - sigma_s/alpha_s."""
     rng = random(5)
     t = torch.from_numpy(rng.uniform(0.1, 0.95, n))
     s = t * torch.from_numpy(rng.uniform(0.0, 0.98, n))
-    return points(n)[0], points(n, 1)[0], points(n, 2)[0], t, s
-
-
-def signal_to_noise_lambda(t: Tensor, s: Tensor) -> Tensor:
-    """Eq. 17 to the letter: sigma_t / alpha_t - sigma_s / alpha_s."""
-    return t / (1 - t) - s / (1 - s)
+    return points(n)[0], points(n, 1)[0], points(n, 2)[0], t, s, t / (1 - t) - s / (1 - s)
 
 
 @check("Eq. 17", "lambda = sigma_t/alpha_t - sigma_s/alpha_s, and 0 at s = t", below=1e-12)
 def weight_of_self_evaluation():
-    *_, t, s = pairs()
-    exact = signal_to_noise_lambda(t, s)
-    return worst((losses.lam(t, s) - exact) / (1 + exact), losses.lam(t, t))
+    *_, t, s, lam = pairs()
+    return worst((losses.lam(t, s) - lam) / (1 + lam), losses.lam(t, t))
 
 
 @check("Eq. 17-18", "mix = lambda/(1+lambda), scaled too; at t = 1 it is 1, and 0 at s = t = 1", below=1e-12)
 def weight_of_the_mix():
-    *_, t, s = pairs()
-    exact = signal_to_noise_lambda(t, s)
+    *_, t, s, lam = pairs()
     one = torch.ones_like(s)
-    errors = [
-        losses.mix_weight(t, s, scale) - scale * exact / (1 + scale * exact) for scale in (1.0, 0.25, 3.0)
-    ]
-    return worst(*errors, losses.mix_weight(one, s) - 1, losses.mix_weight(one, one), losses.mix_weight(t, t))
+    scaled = (losses.mix_weight(t, s, a) - a * lam / (1 + a * lam) for a in (1.0, 0.25, 3.0))
+    return worst(*scaled, losses.mix_weight(one, s) - 1, losses.mix_weight(one, one), losses.mix_weight(t, t))
 
 
 @check("Eq. 5, 16", "the hybrid loss is its two squared distances, written out", below=1e-11)
 def hybrid():
-    x0, x0_hat, Delta, t, s = pairs()
-    lam = signal_to_noise_lambda(t, s)
+    x0, x0_hat, Delta, t, s, lam = pairs()
     value = losses.hybrid_loss(x0_hat, x0, x0_hat - Delta, lam)
-    letter = (x0_hat - x0).pow(2).sum(1) + lam * Delta.pow(2).sum(1)
-    return worst((value - letter) / (1 + lam))
+    return worst((value - (x0_hat - x0).pow(2).sum(1) - lam * Delta.pow(2).sum(1)) / (1 + lam))
 
 
 @check("Eq. 16, 18", "d Eq. 16 / d x0_hat = (1 + lambda) times d || x0_hat - x_tar ||^2", below=1e-11)
 def implicit_target_gradient():
-    x0, x0_hat, Delta, t, s = pairs()
+    x0, x0_hat, Delta, t, s, lam = pairs()
     x0_hat.requires_grad_()
-    x_self, lam = losses.pseudo_target(x0_hat, Delta), signal_to_noise_lambda(t, s)
-    hybrid = torch.autograd.grad(losses.hybrid_loss(x0_hat, x0, x_self, lam).sum(), x0_hat)[0]
+    x_self = losses.pseudo_target(x0_hat, Delta)
     x_tar = losses.implicit_target(x0, x_self, losses.mix_weight(t, s))
+    hybrid = torch.autograd.grad(losses.hybrid_loss(x0_hat, x0, x_self, lam).sum(), x0_hat)[0]
     short = torch.autograd.grad(losses.target_loss(x0_hat, x_tar).sum(), x0_hat)[0]
     return worst(hybrid / (1 + lam)[:, None] - short)
 
 
 @check("Eq. 18", "x_tar is where the gradient of Eq. 16 vanishes", below=1e-11)
 def implicit_target_is_the_minimum():
-    x0, x0_hat, Delta, t, s = pairs()
-    x_self, lam = x0_hat - Delta, signal_to_noise_lambda(t, s)
-    x_tar = losses.implicit_target(x0, x_self, losses.mix_weight(t, s)).requires_grad_()
-    gradient = torch.autograd.grad(losses.hybrid_loss(x_tar, x0, x_self, lam).sum(), x_tar)[0]
+    x0, x0_hat, Delta, t, s, lam = pairs()
+    x_tar = losses.implicit_target(x0, x0_hat - Delta, losses.mix_weight(t, s)).requires_grad_()
+    gradient = torch.autograd.grad(losses.hybrid_loss(x_tar, x0, x0_hat - Delta, lam).sum(), x_tar)[0]
     return worst(gradient / (1 + lam)[:, None])
 
 
 @check("Eq. 19", "renormalised x_tar = (x0 + lam x_self) / ||x0 + lam x_self|| * ||x0||", below=1e-12)
 def renormalised_target():
-    x0, x0_hat, Delta, t, s = pairs()
-    x_self, lam = x0_hat - Delta, signal_to_noise_lambda(t, s)[:, None]
-    letter = x0 + lam * x_self
-    letter = (
-        letter / torch.linalg.norm(letter, dim=1, keepdim=True) * torch.linalg.norm(x0, dim=1, keepdim=True)
-    )
-    return worst(losses.renormalise(losses.implicit_target(x0, x_self, losses.mix_weight(t, s)), x0) - letter)
+    x0, x0_hat, Delta, t, s, lam = pairs()
+    sum_of_both = x0 + lam[:, None] * (x0_hat - Delta)
+    letter = sum_of_both / sum_of_both.norm(dim=1, keepdim=True) * x0.norm(dim=1, keepdim=True)
+    x_tar = losses.implicit_target(x0, x0_hat - Delta, losses.mix_weight(t, s))
+    return worst(losses.renormalise(x_tar, x0) - letter)
 
 
 @check("Eq. 19", "its norm is that of x0; a zero target stays zero", below=1e-13)
 def norm_is_kept():
     x0, x0_hat, *_ = pairs()
-    kept = losses.renormalise(x0_hat, x0)
-    zero = losses.renormalise(torch.zeros_like(x0), x0)
-    return worst(torch.linalg.norm(kept, dim=1) - torch.linalg.norm(x0, dim=1), zero)
+    renormalised, zero = losses.renormalise(x0_hat, x0), losses.renormalise(torch.zeros_like(x0), x0)
+    return worst(renormalised.norm(dim=1) - x0.norm(dim=1), zero)
 
 
 @check("Eq. 19, t -> 1", "the limit of Eq. 19 at lambda = 1e13 is the convex mix at t = 1", below=1e-10)
 def noise_end():
-    x0, x0_hat, Delta, _, s = pairs()
+    x0, x0_hat, Delta, _, s, _ = pairs()
     x_self, one = x0_hat - Delta, torch.ones_like(s)
     near = losses.renormalise(x0 + 1e13 * x_self, x0)
     return worst(near - losses.renormalise(losses.implicit_target(x0, x_self, losses.mix_weight(one, s)), x0))
@@ -103,9 +88,9 @@ def noise_end():
 def primary_time():
     z, u = torch.linspace(-4, 4, 101, dtype=torch.float64), torch.zeros(101, dtype=torch.float64)
     t, _ = losses.sample_times(z, u, torch.arange(0), 0.7, 1.0)
-    ends = losses.warp(torch.tensor([0.0, 1.0], dtype=torch.float64), 0.7) - torch.tensor([0.0, 1.0])
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     anchors = torch.tensor([losses.mu_of_length(512) - 0.5, losses.mu_of_length(4096) - 1.15])
-    return worst(torch.logit(t) - z - 0.7, ends, anchors)
+    return worst(torch.logit(t) - z - 0.7, losses.warp(ends, 0.7) - ends, anchors)
 
 
 @check("Eq. s.13", "s = t for one half; for the other (t - s)/t is uniform on (0, tau)", below=1e-12)
@@ -114,30 +99,27 @@ def secondary_time():
     z = torch.from_numpy(random(7).standard_normal(n))
     u, below = torch.arange(n, dtype=torch.float64) / n, torch.arange(1, n, 2)
     t, s = losses.sample_times(z, u, below, 0.3, 0.4)
-    keep = torch.arange(0, n, 2)
     gap = ((t - s) / t)[below]  # sorted, since u is: its quantiles are those of U(0, 0.4)
-    return worst((t - s)[keep], gap - 0.4 * u[below], (s > t).double())
+    return worst((t - s)[::2], gap - 0.4 * u[below], (s > t).double())
 
 
 @check("S.2", "p = 0.5 splits every batch in half, p = 1 leaves no s < t; micro-batches agree", below=1e-14)
 def the_split():
-    whole = losses.below_positions(list(range(64))).tolist()
+    batch = losses.below_positions(list(range(64))).tolist()
     parts = [
         8 * i + j for i in range(8) for j in losses.below_positions(list(range(8 * i, 8 * i + 8))).tolist()
     ]
-    shares = [
-        len(losses.below_positions(list(range(100)), p)) - 100 * (1 - p) for p in (0.0, 0.25, 0.5, 0.75, 1.0)
-    ]
-    return worst(torch.tensor([*shares, float(whole != parts)], dtype=torch.float64))
+    counts = {p: len(losses.below_positions(list(range(100)), p)) for p in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    wrong = [n - 100 * (1 - p) for p, n in counts.items()]
+    return worst(torch.tensor([*wrong, float(batch != parts)], dtype=torch.float64))
 
 
 @check("S.2", "draws belong to (seed, step, sample): halves = whole, and no two share numbers", below=0.15)
 def random_numbers():
-    whole = losses.draw(3, 5, list(range(1024)), (2,))
-    part = losses.draw(3, 5, list(range(512, 1024)), (2,))
-    if any(bool((a[512:] != b).any()) for a, b in zip(whole[:4], part[:4])):
+    batch, other = (losses.draw(3, step, list(range(1024)), (2,)) for step in (5, 6))
+    half = losses.draw(3, 5, list(range(512, 1024)), (2,))
+    if any(bool((a[512:] != b).any()) for a, b in zip(batch[:4], half[:4])):
         return torch.inf
-    other = losses.draw(3, 6, list(range(1024)), (2,))
-    columns = [whole.z, whole.u, *whole.eps.T, *whole.eps_s.T, other.z, other.eps[:, 0], other.eps_s[:, 0]]
+    columns = [batch.z, batch.u, *batch.eps.T, *batch.eps_s.T, other.z, other.eps[:, 0], other.eps_s[:, 0]]
     correlation = torch.corrcoef(torch.stack(columns).double()) - torch.eye(len(columns))
     return worst(correlation)  # one standard error is 1 / sqrt(1024) = 0.03

@@ -9,7 +9,7 @@ import math
 from statistics import NormalDist
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import baselines
 from losses import Draws
@@ -17,6 +17,7 @@ from peers.meanflow import MeanFlow, path_derivative
 from peers.shortcut import Shortcut
 from peers.tim import EPSILON, TiM, guided_velocity, path_difference, target
 from toy.checks.stage import check, hermite, points, q, random, worst
+from toy.checks.step import PHI, SmallNet
 
 N = 8  # points of a check
 
@@ -73,11 +74,9 @@ def meanflow_targets(x, t, r, c, improved: bool = False) -> tuple[Tensor, Tensor
     The derivative is linear in the direction, so three Jacobian-vector products serve all pairs.
     """
     v, weights = pairs(x, t, c)
-    zero, one = torch.zeros_like(t), torch.ones_like(t)
-    at_rest, along_1, along_2 = (
-        path_derivative(average_velocity, x, torch.stack(e, 1), t, r, (c,))
-        for e in ((zero, zero), (one, zero), (zero, one))
-    )
+    directions = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    slopes = [path_derivative(average_velocity, x, e.expand_as(x), t, r, (c,)) for e in directions]
+    at_rest, along_1, along_2 = slopes
     w = q.V(x, t, t, c).expand_as(v) if improved else v
     du_dt = at_rest + w[..., :1] * (along_1 - at_rest) + w[..., 1:] * (along_2 - at_rest)
     return torch.stack([target(v_i, t, r, d) for v_i, d in zip(v, du_dt)]), weights
@@ -109,17 +108,12 @@ def tim_rests():
 @check("shortcut", "two half steps of the exact flow are one: the target is the average velocity", below=1e-6)
 def shortcut_rests():
     x, t, _, c = two_times(208)
-    d = t / 2
-    return worst(
-        Shortcut(None, average_velocity).two_halves(x, t, d, (c,), (q.null(c),))
-        - average_velocity(x, t, t - d, c)
-    )
+    two_halves = Shortcut(None, average_velocity).two_halves(x, t, t / 2, (c,), (q.null(c),))
+    return worst(two_halves - average_velocity(x, t, t / 2, c))
 
 
 @check(
-    "guidance in training",
-    "at F_c = F_null + w (v_c - F_null) the mean of the guided target is F_c",
-    below=1e-9,
+    "guidance in training", "at F_c = F_null + w (v_c - F_null) the guided target's mean is F_c", below=1e-9
 )
 def guided_velocity_rests():
     x, t, _, c = two_times(210)
@@ -129,11 +123,7 @@ def guided_velocity_rests():
     return worst(mean_over(guided_velocity(v, F_c, F_null, w), weights) - F_c)
 
 
-@check(
-    "the sampler of peers/",
-    "with the exact average velocity 1, 2 and 3 steps end at the same point",
-    below=1e-5,
-)
+@check("the sampler of peers/", "with the exact average velocity 1, 2, 3 steps end at one point", below=1e-5)
 def any_number_of_steps_agrees():
     x, _, _, c = two_times(212)
 
@@ -147,65 +137,33 @@ def any_number_of_steps_agrees():
 # ------------------------------------------------------------------------------------------------------------
 # Whole steps, sample by sample
 # ------------------------------------------------------------------------------------------------------------
-class Small(nn.Module):
-    """Some smooth V(x, t, s, c) in float64."""
-
-    def __init__(self, seed: int):
-        super().__init__()
-        g = random(seed)
-        self.A = nn.Parameter(torch.from_numpy(g.standard_normal((5, 16)) / 2))
-        self.B = nn.Parameter(torch.from_numpy(g.standard_normal((16, 2)) / 4))
-
-    def forward(self, x, t, s, c):
-        return torch.tanh(torch.cat([x, t[:, None], (t - s)[:, None], c[:, None]], 1) @ self.A) @ self.B
-
-
-def batch(seed: int, below: list[int], n: int = 16):
-    """x0, c, null, is_null and Draws in float64 for n points."""
+def same_step(module, seed: int, below: list[int], by_hand, n: int = 16) -> float:
+    """The largest difference of loss and gradient from those of `by_hand`, a function of one sample's numbers."""
     g = random(seed)
     x0, eps = (torch.from_numpy(g.standard_normal((n, 2))) for _ in range(2))
-    c, z, u = (torch.from_numpy(a) for a in (g.uniform(0.5, 2, n), g.standard_normal(n), g.random(n)))
-    is_null = torch.from_numpy(g.random(n) < 0.2)
-    c = torch.where(is_null, 0.0, c)
-    return x0, (c,), (torch.zeros(n).double(),), is_null, Draws(z, u, eps, eps, torch.tensor(below))
-
-
-def same_step(module, seed: int, below: list[int], by_hand) -> float:
-    """The largest difference of loss and gradient from those of `by_hand`, a function of one sample's numbers."""
-    x0, c, null, is_null, draws = batch(seed, below)
-    network = module.network
-    loss, stats = module(x0, c, null, None, is_null, draws, 1.0)
-    losses, plain = zip(
-        *(
-            by_hand(x0[i], c[0][i], draws.z[i].item(), draws.u[i].item(), draws.eps[i], i in below)
-            for i in range(len(x0))
-        )
-    )
-    other = torch.stack(losses).mean()
-    gradients = [torch.autograd.grad(value, list(network.parameters())) for value in (loss, other)]
-    return worst(loss - other, stats["loss"] - torch.stack(plain), *(a - b for a, b in zip(*gradients)))
-
-
-def at(network, x, t, s, c) -> Tensor:
-    """V at one point and numbers t, s."""
-    one = torch.ones(1, dtype=torch.float64)
-    return network(x[None], t * one, s * one, c * one)[0]
+    c, z, u = (torch.from_numpy(a) for a in (g.integers(0, PHI, n), g.standard_normal(n), g.random(n)))
+    is_null, null = torch.from_numpy(g.random(n) < 0.2), torch.full((n,), PHI)
+    c = torch.where(is_null, PHI, c)
+    draws = Draws(z, u, eps, eps, torch.tensor(below))
+    loss, stats = module(x0, (c,), (null,), None, is_null, draws, 1.0)
+    rows = zip(x0, c.tolist(), z.tolist(), u.tolist(), eps)
+    losses, plain = zip(*(by_hand(*row, i in below) for i, row in enumerate(rows)))
+    other, weights = torch.stack(losses).mean(), list(module.network.parameters())
+    gradients = zip(*(torch.autograd.grad(value, weights) for value in (loss, other)))
+    return worst(loss - other, stats["loss"] - torch.stack(plain), *(a - b for a, b in gradients))
 
 
 def sigmoid(a: float) -> float:
     return 1 / (1 + math.exp(-a))
 
 
-def guided_by_hand(network, v, x, t, c, w) -> Tensor:
-    return (
-        v
-        + (1 - 1 / w) * (at(network, x, t, t, c) - at(network, x, t, t, torch.tensor(0.0).double())).detach()
-    )
+def guided_by_hand(network: SmallNet, v: Tensor, x: Tensor, t: float, c: int, w: float) -> Tensor:
+    return v + (1 - 1 / w) * (network.at(x, t, t, c) - network.at(x, t, t, PHI)).detach()
 
 
 @check("TiM", "the whole step, guided by the EMA at 0.3 <= t <= 0.8: loss and gradient by hand", below=1e-9)
 def tim_step():
-    network, ema, w = Small(220), Small(221), 3.0
+    network, ema, w = SmallNet(220), SmallNet(221), 3.0
 
     def by_hand(x0, c, z, u, eps, is_below):
         to_data, u = u < 0.2, u / 0.2 if u < 0.2 else (u - 0.2) / 0.8
@@ -216,31 +174,32 @@ def tim_step():
         goal = guided_by_hand(ema, v, x, t, c, w) if 0.3 <= t <= 0.8 else v
         if is_below:
             later, earlier = ((1 - i) * x0 + i * eps for i in (t + 0.005, t - 0.005))
-            slope = (
-                at(network, later, t + 0.005, r, c) - at(network, earlier, t - 0.005, r, c)
-            ).detach() / 0.01
-            goal = goal - (t - r) * slope
-        error = (at(network, x, t, r, c) - goal).square().mean()
+            rise = network.at(later, t + 0.005, r, c) - network.at(earlier, t - 0.005, r, c)
+            goal = goal - (t - r) * rise.detach() / 0.01
+        error = (network.at(x, t, r, c) - goal).square().mean()
         weight = (1 + math.tan(t) - math.tan(r)) ** -0.5
         return weight * error / (error.detach() + 1e-5), error.detach()
 
-    return same_step(TiM(network, ema, w), 222, list(range(1, 16, 2)), by_hand)
+    return same_step(TiM(network, ema, w), 224, list(range(1, 16, 2)), by_hand)
 
 
-def meanflow_by_hand(network, w: float, improved: bool):
+def meanflow_by_hand(network: SmallNet, w: float, improved: bool):
     def by_hand(x0, c, z, u, eps, is_below):
         a, b = sigmoid(z - 0.4), sigmoid(NormalDist().inv_cdf(u) - 0.4)
         t, r = max(a, b), min(a, b) if is_below else max(a, b)
         x = (1 - t) * x0 + t * eps
-        v = guided_by_hand(network, eps - x0, x, t, c, w)
-        goal = v
+        goal = v = guided_by_hand(network, eps - x0, x, t, c, w)
         if is_below:
-            along = at(network, x, t, t, c).detach() if improved else v
-            by_x, by_t = torch.autograd.functional.jacobian(
-                lambda x, t: at(network, x, t, r, c), (x, torch.tensor(t, dtype=torch.float64))
-            )
+            along = network.at(x, t, t, c).detach() if improved else v
+
+            def u_of(x, t):
+                one = torch.ones(1, dtype=torch.float64)
+                return network(x[None], t * one, r * one, torch.tensor([c]))[0]
+
+            here = (x, torch.tensor(t, dtype=torch.float64))
+            by_x, by_t = torch.autograd.functional.jacobian(u_of, here)
             goal = v - (t - r) * (by_x @ along + by_t)
-        error = (at(network, x, t, r, c) - goal).square().sum()
+        error = (network.at(x, t, r, c) - goal).square().sum()
         return error / (error.detach() + 1e-3), error.detach() / 2
 
     return by_hand
@@ -248,35 +207,24 @@ def meanflow_by_hand(network, w: float, improved: bool):
 
 @check("MeanFlow", "the whole step, guided: loss and gradient by hand, with a full Jacobian", below=1e-9)
 def meanflow_step():
-    network = Small(230)
-    return same_step(
-        MeanFlow(network, 2.0, derivative="forward"),
-        231,
-        [3, 7, 11, 15],
-        meanflow_by_hand(network, 2.0, False),
-    )
+    network = SmallNet(230)
+    module = MeanFlow(network, 2.0, derivative="forward")
+    return same_step(module, 231, [3, 7, 11, 15], meanflow_by_hand(network, 2.0, False))
 
 
-@check(
-    "improved MeanFlow", "the whole step, guided: loss and gradient by hand, with a full Jacobian", below=1e-9
-)
+@check("improved MeanFlow", "the whole step, guided: loss and gradient, with a full Jacobian", below=1e-9)
 def improved_meanflow_step():
-    network = Small(240)
-    return same_step(
-        MeanFlow(network, 2.0, True, "forward"),
-        241,
-        list(range(1, 16, 2)),
-        meanflow_by_hand(network, 2.0, True),
-    )
+    network = SmallNet(240)
+    module = MeanFlow(network, 2.0, True, "forward")
+    return same_step(module, 241, list(range(1, 16, 2)), meanflow_by_hand(network, 2.0, True))
 
 
 @check("shortcut", "the whole step, guided where d/2 = 1/128: loss and gradient by hand", below=1e-9)
 def shortcut_step():
-    network, ema, w, zero = Small(250), Small(251), 2.0, torch.tensor(0.0).double()
+    network, ema, w = SmallNet(250), SmallNet(251), 2.0
 
     def half_step(x, t, h, c):
-        v = at(ema, x, t, t - h, c).detach()
-        v_null = at(ema, x, t, t - h, zero).detach()
+        v, v_null = (ema.at(x, t, t - h, prompt).detach() for prompt in (c, PHI))
         return v_null + w * (v - v_null) if h == 1 / 128 else v
 
     def by_hand(x0, c, z, u, eps, is_below):
@@ -287,7 +235,7 @@ def shortcut_step():
             v_1 = half_step(x, t, d / 2, c)
             middle = (x - d / 2 * v_1).clamp(-4, 4)
             goal = ((v_1 + half_step(middle, t - d / 2, d / 2, c)) / 2).clamp(-4, 4)
-        error = (at(network, x, t, t - d, c) - goal).square().mean()
+        error = (network.at(x, t, t - d, c) - goal).square().mean()
         return error, error.detach()
 
     return same_step(Shortcut(network, ema, w), 252, list(range(16)), by_hand)

@@ -7,12 +7,12 @@ from torch.autograd.functional import hessian
 import losses
 from toy.checks.flow_matching import bumps
 from toy.checks.scores import three_means, three_scores
-from toy.checks.stage import check, full, hermite, mean_by_quadrature, p, points, q, random, score, worst
+from toy.checks.stage import bayes, check, full, hermite, p, points, q, random, score, worst
 
 
-def gradient_through_x0_hat(x_s: Tensor, s: Tensor, eps: Tensor, Delta: Tensor) -> Tensor:
-    """d L_self / d x_s with x0_hat = (x_s - sigma_s eps) / alpha_s, Eq. 8 solved for x0_hat, by autograd."""
-    x_s = x_s.clone().requires_grad_()
+def gradient_at_x_s(x_s: Tensor, s: Tensor, Delta: Tensor) -> Tensor:
+    """d L_self / d x_s by autograd, with Eq. 8 solved for x0_hat = (x_s - sigma_s eps) / alpha_s."""
+    x_s, eps = x_s.clone().requires_grad_(), points(seed=1)[0]
     x0_hat = (x_s - s[:, None] * eps) / (1 - s)[:, None]
     loss = losses.self_evaluation_loss(x0_hat, losses.pseudo_target(x0_hat, Delta))
     return torch.autograd.grad(loss.sum(), x_s)[0]
@@ -24,8 +24,8 @@ def gradient_through_x0_hat(x_s: Tensor, s: Tensor, eps: Tensor, Delta: Tensor) 
 def result_1():
     x, s, c = points()
     G_null, G_c, _ = three_means(x, s, c)
-    gradient = gradient_through_x0_hat(x, s, points(seed=1)[0], losses.self_evaluation(G_null, G_c))
     null, data, _ = three_scores(x, s, c)
+    gradient = gradient_at_x_s(x, s, losses.self_evaluation(G_null, G_c))
     return worst(gradient - (2 * s**2 / (1 - s) ** 2)[:, None] * (null - data))
 
 
@@ -35,9 +35,7 @@ def result_2():
     null, data, fake = three_scores(x, s, c)
     error = 0.0
     for k in (0.9, 0.3):
-        gradient = gradient_through_x0_hat(
-            x, s, points(seed=1)[0], losses.self_evaluation(*three_means(x, s, c), k=k)
-        )
+        gradient = gradient_at_x_s(x, s, losses.self_evaluation(*three_means(x, s, c), k=k))
         ideal = k * (null - data) + (1 - k) * (fake - data)
         error = max(error, worst(gradient - (2 * s**2 / (1 - s) ** 2)[:, None] * ideal))
     return error
@@ -45,10 +43,9 @@ def result_2():
 
 def delta_at_the_data(k: float) -> Tensor:
     """Delta at points of q, where the model is the data (p = q) and the fake branch knows its samples (a grid)."""
-    x, s, c = points(60)
-    s = s.clamp_min(0.2)
+    x, s, c = points(60, least=0.2)
     G_null, G_c, _ = three_means(x, s, c)
-    return losses.self_evaluation(G_null, G_c, mean_by_quadrature(q, x, s, c), k)
+    return losses.self_evaluation(G_null, G_c, bayes(q, x, s, c), k)
 
 
 @check("Sec. 3.2, k = 0", "p = q is stationary: Delta is zero at every point", below=1e-9)
@@ -79,38 +76,31 @@ def delta_vanishes_near_the_data():
 
 @check("Eq. 14", "the pseudo-target carries no gradient, so dL_self/dx0_hat = 2 Delta", below=1e-14)
 def stop_gradient():
-    x, s, c = points()
     x0_hat, Delta = points(seed=1)[0].requires_grad_(), points(seed=2)[0]
     x_self = losses.pseudo_target(x0_hat, Delta)
-    if x_self.requires_grad:
-        return torch.inf
     gradient = torch.autograd.grad(losses.self_evaluation_loss(x0_hat, x_self).sum(), x0_hat)[0]
-    return worst(gradient - 2 * Delta, x_self - (x0_hat - Delta))
+    return worst(gradient - 2 * Delta, x_self - (x0_hat - Delta)) + float(x_self.requires_grad)
 
 
-@check(
-    "Eq. s.8",
-    "an affine fake branch, fitted with the loss, is the posterior mean of a Gaussian p",
-    below=1e-9,
-)
+@check("Eq. s.8", "an affine fake branch, fitted with the loss, is the mean of a Gaussian p", below=1e-9)
 def fake_branch_learns_the_posterior():
     # Samples of a Gaussian x0_hat as quadrature nodes, so that the least-squares fit is the population's.
     z, w = hermite(6, 4)
-    m, std, s = torch.tensor([0.8, -0.5], dtype=torch.float64), 0.7, 0.4
+    m, std, s = torch.tensor([0.8, -0.5], dtype=torch.float64), 0.7, full(0.4, z)
     x0_hat, eps = m + std * z[:, :2], z[:, 2:]
-    x_s = losses.add_noise(x0_hat, full(s, x0_hat), eps)
+    x_s = losses.add_noise(x0_hat, s, eps)
 
-    def loss(theta):  # V_fake = x_s M + v, theta = (M, v)
-        return (w * losses.fake_loss(x_s @ theta[:4].view(2, 2) + theta[4:], x0_hat, eps)).sum()
+    def V(theta):  # x_s M + v, theta = (M, v)
+        return x_s @ theta[:4].view(2, 2) + theta[4:]
 
-    zero = torch.zeros(
-        6, dtype=torch.float64
-    )  # the loss is quadratic: one Newton step from zero is its minimum
-    slope = torch.autograd.grad(loss(zero.requires_grad_()), zero)[0]
-    theta = -torch.linalg.solve(hessian(loss, zero.detach()), slope)
-    fitted = losses.one_step_estimate(x_s, full(s, x_s), x_s @ theta[:4].view(2, 2) + theta[4:])
-    gain = (1 - s) * std**2 / ((1 - s) ** 2 * std**2 + s**2)
-    return worst(fitted - (m + gain * (x_s - (1 - s) * m)))
+    def loss(theta):
+        return (w * losses.fake_loss(V(theta), x0_hat, eps)).sum()
+
+    zero = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    slope = torch.autograd.grad(loss(zero), zero)[0]
+    theta = -torch.linalg.solve(hessian(loss, zero.detach()), slope)  # one Newton step: the loss is quadratic
+    gain = ((1 - s) * std**2 / ((1 - s) ** 2 * std**2 + s**2))[:, None]
+    return worst(losses.one_step_estimate(x_s, s, V(theta)) - (m + gain * (x_s - (1 - s)[:, None] * m)))
 
 
 @check(
@@ -119,10 +109,11 @@ def fake_branch_learns_the_posterior():
 def fake_loss_is_flat_at_the_posterior():
     slope = torch.zeros(8, dtype=torch.float64)
     z, w = hermite(12, 4)
-    for m, std, share in zip(p.means[0], p.std[0], p.weights[0]):
+    s, c = full(0.6, z), torch.zeros(len(z), dtype=torch.int64)
+    for m, std, share in p.modes(0):
         x0_hat, eps = m + std * z[:, :2], z[:, 2:]
-        x_s, s = losses.add_noise(x0_hat, full(0.6, x0_hat), eps), full(0.6, x0_hat)
-        V = p.V(x_s, s, s, torch.zeros(len(x_s), dtype=torch.int64)).requires_grad_()
+        x_s = losses.add_noise(x0_hat, s, eps)
+        V = p.V(x_s, s, s, c).requires_grad_()
         gradient = torch.autograd.grad((w * losses.fake_loss(V, x0_hat, eps)).sum(), V)[0]
         slope += share * torch.einsum("nNk,Nk->n", bumps(x_s), gradient)
     return worst(slope)
@@ -130,7 +121,6 @@ def fake_loss_is_flat_at_the_posterior():
 
 @check("Eq. s.8", "it teaches the fake branch, never the sample", below=1e-14)
 def fake_loss_spares_the_sample():
-    x0_hat = points(seed=1)[0].requires_grad_()
-    V = points(seed=2)[0].requires_grad_()
+    x0_hat, V = points(seed=1)[0].requires_grad_(), points(seed=2)[0].requires_grad_()
     losses.fake_loss(V, x0_hat, points()[0]).sum().backward()
     return 0.0 if x0_hat.grad is None and bool((V.grad != 0).any()) else torch.inf

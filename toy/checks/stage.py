@@ -4,36 +4,46 @@ Each file of this folder puts its checks on the list CHECKS with `@check(equatio
 prints them as a table.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from toy.mixture import LAYOUTS, Mixture
 
-CHECKS = []  # (equation, claim, bound, whether the number must lie above it, the function)
+CHECKS = []
+SEED = [0]  # added to the seed of everything that is drawn; --seed N makes it 1000 N
+
+
+class Check(NamedTuple):
+    """A function that returns one number, and the bound that it must keep below, or above."""
+
+    equation: str
+    claim: str
+    bound: float
+    is_above: bool
+    function: Callable[[], float]
+
+    def holds(self, number: float) -> bool:
+        return number >= self.bound if self.is_above else number <= self.bound
 
 
 def check(equation: str, claim: str, below: float | None = None, above: float | None = None):
-    """Put a function that returns one number on the list."""
+    """Put a function on the list."""
 
     def register(function):
-        CHECKS.append((equation, claim, below if above is None else above, above is not None, function))
+        bound = below if above is None else above
+        CHECKS.append(Check(equation, claim, bound, above is not None, function))
         return function
 
     return register
 
 
 q = Mixture(**LAYOUTS["between"] | {"std": 0.35}, dtype=torch.float64)
-A, B_SHIFT, T, S = (
-    0.6,
-    torch.tensor([0.3, -0.2], dtype=torch.float64),
-    0.7,
-    0.45,
-)  # the model p and its two times
-p = q.pushforward(A, B_SHIFT, T)
-
-
-SEED = [0]  # added to the seed of everything that is drawn; --seed N makes it 1000 N
+A, B, T, S = 0.6, torch.tensor([0.3, -0.2], dtype=torch.float64), 0.7, 0.45  # the model p and its two times
+p = q.pushforward(A, B, T)
 
 
 def random(seed: int) -> np.random.Generator:
@@ -41,18 +51,18 @@ def random(seed: int) -> np.random.Generator:
     return np.random.default_rng(SEED[0] + seed)
 
 
-def points(n: int = 256, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """x [n, 2] where q(x_s) has mass, times s [n] in (0.05, 0.95), conditions c [n]."""
+def points(n: int = 256, seed: int = 0, least: float = 0.05) -> tuple[Tensor, Tensor, Tensor]:
+    """x [n, 2] where q(x_s) has mass, times s [n] in (0.05, 0.95), at least `least`, conditions c [n]."""
     rng = random(seed)
     c = torch.from_numpy(rng.integers(0, q.C, n))
     s = torch.from_numpy(rng.uniform(0.05, 0.95, n))
     x = (1 - s)[:, None] * q.sample(c, rng) + s[:, None] * torch.from_numpy(rng.standard_normal((n, 2)))
-    return x, s, c
+    return x, s.clamp_min(least), c
 
 
-def three_distributions(c: Tensor) -> list:
-    """The conditional data, the unconditional data and the model: the three distributions of s.1."""
-    return [(q, c), (q, q.null(c)), (p, c)]
+def three(c: Tensor) -> list:
+    """The unconditional data, the conditional data and the model: what s.1-s.3 and Eq. 13 compare."""
+    return [(q, q.null(c)), (q, c), (p, c)]
 
 
 def score(distribution: Mixture, x: Tensor, s: Tensor, c: Tensor) -> Tensor:
@@ -67,14 +77,16 @@ def grid(half_width: float, n: int) -> tuple[Tensor, float]:
     return torch.cartesian_prod(axis, axis), float(axis[1] - axis[0]) ** 2
 
 
-def mean_by_quadrature(distribution: Mixture, x: Tensor, s: Tensor, c: Tensor) -> Tensor:
-    """E[x0 | x_s, c] from Bayes' rule: integrate x0 q(x0 | c) q(x_s | x0) over a grid of x0, normalise."""
+def bayes(distribution: Mixture, x: Tensor, s: Tensor, c: Tensor) -> Tensor:
+    """E[x0 | x_s, c] from Bayes' rule: integrate x0 q(x0 | c) q(x_s | x0) over a grid of x0, normalise.
+
+    The grid must resolve the kernel, whose width is s / (1 - s): s >= 0.2 suffices.
+    """
     x0, _ = grid(5.0, 120)
-    zero = torch.zeros(len(x0), dtype=torch.float64)
     result = torch.empty_like(x)
     for label in c.unique().tolist():
         pick = c == label
-        prior = distribution.log_density(x0, zero, torch.full((len(x0),), label))
+        prior = distribution.log_density(x0, full(0.0, x0), torch.full((len(x0),), label))
         distance2 = (x[pick, None] - (1 - s[pick])[:, None, None] * x0).square().sum(-1)
         result[pick] = (prior - distance2 / (2 * s[pick, None] ** 2)).softmax(1) @ x0
     return result
@@ -86,13 +98,6 @@ def hermite(n: int, dims: int) -> tuple[Tensor, Tensor]:
     nodes = torch.cartesian_prod(*[torch.from_numpy(z)] * dims)
     weights = torch.cartesian_prod(*[torch.from_numpy(w / w.sum())] * dims).prod(1)
     return nodes, weights
-
-
-def data_by_quadrature(c: int, n: int = 13) -> tuple[Tensor, Tensor, Tensor]:
-    """x0 [N, 2], eps [N, 2] and weights [N] such that weighted sums are expectations over q(x0 | c) and the noise."""
-    z, w = hermite(n, 4)
-    x0 = torch.cat([m + std * z[:, :2] for m, std in zip(q.means[c], q.std[c])])
-    return x0, z[:, 2:].repeat(q.M, 1), torch.cat([share * w for share in q.weights[c]])
 
 
 def full(value: float, like: Tensor) -> Tensor:
