@@ -94,7 +94,7 @@ FLAGS = [
     (evaluate, ["--images", 10**18, "--per-tag", 1]),
     (tables, ["--steps", 10**18]),
     (tables, ["--seeds", -1]),
-    (any_step, ["--jobs", 2**32]),
+    (any_step, ["--steps", 10**30]),
     (explore, ["--out", ""]),
     (identities, ["--seed", "x"]),
     (identities, ["--seed", 10**30]),

@@ -1,16 +1,13 @@
 """The figures that explain the method are drawn, and the passes in the diagram are those that a training step makes."""
 
-import json
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from PIL import Image
 
 import losses
-from engine import errors
-from toy import explain, figures
+from toy import explain
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,14 +20,6 @@ def test_the_figures_are_drawn(tmp_path, monkeypatch):
         picture = Image.open(path)
         assert min(picture.size) > 200 and len(picture.convert("RGBA").getcolors(1 << 20)) > 8, path.name
         assert (ROOT / "toy" / "results" / path.name).exists(), path.name
-
-
-def test_a_file_for_a_folder_is_one_line(tmp_path, monkeypatch, capsys):
-    (tmp_path / "a_file").write_text("")
-    monkeypatch.setattr(sys, "argv", ["explain.py", "--out", str(tmp_path / "a_file")])
-    with pytest.raises(SystemExit) as end:
-        errors.run(explain.main)
-    assert end.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 class Recorder(torch.nn.Module):
@@ -68,13 +57,7 @@ def test_the_diagram_shows_the_passes_of_a_training_step():
 def test_the_grids_end_where_the_next_step_begins():
     """With the default rule s_k is the next time; with s_rule 1 it is t_k (S.3.1)."""
     for steps in (1, 2, 4):
-        told = explain.told(steps)
-        assert len(told) == steps and told[0][0] == 1 and told[-1][1] == 0
-        assert all(s == t for (_, s), (t, _) in zip(told, told[1:]))
-        assert all(t == s for t, s in explain.told(steps, s_rule=1.0))
-
-
-@pytest.mark.parametrize("name", ["s_rule", "guidance", "tau"])
-def test_a_kept_study_can_be_drawn_again(name, tmp_path):
-    figures.study(json.loads((ROOT / "toy" / "results" / f"{name}.json").read_text()), tmp_path / "o.png")
-    assert min(Image.open(tmp_path / "o.png").size) > 200
+        times = explain.evaluated_times(steps)
+        assert len(times) == steps and times[0][0] == 1 and times[-1][1] == 0
+        assert all(s == t for (_, s), (t, _) in zip(times, times[1:]))
+        assert all(t == s for t, s in explain.evaluated_times(steps, s_rule=1.0))

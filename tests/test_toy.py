@@ -1,5 +1,4 @@
-"""The folder toy/: every line of the identity table, the commands as a student
-runs them, and the measures it reports."""
+"""The folder toy/: every line of the identity table, the commands as a student runs them, and what they report."""
 
 import json
 import math
@@ -11,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from engine import errors
-from toy import any_step, ideal, identities, measures, pictures, studies
+from toy import any_step, figures, ideal, identities, measures, pictures, studies, training
 from toy.mixture import LAYOUTS, Mixture
 from toy.training import STEPS, Member, Net, assemble, batches, train
 
@@ -26,19 +26,12 @@ def python(*args, cwd=ROOT) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("line", identities.CHECKS, ids=[line[-1].__name__ for line in identities.CHECKS])
+@pytest.mark.parametrize(
+    "line", identities.CHECKS, ids=[line.function.__name__ for line in identities.CHECKS]
+)
 def test_identity(line):
-    equation, claim, bound, is_above, function = line
-    number = function()
-    assert number >= bound if is_above else number <= bound, (
-        f"{equation}: {claim}: {number:.2e} against {bound:.0e}"
-    )
-
-
-def test_the_table_runs_from_any_folder(tmp_path):
-    run = python(ROOT / "toy" / "identities.py", "--only", "Eq. 19", cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert "3 of 3 lines hold" in run.stdout and "FAILS" not in run.stdout
+    number = line.function()
+    assert line.holds(number), f"{line.equation}: {line.claim}: {number:.2e} against {line.bound:.0e}"
 
 
 def test_a_failing_line_fails_the_command():
@@ -47,13 +40,7 @@ def test_a_failing_line_fails_the_command():
         "sys.argv = ['identities.py', '--only', 'Eq. 17']; sys.exit(identities.main())"
     )
     run = python("-c", broken)
-    assert run.returncode == 1 and "FAILS" in run.stdout, run.stderr
-
-
-def test_an_unknown_equation_is_refused(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["identities.py", "--only", "Eq. 99"])
-    with pytest.raises(errors.UserError, match="Eq. 99"):
-        identities.main()
+    assert run.returncode == 1 and "FAILS" in run.stdout and "1 of 2 lines hold" in run.stdout, run.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -96,23 +83,18 @@ def test_energy_distance_is_unbiased_at_equality():
 
 
 def test_sliced_wasserstein_of_a_shift():
-    x = torch.from_numpy(np.random.default_rng(2).standard_normal((500, 2)))
-    shift = torch.tensor(
-        [3.0, 4.0], dtype=torch.float64
-    )  # along direction u the quantiles move by shift.u; mean square |shift|^2 / 2
-    x = x.float()
-    assert abs(measures.sliced_wasserstein(x, x + shift.float()) - 5 / 2**0.5) < 1e-3
+    """Along direction u all quantiles move by shift.u, whose mean square over the directions is |shift|^2 / 2."""
+    truth = measures.Truth(Member("far", 0), 0)
+    moved = truth.measure(truth.data + torch.tensor([3.0, 4.0]))
+    assert abs(moved["sliced_w2"] - 5 / 2**0.5) < 1e-3
 
 
 def test_measures_of_the_truth_itself_and_of_a_blend():
-    truth = measures.Truth(Member("far", 0), 0)
-    q = Member("far", 0).q
-    g = np.random.default_rng(3)
+    member, g = Member("far", 0), np.random.default_rng(3)
+    truth, q = measures.Truth(member, 0), member.q
     good = truth.measure(q.sample(torch.zeros(2000, dtype=torch.int64), g))
-    blend = truth.measure(
-        (q.weights[0] @ q.means[0]).expand(2000, 2)
-        + 0.005 * torch.from_numpy(g.standard_normal((2000, 2))).float()
-    )
+    blur = 0.005 * torch.from_numpy(g.standard_normal((2000, 2))).float()
+    blend = truth.measure(q.weights[0] @ q.means[0] + blur)
     assert abs(good["energy"]) < 0.01 and good["off_modes"] < 0.01 and good["mass_error"] < 0.05
     assert blend["energy"] > 0.2 and max(blend["mass"]) == 1.0 and blend["spread"] < 0.1
 
@@ -131,9 +113,10 @@ def test_an_ensemble_is_sampled_member_by_member():
     net, c = train(members, 12), torch.arange(3).repeat(5)
     alone = [assemble([m], [net.weights_of(e)]) for e, m in enumerate(members)]
     for choices in (dict(), dict(guidance=3.0), dict(guidance=2.0, space="x0", eta=0.0)):
-        together = measures.generate(net, members, c, 3, **choices)
-        for one, m, x in zip(alone, members, together):
-            assert torch.allclose(measures.generate(one, [m], c, 3, **choices)[0], x, atol=1e-4), choices
+        together = measures.trajectory(net, members, c, 3, **choices)
+        for e, (one, m) in enumerate(zip(alone, members)):
+            by_itself = measures.trajectory(one, [m], c, 3, **choices)
+            assert torch.allclose(by_itself[:, 0], together[:, e], atol=1e-4), choices
 
 
 def test_training_repeats_itself_and_moves():
@@ -147,85 +130,88 @@ def test_the_network_of_fake_prompts_is_not_that_of_real_ones():
     assert len(rows.unique(dim=0)) == 4
 
 
-@pytest.mark.slow
-def test_any_step_command_writes_its_figures(tmp_path, monkeypatch):
-    three = ("flow matching", "Self-E", "auxiliary throughout")  # what the figure of trajectories shows
-    monkeypatch.setattr(any_step, "OBJECTIVES", {label: any_step.OBJECTIVES[label] for label in three})
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """any_step on little, in a folder of its own, and the networks that it has trained."""
     monkeypatch.setattr(measures, "SAMPLES", 50)
     monkeypatch.setattr(measures, "REFERENCE", 200)
-    monkeypatch.setattr(
-        sys, "argv", ["any_step.py", *"--steps 3 --layout far --jobs 1 --out".split(), str(tmp_path / "o")]
-    )
-    any_step.main()
-    made = {path.name for path in (tmp_path / "o").iterdir()}
-    assert made == {"any_step.json", "samples_far.png", "trajectories.png", "distances.png", "fields.png"}
-    record = json.loads((tmp_path / "o" / "any_step.json").read_text())
-    assert {"command", "commit", "hardware", "seed", "seconds", "settings"} <= record.keys()
-    assert set(record["results"]["far"]) == {"floor", *three}
+    monkeypatch.setattr(training, "RUNS", tmp_path / "runs")
+    counted = []
+    count = lambda members, *a, **k: counted.append(list(members)) or train(members, *a, **k)  # noqa: E731
+    monkeypatch.setattr(training, "train", count)
+
+    def run(study: str, *flags: str) -> dict:
+        fixed = ["--study", study, "--layout", "between", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["any_step.py", *fixed, *flags])
+        any_step.main()
+        return json.loads((tmp_path / f"{study}.json").read_text())
+
+    return run, counted
 
 
-def test_the_list_of_studies_from_any_folder(tmp_path):
-    run = python(ROOT / "toy" / "any_step.py", "--study", "list", cwd=tmp_path)
-    assert run.returncode == 0 and len(run.stdout.splitlines()) == len(studies.STUDIES), run.stderr
+def test_a_study_goes_on_where_it_stopped(command):
+    run, trained = command
+    first = run("eta", "--steps", "2", "--seed", "0")
+    assert (
+        len(first["records"]) == 9 and len(trained) == 2
+    )  # the floor, and two networks, sampled in four ways
+    assert {"commit", "hardware", "torch", "setting", "train_s"} <= first["records"][0].keys()
+    second = run("eta", "--steps", "2", "--seed", "1")
+    assert second["records"][:9] == first["records"] and len(second["records"]) == 18
+    assert trained[2:] == [[Member("between", 1)]] * 2
+    assert run("eta", "--steps", "2", "--seed", "1") == second and len(trained) == 4
+    with pytest.raises(errors.UserError, match="other settings"):  # they would be averaged together
+        run("eta", "--steps", "3")
+    assert run("eta", "--steps", "2", "--seed", "1") == second
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [["--steps", "0"], ["--study", "nothing"], ["--seed", "-1"], ["--out", "a_file"], ["--layout", "x"]],
-)
+@pytest.mark.slow
+def test_the_comparison_draws_its_figures(command, tmp_path):
+    run, trained = command
+    assert len(run("objectives", "--steps", "2", "--seed", "0")["records"]) == 8 and len(trained) == 7
+    made = {path.name for path in tmp_path.iterdir()} - {"runs"}
+    pictures = {"objectives.png", "samples_between.png", "trajectories.png", "fields.png"}
+    assert made == {"objectives.json"} | pictures
+
+
+BAD = [["--steps", "0"], ["--study", "nothing"], ["--seed", "-1"], ["--out", "a_file"], ["--layout", "x"]]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad[0])
 def test_bad_arguments_are_one_line_and_exit_2(bad, tmp_path, monkeypatch, capsys):
     (tmp_path / "a_file").write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["any_step.py", *bad])
     with pytest.raises(SystemExit) as end:
         errors.run(any_step.main)
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and len(said.strip().splitlines()) == 1 and bad[0] in said
+    complaint = capsys.readouterr().err
+    assert end.value.code == 2 and len(complaint.strip().splitlines()) == 1 and bad[0] in complaint
     assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
 
 
-def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(studies, "ROOT", tmp_path)  # runs/toy of this test
-    for name in ("losses.py", "model.py", "engine/randomness.py", "toy/training.py", "toy/mixture.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text((ROOT / name).read_text())
-    monkeypatch.setattr(measures, "SAMPLES", 50)
-    monkeypatch.setattr(measures, "REFERENCE", 200)
-    study = studies.Study("?", {"a": ({}, dict(eta=0.0)), "b": ({}, dict(eta=1.0))}, ("far",))
-    monkeypatch.setitem(studies.STUDIES, "test", study)
-    trained = []
-    monkeypatch.setattr(
-        studies,
-        "train",
-        lambda members, steps, **changes: trained.append(members) or train(members, steps, **changes),
-    )
-    said = []
-    studies.run("test", tmp_path, seeds=(0,), steps=2, say=said.append)
-    assert len(said) == 3 and len(trained) == 1  # floor, a, b; the two share their network
-    full = studies.run("test", tmp_path, seeds=(0, 1), steps=2, say=said.append)
-    assert trained[1:] == [[Member("far", 1)]] and len(full["records"]) == 6
-    studies.run("test", tmp_path, seeds=(0, 1), steps=2, say=said.append)
-    assert len(said) == 6 and len(trained) == 2
-    assert "N = 50" in studies.table(full)
-    before = (tmp_path / "test.json").read_bytes()
-    with pytest.raises(errors.UserError, match="other settings"):  # they would be averaged together
-        studies.run("test", tmp_path, seeds=(0, 1), steps=3)
-    assert (tmp_path / "test.json").read_bytes() == before
-
-
-def test_kept_results_name_what_made_them():
+def test_kept_results_name_what_made_them_and_are_what_the_programs_would_write():
     files = sorted((ROOT / "toy" / "results").glob("*.json"))
     assert files
     for path in files:
-        kept = json.loads(path.read_text())
-        assert kept["command"].startswith("python toy/"), path.name
-        for record in kept["records"] if "study" in kept else [kept]:
+        results = json.loads(path.read_text())
+        assert results.get("command", "python -m toy").startswith(("python toy/", "python -m toy")), path.name
+        for record in results["records"] if "study" in results else [results]:
             assert record["commit"] and record["hardware"] and record["torch"], path.name
-            if "study" in kept and record["label"] != "floor":
-                changes, sampling = studies.STUDIES[kept["study"]].settings[record["label"]]
-                assert record["setting"] == {"training": changes, "sampling": sampling, "steps": STEPS}, (
-                    path.name
-                )
+        if "study" not in results:
+            continue
+        study = studies.STUDIES[results["study"]]
+        assert results["question"] == study.question
+        for record in results["records"]:
+            if record["label"] != "floor":
+                changes, sampling = study.settings[record["label"]]
+                assert record["setting"] == {"training": changes, "sampling": sampling, "steps": STEPS}
+
+
+@pytest.mark.parametrize("name", ["s_rule", "eta", "guidance", "wrong_labels"])
+def test_a_kept_study_can_be_drawn_again(name, tmp_path):
+    results = json.loads((ROOT / "toy" / "results" / f"{name}.json").read_text())
+    figures.study(results, tmp_path / "o.png", studies.STUDIES[name].along)
+    assert min(Image.open(tmp_path / "o.png").size) > 200
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -246,16 +232,16 @@ def test_wrong_labels_are_as_many_as_asked_for_and_change_nothing_else():
 
 @pytest.fixture(scope="module")
 def small_world():
-    return pictures.World("single_object", 0.3, 200, 2.0)
+    """600 pictures for five prompts, 30% of the captions wrong."""
+    return pictures.Shapes("shapes", "single_object", 0.3, 2.0)
 
 
 def test_the_exact_posterior_mean_of_pictures_is_bayes_rule(small_world):
     """Against densities written out in float64, picture by picture."""
     world, t = small_world, 0.6
     c = torch.tensor([0, 3, world.C])
-    x_t = (1 - t) * world.x[[5, 350, 120]] + t * torch.randn(
-        3, world.x.shape[1], generator=torch.Generator().manual_seed(0)
-    )
+    noise = torch.randn(3, world.x.shape[1], generator=torch.Generator().manual_seed(0))
+    x_t = (1 - t) * world.x[[5, 350, 120]] + t * noise
     found = world.mean(x_t, t, c)
     N, each = len(world.x), world.each
     for row in range(3):
@@ -270,13 +256,15 @@ def test_the_exact_posterior_mean_of_pictures_is_bayes_rule(small_world):
 
 def test_deltas_budget_is_twice_the_information_of_the_captions(small_world):
     """I-MMSE: an integral over noise levels against a sum over prompts."""
-    integral, half = pictures.budget(small_world, 0, samples=400)
+    integral, half = pictures.budget(small_world, 0, samples=200)
     assert integral == pytest.approx(2 * small_world.information(), rel=0.08)
     assert 0.5 < half < 1
-    told = 0.7 + 0.3 / 5, 0.3 / 5  # of the own prompt, and of each of the four others
-    assert small_world.information() == pytest.approx(
-        math.log(5) + told[0] * math.log(told[0]) + 4 * told[1] * math.log(told[1])
-    )
+    right, wrong = (
+        0.7 + 0.3 / 5,
+        0.3 / 5,
+    )  # the probability of a picture's prompt, and of each of the four others
+    expected = math.log(5) + right * math.log(right) + 4 * wrong * math.log(wrong)
+    assert small_world.information() == pytest.approx(expected, rel=1e-5)
 
 
 def test_perfect_answers_of_flow_matching_are_the_posterior_mean_and_null_prompts_keep_it(small_world):
@@ -284,17 +272,12 @@ def test_perfect_answers_of_flow_matching_are_the_posterior_mean_and_null_prompt
     c, t = torch.tensor([1, world.C]), torch.full((2,), 0.8)
     x_t = torch.randn(2, world.x.shape[1], generator=torch.Generator().manual_seed(1))
     mean = world.mean(x_t, 0.8, c)
-    for goal, s in (
-        (None, 0.4),
-        (pictures.OBJECTIVES["classifier only"], 0.4),
-        (pictures.OBJECTIVES["k = 0.9"], 0.8),
-    ):
-        V = pictures.Perfect(world, goal, 3, np.random.default_rng(0))(x_t, t, torch.full((2,), s), c)
-        x0_hat = x_t - 0.8 * V
+    for label, s in (("flow matching", 0.4), ("classifier only", 0.4), ("k = 0.9", 0.8)):
+        V = pictures.Perfect(world, pictures.OBJECTIVES[label], 3, np.random.default_rng(0))
+        x0_hat = x_t - 0.8 * V(x_t, t, torch.full((2,), s), c)
         assert torch.allclose(x0_hat[1], mean[1], atol=1e-4)  # the null prompt learns the data
-        assert torch.allclose(x0_hat[0], mean[0], atol=1e-4) == (
-            goal is None or s == 0.8
-        )  # nothing to learn at s = t
+        changed = not torch.allclose(x0_hat[0], mean[0], atol=1e-4)
+        assert changed == (label == "classifier only")  # at s = t there is nothing to learn
 
 
 def test_following_with_nothing_to_say_goes_to_the_norm_of_the_data():
@@ -316,17 +299,23 @@ def test_following_with_nothing_to_say_goes_to_the_norm_of_the_data():
 
 
 @pytest.mark.slow
-def test_the_map_of_pictures_as_a_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "QUICK", pictures.Size((0.3,), 500, 10, 2, (1, 2), (0,)))
-    monkeypatch.setattr(sys, "argv", ["pictures.py", "--out", str(tmp_path)])
+def test_the_map_of_pictures_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """A score for each tag."""
+    tags = ("single_object", "two_object")
+    small = pictures.Map(16, {"two kinds": tags}, (0.0, 0.3), pictures=50, prompts=3, judged=6, by_tag=True)
+    monkeypatch.setitem(pictures.MAPS, "shapes", small)
+    monkeypatch.setattr(pictures, "FEWEST", 8)
+    monkeypatch.setattr(pictures, "ROUNDS", 2)
+    monkeypatch.setattr(pictures, "STEPS", (1, 2))
+    monkeypatch.setattr(pictures, "SEEDS", (0,))
+    flags = ["pictures.py", "--out"]
+    monkeypatch.setattr(sys, "argv", [*flags, str(tmp_path / "once")])
     pictures.main()
-    kept = json.loads((tmp_path / "pictures.json").read_text())
-    assert {"command", "commit", "hardware", "seconds"} <= set(kept) and len(kept["records"]) == 3 * 6 * 2
-    assert len(list(tmp_path.glob("*.png"))) == 4 and not [
-        path for path in tmp_path.iterdir() if path.is_dir()
-    ]
+    once = json.loads((tmp_path / "once/pictures.json").read_text())
+    assert {"command", "commit", "hardware", "seconds"} <= set(once) and len(once["records"]) == 2 * 6 * 2 * 2
+    assert {record["world"] for record in once["records"]} == set(tags)
 
-    measure, done = pictures.measure, []  # stopped in the second world, the same command makes the same map
+    measure, done = pictures.measure, []
 
     def stop_at_the_eighth(*arguments):
         if len(done) == 7:
@@ -334,18 +323,17 @@ def test_the_map_of_pictures_as_a_command(tmp_path, monkeypatch):
         done.append(arguments)
         return measure(*arguments)
 
-    monkeypatch.setattr(sys, "argv", ["pictures.py", "--out", str(tmp_path / "stopped")])
+    monkeypatch.setattr(sys, "argv", [*flags, str(tmp_path / "stopped")])
     monkeypatch.setattr(pictures, "measure", stop_at_the_eighth)
     with pytest.raises(KeyboardInterrupt):
         pictures.main()
-    assert not list((tmp_path / "stopped").glob("*.*"))
     monkeypatch.setattr(pictures, "measure", lambda *arguments: done.append(arguments) or measure(*arguments))
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--scale", "1"])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--seed", "1"])
     with pytest.raises(errors.UserError, match="other settings"):
         pictures.main()
     monkeypatch.setattr(sys, "argv", sys.argv[:-2])
     pictures.main()
     again = json.loads((tmp_path / "stopped/pictures.json").read_text())
-    assert again["records"] == kept["records"] and len(done) == 3 * 6
-    for sheet in tmp_path.glob("*.png"):
-        assert (tmp_path / "stopped" / sheet.name).read_bytes() == sheet.read_bytes()
+    assert again["records"] == once["records"] and again["worlds"] == once["worlds"] and len(done) == 12
+    sheets = [tmp_path / folder / "pictures.png" for folder in ("once", "stopped")]
+    assert sheets[0].read_bytes() == sheets[1].read_bytes()

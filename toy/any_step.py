@@ -1,182 +1,76 @@
-"""Any-step sampling in 2-D: six objectives compared on one small network and one budget.
+"""Any-step sampling in 2-D: seven objectives compared on one small network and one budget.
 
-    python toy/any_step.py                        # 2 to 10 minutes on two cores: tables, and figures in toy/results
-    python toy/any_step.py --layout far           # one layout only, in runs/any_step
-    python toy/any_step.py --seed 1 --out runs/x  # another seed, another folder
-    python toy/any_step.py --study list           # the paper's open questions (toy/studies.py)
-    python toy/any_step.py --study s_rule         # one of them, three seeds, kept in toy/results/s_rule.json
+    python -m toy.any_step                        # the kept tables, and figures: 2 to 10 minutes
+    python -m toy.any_step --seed 1 --out runs/x  # train and measure again, with another seed: 5 to 20 minutes
+    python -m toy.any_step --layout far --seed 1 --out runs/far
+    python -m toy.any_step --study list           # the paper's open questions (toy/studies.py)
+    python -m toy.any_step --study s_rule         # one of them, three seeds, kept in toy/results/s_rule.json
 
-For N = 1, 2, 4, 8, 50 evaluations of the network it prints the energy distance to fresh data, the sliced Wasserstein-2
-distance and the share of samples between the modes, averaged over the conditions. "floor" is the distance between two
-samples of the data. mixture.py holds the data, training.py the network, measures.py the distances.
+For N = 1, 2, 4, 8, 50 evaluations of the network it prints the energy distance to fresh data, the share of samples
+between the modes, and the distance of the mass per mode from the truth, averaged over the conditions. "floor" is the
+distance between two samples of the data. mixture.py holds the data, training.py the network, measures.py the distances.
 """
 
-import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-
-if (
-    __name__ == "__main__"
-):  # started as a file: modules are found from the project's folder, not from this one
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from engine import checkpoint, errors, machine
-from toy import figures, studies
-from toy.measures import BUDGETS, evaluate
+from engine import errors
+from toy import figures, kept, studies
 from toy.mixture import LAYOUTS
-from toy.training import STEPS, Member, assemble, train
+from toy.training import STEPS, Member, assemble, trained
 
-# The objectives side by side: label -> (departures from training.PAPER, choices of the sampler).
-OBJECTIVES = {
-    label: studies.STUDIES["objectives"].settings[label]
-    for label in (
-        "flow matching",  # s = t always, sampled at s_k = t_k
-        "Self-E",  # the paper's first stage: Eq. 19-20, the classifier term alone
-        "Eq. 16 to the letter",  # no normalisation of the target
-        "control Delta = 0",  # Eq. 19 with nothing to say about x0_hat
-        "auxiliary throughout",  # s.6 with k = 0.9 from the first step
-        "auxiliary late",  # the same from 77% of the training, as in the paper
-    )
-}
-
-
-def one_objective(label: str, members: list[Member], steps: int) -> tuple[str, list[dict], list[dict], float]:
-    """Train and measure one row of the comparison; what comes back crosses a process boundary, hence plain dicts."""
-    torch.set_num_threads(1)  # the matrices are too small to share
-    start = time.perf_counter()
-    changes, sampling = OBJECTIVES[label]
-    net = train(members, steps, **changes)
-    results = evaluate(net, members, **sampling)
-    return label, results, [net.weights_of(e) for e in range(len(members))], time.perf_counter() - start
-
-
-def at_the_same_time(jobs: int, function, calls: list[tuple]):
-    """Yield function(*call) for each call, in order, computed by `jobs` processes."""
-    if jobs == 1:
-        yield from (function(*call) for call in calls)
-        return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:  # a forked torch may hang
-        yield from (future.result() for future in [pool.submit(function, *call) for call in calls])
-
-
-def compare(layouts: list[str], seed: int, steps: int, out: Path, jobs: int) -> None:
-    """The main command: train all objectives, print the tables, write any_step.json and the figures."""
-    start = time.perf_counter()
-    out.mkdir(
-        parents=True, exist_ok=True
-    )  # now, so that a folder that cannot be written is found before the work
-    members = [Member(layout, seed) for layout in layouts]
-    results, nets = {"floor": evaluate(None, members)}, {}
-    calls = [(label, members, steps) for label in OBJECTIVES]
-    for label, row, weights, seconds in at_the_same_time(jobs, one_objective, calls):
-        results[label], nets[label] = row, assemble(members, weights)
-        print(f"trained and measured: {label}, {seconds:.0f} s", flush=True)
-
-    for e, layout in enumerate(layouts):
-        for measure in ("energy", "sliced_w2", "off_modes"):
-            print(f"\n{layout + ': ' + measure:24s}" + "".join(f"{f'N = {n}':>10s}" for n in BUDGETS))
-            for label, rows in results.items():
-                print(f"{label:24s}" + "".join(f"{rows[e][str(n)][measure]:10.4f}" for n in BUDGETS))
-        masses = {label: rows[e]["2"]["mass"][0] for label, rows in results.items()}
-        truth = ", ".join(f"{weight:.3f}" for weight in members[e].q.weights[0].tolist())
-        print(f"\n{layout}: share of each mode of condition 0 at N = 2 (truth {truth})")
-        for label, mass in masses.items():
-            print(f"{label:24s}" + "".join(f"{share:10.3f}" for share in mass))
-
-    seconds = time.perf_counter() - start
-    record = {
-        **machine.provenance(torch.device("cpu")),
-        "seed": seed,
-        "steps": steps,
-        "jobs": jobs,
-        "seconds": round(seconds, 1),
-        "settings": {label: {"training": a, "sampling": b} for label, (a, b) in OBJECTIVES.items()},
-        "results": {
-            layout: {label: rows[e] for label, rows in results.items()} for e, layout in enumerate(layouts)
-        },
-    }
-    checkpoint.write_json(out / "any_step.json", record)
-    sampling = {label: choices for label, (_, choices) in OBJECTIVES.items()}
-    for e, member in enumerate(members):
-        figures.samples(nets, sampling, members, e, out / f"samples_{member.layout}.png")
-    shown = layouts.index("between") if "between" in layouts else 0
-    figures.trajectories(nets, sampling, members, shown, out / "trajectories.png")
-    figures.distances(record["results"], out / "distances.png")
-    figures.fields(layouts, seed, out / "fields.png")
-    print(
-        f"\nfigures and any_step.json in {out}; {time.perf_counter() - start:.0f} s in all, {jobs} processes"
-    )
-
-
-def run_study(name: str, out: Path, steps: int) -> None:
-    """Train and measure what a study lacks, print its tables, draw its figures."""
-    start = time.perf_counter()
-    kept = studies.run(name, out, steps=steps)
-    print(studies.table(kept))
-    if name == "wrong_labels":
-        print(studies.table(kept, "off_modes"))  # what a scorer of single samples sees
-        figures.along_shares(kept, out / f"{name}.png")
-    else:
-        figures.study(kept, out / f"{name}.png")
-    if name == "peers":  # objectives in rows, steps in columns
-        settings, member = studies.STUDIES[name].settings, Member("between", studies.SEEDS[0])
-        nets = {label: studies.trained([member], steps, changes) for label, (changes, _) in settings.items()}
-        sampling = {label: choices for label, (_, choices) in settings.items()}
-        figures.samples(nets, sampling, [member], 0, out / f"{name}_samples.png")
-    print(f"\n{name}.json and {name}.png in {out}; {time.perf_counter() - start:.0f} s")
+TRAJECTORIES = ("flow matching", "Self-E", "auxiliary throughout")  # what the figure of paths shows
 
 
 def main() -> None:
-    parser = errors.Parser("toy/any_step.py", __doc__.split("\n")[0])
+    parser = errors.Parser("-m toy.any_step", __doc__.split("\n")[0])
     parser.add_argument(
-        "--layout",
-        default="all",
-        choices=["all", *LAYOUTS],
-        help="which data; all shows the three side by side",
+        "--study", default="objectives", help="the question (objectives); list names them all"
     )
-    parser.add_argument("--study", help="an open question instead of the comparison; list names them all")
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="names every random number of the comparison (studies use 0, 1, 2)",
-    )
-    parser.add_argument(
-        "--steps", type=int, default=STEPS, help=f"training steps, {STEPS} unless told otherwise"
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=2, help="processes that train at the same time; 1 trains one by one"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder for the JSON file and the figures (default: toy/results; runs/any_step with other flags)",
-    )
+    parser.add_argument("--layout", choices=list(LAYOUTS), help="one layout only (all of the study's)")
+    parser.add_argument("--seed", type=int, help="one seed only (0, 1 and 2)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps ({STEPS})")
+    parser.add_argument("--out", type=Path, help="folder (toy/results; runs/toy-results with other flags)")
     args = parser.parse_args()
-    if args.study not in (None, "list", *studies.STUDIES):
-        parser.error(f"--study: no {args.study!r}; choose from {', '.join(studies.STUDIES)}")
-    parser.check_ranges(args, steps=(1, 10**9), jobs=(1, 1024), seed=(0, 2**63 - 1))
-    if args.out is None:  # what the README shows is replaced by its like only
-        usual = args.steps == STEPS and (args.study or (args.layout == "all" and args.seed == 0))
-        args.out = ROOT / ("toy/results" if usual else "runs/any_step")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out must be a folder; {args.out} is a file")
-
-    torch.set_num_threads(1)
+    parser.check_ranges(args, steps=(1, 10**9), seed=(0, 2**63 - 1))
     if args.study == "list":
-        for name, study in studies.STUDIES.items():
-            print(f"{name:14s} {study.question}")
-    elif args.study:
-        run_study(args.study, args.out, args.steps)
-    else:
-        layouts = list(LAYOUTS) if args.layout == "all" else [args.layout]
-        compare(layouts, args.seed, args.steps, args.out, args.jobs)
+        print("\n".join(f"{name:14s} {study.question}" for name, study in studies.STUDIES.items()))
+        return
+    if args.study not in studies.STUDIES:
+        parser.error(f"--study: no {args.study!r}; choose from {', '.join(studies.STUDIES)}")
+    torch.set_num_threads(1)  # the matrices are too small to share
+    study = studies.STUDIES[args.study]
+    seeds = studies.SEEDS if args.seed is None else (args.seed,)
+    layouts = study.layouts if args.layout is None else (args.layout,)
+    out = kept.folder(args.out, usual=(args.seed, args.layout, args.steps) == (None, None, STEPS))
+    results = studies.run(args.study, out, seeds, layouts, args.steps)
+    for measure in ("energy", "off_modes", "mass_error"):
+        print(studies.tables(results, measure))
+    measure = "off_modes" if args.study == "wrong_labels" else "energy"  # what a judge of single samples sees
+    figures.study(results, out / f"{args.study}.png", study.along, measure)
+    if args.study in ("objectives", "peers"):
+        members = [Member(layout, seeds[0]) for layout in layouts]
+        draw_samples(args.study, members, args.steps, out)
+    print(f"\n{args.study}.json and its figures in {out}")
+
+
+def draw_samples(name: str, members: list[Member], steps: int, out: Path) -> None:
+    """Samples of each member's networks, which are trained again where runs/toy does not have them; paths and fields."""
+    settings = studies.STUDIES[name].settings
+    nets = {label: trained(members, steps, training) for label, (training, _) in settings.items()}
+    prefix = "" if name == "objectives" else f"{name}_"
+    for e, member in enumerate(members):
+        networks = {
+            label: (assemble([member], [net.weights_of(e)]), settings[label][1])
+            for label, net in nets.items()
+        }
+        figures.samples(networks, member, out / f"{prefix}samples_{member.layout}.png")
+        if name == "objectives" and member.layout == "between":
+            shown = {label: networks[label] for label in TRAJECTORIES}
+            figures.trajectories(shown, member, out / "trajectories.png")
+    if name == "objectives":
+        figures.fields(("between", "far"), out / "fields.png")
 
 
 if __name__ == "__main__":

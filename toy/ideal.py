@@ -1,6 +1,6 @@
 """What does the objective ask for? The targets of Eq. 18 and 19, iterated until they converge, without a network.
 
-    python toy/ideal.py      # three seeds, 5 to 42 minutes of one core: a table, toy/results/ideal.json and ideal.png
+    python -m toy.ideal      # three seeds, 5 to 42 minutes of one core: a table, toy/results/ideal.json and ideal.png
 
 What a trained network generates depends on the objective and on its own errors. Here there are no such errors:
 
@@ -15,7 +15,6 @@ that of flow matching, E[x0 | x_t, c]. The distance is measured between p(x_s | 
 to be equal (Sec. 3.2), and at s = 0.
 """
 
-import sys
 import time
 from pathlib import Path
 
@@ -23,17 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-
-if (
-    __name__ == "__main__"
-):  # started as a file: modules are found from the project's folder, not from this one
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import losses
 from engine import checkpoint, errors, machine
 from engine.randomness import rng
-from toy import figures
+from toy import figures, kept
 from toy.measures import energy_distance
 from toy.mixture import LAYOUTS, Mixture
 
@@ -113,72 +105,43 @@ def settle(q: Mixture, s: float, goal: tuple | None, seed: int) -> tuple[Tensor,
 def distance(x: Tensor, y: Tensor, s: float, seed: int) -> float:
     """Energy distance after both are noised to s, averaged over conditions."""
     g = rng(seed, "toy ideal distance")
-    noised = [
+    x_s, y_s = (
         (1 - s) * a + s * torch.from_numpy(g.standard_normal(a.shape, dtype=np.float32)) for a in (x, y)
-    ]
-    return float(np.mean([energy_distance(a, b) for a, b in zip(*noised)]))
+    )
+    return float(np.mean([energy_distance(a, b) for a, b in zip(x_s, y_s)]))
 
 
 def main() -> None:
-    parser = errors.Parser("toy/ideal.py", __doc__.split("\n")[0])
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="folder for ideal.json and ideal.png (default: toy/results; runs/ideal with another --seed)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="the first of three seeds (default: 0)")
+    parser = errors.Parser("-m toy.ideal", __doc__.split("\n")[0])
+    parser.add_argument("--seed", type=int, default=0, help="the first of three seeds (0)")
+    parser.add_argument("--out", type=Path, help="folder (toy/results; runs/toy-results with another --seed)")
     args = parser.parse_args()
-    if args.seed < 0:
-        parser.error("--seed must not be negative")
-    out = args.out or ROOT / ("runs/ideal" if args.seed else "toy/results")
-    out.mkdir(parents=True, exist_ok=True)
+    parser.check_ranges(args, seed=(0, 2**53))
+    out = kept.folder(args.out, usual=args.seed == 0)
     seeds = [args.seed + i for i in SEEDS]
     torch.set_num_threads(1)
-    start, records, pictures = time.perf_counter(), [], {}
+    start, records, first_seeds = time.perf_counter(), [], {}
     for layout in LAYOUTS:
-        q = Mixture(**LAYOUTS[layout])
+        q, rows = Mixture(**LAYOUTS[layout]), {}
         for label, goal in GOALS.items():
             for s in TIMES:
-                for seed in seeds:
-                    x0_hat, data = settle(q, s, goal, seed)
-                    at_0, at_s = distance(x0_hat, data, 0.0, seed), distance(x0_hat, data, s, seed)
-                    records.append(
-                        {
-                            "layout": layout,
-                            "label": label,
-                            "s": s,
-                            "seed": seed,
-                            "energy_at_0": at_0,
-                            "energy_at_s": at_s,
-                        }
-                    )
-                    pictures.setdefault((layout, label, s), x0_hat)
-        print(
-            f"\n{layout}: energy distance of x_s, and of x0_hat itself; t = {T}, mean ± std over {len(seeds)} seeds"
-        )
-        print(f"{'':26s}" + "".join(f"{f's = {s:g}: x_s':>18s}{'x0_hat':>16s}" for s in TIMES))
-        for label in GOALS:
-            cells = ""
-            for s in TIMES:
-                rows = [r for r in records if (r["layout"], r["label"], r["s"]) == (layout, label, s)]
-                for key, width in (("energy_at_s", 10), ("energy_at_0", 8)):
-                    values = [r[key] for r in rows]
-                    cells += f"{np.mean(values):{width}.4f} ±{np.std(values, ddof=1):6.4f}"
-            print(f"{label:26s}{cells}", flush=True)
+                settled = [settle(q, s, goal, seed) for seed in seeds]
+                at_0 = [distance(*pair, 0.0, seed) for pair, seed in zip(settled, seeds)]
+                at_s = [distance(*pair, s, seed) for pair, seed in zip(settled, seeds)]
+                for seed, of_x0_hat, of_x_s in zip(seeds, at_0, at_s):
+                    record = {"layout": layout, "label": label, "s": s, "seed": seed}
+                    records.append(record | {"energy_at_0": of_x0_hat, "energy_at_s": of_x_s})
+                rows.setdefault(label, []).extend([at_s, at_0])
+                first_seeds[layout, label, s] = settled[0][0]
+        columns = [f"{what} {s:g}" for s in TIMES for what in ("x_s, s =", "x0_hat,")]
+        print(kept.table(f"{layout}: energy distance", columns, rows), flush=True)
     seconds = round(time.perf_counter() - start, 1)
-    head = {
-        **machine.provenance(torch.device("cpu")),
-        "seeds": seeds,
-        "t": T,
-        "answers": ANSWERS,
-        "rounds": ROUNDS,
-        "seconds": seconds,
-        "records": records,
-    }
-    checkpoint.write_json(out / "ideal.json", head)
-    figures.ideal(
-        pictures, [name for name in LAYOUTS if name != "ring"], list(GOALS), TIMES, T, out / "ideal.png"
-    )
+    settings = {"seeds": seeds, "t": T, "answers": ANSWERS, "rounds": ROUNDS, "seconds": seconds}
+    made_by = machine.provenance(torch.device("cpu"))
+    checkpoint.write_json(out / "ideal.json", made_by | settings | {"records": records})
+    note = f"answers x0_hat for condition 0 (grey) at t = {T}; blue: its data; other colours: the other conditions"
+    shown = {key: x0_hat for key, x0_hat in first_seeds.items() if key[0] != "ring"}
+    figures.ideal(shown, out / "ideal.png", note)
     print(f"\n{out / 'ideal.png'}; {seconds:.0f} s")
 
 

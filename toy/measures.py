@@ -1,5 +1,4 @@
-"""Samples of the toy networks, and how far they are from the data: energy distance, sliced Wasserstein-2, mass per
-mode.
+"""Samples of the toy networks, and how far they are from the data.
 
 evaluate(net, members)              # for each member {"1": measures, "2": ..., "50": ...} by number of steps
 evaluate(None, members)             # the floor: fresh data, measured as if it had been generated
@@ -18,36 +17,33 @@ BUDGETS = (1, 2, 4, 8, 50)  # network evaluations, Tab. 1 and one step
 SAMPLES, REFERENCE = 1000, 4000  # per condition: generated, and fresh data to compare with
 
 
-def generate(
-    net: Net, members: list[Member], c: Tensor, steps: int, objective: str = "self_e", **choices
+def trajectory(
+    net: Net, members: list[Member], c: Tensor, steps: int, objective="self_e", **choices
 ) -> Tensor:
-    """Samples [E, n, 2] for the conditions c [n] (every member the same). The choices go to sampler.sample, or to the
-    sampler of `objective` where it has its own.
+    """The way from noise to samples, [steps + 1, E, n, 2], for the conditions c [n] (every member the same).
 
-    The noise is a function of the member's seed and the step, so every objective and every choice meets the same.
+    The choices go to sampler.trajectory, or to the sampler of `objective` where it has its own. The noise is a function
+    of the member's seed and the step, so every objective and every choice meets the same.
     """
+    if len(members) > 1 and choices.get("guidance", 1.0) != 1:
+        # Guidance joins two branches in one batch, which an ensemble would deal out to the wrong members.
+        alone = [(assemble([m], [net.weights_of(e)]), [m]) for e, m in enumerate(members)]
+        return torch.cat([trajectory(*one, c, steps, objective, **choices) for one in alone], dim=1)
 
     def noise(k: int) -> Tensor:
-        rows = [
+        each = [
             rng(m.seed, "toy sampling", k).standard_normal((len(c), 2), dtype=np.float32) for m in members
         ]
-        return torch.from_numpy(np.concatenate(rows))
+        return torch.from_numpy(np.concatenate(each))
 
-    if len(members) > 1 and choices.get("guidance", 1.0) != 1:
-        # The sampler joins the two branches of guidance in one batch; an ensemble would deal it out to the wrong
-        # members.
-        alone = [assemble([m], [net.weights_of(e)]) for e, m in enumerate(members)]
-        return torch.cat(
-            [generate(one, [m], c, steps, objective, **choices) for one, m in zip(alone, members)]
-        )
     prompts = c.repeat(len(members))
     null = torch.full_like(prompts, members[0].q.C)
-    if own := OBJECTIVES[objective].trajectory:
-        *_, (_, x) = own(net, noise(0), (prompts,), (null,), steps=steps, **choices)
-    else:
-        choices["draw_noise"] = lambda k: noise(k + 1)
-        x = sampler.sample(net, noise(0), (prompts,), (null,), steps=steps, **choices)
-    return x.view(len(members), len(c), 2)
+    sample = OBJECTIVES[objective].trajectory
+    if sample is None:
+        sample, choices["draw_noise"] = sampler.trajectory, lambda k: noise(k + 1)
+    moves = sample(net, noise(0), (prompts,), (null,), steps=steps, **choices)
+    x = torch.stack([noise(0), *(move[1] for move in moves)])
+    return x.view(steps + 1, len(members), len(c), 2)
 
 
 def within(x: Tensor) -> float:
@@ -56,8 +52,7 @@ def within(x: Tensor) -> float:
 
 
 def energy_distance(x: Tensor, y: Tensor, within_y: float | None = None) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'|: zero only for equal distributions.
-    Unbiased: equal ones scatter around zero."""
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'|, unbiased: zero for equal distributions only, and equal ones scatter around it."""
     return 2 * float(torch.cdist(x, y).mean()) - within(x) - (within(y) if within_y is None else within_y)
 
 
@@ -68,39 +63,35 @@ def quantiles(x: Tensor, directions: int = 64, levels: int = 500) -> Tensor:
     return torch.quantile(x @ axes, (torch.arange(levels) + 0.5) / levels, dim=0)
 
 
-def sliced_wasserstein(x: Tensor, y: Tensor) -> float:
-    """Sliced Wasserstein-2: in one dimension the best transport pairs quantiles; root of the mean square over lines."""
-    return float((quantiles(x) - quantiles(y)).square().mean().sqrt())
-
-
 class Truth:
     """q(x0 | c) of one member and one condition: its modes, and fresh data to compare with."""
 
     def __init__(self, member: Member, c: int):
         q = member.q
-        own = q.table[c] > 0  # all modes for the null prompt, which has row C of the table
-        self.means, self.std, self.weights = q.m[own], q.v[own].sqrt(), q.table[c][own]
+        present = q.table[c] > 0  # all modes for the null prompt, which has row C of the table
+        self.means, self.std, self.weights = q.m[present], q.v[present].sqrt(), q.table[c][present]
         self.data = q.sample(torch.full((REFERENCE,), c), rng(member.seed, "toy reference", c))
         self.within, self.quantiles = within(self.data), quantiles(self.data)
 
     def measure(self, x: Tensor) -> dict:
-        """What is reported of the samples x [n, 2]."""
+        """Of the samples x [n, 2]:
+
+        energy      energy distance to the data
+        sliced_w2   sliced Wasserstein-2: on a line the best transport pairs quantiles; root of the mean square
+        mass        share of the samples nearest to each mode; mass_error its total variation from the true shares
+        off_modes   share of the samples that are further than 4 standard deviations from every mode
+        spread      root mean square distance from the centre, 1 for the data
+        """
         distance = torch.cdist(x, self.means) / self.std
         mass = torch.bincount(distance.argmin(1), minlength=len(self.means)) / len(x)
-        deviation = [(a - a.mean(0)).square().sum(1).mean().sqrt() for a in (x, self.data)]
+        radius, radius_of_data = ((a - a.mean(0)).square().sum(1).mean().sqrt() for a in (x, self.data))
         return {
             "energy": energy_distance(x, self.data, self.within),
             "sliced_w2": float((quantiles(x) - self.quantiles).square().mean().sqrt()),
-            "mass": [round(a, 4) for a in mass.tolist()],  # share of the samples nearest to each mode
-            "mass_error": float(
-                (mass - self.weights).abs().sum() / 2
-            ),  # total variation against the true shares
-            "off_modes": float(
-                (distance.min(1).values > 4).float().mean()
-            ),  # > 4 std from every mode: neither this nor that
-            "spread": float(
-                deviation[0] / deviation[1]
-            ),  # root mean square distance from the centre, 1 for the data
+            "mass": [round(share, 4) for share in mass.tolist()],
+            "mass_error": float((mass - self.weights).abs().sum() / 2),
+            "off_modes": float((distance.min(1).values > 4).float().mean()),
+            "spread": float(radius / radius_of_data),
         }
 
 
@@ -109,13 +100,10 @@ def average(rows: list[dict]) -> dict:
     return {k: [r[k] for r in rows] if k == "mass" else float(np.mean([r[k] for r in rows])) for k in rows[0]}
 
 
-def evaluate(
-    net: Net | None, members: list[Member], labels: bool = True, budgets=BUDGETS, **choices
-) -> list[dict]:
-    """For each member {"1": measures, ..., "50": measures}, averaged over the conditions (labels False: the null
-    prompt).
+def evaluate(net: Net | None, members: list[Member], labels=True, budgets=BUDGETS, **choices) -> list[dict]:
+    """For each member {"1": measures, ..., "50": measures}, averaged over the conditions.
 
-    net None measures fresh data against fresh data, the floor.
+    labels False asks the null prompt instead. net None measures fresh data against fresh data, the floor.
     """
     C = members[0].q.C
     conditions = list(range(C)) if labels else [C]
@@ -126,7 +114,7 @@ def evaluate(
         if net is None:
             x = [m.q.sample(c, rng(m.seed, "toy floor", steps)) for m in members]
         else:
-            x = generate(net, members, c, steps, **choices)
+            x = trajectory(net, members, c, steps, **choices)[-1]
         for row, parts, samples in zip(result, truth, x):
             row[str(steps)] = average([part.measure(a) for part, a in zip(parts, samples.split(SAMPLES))])
     return result

@@ -1,12 +1,11 @@
 """What does the objective ask for on pictures? Perfect evaluators on a finite set of rendered pictures, no network.
 
-    python toy/pictures.py                # the quick map, 10 to 30 minutes of one core: pictures.json and .png
-    python toy/pictures.py --full         # all shares of wrong captions, more rounds; a day of one core or more
-    python toy/pictures.py --scale 0.5    # pictures at another scale than encoders.PIXEL_SCALE, in runs/pictures
+    python -m toy.pictures                 # single and several shapes; 10 to 30 minutes of one core
+    python -m toy.pictures --world scenes  # all six kinds of prompt (data.SETS); hours of one core
+    python -m toy.pictures --scale 0.5     # pictures at another scale than encoders.PIXEL_SCALE
 
-It stands between 2-D (ideal.py) and a trained network. Some three thousand pictures are the whole data set, so
-posterior means are exact: E[x0 | x_t, c] is a softmax over the pictures, two matrix products. With a share X of wrong
-captions
+It stands between 2-D (ideal.py) and a trained network. Some thousand pictures are the whole data set, so posterior
+means are exact: E[x0 | x_t, c] is a softmax over the pictures, two matrix products. With a share X of wrong captions
 
     q(picture | c) = (1 - X) on the pictures of c, in equal parts, + X on all pictures
 
@@ -20,11 +19,8 @@ of it lies. Keep at least 100 pictures per prompt. With fewer, the posterior mea
 every objective seems to solve the task.
 """
 
-import argparse
 import itertools
 import math
-import shutil
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -33,30 +29,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-if (
-    __name__ == "__main__"
-):  # started as a file: modules are found from the project's folder, not from this one
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import data
 import encoders
 import losses
 import sampler
 from engine import checkpoint, errors, machine
 from engine.randomness import rng
-from experiments import scorer
+from experiments import evaluate, scorer
+from toy import figures, kept
 from toy.ideal import GOALS, follow
 
-ROOT = Path(__file__).resolve().parents[1]
-SIDE, MU = 16, losses.mu_of_length(16)  # pixels; the laptop model's shift
-KINDS = {  # how much the prompts leave open
-    "colors": ("colors",),  # the shape and its colour are told
-    "single_object": ("single_object",),  # the shape is told
-    "one, two, several": (
-        "single_object",
-        "two_object",
-        "counting",
-    ),  # shapes and numbers; neither colours nor places
+
+class Map(NamedTuple):
+    """What is asked of one of data.SETS, and how much is computed."""
+
+    side: int  # pixels
+    worlds: dict[str, tuple[str, ...]]  # whose prompts share a world: its name -> their tags
+    shares: tuple[float, ...]  # of wrong captions
+    pictures: int = 3000  # in a world, at least; and FEWEST a prompt
+    prompts: int | None = None  # of a tag, at most
+    judged: int = 48  # pictures that a score is made of, about, and one a prompt
+    by_tag: bool = False  # a score for each tag
+
+
+MAPS = {
+    "shapes": Map(
+        side=16,
+        worlds={  # how much the prompts leave open
+            "colors": ("colors",),  # they name the shape and its colour
+            "single_object": ("single_object",),  # the shape
+            "one, two, several": ("single_object", "two_object", "counting"),  # shapes and numbers
+        },
+        shares=(0.0, 0.3),
+    ),
+    "scenes": Map(24, {"scenes": data.TAGS}, (0.0, 0.15, 0.3), prompts=12, judged=72, by_tag=True),
 }
 OBJECTIVES = {
     "flow matching": GOALS["flow matching"],
@@ -68,55 +74,23 @@ OBJECTIVES = {
 }
 SETTINGS = [dict(guidance=w, s_rule=r) for w, r in itertools.product((1.0, 2.0), (0.0, 0.5))]
 FEWEST = 100  # pictures a prompt
-
-
-class Size(NamedTuple):
-    """How much is computed."""
-
-    shares: tuple[float, ...]  # of wrong captions
-    pictures: int  # in the data set, at least; and FEWEST a prompt
-    judged: int  # pictures that a score is made of, about
-    rounds: int  # of following the target
-    steps: tuple[int, ...] = (1, 2, 4, 8)
-    seeds: tuple[int, ...] = (0, 1, 2)
-
-
-QUICK = Size((0.0, 0.3), 3000, 48, 12)
-FULL = Size((0.0, 0.15, 0.3, 0.45), 8192, 200, 40)
+ROUNDS, STEPS, SEEDS = 12, (1, 2, 4, 8), (0, 1, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A world: pictures, captions, exact posterior means
+# Worlds: pictures, captions, exact posterior means
 # ------------------------------------------------------------------------------------------------------------
 class World:
     """A finite set of captioned pictures. c is a prompt's number, C the null prompt.
 
-    x [N, D] fp32, the pictures as the network would see them; prompts, their metadata; share, of wrong captions.
+    x [N, D] fp32, the pictures as the network would see them; log_weights [C + 1, N], log q(picture | c).
     """
 
-    def __init__(self, kind: str, share: float, pictures: int, scale: float, seed: int = 0):
-        source, found = data.Shapes(SIDE, "shapes"), {}
-        wanted = {m["prompt"] for m in train_prompts(KINDS[kind])}
-        each = max(FEWEST, math.ceil(pictures / len(wanted)))
-        for g in itertools.count():  # the same number of pictures for every prompt
-            scene = source.scene(g, seed)
-            prompt = scene.metadata["prompt"]
-            if prompt in wanted and len(own := found.setdefault(prompt, [])) < each:
-                own.append(scene)
-            if len(found) == len(wanted) and all(len(own) == each for own in found.values()):
-                break
-        names = sorted(found)
-        self.kind, self.share, self.each, self.C = kind, share, each, len(names)
-        self.prompts = [found[name][0].metadata for name in names]
-        rendered = [data.render(scene, SIDE) for name in names for scene in found[name]]
-        self.shift = encoders.PIXEL_SHIFT
-        self.scale = scale
-        self.x = ((data.to_tensor(rendered) - self.shift) * scale).flatten(1)
-        own = torch.arange(self.C).repeat_interleave(each)
-        N = len(self.x)
-        weights = torch.full((self.C + 1, N), share / N)
-        weights[own, torch.arange(N)] += (1 - share) / each
-        weights[self.C] = 1 / N
+    shift, mu = encoders.PIXEL_SHIFT, losses.mu_of_length(16)
+
+    def __init__(self, pictures: list[np.ndarray], weights: Tensor, scale: float):
+        self.side, self.scale, self.C = len(pictures[0]), scale, len(weights) - 1
+        self.x = ((data.to_tensor(pictures) - self.shift) * scale).flatten(1)
         self.log_weights = weights.log()
 
     def posterior(self, x_t: Tensor, t: float, c: Tensor) -> Tensor:
@@ -129,21 +103,49 @@ class World:
         return self.posterior(x_t, t, c) @ self.x if t > 0 else x_t
 
     def pictures(self, x: Tensor) -> list[np.ndarray]:
-        return data.to_pictures((x / self.scale + self.shift).view(-1, 3, SIDE, SIDE))
+        return data.to_pictures((x / self.scale + self.shift).view(-1, 3, self.side, self.side))
 
     def information(self) -> float:
-        """I(c; picture) in nats: all prompts are equally likely, and so are the pictures of one."""
-        own = 1 - self.share + self.share / self.C
-        other = self.share / self.C
-        left = -own * math.log(own) - (self.C - 1) * (other * math.log(other) if other else 0.0)
-        return math.log(self.C) - left
+        """The mean over the prompts of the divergence of q(picture | c) from q(picture), in nats: I(c; picture)."""
+        log_q = self.log_weights.double()
+        terms = log_q[:-1].exp() * (log_q[:-1] - log_q[-1])
+        return float(torch.where(log_q[:-1].isfinite(), terms, 0.0).sum(1).mean())
 
 
-def train_prompts(tags: tuple[str, ...]) -> list[dict]:
-    """Metadata of the training prompts of these tags, each once."""
-    from experiments import evaluate  # here, because it is only needed for their list
+class Shapes(World):
+    """Rendered shapes, the same number for each prompt. prompts, their metadata; share, of wrong captions."""
 
-    return [m for m in evaluate.prompts("train") if m["tag"] in tags]
+    def __init__(self, name: str, kind: str, share: float, scale: float, seed: int = 0):
+        size, source = MAPS[name], data.Shapes(MAPS[name].side, name)
+        prompts, wanted = evaluate.prompts("train", None, data.SETS[name]), []
+        for tag in size.worlds[kind]:
+            of_tag = [m["prompt"] for m in prompts if m["tag"] == tag]
+            order = rng(0, "toy pictures prompts").permutation(len(of_tag))
+            wanted += [of_tag[i] for i in order[: size.prompts]]
+        self.each = max(FEWEST, math.ceil(size.pictures / len(wanted)))
+        found = {prompt: [] for prompt in sorted(wanted)}
+        for g in itertools.count():
+            scene = source.scene(g, seed)
+            of_prompt = found.get(scene.metadata["prompt"])
+            if of_prompt is not None and len(of_prompt) < self.each:
+                of_prompt.append(scene)
+                if all(len(scenes) == self.each for scenes in found.values()):
+                    break
+        self.prompts = [scenes[0].metadata for scenes in found.values()]
+        C = len(self.prompts)
+        N = C * self.each
+        weights = torch.full((C + 1, N), share / N)
+        weights[torch.arange(C).repeat_interleave(self.each), torch.arange(N)] += (1 - share) / self.each
+        weights[C] = 1 / N
+        self.share, self.groups = share, {kind: list(range(C))}
+        if size.by_tag:
+            self.groups = {
+                tag: [i for i, m in enumerate(self.prompts) if m["tag"] == tag] for tag in size.worlds[kind]
+            }
+        super().__init__(
+            [data.render(scene, size.side) for s in found.values() for scene in s], weights, scale
+        )
+        self.mu = losses.mu_of_length((size.side // 4) ** 2)  # the laptop model's patches
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -153,20 +155,16 @@ def budget(world: World, seed: int, samples: int = 300, points: int = 60) -> tup
     """(the integral, the s below which half of it lies), by the trapezoidal rule in log snr on fresh noisy data."""
     g = rng(seed, "toy pictures budget")
     c = torch.from_numpy(g.integers(0, world.C, samples))
-    picked = torch.multinomial(world.log_weights[c].exp(), 1, generator=torch.Generator().manual_seed(seed))[
-        :, 0
-    ]
-    x0, null = world.x[picked], torch.full_like(c, world.C)
-    log_snr = np.linspace(math.log(1e-5), math.log(1e4), points)
-    times, height = 1 / (1 + np.exp(log_snr / 2)), []
+    generator = torch.Generator().manual_seed(seed)
+    x0 = world.x[torch.multinomial(world.log_weights[c].exp(), 1, generator=generator)[:, 0]]
+    log_snr, height = np.linspace(math.log(1e-5), math.log(1e4), points), []
+    times = 1 / (1 + np.exp(log_snr / 2))
     for s in times:
-        eps = torch.from_numpy(g.standard_normal(x0.shape, dtype=np.float32))
-        x_s = (1 - s) * x0 + s * eps
-        gap = world.mean(x_s, s, null) - world.mean(x_s, s, c)
-        height.append(
-            float(gap.square().sum(1).mean()) * math.exp(log_snr[len(height)])
-        )  # d snr = snr d log snr
-    pieces = (np.array(height[1:]) + np.array(height[:-1])) / 2 * np.diff(log_snr)
+        x_s = (1 - s) * x0 + s * torch.from_numpy(g.standard_normal(x0.shape, dtype=np.float32))
+        gap = world.mean(x_s, s, torch.full_like(c, world.C)) - world.mean(x_s, s, c)
+        height.append(float(gap.square().sum(1).mean()))
+    height = np.array(height) * np.exp(log_snr)  # d snr = snr d log snr
+    pieces = (height[1:] + height[:-1]) / 2 * np.diff(log_snr)
     from_small_s = np.cumsum(pieces[::-1])
     half = int(np.searchsorted(from_small_s, from_small_s[-1] / 2))
     return float(pieces.sum()), float(times[::-1][half])
@@ -185,12 +183,11 @@ class Perfect:
         self.world, self.goal, self.rounds, self.g = world, goal, rounds, g
 
     def __call__(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor) -> Tensor:
-        now, told = c < self.world.C, float(s[0])
         posterior = self.world.posterior(x_t, float(t[0]), c)
-        x0_hat = posterior @ self.world.x
-        if self.goal is not None and told < float(t[0]) and now.any():
-            answers = Answers(self, posterior[now], told, c[now])
-            x0_hat[now] = follow(x0_hat[now], t[now], s[now], self.goal, self.rounds, answers)
+        x0_hat, asked = posterior @ self.world.x, c < self.world.C
+        if self.goal is not None and s[0] < t[0] and asked.any():
+            answers = Answers(self, posterior[asked], float(s[0]), c[asked])
+            x0_hat[asked] = follow(x0_hat[asked], t[asked], s[asked], self.goal, self.rounds, answers)
         return (x_t - x0_hat) / t[:, None]
 
 
@@ -207,9 +204,8 @@ class Answers:
         return self.world.x[picked]
 
     def noise(self) -> Tensor:
-        return torch.from_numpy(
-            self.g.standard_normal((len(self.c), self.world.x.shape[1]), dtype=np.float32)
-        )
+        shape = (len(self.c), self.world.x.shape[1])
+        return torch.from_numpy(self.g.standard_normal(shape, dtype=np.float32))
 
     def evaluate(self, x_s: Tensor, x0_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """G_null and G_c exactly; G_fake as if the answers of one prompt were all that the model draws for it."""
@@ -226,215 +222,126 @@ def samples(
     world: World, goal: tuple | None, rounds: int, c: Tensor, n: int, settings: dict, g: np.random.Generator
 ) -> list[np.ndarray]:
     """Pictures for the prompts c [B] at n steps, by one objective's perfect network."""
-    noise = torch.from_numpy(g.standard_normal((len(c), world.x.shape[1]), dtype=np.float32))
-    s_rule = 1.0 if goal is None else settings["s_rule"]
-    x = sampler.sample(
-        Perfect(world, goal, rounds, g),
-        noise,
-        (c,),
-        (torch.full_like(c, world.C),),
-        steps=n,
-        mu=MU,
-        guidance=settings["guidance"],
-        s_rule=s_rule,
-        eta=1.0,
-        draw_noise=lambda k: torch.from_numpy(g.standard_normal(noise.shape, dtype=np.float32)),
-    )
+
+    def normal(k: int = 0) -> Tensor:
+        return torch.from_numpy(g.standard_normal((len(c), world.x.shape[1]), dtype=np.float32))
+
+    V, noise, null = Perfect(world, goal, rounds, g), normal(), torch.full_like(c, world.C)
+    choices = settings | {"s_rule": 1.0} if goal is None else settings  # flow matching knows s = t alone
+    x = sampler.sample(V, noise, (c,), (null,), steps=n, mu=world.mu, eta=1.0, draw_noise=normal, **choices)
     return world.pictures(x)
 
 
-def draw(world: World, goal: tuple | None, size: Size, key: tuple[int, int], n: int, settings: dict) -> tuple:
-    """(the share of right pictures, pictures) of one objective at n steps; key (seed, stream) names all noise."""
-    g = rng(key[0], "toy pictures", key[1], n)
-    c = torch.arange(world.C).repeat_interleave(max(1, round(size.judged / world.C)))
-    pictures = samples(world, goal, size.rounds, c, n, settings, g)
-    right = [scorer.score(picture, world.prompts[i]) for picture, i in zip(pictures, c.tolist())]
-    return float(np.mean(right)), pictures
+# ------------------------------------------------------------------------------------------------------------
+# The map
+# ------------------------------------------------------------------------------------------------------------
+def right(world: Shapes, label: str, judged: int, key: tuple[int, int], n: int, settings: dict) -> np.ndarray:
+    """Whether pictures at n steps are right, [prompts, pictures of each]; key (seed, stream) names all noise."""
+    each = max(1, round(judged / world.C))
+    c = torch.arange(world.C).repeat_interleave(each)
+    pictures = samples(
+        world, OBJECTIVES[label], ROUNDS, c, n, settings, rng(key[0], "toy pictures", key[1], n)
+    )
+    scores = [scorer.score(picture, world.prompts[i]) for picture, i in zip(pictures, c.tolist())]
+    return np.array(scores, dtype=float).reshape(world.C, each)
 
 
-def measure(world: World, label: str, size: Size, seed: int) -> tuple[list[dict], list]:
-    """The records of one objective in one world, and a picture for each step count."""
-    goal, records, shown = OBJECTIVES[label], [], []
-    tries = [s for s in SETTINGS if goal is not None or s["s_rule"] == 0.0]  # flow matching knows s = t alone
-    for n in size.steps:
-        half = size._replace(judged=size.judged // 2)
-        chosen = [draw(world, goal, half, (seed, 1), n, settings)[0] for settings in tries]
+def measure(world: Shapes, label: str, judged: int, seed: int) -> list[dict]:
+    """The records of one objective in one world: for each step count, seed and group of prompts a score."""
+    records = []
+    tries = [settings for settings in SETTINGS if label != "flow matching" or settings["s_rule"] == 0.0]
+    for n in STEPS:
+        chosen = [right(world, label, judged // 2, (seed, 1), n, settings).mean() for settings in tries]
         settings = tries[int(np.argmax(chosen))]
-        for own in size.seeds:
-            score, pictures = draw(world, goal, size, (seed + own, 2), n, settings)
-            if own == size.seeds[0]:
-                shown.append(pictures[0])
-            records.append(
-                {
-                    "world": world.kind,
-                    "wrong_captions": world.share,
-                    "objective": label,
-                    "steps": n,
-                    "seed": seed + own,
-                    "score": score,
-                    "settings": settings,
-                }
-            )
-    return records, shown
+        for each in (seed + i for i in SEEDS):
+            scores = right(world, label, judged, (each, 2), n, settings)
+            for group, rows in world.groups.items():
+                record = {"world": group, "wrong_captions": world.share, "objective": label, "steps": n}
+                score = {"seed": each, "score": float(scores[rows].mean()), "settings": settings}
+                records.append(record | score)
+    return records
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------------------
-def score_of(records: list[dict], kind: str, share: float, label: str, n: int) -> float:
-    """The mean over seeds."""
-    found = [
-        r["score"]
-        for r in records
-        if (r["world"], r["wrong_captions"], r["objective"], r["steps"]) == (kind, share, label, n)
-    ]
-    return float(np.mean(found))
-
-
-def draw_figure(records: list[dict], worlds: list[dict], path: Path) -> None:
-    """A panel for each world: score against steps, a line per objective; the best of each step count has a ring."""
-    from toy import figures
-
-    kinds = list(dict.fromkeys(w["world"] for w in worlds))
-    shares = sorted({w["wrong_captions"] for w in worlds})
-    figure, axes = figures.plt.subplots(
-        len(shares),
-        len(kinds),
-        figsize=(3.4 * len(kinds), 2.6 * len(shares) + 0.6),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for w in worlds:
-        axis = axes[shares.index(w["wrong_captions"])][kinds.index(w["world"])]
-        steps = sorted({r["steps"] for r in records})
-        lines = {
-            label: [score_of(records, w["world"], w["wrong_captions"], label, n) for n in steps]
-            for label in OBJECTIVES
-        }
-        for i, (label, scores) in enumerate(lines.items()):
-            axis.plot(range(len(steps)), scores, marker=".", color=figures.COLOURS[i], label=label)
-        for j in range(len(steps)):
-            best = max(lines, key=lambda label: lines[label][j])
-            axis.plot(
-                j,
-                lines[best][j],
-                "o",
-                markersize=10,
-                markerfacecolor="none",
-                color=figures.COLOURS[list(lines).index(best)],
-            )
-        axis.set(xticks=range(len(steps)), xticklabels=steps, ylim=(-0.03, 1.06))
-        axis.set_title(
-            f"{w['world']}, {w['wrong_captions']:.0%} wrong\n"
-            f"captions tell {w['information']:.2f} nats; half of it at s > {w['half_at']:.2f}",
-            fontsize=8,
-        )
-        axis.grid(alpha=0.3)
-    for axis in axes[-1]:
-        axis.set_xlabel("network evaluations", fontsize=9)
-    figure.supylabel("share of right pictures (ring: the best)", fontsize=9)
-    figure.legend(
-        *axes[0][0].get_legend_handles_labels(),
-        fontsize=8,
-        loc="outside lower center",
-        ncols=6,
-        frameon=False,
-    )
-    figures.save(figure, path)
-
-
-def main() -> None:
-    parser = errors.Parser("toy/pictures.py", __doc__.split("\n")[0])
-    parser.add_argument(
-        "--full", action="store_true", help="all shares of wrong captions, more pictures and rounds"
-    )
-    parser.add_argument(
-        "--scale", type=float, default=encoders.PIXEL_SCALE, help="of the pictures (default: 2)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="the first of three (default: 0)")
-    parser.add_argument(
-        "--out", type=Path, help="folder (default: toy/results; runs/pictures with another seed or scale)"
-    )
-    args = parser.parse_args()
-    if args.seed < 0 or not 0.05 <= args.scale <= 20:
-        parser.error("--seed must not be negative, --scale must lie between 0.05 and 20")
-    usual = args.seed == 0 and args.scale == encoders.PIXEL_SCALE
-    out = args.out or ROOT / ("toy/results" if usual else "runs/pictures")
-    if out.exists() and not out.is_dir():
-        parser.error(f"--out must be a folder; {out} is a file")
-    out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    run(args, out, FULL if args.full else QUICK)
-
-
-def measured(part: Path, world: World, label: str, size: Size, seed: int) -> dict:
-    """The records of one objective in one world and its pictures, from the file of an earlier try if there is one."""
-    if not part.exists():
-        began = time.perf_counter()
-        records, shown = measure(world, label, size, seed)
-        checkpoint.write_json(
-            part,
-            {
-                "records": records,
-                "shown": [picture.tolist() for picture in shown],
-                "seconds": round(time.perf_counter() - began, 1),
-            },
-        )
-    return checkpoint.read_json(part)
-
-
-def run(args: argparse.Namespace, out: Path, size: Size) -> None:
-    """Measure every world, print a table for each, write pictures.json, pictures.png and a sheet of samples.
-
-    What is measured lies in OUT/pictures-parts until the map is whole. Raises UserError where that was begun with other
-    settings.
-    """
-    name = "pictures-full" if size == FULL else "pictures"
-    parts, records, worlds, sheets, seconds = out / f"{name}-parts", [], [], {}, 0.0
-    settings = {"seed": args.seed, "scale": args.scale, "size": size._asdict()}
-    checkpoint.keep_settings(parts, settings, "delete it")
-    for number, (kind, share) in enumerate(itertools.product(KINDS, size.shares)):
-        world = World(kind, share, size.pictures, args.scale, args.seed)
-        integral, half = budget(world, args.seed)
-        worlds.append(
-            {
+def run(name: str, size: Map, scale: float, seed: int, path: Path) -> dict:
+    """Measure what PATH lacks, which is written after each objective; print a table for each group of prompts."""
+    computed = {"shares": size.shares, "pictures": size.pictures, "judged": size.judged}
+    computed |= {"rounds": ROUNDS, "steps": STEPS, "seeds": SEEDS}
+    fresh = machine.provenance(torch.device("cpu")) | {"seconds": 0.0, "worlds": []}
+    results = fresh | kept.opened(path, set=name, seed=seed, scale=scale, size=computed)
+    for kind, share in itertools.product(size.worlds, size.shares):
+        groups = size.worlds[kind] if size.by_tag else (kind,)
+        todo = [label for label in OBJECTIVES if not scores_of(results, groups[0], share, label)]
+        world = Shapes(name, kind, share, scale, seed) if todo else None
+        if todo and len(todo) == len(OBJECTIVES):
+            integral, half = budget(world, seed)
+            about = {
                 "world": kind,
                 "wrong_captions": share,
                 "prompts": world.C,
                 "pictures_a_prompt": world.each,
-                "information": world.information(),
-                "delta_budget": integral,
-                "half_at": half,
             }
-        )
+            about |= {"information": world.information(), "delta_budget": integral, "half_at": half}
+            results["worlds"].append(about)
+        for label in todo:
+            start = time.perf_counter()
+            results["records"] += measure(world, label, size.judged, seed)
+            results["seconds"] = round(results["seconds"] + time.perf_counter() - start, 1)
+            checkpoint.write_json(path, results)
+        about = next(w for w in results["worlds"] if (w["world"], w["wrong_captions"]) == (kind, share))
         print(
-            f"\n{kind}, {share:.0%} of captions wrong: {world.C} prompts of {world.each} pictures; Delta's budget "
-            f"{integral:.2f} (twice the captions' information: {2 * world.information():.2f}), half of it at s > "
-            f"{half:.2f}"
-        )
-        print(f"{'':20s}" + "".join(f"{f'N = {n}':>9s}" for n in size.steps))
-        for i, label in enumerate(OBJECTIVES):
-            part = measured(parts / f"{number}-{i}.json", world, label, size, args.seed)
-            sheets[kind, share, label] = [np.array(picture, dtype=np.uint8) for picture in part["shown"]]
-            records, seconds = records + part["records"], seconds + part["seconds"]
-            print(
-                f"{label:20s}"
-                + "".join(f"{score_of(records, kind, share, label, n):9.2f}" for n in size.steps),
-                flush=True,
+            "\n{world}, {wrong_captions:.0%} of captions wrong: {prompts} prompts of {pictures_a_prompt}".format(
+                **about
             )
-    made_by = machine.provenance(torch.device("cpu")) | {"seconds": round(seconds, 1)}
-    checkpoint.write_json(out / f"{name}.json", made_by | settings | {"worlds": worlds, "records": records})
-    draw_figure(records, worlds, out / f"{name}.png")
-    last = size.shares[-1]
-    for kind in KINDS:
-        rows = [sheets[kind, last, label] for label in OBJECTIVES]
-        columns = [f"{n} step{'s' * (n > 1)}" for n in size.steps]
-        sheet = data.label_grid(rows, columns, list(OBJECTIVES), 5)
-        sheet.save(out / f"{name}_samples_{kind.split(',')[0]}.png")
-    shutil.rmtree(parts)
-    print(f"\n{name}.json, {name}.png and sheets of samples in {out}; {seconds:.0f} s")
+        )
+        print("pictures; Delta's budget {delta_budget:.2f}, half of it at s > {half_at:.2f}".format(**about))
+        for group in groups:
+            rows = {label: scores_of(results, group, share, label) for label in OBJECTIVES}
+            print(kept.table(group, [f"N = {n}" for n in STEPS], rows), flush=True)
+    return results
+
+
+def scores_of(results: dict, group: str, share: float, label: str) -> list[list[float]]:
+    """[steps, seeds], or nothing where it has not been measured."""
+    key = {"world": group, "wrong_captions": share, "objective": label}
+    found = [r for r in results["records"] if key.items() <= r.items()]
+    return [[r["score"] for r in found if r["steps"] == n] for n in STEPS] if found else []
+
+
+def main() -> None:
+    parser = errors.Parser("-m toy.pictures", __doc__.split("\n")[0])
+    parser.add_argument("--world", default="shapes", choices=list(MAPS), help="of data.SETS (shapes)")
+    parser.add_argument("--shares", type=float, nargs="+", help="of wrong captions (the world's own)")
+    parser.add_argument("--scale", type=float, default=encoders.PIXEL_SCALE, help="of the pictures (2)")
+    parser.add_argument("--seed", type=int, default=0, help="the first of three (0)")
+    parser.add_argument(
+        "--out", type=Path, help="folder (toy/results; runs/toy-results with another seed or share)"
+    )
+    args = parser.parse_args()
+    parser.check_ranges(args, seed=(0, 2**53), scale=(0.05, 20), shares=(0, 1))
+    size, name = MAPS[args.world], "pictures"
+    out = kept.folder(args.out, usual=args.seed == 0 and not args.shares)
+    size = size._replace(shares=tuple(args.shares)) if args.shares else size
+    name += f"-{args.world}" if args.world != "shapes" else ""
+    name += f"-scale-{args.scale:g}" if args.scale != encoders.PIXEL_SCALE else ""
+    torch.set_num_threads(1)
+    results = run(args.world, size, args.scale, args.seed, out / f"{name}.json")
+
+    groups = list(dict.fromkeys(record["world"] for record in results["records"]))
+    panels = {
+        f"{group}, {share:.0%} wrong": {
+            label: (STEPS, np.array(scores_of(results, group, share, label))) for label in OBJECTIVES
+        }
+        for share in size.shares
+        for group in groups
+    }
+    axes = {
+        "xlabel": "network evaluations",
+        "ylabel": "share of right pictures",
+        "xscale": "log",
+        "xticks": STEPS,
+    }
+    figures.curves(panels, out / f"{name}.png", len(groups), **axes)
+    print(f"\n{name}.json and {name}.png in {out}; {results['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

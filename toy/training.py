@@ -6,6 +6,9 @@
 PAPER below lists every choice of the objective with the paper's value; train takes departures from it.
 """
 
+import hashlib
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -17,9 +20,11 @@ from torch.nn.functional import silu
 import baselines
 import losses
 import objectives
+from engine import checkpoint
 from engine.randomness import rng
 from toy.mixture import LAYOUTS, Mixture
 
+ROOT = Path(__file__).resolve().parents[1]
 STEPS, BATCH = 2000, 256
 
 
@@ -56,9 +61,8 @@ class Net(nn.Module):
         shapes |= {f"block{i}": (width, width) for i in range(depth)}
         for name, (fan_in, fan_out) in shapes.items():
             std = 1.0 if name == "prompt" else fan_in**-0.5
-            init = [
-                rng(seed, f"weights of {name}").standard_normal((fan_in, fan_out)) * std for seed in seeds
-            ]
+            normal = [rng(seed, f"weights of {name}").standard_normal((fan_in, fan_out)) for seed in seeds]
+            init = [weights * std for weights in normal]
             self.register_parameter(name, nn.Parameter(torch.tensor(np.stack(init), dtype=torch.float32)))
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(self.E, 1, fan_out)))
         self.out = nn.Parameter(torch.zeros(self.E, width, 2))
@@ -73,10 +77,8 @@ class Net(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor) -> Tensor:
         """x_t [E * B, 2], t and s [E * B], c [E * B] int64 -> V [E * B, 2]."""
-        prompt = self.prompt.flatten(0, 1)[c + len(self.prompt[0]) * self.member(c)].view(
-            self.E, -1, self.prompt.shape[2]
-        )
-        h = self.linear("x", x_t.view(self.E, -1, 2)) + prompt
+        prompt = self.prompt.flatten(0, 1)[c + len(self.prompt[0]) * self.member(c)]
+        h = self.linear("x", x_t.view(self.E, -1, 2)) + prompt.view(self.E, -1, self.prompt.shape[2])
         h = h + self.linear("t", self.waves(t)) + self.linear("gap", self.waves(t - s))  # s.9, s.10
         for name in self.blocks:
             h = h + self.linear(name, silu(h))
@@ -122,8 +124,8 @@ PAPER = dict(
     loss_power=1.0,  # of its own that MeanFlow and TiM divide each error by
 )
 
-LAM_S = {
-    "s": None,  # the paper
+SECOND_TIME = {  # that lambda sees
+    "s": lambda t, s: s,  # the paper
     "0": lambda t, s: torch.zeros_like(s),  # full strength at every s < t
     "(s+t)/2": lambda t, s: (s + t) / 2,  # weaker
     "s/2": lambda t, s: s / 2,  # stronger
@@ -141,9 +143,7 @@ def batches(member: Member, steps: int, labels: bool, wrong: float = 0.0, at_onc
         c = torch.from_numpy(g.integers(0, q.C, n))
         x0 = q.sample(c, g)
         if wrong:
-            swaps = rng(
-                member.seed, "toy wrong labels", start
-            )  # numbers of their own: without them all stays as it is
+            swaps = rng(member.seed, "toy wrong labels", start)  # numbers of their own: nothing else changes
             swapped = torch.from_numpy(swaps.random(n) < wrong)
             c = torch.where(swapped, c[torch.from_numpy(swaps.integers(0, n, n))], c)
         is_null = torch.from_numpy(g.random(n) < (0.1 if labels else 1.0))  # prompt dropout
@@ -157,26 +157,10 @@ def step_of(net: Net, ema: Net, o: dict) -> nn.Module:
     """The training step of PAPER with its departures: the module that train.py uses, on the toy's networks."""
     if o["objective"] != "self_e":
         return objectives.OBJECTIVES[o["objective"]].build(net, ema, SimpleNamespace(**o))
-    choose = {"online": net, "ema": ema}
-    return losses.SelfE(
-        net,
-        choose[o["conditional"]],
-        unconditional=choose[o["unconditional"]],
-        target=o["target"],
-        k=o["k"],
-        delta_scale=o["delta_scale"],
-        lam_scale=o["lam_scale"],
-        lam_s=LAM_S[o["lam_s"]],
-        null_target=o["null_target"],
-    )
-
-
-def draws_of(objective: str, *numbers: Tensor) -> NamedTuple:
-    """z, u, eps, eps_s and below as the objective reads them; IMM's groups share two uniform numbers."""
-    z, u, eps = numbers[:3]
-    if objective == "imm":
-        return baselines.Draws(torch.special.ndtr(z)[:: baselines.M], u[:: baselines.M], eps)
-    return losses.Draws(*numbers)
+    networks = {"online": net, "ema": ema}
+    choices = {name: o[name] for name in ("target", "k", "delta_scale", "lam_scale", "null_target")}
+    choices |= {"lam_s": SECOND_TIME[o["lam_s"]], "unconditional": networks[o["unconditional"]]}
+    return losses.SelfE(net, networks[o["conditional"]], **choices)
 
 
 def train(members: list[Member], steps: int = STEPS, **changes) -> Net:
@@ -187,29 +171,56 @@ def train(members: list[Member], steps: int = STEPS, **changes) -> Net:
     ema.requires_grad_(False)
     step_loss = step_of(net, ema, o)
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.9, 0.95))
-    schedule = lambda i: min((i + 1) / 100, 1) * (1 - i / steps)  # noqa: E731  warm-up, then linearly to zero
     half = losses.below_positions(list(range(BATCH)), o["p_equal"])
     below = torch.cat([half + BATCH * e for e in range(len(members))])
+    data = zip(*(batches(m, steps, o["labels"], o["wrong_labels"]) for m in members))
 
-    for i, rows in enumerate(zip(*(batches(m, steps, o["labels"], o["wrong_labels"]) for m in members))):
-        if i == steps:  # batches come by the hundred
-            break
+    for i, rows in zip(range(steps), data):  # batches come by the hundred
         x0, c, is_null, z, u, eps, eps_s = (torch.cat(column) for column in zip(*rows))
+        draws = losses.Draws(z, u, eps, eps_s, below)
+        if o["objective"] == "imm":  # its groups share two uniform numbers
+            draws = baselines.Draws(torch.special.ndtr(z)[:: baselines.M], u[:: baselines.M], eps)
         tau = min(i / (o["tau_over"] * steps), 1.0) if o["tau_over"] > 0 else 1.0
         aux = o["aux_from"] is not None and i >= o["aux_from"] * steps
         null, fake = torch.full_like(c, C), c + C + 1
-        draws = draws_of(o["objective"], z, u, eps, eps_s, below)
         loss, _ = step_loss(x0, (c,), (null,), (fake,), is_null, draws, tau, aux)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {float(loss)} at step {i}: {o}")
         optimizer.zero_grad()
-        (
-            loss * len(members)
-        ).backward()  # the loss is a mean over the members; each gets its own gradient in full
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * schedule(i)
+        (loss * len(members)).backward()  # a mean over the members; each gets its own gradient in full
+        optimizer.param_groups[0]["lr"] = 2e-3 * (
+            min((i + 1) / 100, 1) * (1 - i / steps)
+        )  # warm up, fall to zero
         optimizer.step()
         with torch.no_grad():
             keep = min(0.999, (1 + i) / (10 + i))
             torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - keep)
     return ema
+
+
+# ============================================================================================================
+# Networks that are kept, so that two studies never train the same one twice
+# ============================================================================================================
+RUNS = ROOT / "runs" / "toy"
+CODE = [ROOT / name for name in ("losses.py", "engine/randomness.py", "toy/training.py", "toy/mixture.py")]
+PEERS = [ROOT / "baselines.py", *sorted((ROOT / "peers").glob("*.py"))]
+
+
+def weights_file(member: Member, steps: int, changes: dict) -> Path:
+    """In RUNS, named by all that makes the network, the text of the code included."""
+    o = PAPER | changes
+    code = CODE if o["objective"] == "self_e" else CODE + PEERS
+    recipe = [member, steps, o, [path.read_text(encoding="utf-8") for path in code]]
+    return RUNS / f"{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]}.pt"
+
+
+def trained(members: list[Member], steps: int, changes: dict) -> Net:
+    """The ensemble of `members`, from runs/toy where it is known; the others are trained together and kept."""
+    files = {m: weights_file(m, steps, changes) for m in members}
+    if missing := [m for m in members if not files[m].exists()]:
+        net = train(missing, steps, **changes)
+        RUNS.mkdir(parents=True, exist_ok=True)
+        for e, m in enumerate(missing):
+            with checkpoint.in_one_piece(files[m]) as partial:
+                torch.save(net.weights_of(e), partial)
+    return assemble(members, [torch.load(files[m], weights_only=True) for m in members])
