@@ -2,14 +2,18 @@
 
     python sample.py --checkpoint runs/laptop --prompt "a photo of a red circle" --steps 2
     python sample.py --checkpoint runs/laptop --prompt "a photo of a ring" --prompt "a photo of a cross" --steps 1 2 4 8
+    python sample.py --checkpoint runs/tars --prompts prompts.txt --shape 192x336 --out-dir pictures/
 
-One prompt at one step count gives that picture; more give a labelled sheet, prompts in rows and steps in columns. The
+One prompt at one step count gives that picture; more give a labelled sheet, prompts in rows and steps in columns. Each
+PNG tells in its text how it was made (exiftool, or Image.open(path).text). The
 same seed gives the same picture, whatever else is sampled with it, up to rounding: matrix products of another batch
 size may differ in the last digit, which occasionally changes a value by one of its 256 steps.
 """
 
 import argparse
+import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,11 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import data
 import encoders
 import files
+import losses
 import model
 import objectives
 import sampler
@@ -39,8 +44,19 @@ class Loaded:
 
     network: model.Denoiser
     config: dict
-    text: object
-    autoencoder: object
+    text: encoders.TextEncoder
+    autoencoder: encoders.Pixels | encoders.KLAutoencoder
+
+    @property
+    def unit(self) -> int:
+        """What the sides of a picture are multiples of, in pixels."""
+        return self.autoencoder.factor * self.network.patch
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) in pixels of the pictures that the model has seen most."""
+        side = self.config["side"]
+        return tuple(self.config.get("buckets", [[side, side]])[0][:2])
 
 
 def load(folder: Path, device: torch.device, precision: torch.dtype | None = None) -> Loaded:
@@ -48,6 +64,8 @@ def load(folder: Path, device: torch.device, precision: torch.dtype | None = Non
 
     precision None takes fp32 on the CPU and what the run was trained in elsewhere.
     """
+    if folder.name == "model.safetensors":
+        folder = folder.parent
     if not folder.is_dir():
         raise checkpoint.CheckpointError(f"no such checkpoint folder: {folder}")
     config = limits.config(folder)
@@ -63,12 +81,12 @@ def load(folder: Path, device: torch.device, precision: torch.dtype | None = Non
     checkpoint.load_weights(folder / "model.safetensors", network)
     text = encoders.text_encoder(config["text_encoder"], config["txt_len"], device)
     autoencoder = encoders.autoencoder(config["autoencoder"], device)
-    multiple = autoencoder.factor * network.patch
-    if config["side"] % multiple:
+    loaded = Loaded(network.to(device).eval().requires_grad_(False), config, text, autoencoder)
+    if any(side % loaded.unit for side in (config["side"], *loaded.shape)):
         raise checkpoint.CheckpointError(
-            f"{folder / 'config.json'}: side must be a multiple of {multiple}, not {config['side']}"
+            f"{folder / 'config.json'}: side and buckets must be multiples of {loaded.unit}"
         )
-    return Loaded(network.to(device).eval().requires_grad_(False), config, text, autoencoder)
+    return loaded
 
 
 class Stopped(Exception):
@@ -103,55 +121,73 @@ def choose(config: dict, *, guidance=None, eta=None, s_rule=None, space=None) ->
     return chosen | {"mu": config["mu"]}
 
 
+def mu_of(loaded: Loaded, shape: tuple[int, int]) -> float:
+    """The shift of the time grid (s.12) for pictures of `shape`, from the number of their tokens."""
+    if shape == (loaded.config["side"],) * 2:
+        return loaded.config["mu"]
+    return losses.mu_of_length(shape[0] * shape[1] // loaded.unit**2)
+
+
 def generate(
     loaded: Loaded,
     prompts: list[str],
     keys: list[tuple[int, ...]],
     *,
+    shapes: list[tuple[int, int]] | None = None,
     seed: int = 0,
     steps: int = 2,
     batch_size: int = 64,
+    negative: str = "",
     stop: Callable[[], bool] = lambda: False,
     **choices,
 ) -> list[np.ndarray]:
-    """One uint8 picture [H, W, 3] per prompt. The noise of picture i depends on (seed, keys[i]) alone, never on the
-    batch.
+    """One uint8 picture [H, W, 3] per prompt. The noise of picture i depends on (seed, keys[i]) and its shape alone,
+    never on the batch.
 
-    `choices` are those of `choose`. `stop` is asked after every evaluation; when it answers true, Stopped is raised.
+    shapes are (height, width) in pixels, by default of what the model has seen most; `negative` is the prompt of the
+    branch that guidance leads away from; `choices` are those of `choose`. `stop` is asked after every evaluation; when
+    it answers true, Stopped is raised.
     """
-    config = loaded.config
-    choices = choose(config, **choices)
-    device = next(loaded.network.parameters()).device
-    side = config["side"] // loaded.autoencoder.factor
-    shape = (loaded.autoencoder.channels, side, side)
-    pictures = []
-    for first in range(0, len(prompts), batch_size):
-        some = slice(first, first + batch_size)
-        part = keys[some]
-        cond = loaded.text(prompts[some])
-        null = tuple(a.expand(len(part), *a.shape[1:]) for a in loaded.text([""]))
-
-        def draw_noise(k, part=part):
-            return normal(seed, "sampling", [(k + 1, *key) for key in part], shape).to(device)
-
-        if own := objectives.OBJECTIVES[config["objective"]].trajectory:
-            path = own(loaded.network, draw_noise(-1), cond, null, steps=steps, **choices)
-        else:
-            path = sampler.trajectory(
-                loaded.network, draw_noise(-1), cond, null, steps=steps, draw_noise=draw_noise, **choices
-            )
-        for _, x, *_ in path:
-            if stop():
-                raise Stopped
-        pictures += data.to_pictures(loaded.autoencoder.decode(x))
+    choices = choose(loaded.config, **choices)
+    shapes = shapes or [loaded.shape] * len(prompts)
+    pictures = [None] * len(prompts)
+    for shape in dict.fromkeys(shapes):
+        if "mu" in choices:
+            choices["mu"] = mu_of(loaded, shape)
+        same = [i for i, other in enumerate(shapes) if other == shape]
+        for first in range(0, len(same), batch_size):
+            some = same[first : first + batch_size]
+            null = tuple(a.expand(len(some), *a.shape[1:]) for a in loaded.text([negative]))
+            cond = loaded.text([prompts[i] for i in some])
+            x = sample_batch(loaded, cond, null, [keys[i] for i in some], shape, seed, steps, stop, choices)
+            for i, picture in zip(some, data.to_pictures(loaded.autoencoder.decode(x))):
+                pictures[i] = picture
     return pictures
+
+
+def sample_batch(loaded, cond, null, keys, shape, seed, steps, stop, choices) -> torch.Tensor:
+    """The latents [B, C, h, w] of pictures of one shape. Raises Stopped."""
+    latent = (loaded.autoencoder.channels, *(side // loaded.autoencoder.factor for side in shape))
+    device = next(loaded.network.parameters()).device
+
+    def draw_noise(k: int) -> torch.Tensor:
+        return normal(seed, "sampling", [(k + 1, *key) for key in keys], latent).to(device)
+
+    if own := objectives.OBJECTIVES[loaded.config["objective"]].trajectory:
+        path = own(loaded.network, draw_noise(-1), cond, null, steps=steps, **choices)
+    else:
+        choices = choices | {"steps": steps, "draw_noise": draw_noise}
+        path = sampler.trajectory(loaded.network, draw_noise(-1), cond, null, **choices)
+    for _, x, *_ in path:
+        if stop():
+            raise Stopped
+    return x
 
 
 def sheet(
     rows: list[list[np.ndarray]], counts: Sequence[int], captions: list[str], scale: int = 0
 ) -> Image.Image:
-    """Captions in rows, step counts in columns; pixels enlarged `scale` times,
-    or (0) until a picture is 96 wide or so."""
+    """Captions in rows, step counts in columns; pixels enlarged `scale` times, or (0) until a picture is about 96 wide."""
     labels = [f"{n} step{'s' if n > 1 else ''}" for n in counts]
     return data.label_grid(rows, labels, captions, scale or max(1, 96 // rows[0][0].shape[1]))
 
@@ -178,46 +214,43 @@ def fraction_or_name(names: dict):
     return parse
 
 
+def shape_of(text: str) -> tuple[int, int]:
+    """An argparse type: "192x336" -> (192, 336)."""
+    match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, such as 192x336")
+    return int(match[1]), int(match[2])
+
+
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = errors.Parser("sample.py", "Make pictures from prompts.")
     a = parser.add_argument_group("what").add_argument
-    a(
-        "--checkpoint",
-        type=errors.name,
-        default="checkpoints/laptop",
-        help="folder of a run (default: checkpoints/laptop)",
-    )
+    laptop = Path("checkpoints/laptop")
+    a("--checkpoint", metavar="DIR", type=Path, default=laptop, help=f"folder of a run (default: {laptop})")
     a("--prompt", action="append", default=[], help="what to draw; may be given several times")
-    a("--prompts", type=Path, help="a text file with one prompt per line")
-    a("--images", type=int, default=1, help="pictures per prompt (default: 1)")
-    a("--seed", type=int, default=0, help="same seed, same picture (default: 0)")
-    a("--out", type=Path, default=Path("samples.png"), help="the PNG to write (default: samples.png)")
-    a = parser.add_argument_group("how (what has no default here: the checkpoint's own)").add_argument
+    a("--prompts", metavar="FILE", type=Path, help="a text file with one prompt per line")
+    a("--images", metavar="N", type=int, default=1, help="pictures per prompt (default: 1)")
+    a("--shape", metavar="HxW", type=shape_of, help="in pixels (default: what the model has seen most)")
+    a("--seed", metavar="N", type=int, default=0, help="same seed, same picture (default: 0)")
+    a("--out", metavar="FILE", type=Path, default=Path("samples.png"), help="a PNG (default: samples.png)")
+    a("--out-dir", metavar="DIR", type=Path, help="one PNG a picture, in this folder, instead of a sheet")
     a(
-        "--steps",
+        "--scale",
+        metavar="N",
         type=int,
-        nargs="+",
-        default=[2],
-        help="evaluations of the network; several give a sheet (default: 2)",
+        default=0,
+        help="enlarge pixels so many times; 0 picks it (default: 0)",
     )
-    a("--guidance", type=float, help="scale of energy-preserving guidance; 1 is off")
-    a(
-        "--eta",
-        type=fraction_or_name({"renoise": "renoise"}),
-        help='0 deterministic .. 1 ancestral, or "renoise"',
-    )
-    a(
-        "--s-rule",
-        type=fraction_or_name(S_RULES),
-        help='second time: "next" (t_k+1), "same" (t_k) or a fraction between',
-    )
-    a(
-        "--space",
-        choices=("v", "x0"),
-        help="what keeps its norm under guidance: velocity (v) or prediction (x0)",
-    )
-    a("--scale", type=int, default=0, help="enlarge pixels so many times; 0 picks it (default: 0)")
-    a("--device", default="auto", help="cuda, mps, cpu (default: the best there is)")
+    a = parser.add_argument_group("how (what has no default here: the checkpoint's own)").add_argument
+    steps = "evaluations of the network; several give a sheet (default: 2)"
+    a("--steps", metavar="N", type=int, nargs="+", default=[2], help=steps)
+    a("--guidance", metavar="X", type=float, help="scale of energy-preserving guidance; 1 is off")
+    a("--negative", metavar="PROMPT", default="", help="what guidance leads away from (default: no prompt)")
+    eta, rule = fraction_or_name({"renoise": "renoise"}), fraction_or_name(S_RULES)
+    a("--eta", metavar="X", type=eta, help='0 deterministic .. 1 ancestral, or "renoise"')
+    a("--s-rule", metavar="X", type=rule, help='second time: "next" (t_k+1), "same" (t_k) or a fraction')
+    a("--space", choices=("v", "x0"), help="what keeps its norm under guidance: velocity or prediction")
+    a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     args = parser.parse_args(argv)
     if args.prompts:
         if not args.prompts.is_file():
@@ -226,62 +259,100 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     if not args.prompt:
         parser.error("give at least one --prompt, or --prompts FILE")
     args.prompt = list(map(files.whole, args.prompt))  # the shell may hand over what is not UTF-8
-    parser.check_ranges(
-        args, steps=(1, 10**6), guidance=(0, 100), images=(1, 10**6), scale=(0, 64), seed=(0, 2**63 - 1)
-    )
+    numbers = {"images": (1, 10**6), "scale": (0, 64), "seed": (0, 2**63 - 1)}
+    parser.check_ranges(args, steps=(1, 10**6), guidance=(0, 100), **numbers)
     return args
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Raise UserError for a place that cannot be written to: now, not after all pictures are made."""
+    if args.out_dir and args.out_dir.exists() and not args.out_dir.is_dir():
+        raise errors.UserError(f"--out-dir must name a folder, not {args.out_dir}")
+    if args.out_dir:
+        return
+    if not args.out.parent.is_dir() or args.out.is_dir() or args.out.suffix.lower() != ".png":
+        raise errors.UserError(f"--out must name a .png file in a folder that exists, not {args.out}")
+    if not os.access(args.out.parent, os.W_OK):
+        raise errors.UserError(f"{args.out.parent} cannot be written to: choose another --out")
+
+
+def check_request(args: argparse.Namespace, loaded: Loaded, shape: tuple[int, int], scale: int) -> None:
+    """Raise UserError for what this model does not make; say which prompts it does not read to their end."""
+    if any(side % loaded.unit for side in shape):
+        raise errors.UserError(
+            f"--shape must have sides that are multiples of {loaded.unit}, not {shape[0]}x{shape[1]}"
+        )
+    if args.negative and choose(loaded.config, guidance=args.guidance)["guidance"] == 1:
+        raise errors.UserError(
+            "--negative is what guidance leads away from: it needs a --guidance other than 1"
+        )
+    for prompt in filter(loaded.text.cuts, [*args.prompt, args.negative]):
+        print(
+            f"the end of this prompt is not read, as the model was trained with --txt-len {loaded.text.txt_len}: "
+            + files.printable(prompt[:80]),
+            file=sys.stderr,
+        )
+    pixels = len(args.prompt) * args.images * len(args.steps) * shape[0] * shape[1] * scale**2
+    if not args.out_dir and pixels > SHEET:
+        raise errors.UserError(
+            f"a sheet of {pixels / 1e6:,.0f} million pixels is more than a viewer can open: fewer prompts, --images or "
+            f"--steps, a smaller --scale than {scale}, or --out-dir"
+        )
+
+
+def save(picture: Image.Image, path: Path, told: dict) -> Path:
+    """Write a PNG that tells how it was made. A file that is there stays: the new one gets a number."""
+    free = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(2))
+    path = path if not path.exists() else next(other for other in free if not other.exists())
+    info = PngImagePlugin.PngInfo()
+    for name, value in told.items():
+        info.add_text(name, str(value))
+    with checkpoint.in_one_piece(path) as partial:
+        picture.save(partial, format="PNG", pnginfo=info)
+    return path
 
 
 def main() -> None:
     args = parse_arguments()
     machine.keep_freed_memory()
-    if not args.out.parent.is_dir() or args.out.is_dir() or args.out.suffix.lower() != ".png":
-        raise errors.UserError(f"--out must name a .png file in a folder that exists, not {args.out}")
-    if not os.access(args.out.parent, os.W_OK):  # now, not after all pictures are made
-        raise errors.UserError(f"{args.out.parent} cannot be written to: choose another --out")
-    loaded = load(Path(args.checkpoint), machine.pick_device(args.device))
-    for prompt in filter(loaded.text.cuts, args.prompt):
-        print(
-            f"the end of this prompt is not read, as the model was trained with --txt-len {loaded.text.txt_len}: "
-            f"{errors.shortened(prompt)}",
-            file=sys.stderr,
-        )
-    side = loaded.config["side"]
-    scale = args.scale or max(1, 128 // side)
-    pixels = len(args.prompt) * args.images * len(args.steps) * (side * scale) ** 2
-    if pixels > SHEET:  # now, not after all of them are made
-        raise errors.UserError(
-            f"a sheet of {pixels / 1e6:,.0f} million pixels is more than a viewer can open: fewer "
-            f"prompts, --images or --steps, or a smaller --scale than {scale}"
-        )
+    check_output(args)
+    loaded = load(args.checkpoint, machine.pick_device(args.device))
+    shape = args.shape or loaded.shape
+    scale = args.scale or max(1, 128 // min(shape))
+    check_request(args, loaded, shape, scale)
+    how = {"guidance": args.guidance, "eta": args.eta, "s_rule": args.s_rule, "space": args.space}
+    told = {"seed": args.seed, "checkpoint": args.checkpoint, "shape": f"{shape[0]}x{shape[1]}"}
+    told |= choose(loaded.config, **how) | ({"negative": args.negative} if args.negative else {})
+    if "mu" in told:
+        told["mu"] = mu_of(loaded, shape)
     prompts = [p for p in args.prompt for _ in range(args.images)]
     # Picture i of every prompt starts from the same noise, at every step count, so that columns compare.
     keys = [(i,) for _ in args.prompt for i in range(args.images)]
-    columns = [
-        generate(
-            loaded,
-            prompts,
-            keys,
-            seed=args.seed,
-            steps=n,
-            guidance=args.guidance,
-            eta=args.eta,
-            s_rule=args.s_rule,
-            space=args.space,
-        )
-        for n in args.steps
-    ]
+    how |= {"shapes": [shape] * len(prompts), "seed": args.seed, "negative": args.negative}
+    columns = [generate(loaded, prompts, keys, steps=n, **how) for n in args.steps]
+    each = f"{len(args.prompt)} prompt{'s' if len(args.prompt) > 1 else ''}"
+    each += f", {args.images} pictures each," if args.images > 1 else ""
+    each += f" at {' '.join(map(str, args.steps))} steps"
+    if args.out_dir:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        for n, column in zip(args.steps, columns):
+            for number, (picture, prompt, key) in enumerate(zip(column, prompts, keys)):
+                words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40]
+                path = args.out_dir / f"{number:04}-{words}-{n}-steps-seed-{args.seed}.png"
+                own = {"prompt": prompt, "steps": n, "image": key[0]}
+                save(enlarged(picture, args.scale or 1), path, own | told)
+        return print(f"wrote {len(prompts) * len(columns)} pictures to {args.out_dir}: {each}")
     if len(columns) == len(prompts) == 1:
-        picture = Image.fromarray(columns[0][0]).resize((side * scale,) * 2, Image.Resampling.NEAREST)
+        picture = enlarged(columns[0][0], scale)
     else:
         picture = sheet([list(row) for row in zip(*columns)], args.steps, prompts, scale)
-    with checkpoint.in_one_piece(args.out) as partial:
-        picture.save(partial, format="PNG")
-    several, each = (
-        "s" if len(args.prompt) > 1 else "",
-        f", {args.images} pictures each," if args.images > 1 else "",
-    )
-    print(f"wrote {args.out}: {len(args.prompt)} prompt{several}{each} at {args.steps} steps")
+    own = {"prompt": "\n".join(args.prompt), "steps": " ".join(map(str, args.steps))}
+    print(f"wrote {save(picture, args.out, own | told)}: {each}")
+
+
+def enlarged(picture: np.ndarray, scale: int) -> Image.Image:
+    height, width = picture.shape[:2]
+    return Image.fromarray(picture).resize((width * scale, height * scale), Image.Resampling.NEAREST)
 
 
 if __name__ == "__main__":

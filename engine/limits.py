@@ -1,10 +1,9 @@
-"""What may stand in config.json, state.json and cache.json, and how large a number may be: read here before anything
+"""What may stand in config.json and state.json, and how large a number may be: read here before anything
 relies on it.
 
     config = limits.config(folder)                   # what sampling needs; for sample.py and all that score pictures
     state = limits.state(folder)                     # of a training state, for train.py --resume
     limits.flags(path, arguments, parser)            # the flags in config.json that --resume goes on with
-    limits.check(path, spec, limits.CACHE)           # of a cache of encoded shards (scale/cache.py)
 
 These files may have been edited, damaged, or written by another version. Each of the functions raises CheckpointError,
 one line with the file, the name, and what was expected. RANGES serves train.py's own flags too: a number that becomes
@@ -73,14 +72,6 @@ def three_axes(value) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(map(whole(0, 2**15), value))
 
 
-def buckets(value) -> bool:
-    """[[height, width, pictures], ...]"""
-    rows = value if isinstance(value, list) else []
-    return bool(rows) and all(
-        isinstance(row, list) and len(row) == 3 and all(map(whole(1, 2**40), row)) for row in rows
-    )
-
-
 # What sampling reads of config.json, and what it must be; engine/arguments.py writes it.
 CONFIG = {
     "model": ("an object", lambda value: isinstance(value, dict)),
@@ -99,20 +90,19 @@ CONFIG = {
     "s_rule": ("from 0 to 1", number(0, 1)),
     "guidance_space": ("v or x0", lambda value: value in ("v", "x0")),
 }
+
+
+def shapes(value) -> bool:
+    """[[height, width, share], ...]"""
+    rows = value if isinstance(value, list) else []
+    sides = [side for row in rows if isinstance(row, list) and len(row) == 3 for side in row[:2]]
+    return bool(rows) and len(sides) == 2 * len(rows) and all(map(whole(1, 2**13), sides))
+
+
+CONFIG_LATER = {"buckets": ("lists of height, width and share", shapes)}
 MODEL_CONFIG = {name: entry(*bounds) for name, bounds in MODEL.items()}
 MODEL_CONFIG["axes"] = ("three whole numbers, for t, y and x", three_axes)
 FACTOR = {"time_factor": ("a number from 0 up", number(0, 10**6))}  # may be missing: FLUX's
-# What a cache's cache.json says of it.
-CACHE = {
-    "text": ("a name", text),
-    "txt_len": entry(*RANGES["txt_len"]),
-    "autoencoder": ("a name", text),
-    "side": entry(*RANGES["side"]),
-    "source": ("a fingerprint", text),
-    "per_shard": entry(1, 2**63 - 1),
-    "fake": ("true or false", lambda value: value in (0, 1)),
-    "buckets": ("lists of height, width and pictures", buckets),
-}
 # What a resumed run reads of state.json, and what may be missing in that of an older version.
 STATE = {
     "step": entry(0, 10**9),
@@ -150,7 +140,7 @@ def config(folder: Path) -> dict:
     found = checkpoint.read_json(path)
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is not that of a model")
-    check(path, found, CONFIG)
+    check(path, found, CONFIG, CONFIG_LATER)
     check(path, found["model"], MODEL_CONFIG, FACTOR, "model.")
     if unknown := [name for name in found["model"] if name not in MODEL_CONFIG | FACTOR]:
         raise CheckpointError(

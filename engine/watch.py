@@ -31,21 +31,22 @@ from engine.preparation import Run
 PATIENCE = 5  # iterations in a row without a finite gradient before the run stops
 
 
-def grid_prompts(source, n: int = 8) -> list[str]:
-    """The prompts of the picture grids: the first captions of the data, no two alike. With buckets they follow from the
-    batch size too, so a run resumed in another stage draws others."""
-    captions = [source.sample(g, 0).caption for g in range(n)]
-    if len(set(captions)) < n:
-        captions += [source.sample(g, 0).caption for g in range(n, 8 * n)]
-    return list(dict.fromkeys(captions))[:n]
+def grid_prompts(source, n: int = 8) -> dict[str, tuple[int, int]]:
+    """The prompts of the picture grids, the first captions of the data, no two alike -> (height, width) of their sample.
+    With buckets they follow from the batch size too, so a run resumed in another stage draws others."""
+    found = {}
+    for g in range(8 * n):
+        if len(found) < n:
+            found.setdefault(source.sample(g, 0).caption, source.bucket(g, 0))
+    return found
 
 
-def draw_grid(loaded: sample.Loaded, prompts: list[str], stop: Callable[[], bool]) -> Image.Image:
+def draw_grid(loaded: sample.Loaded, prompts: dict, stop: Callable[[], bool]) -> Image.Image:
     """The sheet of pictures: prompts in rows, step counts in columns, one noise per row. Raises sample.Stopped."""
-    keys = [(i,) for i in range(len(prompts))]
-    columns = [sample.generate(loaded, prompts, keys, steps=n, stop=stop) for n in sample.STEP_COUNTS]
-    rows = [list(row) for row in zip(*columns)]
-    return sample.sheet(rows, sample.STEP_COUNTS, prompts)
+    keys, shapes = [(i,) for i in range(len(prompts))], list(prompts.values())
+    how = {"shapes": shapes, "stop": stop}
+    columns = [sample.generate(loaded, list(prompts), keys, steps=n, **how) for n in sample.STEP_COUNTS]
+    return sample.sheet([list(row) for row in zip(*columns)], sample.STEP_COUNTS, list(prompts))
 
 
 class Watch:
@@ -53,7 +54,7 @@ class Watch:
 
     def __init__(self, run: Run, closing: contextlib.ExitStack):
         self.run, first = run, run.ranks.is_first
-        self.prompts = grid_prompts(run.feed.source(run.start)) if first else []
+        self.prompts = grid_prompts(run.feed.source(run.start)) if first else {}
         self.meter = monitor.Meter(run.device)
         self.peak = machine.peak_flops(run.device, run.network.precision)
         self.log_file = monitor.Log(run.folder, run.start) if first else None
@@ -181,11 +182,10 @@ class Watch:
                 f"saved. To go on:\n  {run.command('train.py --resume --out')}"
             )
         else:
-            plain = re.fullmatch(r"[\w ,.'-]*", self.prompts[0])
-            shown = (
-                f'"{self.prompts[0]}"' if plain else shlex.quote(self.prompts[0])
-            )  # what the shell would read
-            shown = ("=" if self.prompts[0].startswith("-") else " ") + shown
+            prompt = " ".join(next(iter(self.prompts)).split())
+            plain = re.fullmatch(r"[\w ,.'-]*", prompt)
+            shown = f'"{prompt}"' if plain else shlex.quote(prompt)  # what the shell would read
+            shown = ("=" if prompt.startswith("-") else " ") + shown
             print(
                 f"done: {run.folder}. To make pictures:\n  {run.command('sample.py --checkpoint')} "
                 f"--steps 1 2 4 8 50 --prompt{shown}"

@@ -97,6 +97,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     a("--steps", metavar="N", type=int, default=2, help="evaluations of the network (default: 2)")
     a("--images", metavar="N", type=int, default=4, help="pictures per prompt (default: 4)")
+    a(
+        "--shape",
+        metavar="HxW",
+        type=sample.shape_of,
+        help="in pixels (default: what the model has seen most)",
+    )
     a("--seed", metavar="N", type=int, default=0, help="of the noise (default: 0)")
     a("--batch-size", metavar="N", type=int, default=8, help="pictures at once (default: 8)")
     sampling_flags(parser)
@@ -116,15 +122,17 @@ def main() -> None:
         raise errors.UserError(
             f"{args.out} is not empty and holds no export to go on with; choose another --out"
         )
-    files = {"prompts": args.prompts, "weights": args.checkpoint / "model.safetensors"}
-    settings = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    read = {"prompts": args.prompts, "weights": args.checkpoint / "model.safetensors"}
+    settings = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in read.items()}
     settings |= {"steps": args.steps, "seed": args.seed, "precision": str(loaded.network.precision)}
-    settings |= sample.choose(loaded.config, **choices)
+    shape = args.shape or loaded.shape
+    settings |= sample.choose(loaded.config, **choices) | {"shape": list(shape)}
     checkpoint.keep_settings(args.out, settings, "choose another --out")
 
     def draw(jobs):
         texts = [asked[i]["prompt"] for i, _ in jobs]
-        return sample.generate(loaded, texts, jobs, seed=args.seed, steps=args.steps, **choices)
+        how = {"shapes": [shape] * len(jobs), "seed": args.seed, "steps": args.steps}
+        return sample.generate(loaded, texts, jobs, **how, **choices)
 
     made = export(args.out, asked, args.images, args.batch_size, draw)
     print(f"wrote {args.out}: {made} new pictures, {len(asked) * args.images} in all, for GenEval's scorer")

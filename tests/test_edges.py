@@ -379,7 +379,7 @@ def test_a_prompt_that_is_cut_is_named(run, tmp_path, monkeypatch, capsys):
     sample.main()
     printed = capsys.readouterr()
     assert printed.err.count("is not read") == 1 and printed.err.strip().endswith(f": {words[1]}")
-    assert "2 prompts, 3 pictures each, at [2] steps" in printed.out
+    assert "2 prompts, 3 pictures each, at 2 steps" in printed.out
 
 
 # ------------------------------------------------------------------------------------------------------------

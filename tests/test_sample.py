@@ -1,0 +1,159 @@
+"""sample.py: pictures in the shapes that a model was trained on, files that tell how they were made, and what is refused."""
+
+import io
+import json
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import losses
+import sample
+import sampler
+import train
+from engine import checkpoint, errors
+
+CPU = torch.device("cpu")
+QUICK = ["--batch-size", "4", "--device", "cpu", "--precision", "fp32", "--no-compile", "--save-every", "0"]
+WIDE, SQUARE = (12, 20), (16, 16)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Two iterations on a tar of 10 wide and 6 square pictures, with a grid."""
+    folder = tmp_path_factory.mktemp("sample")
+    with tarfile.open(folder / "0.tar", "w") as archive:
+        for i in range(16):
+            picture = io.BytesIO()
+            Image.new("RGB", (40, 24) if i < 10 else (24, 24), (10 * i, 0, 0)).save(picture, "PNG")
+            for name, content in ((f"{i}.png", picture.getvalue()), (f"{i}.txt", f"number\n{i}".encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sys,
+            "argv",
+            ["train.py", "--data", str(folder / "0.tar"), "--out", str(folder / "r"), "--steps", "2", *QUICK],
+        )
+        train.main()
+    return folder / "r"
+
+
+def test_a_run_on_buckets_names_them_and_draws_them(run):
+    config = checkpoint.read_json(run / "config.json")
+    assert config["buckets"] == [[*WIDE, 10 / 16], [*SQUARE, 6 / 16]] and config["side"] == 16
+    grid, *_ = (run / "grids").iterdir()
+    with Image.open(grid) as image:  # five columns of pictures, two thirds as wide as they are high or square
+        assert image.width > 5 * 4 * 20 and image.height < 8 * (6 * 16 + 25)
+    loaded = sample.load(run / "model.safetensors", CPU)
+    (picture,) = sample.generate(loaded, ["number 3"], [(0,)])
+    assert loaded.shape == picture.shape[:2] == WIDE
+
+
+def test_a_run_without_buckets_is_square(run, tmp_path):
+    """As config.json was before it named them; its mu stays."""
+    config = checkpoint.read_json(run / "config.json")
+    del config["buckets"]
+    checkpoint.write_json(tmp_path / "config.json", config | {"mu": 0.25})
+    (tmp_path / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes())
+    loaded = sample.load(tmp_path, CPU)
+    assert loaded.shape == SQUARE and sample.mu_of(loaded, SQUARE) == 0.25
+    assert sample.mu_of(loaded, (32, 64)) == losses.mu_of_length(8 * 16)
+
+
+def test_each_picture_is_the_samplers_own_whatever_stands_beside_it(run):
+    """Against sampler.sample called by hand, with the time grid of its shape, and the prompt that guidance leaves."""
+    loaded = sample.load(run, CPU)
+    shapes, prompts, how = [WIDE, SQUARE, WIDE], ["number", "0", "number"], {"guidance": 3.0, "eta": 0.0}
+    found = sample.generate(
+        loaded, prompts, [(0,), (1,), (2,)], shapes=shapes, seed=5, steps=3, negative="9", **how
+    )
+    for i, (h, w) in enumerate(shapes):
+        noise = sample.normal(5, "sampling", [(0, i)], (3, h, w))
+        choices = {"steps": 3, "mu": losses.mu_of_length(h * w // 16), **how}
+        x = sampler.sample(loaded.network, noise, loaded.text([prompts[i]]), loaded.text(["9"]), **choices)
+        expected = ((loaded.autoencoder.decode(x)[0] + 1) * 127.5).round().permute(1, 2, 0).numpy()
+        assert found[i].shape == (h, w, 3) and np.abs(found[i] - expected).max() <= 1
+    other = sample.generate(loaded, prompts[:1], [(0,)], shapes=shapes[:1], seed=5, steps=3, **how)
+    assert np.abs(found[0].astype(int) - other[0]).max() > 1
+
+
+def call(monkeypatch, run, *arguments):
+    words = ["--checkpoint", run, "--prompt", "number 3", *arguments, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, words)])
+    errors.run(sample.main)
+
+
+def test_one_file_a_picture_and_what_each_tells(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.txt").write_text("une tasse de café\n\n")
+    words = [
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--images",
+        2,
+        "--steps",
+        1,
+        2,
+        "--seed",
+        7,
+        "--shape",
+        "8x12",
+    ]
+    call(monkeypatch, run, *words, "--guidance", 2, "--negative", "grün 緑", "--out-dir", tmp_path / "a/b")
+    assert "wrote 8 pictures" in capsys.readouterr().out
+    found = {}
+    for path in (tmp_path / "a/b").iterdir():
+        with Image.open(path) as image:
+            assert image.size == (12, 8)
+            found[path.name] = dict(image.text)
+    assert len(found) == 8
+    told = found["0003-une-tasse-de-café-2-steps-seed-7.png"]
+    assert told["prompt"] == "une tasse de café" and told["negative"] == "grün 緑" and told["image"] == "1"
+    assert (told["steps"], told["seed"], told["guidance"], told["checkpoint"]) == ("2", "7", "2.0", str(run))
+    assert float(told["mu"]) == losses.mu_of_length(2 * 3)
+
+
+def test_nothing_is_overwritten(run, tmp_path, monkeypatch, capsys):
+    for word in ("a.png", "a.png", "a.png"):
+        call(monkeypatch, run, "--out", tmp_path / word)
+    call(monkeypatch, run, "--out", tmp_path / "a.png", "--steps", 1, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-2.png", "a-3.png", "a-4.png", "a.png"]
+    assert "a-4.png" in capsys.readouterr().out
+    with Image.open(tmp_path / "a.png") as one, Image.open(tmp_path / "a-4.png") as sheet:
+        assert one.size == (200, 120) and sheet.text["steps"] == "1 2"
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--shape", "13x16"], "multiples of 4, not 13x16"),
+        (["--shape", "16"], "HEIGHTxWIDTH"),
+        (["--shape", "0x16"], "HEIGHTxWIDTH"),
+        (["--negative", "x", "--guidance", 1], "--guidance other than 1"),
+        (["--out-dir", "{}/file"], "must name a folder"),
+        (["--out", "{}/file"], "must name a .png"),
+        (["--images", 20000, "--scale", 64], "or --out-dir"),
+        (["--checkpoint", "{}"], "config.json"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(run, tmp_path, monkeypatch, capsys, words, said):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, run, *(str(word).format(tmp_path) for word in words))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("buckets", [[], [[16]], [[16, 0, 1]], [[13, 16, 1]], "16x16"])
+def test_odd_buckets_are_refused(run, tmp_path, buckets):
+    config = checkpoint.read_json(run / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"buckets": buckets}))
+    (tmp_path / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes())
+    with pytest.raises(errors.UserError, match="buckets"):
+        sample.load(tmp_path, CPU)
