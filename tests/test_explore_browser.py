@@ -244,6 +244,8 @@ def test_what_is_said_of_the_first_figure_and_of_sampling_is_so(tab):
                 assert abs(control - self_e) < 0.06
             case "Fresh noise":
                 assert plain + 0.1 < self_e < flow
+            case "Guidance":
+                assert far_flow < 0.65  # Self-E without guidance: 0.62
             case "Fifty steps":
                 assert max(flow, control, self_e) < 0.05
 

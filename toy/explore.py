@@ -197,7 +197,9 @@ def measure(page: Path, out: Path = ROOT / "results", frames: int = 300) -> None
         tab = browser.new_page(viewport={"width": 1240, "height": 945}, color_scheme="light")
         tab.goto(page.resolve().as_uri())
         times = tab.evaluate((FOLDER / "time.js").read_text("utf-8"), frames)
-        tab.evaluate('figures.step.change({part: 6}, true).scrollIntoView({block: "center"})')
+        tab.evaluate(
+            'figures.step.change({part: 6, t: 0.9, k: 1, eps: null}, true).scrollIntoView({block: "center"})'
+        )
         tab.wait_for_timeout(600)
         drawn = Image.open(BytesIO(tab.screenshot()))
         record = machine.provenance(CPU) | {

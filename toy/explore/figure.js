@@ -96,7 +96,11 @@ function follow_address() {
 function bind(name) {
   const { allowed, change } = figures[name];
   for (const button of find_all(`#${name} button[data-set]`)) {
-    button.onclick = () => change(parse_settings(name, button.dataset.set.replaceAll(" ", "&")), false);
+    button.onclick = () => {
+      change(parse_settings(name, button.dataset.set.replaceAll(" ", "&")), false);
+      find(".panels, .plane, #picture-grid", find(`#${name}`)).scrollIntoView({
+        block: "nearest", behavior: still() ? "auto" : "smooth" });
+    };
   }
   for (const input of find_all(`#${name} [data-name]`)) {
     const key = input.dataset.name, slides = input.type === "range";

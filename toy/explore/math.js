@@ -36,7 +36,7 @@ function token_math(token) {
   if (!(token in SYMBOLS)) {
     if (/^[\d.]+$/.test(token)) return `<mn>${token}</mn>`;
     if (/^[A-Za-z]$/.test(token)) return `<mi>${token}</mi>`;
-    if (/^[A-Za-z]/.test(token)) return `<mtext>${token}</mtext>`;
+    if (/^[A-Za-z]/.test(token)) return `<mi>${token}</mi>`; // log
     return `<mo>${(OPERATORS[token] ?? token).replace("<", "&lt;")}</mo>`;
   }
   const { base, hat, sub, role } = SYMBOLS[token];

@@ -171,8 +171,8 @@ function mount_pictures(world) {
   v.rows = {
     flow: flow
       ? { title: "Flow matching", note: "trained like Self-E, but for the objective", model: "flow", at_t: true }
-      : { title: "As flow matching", note: "the same network, told $s = t$", model: "self_e", at_t: true },
-    self_e: { title: "Self-E", note: "told $s <= t$", model: "self_e", at_t: false },
+      : { title: "As flow matching", note: "the same network, told $s = t$; by the paper much like flow matching (S.3.1)", model: "self_e", at_t: true },
+    self_e: { title: "Self-E", note: "told a smaller $s$", model: "self_e", at_t: false },
   };
   const etas = [...new Set([0, 0.5, 1, "renoise", eta])], rules = [...new Set([0, 0.25, 0.5, 0.75, 1, s_rule])];
   v.set = declare("pictures", {

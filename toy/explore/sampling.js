@@ -123,11 +123,11 @@ function draw_run(context, v, run, { to }) {
   const order = range(now.length).sort((a, b) => blend(a) - blend(b)); // blends on top
   context.lineWidth = 0.8;
   context.globalAlpha = steps > 8 && eta !== 0 ? 0.08 : small ? 0.1 : 0.16; // fresh noise makes a thicket
+  const places = [...past, now].map((points) => points.map(to));
   for (const n of order) {
     context.strokeStyle = colours[run.c[n]];
     context.beginPath();
-    past.forEach((points, k) => (k ? context.lineTo(...to(points[n])) : context.moveTo(...to(points[n]))));
-    context.lineTo(...to(now[n]));
+    places.forEach((points, k) => (k ? context.lineTo(...points[n]) : context.moveTo(...points[n])));
     context.stroke();
   }
   // the last prediction that is not yet the sample itself
@@ -140,7 +140,7 @@ function draw_run(context, v, run, { to }) {
   for (const n of order) {
     context.fillStyle = colours[run.c[n]];
     context.strokeStyle = ink;
-    draw_point(context, to(now[n]), small ? 1.8 : 2.8, blend(n));
+    draw_point(context, places.at(-1)[n], small ? 1.8 : 2.8, blend(n));
   }
   context.globalAlpha = 1;
 }
@@ -163,7 +163,6 @@ function draw_paths(v) {
     v.scrub.value = v.at;
     v.moment.textContent = `step ${v.at.toFixed(1)} of ${v.set.steps}, t = ${t.toFixed(2)}`;
   }
-  v.after?.(v, q);
 }
 
 /** Move along the steps, from the start if the end is reached; some seconds for the whole way. */
@@ -201,7 +200,10 @@ function add_paths(name, world, extra) {
   Object.assign(v, { panels: find(`#${name} .panels`), play: find(`#${name} .play`), scrub: find(`#${name} .scrub`),
     moment: find(`#${name} .moment`) });
   v.at = v.set.steps;
-  v.redraw = once_a_frame(() => draw_paths(v));
+  v.redraw = once_a_frame(() => {
+    draw_paths(v);
+    v.after?.(v, mixture(world.layouts[v.set.layout]));
+  });
   add_panels(v);
   v.play.onclick = () => play_paths(v);
   if (v.scrub) {
