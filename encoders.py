@@ -83,10 +83,7 @@ class TextEncoder:
     d_vec: int
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        if isinstance(prompts, str):
-            raise TypeError(
-                "a text encoder takes a list of prompts; a single string would be read letter by letter"
-            )
+        assert not isinstance(prompts, str), "a list of prompts: a single one would be read letter by letter"
         with torch.no_grad():
             return self.encode(list(prompts))
 
@@ -104,16 +101,12 @@ def text_encoder(name: str, txt_len: int | None = None, device: torch.device | s
     Raises EncoderError for an unknown name, a folder or name that cannot be loaded, or a txt_len out of range.
     """
     if txt_len is not None and txt_len < 4:
-        raise EncoderError(
-            f'txt_len must be at least 4, not {txt_len}: "fake image" and an end token must fit'
-        )
+        raise EncoderError(f'txt_len must be at least 4 for "fake image" and an end token, not {txt_len}')
     if name == "words":
         return WordVectors(txt_len or 14, device)
     if name == "flux" or name.startswith("hf:"):
         return HuggingFaceText(name, txt_len or 256, device)
-    raise EncoderError(
-        f'unknown text encoder {name!r}: use "words", "flux", "hf:NAME_OR_FOLDER" or "hf:TOKENS,POOLED"'
-    )
+    raise EncoderError(f'unknown text encoder {name!r}: use "words", "flux", "hf:A" or "hf:TOKENS,POOLED"')
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -142,7 +135,19 @@ def split_words(prompt: str) -> list[str]:
 
     NFKC first, so that composed and decomposed letters, full-width and plain ones are one word.
     """
-    return WORD.findall(unicodedata.normalize("NFKC", prompt).lower())
+    return WORD.findall(unicodedata.normalize("NFKC", stream_safe(prompt)).lower())
+
+
+def stream_safe(prompt: str) -> str:
+    """Without the marks beyond 30 on one letter (Unicode's annex 15), over which NFKC would take quadratic time."""
+    if prompt.isascii():
+        return prompt
+    kept, marks = [], 0
+    for letter in prompt:
+        marks = marks + 1 if unicodedata.combining(letter) else 0
+        if marks <= 30:
+            kept.append(letter)
+    return "".join(kept)
 
 
 @functools.lru_cache(maxsize=65536)
@@ -191,13 +196,12 @@ class WordVectors(TextEncoder):
         return tokens.to(self.device), pooled.to(self.device)
 
     def cuts(self, prompt: str) -> bool:
-        return len(split_words(prompt[: 2**16])) > self.txt_len - 1
+        return len(split_words(prompt)) > self.txt_len - 1
 
     def states(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:
         """(token states [txt_len, 256], pooled [256]) of one prompt."""
         tokens = np.zeros((self.txt_len, self.d_txt), np.float32)
-        read = split_words(prompt[: 2**16])  # NFKC takes n^2 time for n accents on one letter
-        words = [hashed_signs(b"word", word) for word in read[: self.txt_len - 1]]
+        words = [hashed_signs(b"word", word) for word in split_words(prompt)[: self.txt_len - 1]]
         v = np.stack([self.beyond, *words, self.end, self.beyond])  # [1 + n + 1, 128]
         n = len(v) - 2  # tokens, the end included
         tokens[:n] = np.concatenate([v[1:-1], v[:-2, :48], v[2:, :48], self.position[:n]], axis=1)
@@ -218,7 +222,7 @@ def locate(place: str) -> tuple[str, str]:
         return os.path.abspath(folder), ""
     if not place:
         raise EncoderError(
-            "the name of an encoder is empty: give a folder or a Hugging Face name after the colon"
+            "the name of an encoder is empty: a folder or a Hugging Face name follows the colon"
         )
     if place[0] in "./~" or "\\" in place:
         raise EncoderError(f"no such folder to load an encoder from: {place}")
@@ -245,8 +249,7 @@ def check_folder(folder: str) -> None:
         raise EncoderError(f"{folder} holds no config.json: give the folder that save_pretrained wrote")
     if not any(Path(folder).glob("*.safetensors")):
         raise EncoderError(
-            f"{folder} holds no .safetensors weights, and pickled ones (.bin) are not loaded, as they can run code: "
-            "save the model again with save_pretrained(folder, safe_serialization=True)"
+            f"{folder} holds no .safetensors; .bin is not loaded, as it can run code: save it again"
         )
 
 
@@ -255,9 +258,7 @@ def load(what: str, place: str, from_pretrained, **arguments):
     root, inside = locate(place)
     try:
         return from_pretrained(root, **({"subfolder": inside} if inside else {}), **arguments)
-    except (
-        Exception
-    ) as error:  # OSError, ValueError, ImportError, SafetensorError, tokenizers' plain Exception ..
+    except Exception as error:  # whatever the libraries raise, tokenizers' is a plain Exception
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         kind = "folder" if os.path.isdir(root) else "Hugging Face name (and there is no such folder here)"
         raise EncoderError(f"cannot load the {what} from the {kind} {place}: {reason}") from error
@@ -297,26 +298,18 @@ class FrozenTransformer:
         config = load("text encoder", place, transformers.AutoConfig.from_pretrained)
         part = TEXT_PART.get(config.model_type)
         if part is None and (hasattr(config, "text_config") or config.is_encoder_decoder):
-            raise EncoderError(
-                f"{place} is a {config.model_type} model: use a text encoder such as T5, CLIP or BERT"
-            )
+            raise EncoderError(f"{place} is a {config.model_type} model: use a text encoder (T5, CLIP, BERT)")
         load_tokenizer = transformers.AutoTokenizer.from_pretrained
         self.tokenizer = load("tokenizer", tokenizer_place(place), load_tokenizer, config=config)
         # Without vocabulary files some versions of transformers make an empty tokenizer, to which all words are alike.
         if self.tokenizer("red circle")["input_ids"] == self.tokenizer("fake image")["input_ids"]:
-            raise EncoderError(
-                f"the tokenizer of {place} cannot tell words apart: its vocabulary files are missing"
-            )
+            raise EncoderError(f"the tokenizer of {place} tells no words apart: its vocabulary is missing")
         if self.tokenizer.pad_token is None:
-            raise EncoderError(
-                f"the tokenizer of {place} has no padding token to bring prompts to one length with"
-            )
+            raise EncoderError(f"the tokenizer of {place} has no padding token")
         # Cut and pad at the end, whatever the tokenizer's own habit, so that "fake image" survives.
         self.tokenizer.truncation_side = self.tokenizer.padding_side = "right"
 
-        dtype = (
-            "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-        )  # the argument's name
+        dtype = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
         model_class = getattr(transformers, part or "AutoModel")
         arguments = {dtype: precision(device), "use_safetensors": True, "output_loading_info": True}
         model, info = load("text encoder", place, model_class.from_pretrained, **arguments)
@@ -326,30 +319,24 @@ class FrozenTransformer:
         self.has_pooler = not any("pooler" in key for key in missing)
         lost = [key for key in missing if "pooler" not in key]
         if lost:
-            raise EncoderError(
-                f"{place} lacks {len(lost)} weights of a {config.model_type} model, such as {lost[0]}"
-            )
+            raise EncoderError(f"{place} lacks {len(lost)} weights of its model, such as {lost[0]}")
         self.place, self.device = place, device
         self.model = model.eval().requires_grad_(False).to(device)
         self.width = model.config.hidden_size
-        self.limit = min(
-            self.tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 10**9)
-        )
+        positions = getattr(model.config, "max_position_embeddings", 10**9)
+        self.limit = min(self.tokenizer.model_max_length, positions)
         # FLUX lets T5 and CLIP see the padding, and so does this; BERT and its kin read padding only behind a mask.
         self.masked = part is None
 
     def __call__(self, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
-        batch = self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        )
+        one_length = {"padding": "max_length", "truncation": True, "max_length": length}
+        batch = self.tokenizer(prompts, **one_length, return_tensors="pt")
         ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
         out = self.model(input_ids=ids, attention_mask=mask if self.masked else None)
         states = out.last_hidden_state.float()
         pooled = getattr(out, "pooler_output", None) if self.has_pooler else None
         if pooled is None:
-            real = mask[
-                ..., None
-            ].float()  # at least one token is real: tokenizers add an end or a start to ""
+            real = mask[..., None].float()  # never all 0: tokenizers add an end or a start to ""
             pooled = (states * real).sum(dim=1) / real.sum(dim=1).clamp_min(1.0)
         return states, pooled.float()
 
@@ -381,10 +368,8 @@ class HuggingFaceText(TextEncoder):
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         tokens, pooled = self.of_tokens(prompts, self.txt_len)
-        if self.of_pooled is not self.of_tokens:
-            _, pooled = self.of_pooled(
-                prompts, min(self.txt_len, self.of_pooled.limit)
-            )  # CLIP reads 77 tokens
+        if self.of_pooled is not self.of_tokens:  # CLIP reads 77 tokens
+            _, pooled = self.of_pooled(prompts, min(self.txt_len, self.of_pooled.limit))
         return tokens, pooled
 
     def cuts(self, prompt: str) -> bool:
@@ -420,8 +405,7 @@ class KLAutoencoder:
         try:
             import diffusers
         except ImportError as error:
-            message = f"auto-encoder {name!r} needs diffusers: pip install diffusers ({error})"
-            raise EncoderError(message) from error
+            raise EncoderError(f"auto-encoder {name!r} needs diffusers: pip install diffusers") from error
         place = (FLUX_VAE if name == "flux" else name).removeprefix("kl:")
         root, inside = locate(place)
         if os.path.isdir(root):
@@ -429,30 +413,19 @@ class KLAutoencoder:
         arguments = {"torch_dtype": precision(device), "use_safetensors": True, "output_loading_info": True}
         arguments["low_cpu_mem_usage"] = False  # True needs the accelerate package
         vae, info = load("auto-encoder", place, diffusers.AutoencoderKL.from_pretrained, **arguments)
-        if info["missing_keys"]:
-            lost = list(info["missing_keys"])
+        if lost := list(info["missing_keys"]):
             raise EncoderError(f"{place} lacks {len(lost)} weights of an auto-encoder, such as {lost[0]}")
         self.name, self.device, self.dtype = canonical(name), device, precision(device)
         self.vae = vae.eval().requires_grad_(False).to(device)
         self.channels = vae.config.latent_channels
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # each level but the last halves the side
         self.shift, self.scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
-        if (
-            not all(isinstance(x, (int, float)) and abs(x) < 1e6 for x in (self.shift, self.scale))
-            or not self.scale
-        ):
-            raise EncoderError(
-                f"{place}: its config.json says scaling_factor {self.scale!r} and shift_factor "
-                f"{self.shift!r}, which must be numbers, the first not 0"
-            )
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> [B, channels, H/factor, W/factor] in fp32; H and W multiples of factor."""
-        if images.shape[-2] % self.factor or images.shape[-1] % self.factor:
-            raise EncoderError(
-                f"picture sides must be multiples of {self.factor}, not {tuple(images.shape[-2:])}"
-            )
+        if any(side % self.factor for side in images.shape[-2:]):
+            raise EncoderError(f"sides must be multiples of {self.factor}, not {tuple(images.shape[-2:])}")
         z = self.vae.encode(images.to(self.device, self.dtype)).latent_dist.mode()
         return (z.float() - self.shift) * self.scale
 
