@@ -19,6 +19,8 @@ import json
 import os
 import posixpath
 import re
+import unicodedata
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +40,7 @@ NEAR = dict.fromkeys(("zip", "gz", "7z", "rar"), "unpack it") | {  # what people
 }
 MAX_PIXELS = 2**26  # 8192 x 8192: a larger picture is refused from its header, before memory is taken for it
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, a warning
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd EXIF data and the like, for each picture
 
 
 class DataError(errors.UserError):
@@ -215,14 +218,18 @@ def entries(name: str, content: bytes, key: str | None) -> list:
         except csv.Error as error:
             raise Unusable(f"not a .csv ({error})") from error
     table = from_json(utf8(content))
-    if isinstance(table, dict):
+    if isinstance(table, dict) and "file_name" not in table:
         return [{"file_name": n} | (v if isinstance(v, dict) else {"text": v}) for n, v in table.items()]
     return table if isinstance(table, list) else [table]
 
 
-def read_table(name: str, content: bytes, key: str | None) -> tuple[dict, dict]:
-    """({picture: captions}, {picture or line: why it is left out}). A picture may have several lines."""
+def read_table(name: str, content: bytes, key: str | None, names: list[str]) -> tuple[dict, dict]:
+    """({picture: captions}, {picture or line: why it is left out}). A picture may have several lines.
+
+    Of `names` a table may have the letters put together otherwise, as where a Mac has been between.
+    """
     captions, left_out = {}, {}
+    known = {unicodedata.normalize("NFC", name): name for name in names}
     for number, entry in enumerate(entries(name, content, key), 1):
         what = f"{name}, entry {number}"
         try:
@@ -234,6 +241,7 @@ def read_table(name: str, content: bytes, key: str | None) -> tuple[dict, dict]:
                 raise Unusable(f"no file_name, but {', '.join(map(str, entry))}")
             picture = entry["file_name"].replace("\\", "/")
             what = posixpath.normpath(posixpath.join(posixpath.dirname(name), picture))
+            what = known.get(unicodedata.normalize("NFC", what), what)
             if None in entry:
                 raise Unusable("more columns than its header: a caption with a comma stands in quotes")
             found = of_entry(entry, key)
@@ -294,7 +302,7 @@ def pair(names: list[str], read: Callable[[str], bytes], key: str | None = None)
         name, *others = sorted(some, key=lambda n: TABLES.index(n.rpartition("/")[2].lower()))
         left_out |= {other: f"beside {name}" for other in others}
         try:
-            found, wrong = read_table(name, read(name), key)
+            found, wrong = read_table(name, read(name), key, names)
         except Unusable as error:
             found, wrong = {}, {name: str(error)}
         captions |= found
@@ -349,6 +357,8 @@ def find(place: Path, key: str | None = None) -> Found:
     """The pictures of a folder with all below, or of a .parquet. Raises DataError where there are none with captions."""
     if not place.exists():
         raise DataError(f"no such folder: {place}")
+    if is_table(place.name):
+        place = place.parent
     folder, names = (place, walk(place)) if place.is_dir() else (place.parent, [place.name])
     if place.is_file() and ending(place.name) != "parquet":
         raise DataError(f"{place} is a file: name the folder that it lies in, a .tar or a .parquet")
@@ -357,7 +367,9 @@ def find(place: Path, key: str | None = None) -> Found:
     def column(name: str):
         table = parquet(folder / name, ("image",))
         if not table.num_columns:
-            raise DataError(f"{folder / name} has no column image; a table of captions is called metadata.parquet")
+            raise DataError(
+                f"{folder / name} has no column image; a table of captions is called metadata.parquet"
+            )
         return table["image"]
 
     def read(name: str) -> bytes:
@@ -373,6 +385,8 @@ def find(place: Path, key: str | None = None) -> Found:
             raise Unusable(f"cannot be read ({error.strerror})") from error
 
     captions, left_out = pair(names, read, key)
+    for name in filter(os.path.isabs, captions):
+        left_out.pop(os.path.relpath(name, folder), None)  # which a table calls by its whole path
     for name in names:
         if ending(name) != "parquet" or is_table(name) or name in left_out:
             continue

@@ -168,6 +168,16 @@ LAYOUTS = {
         {1: ["one"]},
         {},
     ),
+    "metadata.json, an object": (
+        ONE | {"metadata.json": '{"file_name": "1.png", "text": "one"}'},
+        {1: ["one"]},
+        {},
+    ),
+    "letters put together otherwise": (
+        {"cafe\u0301 1.png": png(1), "metadata.csv": "file_name,text\ncaf\u00e9 1.png,one"},
+        {1: ["one"]},
+        {},
+    ),
     "metadata.json by name": (
         TWO | {"metadata.json": '{"1.png": "one", "2.png": {"caption": "two"}}'},
         {1: ["one"], 2: ["two"]},
@@ -311,6 +321,13 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
 def test_folders_that_are_refused_with_the_reason(layout, said, tmp_path):
     with pytest.raises(data.DataError, match=said):
         data.ImageFolder(write(tmp_path, layout, "folder"), 16)
+
+
+def test_ways_to_name_a_folder(tmp_path):
+    """By its table; pictures may be called by their whole paths."""
+    write(tmp_path, TWO | {"metadata.csv": f"file_name,text\n{tmp_path / '1.png'},one\n2.png,two"}, "folder")
+    for place in (tmp_path, tmp_path / "metadata.csv"):
+        assert seen(place, "folder") == ({1: ["one"], 2: ["two"]}, {})
 
 
 def test_names_that_are_no_folder(tmp_path):
