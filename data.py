@@ -286,9 +286,6 @@ class Shapes:
         self.buckets, self.skipped, self.fingerprint = {(size, size): 1.0}, {}, f"{name} {size} {VERSION}"
         self.numbers = 2**62  # no end
 
-    def __len__(self) -> int:
-        raise TypeError("the built-in shapes are endless")
-
     def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
         """(height, width) of sample g."""
         return self.size, self.size
@@ -357,9 +354,6 @@ class ImageFolder:
         if not self.keys:
             raise DataError(f"{folder}: none of its pictures can be used{files.told(self.skipped)}")
 
-    def __len__(self) -> int:
-        return self.numbers
-
     def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
         """(height, width) of sample g."""
         return self.size, self.size
@@ -368,11 +362,11 @@ class ImageFolder:
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The shuffled order of one epoch."""
         # At another size in another order (recipe.Stage.sides)
-        return rng(seed, "epoch", self.size, epoch).permutation(len(self))
+        return rng(seed, "epoch", self.size, epoch).permutation(self.numbers)
 
     def number(self, g: int, seed: int = 0) -> int:
         """Which picture sample g is."""
-        return int(self.order(seed, g // len(self))[g % len(self)])
+        return int(self.order(seed, g // self.numbers)[g % self.numbers])
 
     def caption(self, number: int, seed: int = 0) -> str:
         return self.captions[number][0]
@@ -425,9 +419,6 @@ class WrongCaptions:
             raise DataError(
                 f"{self.name}: all captions are alike, so --wrong-captions has nothing to swap: leave it out"
             )
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
         return self.source.bucket(g, seed)

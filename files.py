@@ -35,6 +35,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # the only decoders of Pillow's
 TEXTS = ("txt", "caption", "json")  # beside a picture; the first that says something counts
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
 KEYS = ("text", "caption", "prompt")
+KEY_HELP = "of captions in tables and .json (default: text, caption or prompt)"
 NEAR = dict.fromkeys(("zip", "gz", "7z", "rar"), "unpack it") | {  # what people have who have no captions
     kind: f"call it metadata.{kind}" for kind in ("csv", "jsonl", "json")
 }

@@ -12,6 +12,7 @@ import torch
 
 import baselines
 import encoders
+import files
 import recipe
 from engine import checkpoint, errors, limits, machine, optimizers
 from model import SIZES
@@ -98,11 +99,7 @@ def what_is_trained(parser: argparse.ArgumentParser) -> None:
         type=errors.name,
         help="folder of the index of tar shards (default: beside the tars)",
     )
-    a(
-        "--caption-key",
-        metavar="NAME",
-        help="of captions in tables and .json (default: text, caption or prompt)",
-    )
+    a("--caption-key", metavar="NAME", help=files.KEY_HELP)
     a("--seed", metavar="N", type=int, default=0, help="of everything random (default: 0)")
     a = parser.add_argument_group("the recipe").add_argument
     a("--steps", metavar="N", type=int, help="iterations")

@@ -345,22 +345,11 @@ class Feed:
 # A look at data
 # ------------------------------------------------------------------------------------------------------------
 def main() -> None:
-    parser = errors.Parser(
-        "-m engine.feed", "Say what data hold, and draw a sheet of samples with their captions."
-    )
+    parser = errors.Parser("-m engine.feed", "Say what data hold, and draw a sheet of samples.")
     a = parser.add_argument
-    a(
-        "--data",
-        nargs="+",
-        type=errors.name,
-        default=["one-shape"],
-        help="as for train.py (default: one-shape)",
-    )
-    a(
-        "--caption-key",
-        metavar="NAME",
-        help="where captions stand in tables and .json (default: text, caption or prompt)",
-    )
+    one = ["one-shape"]
+    a("--data", metavar="DIR", nargs="+", type=errors.name, default=one, help="as for train.py (one-shape)")
+    a("--caption-key", metavar="NAME", help=files.KEY_HELP)
     a("--side", metavar="N", type=int, default=16, help="of the pictures, a multiple of 4 (default: 16)")
     a("--seed", metavar="N", type=int, default=0, help="which pictures (default: 0)")
     a("--out", type=errors.file_to_write, default="data.png", help="the sheet to write (default: data.png)")

@@ -232,9 +232,6 @@ class CachedShards:
                     "use the same encoders, or cache again"
                 )
 
-    def __len__(self) -> int:
-        return int(self.blocks.counts.sum())
-
     def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
         """(height, width) in pixels of sample g, and of its whole block; nothing is read."""
         return self.sides[self.blocks.block(g, seed)[0]]
@@ -313,8 +310,8 @@ def share(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    own = Settings()
     parser = errors.Parser("-m scale.cache TARS OUT", "Encode tar shards once: pictures and captions.")
+    parser.set_defaults(**Settings()._asdict())
     a = parser.add_argument
     a("tars", metavar="TARS", type=errors.name, nargs="+", help="a folder of tars, tars, or ranges of them")
     a("out", metavar="OUT", type=Path, help="the folder of the cache; one that was begun is gone on with")
@@ -323,63 +320,32 @@ def main() -> None:
     a("--txt-len", metavar="N", type=int, help="tokens a caption (default: the encoder's)")
     a("--autoencoder", metavar="SPEC", default="flux", help="frozen auto-encoder (default: flux)")
     a("--fake", action="store_true", help="encode what the auxiliary term needs too (default: off)")
-    a(
-        "--tokens",
-        default=own.tokens,
-        choices=("bf16", "fp32"),
-        help="precision of the tokens (default: bf16)",
-    )
-    a(
-        "--batch-size",
-        metavar="N",
-        type=int,
-        default=own.batch_size,
-        help="the largest to train with (default: 1024)",
-    )
-    a(
-        "--multiple",
-        metavar="N",
-        type=int,
-        default=own.multiple,
-        help="all sides are multiples of it (default: 16)",
-    )
-    a(
-        "--per-shard",
-        metavar="N",
-        type=int,
-        default=own.per_shard,
-        help="samples a cached shard (default: 256)",
-    )
-    a("--encode-batch", metavar="N", type=int, default=own.encode_batch, help="encoded at once (default: 16)")
+    a("--tokens", choices=("bf16", "fp32"), help="precision of the stored tokens (default: bf16)")
+    a("--batch-size", metavar="N", type=int, help="the largest to train with (default: 1024)")
+    a("--multiple", metavar="N", type=int, help="of which all sides are multiples (default: 16)")
+    a("--per-shard", metavar="N", type=int, help="samples a cached shard (default: 256)")
+    a("--encode-batch", metavar="N", type=int, help="pictures encoded at once (default: 16)")
     a(
         "--part",
         metavar="I/N",
         type=share,
         default=(0, 1),
-        help="every N-th shard from the I-th (default: 0/1, all)",
+        help="every N-th shard from the I-th (default: 0/1)",
     )
     a("--index", metavar="DIR", type=errors.name, help="folder of the index (default: beside the tars)")
-    a(
-        "--caption-key",
-        metavar="NAME",
-        help="where captions stand in tables and .json (default: text, caption or prompt)",
-    )
+    a("--caption-key", metavar="NAME", help=files.KEY_HELP)
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     args = parser.parse_args()
     some = (1, 2**20)
     parser.check_ranges(args, side=(1, 2**13), txt_len=(1, 2**12), batch_size=some, multiple=(1, 2**13))
     parser.check_ranges(args, per_shard=some, encode_batch=some)
     device = machine.pick_device(args.device)
-    text = encoders.text_encoder(args.text, args.txt_len, device)
-    settings = Settings(**{name: getattr(args, name) for name in Settings._fields})
-    make(
-        args.tars,
-        args.out,
-        args.side,
-        (text, encoders.autoencoder(args.autoencoder, device)),
-        settings,
-        args.part,
+    both = (
+        encoders.text_encoder(args.text, args.txt_len, device),
+        encoders.autoencoder(args.autoencoder, device),
     )
+    settings = Settings(**{name: getattr(args, name) for name in Settings._fields})
+    make(args.tars, args.out, args.side, both, settings, args.part)
     plan = shard_plan(args.out, checkpoint.read_json(args.out / "cache.json"))
     missing = [path for path, _, _ in plan if not path.exists()]
     print(f"{args.out}: " + (f"{len(missing)} shards are left to the other parts" if missing else "complete"))

@@ -43,6 +43,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 from tqdm import tqdm
@@ -54,6 +55,7 @@ from engine.checkpoint import in_one_piece
 from engine.randomness import rng
 from files import DataError, Unusable
 
+VERSION = 5  # of what an index holds
 HEAD = 2**16  # bytes of a picture that nearly always hold its header
 WIDEST = 2.0  # the largest ratio of two sides; what is wider is cropped to it
 PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how gzip, bzip2, xz and zstd begin
@@ -96,32 +98,25 @@ def read_at(file, offset: int, size: int) -> bytes:
 
 def members(tar: Path, file) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
     """(name -> (offset, size) of the files in a tar, what is left out). Raises DataError naming the tar."""
-    places, skipped = {}, {}
+    places, left_out = {}, {}
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 place = member.offset_data, member.size
                 if member.isreg() and places.setdefault(member.name.removeprefix("./"), place) != place:
-                    skipped[f"{member.name} at byte {member.offset}"] = "a second file of its name"
+                    left_out[f"{member.name} at byte {member.offset}"] = "second file of its name"
             end = archive.offset
-    except (
-        tarfile.TarError,
-        ValueError,
-        OverflowError,
-        OSError,
-    ) as error:  # not all of them are tarfile's own
+    except (tarfile.TarError, ValueError, OverflowError, OSError) as error:
         if read_at(file, 0, 8).startswith(PACKED):
-            raise DataError(
-                f"{tar} is compressed, so that no sample can be read by itself: decompress it (gunzip)"
-            ) from error
+            raise DataError(f"{tar} is compressed, so no sample can be read by itself: gunzip it") from error
         raise DataError(f"{tar} is truncated or not a tar ({error}): fetch or make it again") from error
     if read_at(file, end, 512) != bytes(512):  # tarfile takes a tar cut between two members for a whole one
         raise DataError(
             f"{tar} is truncated or damaged at byte {end}, it has no end mark: fetch or make it again"
         )
     if any(chunk.strip(b"\0") for chunk in iter(functools.partial(file.read, 2**20), b"")):
-        skipped[f"{tar.name} from byte {end} on"] = "behind a tar's end mark, such as a second tar"
-    return places, skipped
+        left_out[f"{tar.name} from byte {end} on"] = "behind a tar's end mark, such as a second tar"
+    return places, left_out
 
 
 def scan(tar: Path, caption_key: str | None = None) -> tuple[np.ndarray, list[bytes], int, dict[str, str]]:
@@ -137,27 +132,26 @@ def scan(tar: Path, caption_key: str | None = None) -> tuple[np.ndarray, list[by
 
         captions, more = files.pair(list(places), read, caption_key)
         left_out |= more
-        rows, texts, at = [], [], 0
+        rows, texts, at, count = [], [], 0, 0
         for name, own in captions.items():
             try:
                 head = read(name, HEAD)
                 try:
-                    width, height = files.upright_size(head)
+                    size = files.upright_size(head)
                 except Unusable:
-                    width, height = files.upright_size(read(name))
+                    size = files.upright_size(read(name))
             except Unusable as error:
                 left_out[name] = str(error)
                 continue
-            text = json.dumps([f"{tar.stem}/{name.rpartition('.')[0]}", *own]).encode()
-            rows.append((*places[name], width, height, at, len(text), zlib.crc32(text, zlib.crc32(head))))
-            texts.append(text)
-            at += len(text)
+            texts.append(json.dumps([f"{tar.stem}/{name.rpartition('.')[0]}", *own]).encode())
+            rows.append((*places[name], *size, at, len(texts[-1]), zlib.crc32(texts[-1], zlib.crc32(head))))
+            at, count = at + len(texts[-1]), count + len(own)
     if not rows:
         raise DataError(
             f"{tar} holds no picture that can be used{files.told(left_out)}; a caption goes in a .txt or, as "
             '"caption" or "text", in a .json of the same name'
         )
-    return np.array(rows, ROW), texts, sum(map(len, captions.values())), left_out
+    return np.array(rows, ROW), texts, count, left_out
 
 
 def index_of(tar: Path, place: Path, caption_key: str | None) -> tuple[np.ndarray, int, dict[str, str]]:
@@ -169,9 +163,7 @@ def index_of(tar: Path, place: Path, caption_key: str | None) -> tuple[np.ndarra
     index, texts = (place.with_name(f"{place.name}.{kind}") for kind in ("index", "captions"))
     if not tar.is_file():
         raise DataError(f"no such tar: {tar}")
-    stamp = json.dumps(
-        [5, tar.stat().st_size, tar.stat().st_mtime_ns, caption_key]
-    )  # 5: version of this format
+    stamp = f"{VERSION} {tar.stat().st_size} {tar.stat().st_mtime_ns}"
     if index.exists() and texts.exists():
         with np.load(index, allow_pickle=False) as stored:
             if str(stored["stamp"]) == stamp:
@@ -184,7 +176,7 @@ def index_of(tar: Path, place: Path, caption_key: str | None) -> tuple[np.ndarra
             np.savez(file, stamp=stamp, rows=rows, captions=captions, left_out=json.dumps(left_out))
     except OSError as error:  # no permission, or a file system that can only be read
         raise DataError(
-            f"cannot write {index} ({error.strerror}): name a folder for the index that can be written (--index)"
+            f"cannot write {index} ({error.strerror}): name a folder that can be (--index)"
         ) from error
     return rows, captions, left_out
 
@@ -192,9 +184,7 @@ def index_of(tar: Path, place: Path, caption_key: str | None) -> tuple[np.ndarra
 # ------------------------------------------------------------------------------------------------------------
 # The index of several
 # ------------------------------------------------------------------------------------------------------------
-TAR = re.compile(
-    r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$"
-)  # compressed ones too, which are refused with the reason
+TAR = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$")  # a compressed one is refused with the reason
 RANGE = re.compile(r"(.*)\{(\d+)\.\.(\d+)\}(.*)")  # {00000..00012}.tar
 
 
@@ -203,30 +193,30 @@ def find_tars(name: str) -> tuple[dict[str, Path], dict[str, str]]:
 
     NAME is a tar, a range of them, or a folder with tars in it or below; of anything else there are none.
     """
-    if match := RANGE.fullmatch(name):
+    tars, packed, pictures = {}, {}, {}
+    if Path(name).is_dir():
+        for below in files.walk(Path(name)):
+            if below.endswith(".tar") and not below.rpartition("/")[2].startswith("."):
+                tars[below.replace("/", "-")] = Path(name, below)
+            elif TAR.search(below):
+                packed[below] = "compressed"
+            elif files.ending(below) in files.PICTURES:
+                pictures[below] = "beside the tars"
+        if packed and not tars and not pictures:
+            return {below: Path(name, below) for below in packed}, {}
+    elif match := RANGE.fullmatch(name):
         before, first, last, after = match.groups()
         names = [f"{before}{n:0{len(first)}}{after}" for n in range(int(first), int(last) + 1)]
-        return {Path(n).name: Path(n) for n in names if TAR.search(n)}, {}
-    if not Path(name).is_dir():
-        return {Path(name).name: Path(name)} if TAR.search(name) else {}, {}
-    names = [n for n in files.walk(Path(name)) if not n.rpartition("/")[2].startswith(".")]
-    tars, packed = (
-        [n for n in names if n.endswith(".tar") == whole and TAR.search(n)] for whole in (True, False)
-    )
-    pictures = [n for n in names if files.ending(n) in files.PICTURES]
-    if not tars and not pictures:
-        tars, packed = packed, []
-    beside = dict.fromkeys(packed, "compressed") | dict.fromkeys(pictures, "beside the tars")
-    return {n.replace("/", "-"): Path(name, n) for n in tars}, beside
+        tars = {Path(n).name: Path(n) for n in names if TAR.search(n)}
+    elif TAR.search(name):
+        tars = {Path(name).name: Path(name)}
+    return tars, packed | pictures
 
 
 def read_index(
-    names: str | Path | Sequence,
-    index_folder: str | None = None,
-    caption_key: str | None = None,
-    workers: int = 1,
+    names: str | Path | Sequence, folder: str | None = None, caption_key: str | None = None, workers: int = 1
 ) -> Index:
-    """The index of all tars that `names` mean, kept in index_folder, by default beside the tars.
+    """The index of all tars that `names` mean, kept in a folder of its own, or (None) beside the tars.
 
     Raises DataError for the first tar that cannot be used. Processes that start together on tars without an index each
     read them all, so run the report command before a long run.
@@ -239,21 +229,20 @@ def read_index(
         if not found and not Path(name).exists():
             raise DataError(f"no such folder: {name}")
         if not found:
-            raise DataError(
-                f"{name} holds no .tar: python -m scale.shards pack makes some of a folder of pictures"
-            )
+            raise DataError(f"{name} holds no .tar: python -m scale.shards pack makes some of pictures")
         tars |= found
         skipped |= beside
-    if index_folder is not None:
-        Path(index_folder).mkdir(parents=True, exist_ok=True)
-    places = [tar if index_folder is None else Path(index_folder, label) for label, tar in tars.items()]
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    places = [tar if folder is None else Path(folder, label) for label, tar in tars.items()]
+    if caption_key:  # an index of its own, as another run may be reading the other one
+        places = [place.with_name(f"{place.name}.{quote(caption_key, safe='')}") for place in places]
     one = functools.partial(index_of, caption_key=caption_key)
-    with (
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-        if workers > 1
-        else contextlib.nullcontext() as pool
-    ):
-        parts = (pool.map if pool else map)(one, tars.values(), places)
+    with contextlib.ExitStack() as stack:
+        each = map
+        if workers > 1:
+            each = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn"))).map
+        parts = each(one, tars.values(), places)
         parts = list(tqdm(parts, total=len(tars), desc="indexing", unit=" tars", leave=False, disable=None))
     for label, (_, _, left_out) in zip(tars, parts):
         skipped |= {f"{label.removesuffix('.tar')}/{name}": why for name, why in left_out.items()}
@@ -289,9 +278,7 @@ def bucket_sides(side: int, multiple: int = 16) -> list[tuple[int, int]]:
     return sorted(sides, key=lambda bucket: bucket[1] / bucket[0])
 
 
-def choose_buckets(
-    rows: np.ndarray, buckets: list, smallest: int
-) -> tuple[list[tuple[int, int]], np.ndarray]:
+def choose_buckets(rows: np.ndarray, buckets: list, smallest: int) -> tuple[list, np.ndarray]:
     """(the buckets in use, [N] which of them each picture belongs to), by the nearest log aspect ratio.
 
     A bucket with fewer than `smallest` pictures is given up, the emptiest first, and its pictures go to their next
@@ -407,9 +394,6 @@ class Shards:
             state.update(part.tobytes())
         self.fingerprint = state.hexdigest()
 
-    def __len__(self) -> int:
-        return self.numbers
-
     def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
         """(height, width) of sample g, and of its whole block; nothing is read."""
         return self.sides[self.blocks.block(g, seed)[0]]
@@ -499,37 +483,28 @@ def pack(folder: str, out: str | Path, per_shard: int = 1000, caption_key: str |
     folder, out = Path(folder), Path(out)
     if out.exists():
         raise DataError(f"{out} exists: choose a new folder for the shards")
-    found, number = files.find(folder, caption_key), 0
+    found, kinds = files.find(folder, caption_key), {}
+    for name in sorted(found.captions):
+        try:
+            kinds[name] = files.opened(found.read(name), decode=False).format.lower()
+        except Unusable as error:
+            found.left_out[name] = str(error)
+    if not kinds:
+        raise DataError(f"{folder}: none of its pictures can be packed{files.told(found.left_out)}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}-") as place,
-        contextlib.ExitStack() as stack,
-    ):
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}-") as place:
         partial = Path(place, "tars")
         partial.mkdir()
-        for name in sorted(found.captions):
-            try:
-                content = found.read(name)
-                suffix = files.opened(content, decode=False).format.lower()
-            except Unusable as error:
-                found.left_out[name] = str(error)
-                continue
-            shard, i = divmod(number, per_shard)
-            if i == 0:
-                stack.close()  # the tar before
-                archive = tarfile.open(partial / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT)
-                stack.enter_context(archive)
-            entry = json.dumps({"caption": found.captions[name], "file_name": name})
-            for ending, content in ((suffix, content), ("json", entry.encode())):
-                member = tarfile.TarInfo(f"{shard:05d}{i:04d}.{ending}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-            number += 1
-        if not number:
-            raise DataError(f"{folder}: none of its pictures can be packed{files.told(found.left_out)}")
-        stack.close()
+        for shard in range(-(-len(kinds) // per_shard)):
+            with tarfile.open(partial / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+                for i, name in enumerate(list(kinds)[shard * per_shard : (shard + 1) * per_shard]):
+                    entry = json.dumps({"caption": found.captions[name], "file_name": name})
+                    for kind, content in ((kinds[name], found.read(name)), ("json", entry.encode())):
+                        member = tarfile.TarInfo(f"{shard:05d}{i:04d}.{kind}")
+                        member.size = len(content)
+                        archive.addfile(member, io.BytesIO(content))
         os.replace(partial, out)
-    return f"packed {number:,} pictures of {folder}{files.told(found.left_out)}"
+    return f"packed {len(kinds):,} pictures of {folder}{files.told(found.left_out)}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -537,36 +512,18 @@ def pack(folder: str, out: str | Path, per_shard: int = 1000, caption_key: str |
 # ------------------------------------------------------------------------------------------------------------
 def main() -> None:
     parser = errors.Parser(
-        "-m scale.shards pack FOLDER OUT, or report TARS", "Make tar shards, or say what they hold."
+        "-m scale.shards", "pack FOLDER OUT makes tar shards; report TARS says what they hold."
     )
     a = parser.add_argument
-    a(
-        "what",
-        choices=("pack", "report"),
-        help="make tars of a folder of captioned pictures, or index tars and count",
-    )
-    a(
-        "folder",
-        type=errors.name,
-        help="pictures with captions to pack; a folder of tars, or a tar, to report on",
-    )
+    a("what", choices=("pack", "report"))
+    a("folder", type=errors.name, help="captioned pictures to pack; tars to report on")
     a("out", type=errors.name, nargs="?", help="a new folder for the tars")
     a("--per-shard", metavar="N", type=int, default=1000, help="pictures a tar (default: 1000)")
-    a(
-        "--sides",
-        metavar="N",
-        type=int,
-        nargs="+",
-        default=[256, 512],
-        help="stages to show (default: 256 512)",
-    )
+    sides = [256, 512]
+    a("--sides", metavar="N", type=int, nargs="+", default=sides, help="stages to show (default: 256 512)")
     a("--multiple", metavar="N", type=int, default=16, help="of which all sides are multiples (default: 16)")
     a("--index", metavar="DIR", type=errors.name, help="folder of the index (default: beside the tars)")
-    a(
-        "--caption-key",
-        metavar="NAME",
-        help="where captions stand in tables and .json (default: text, caption or prompt)",
-    )
+    a("--caption-key", metavar="NAME", help=files.KEY_HELP)
     a("--workers", metavar="N", type=int, default=1, help="processes that read the tars (default: 1)")
     a("--skipped", action="store_true", help="name all that is left out with its reason (default: off)")
     args = parser.parse_args()
@@ -581,9 +538,8 @@ def main() -> None:
         bucket_sides(side, args.multiple)  # refused before the tars are read
     index = read_index([args.folder], args.index, args.caption_key, args.workers)
     print(f"{args.folder}: {tell(index)}", *report(index, args.sides, args.multiple), sep="\n")
-    if args.skipped:
-        for name, why in index.skipped.items():
-            print(f"  {files.printable(name)}: {why}")
+    for name, why in index.skipped.items() if args.skipped else ():
+        print(f"  {files.printable(name)}: {why}")
 
 
 if __name__ == "__main__":

@@ -236,7 +236,7 @@ def seen(place: Path, kind: str, key=None) -> tuple[dict, dict]:
         found = {picture.max() // 10: own for picture, own in zip(source.pictures, source.captions)}
         return found, source.skipped
     source = shards.Shards(place, 16, 1, caption_key=key)
-    samples = [source.picture(0, i) for i in range(len(source))]
+    samples = [source.picture(0, i) for i in range(source.numbers)]
     skipped = {name.removeprefix("t/"): why for name, why in source.skipped.items()}
     if "2" in skipped:  # what is found in decoding is called by its key
         skipped["2.png"] = skipped.pop("2")

@@ -94,7 +94,7 @@ def test_the_index_is_made_once_and_again_for_a_tar_that_changed(tmp_path, monke
     write_tar(tar, {"x.png": picture((50, 20)), "x.txt": b"new"})
     os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # another size at the same time
     source = shards.Shards(tmp_path / "t", 32, 1)
-    assert scanned[3:] == ["00001.tar"] * 2 and len(source) == 21 and source.text(10) == ["00001/x", "new"]
+    assert scanned[3:] == ["00001.tar"] * 2 and source.numbers == 21 and source.text(10) == ["00001/x", "new"]
     assert not list(tmp_path.rglob("*.partial"))
 
 
@@ -370,7 +370,7 @@ def test_a_picture_that_breaks_in_decoding_is_replaced_by_the_next_of_its_bucket
     }
     write_tar(tmp_path / "a.tar", members | {f"{i}.txt": b"x" for i in range(8)})
     source, other = shards.Shards(tmp_path, 64, 4), shards.Shards(tmp_path, 64, 4)
-    assert len(source) == 8 and not source.skipped
+    assert source.numbers == 8 and not source.skipped
     once = [source.sample(g).key for g in range(16)]
     assert once == list(reversed([other.sample(g).key for g in range(15, -1, -1)]))
     # Two epochs: 3 is replaced by 5, and 6 by the first of its bucket, 0
