@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import files
-from engine.randomness import rng
+from rng import rng
 from files import DataError
 
 

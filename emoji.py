@@ -46,7 +46,7 @@ from PIL import Image
 import data
 import files
 from engine import checkpoint, errors
-from engine.randomness import rng
+from rng import rng
 
 TILES = Path(__file__).parent / "emoji-tiles" / "tiles.npz"
 TILE = 64  # pixels a side, the size of the smaller originals; pictures of other sides are made from these

@@ -1,8 +1,8 @@
 """The training objective of Self-E: the equations of Sec. 2, Sec. 3 and S.1-S.2, one function each. Only the network's
-(Eq. 6, s.9, s.10: model.py) and the sampler's (Eq. 22: sampler.py) are elsewhere.
+(s.9, s.10: model.py) and the sampler's (Eq. 22: sampler.py) are elsewhere.
 
     loss = losses.SelfE(network, ema)                       # one nn.Module, so DDP sees a single forward
-    value, stats = loss(x0, c, null, fake, is_null, losses.draw(seed, step, index, x0.shape[1:]), tau=1.0, aux=False)
+    value, stats = loss(x0, c, null, fake, is_null, losses.draw(seed, step, index, x0.shape[1:]), tau=1.0, mu=0.41)
 
 The functions work on tensors of any trailing shape: [B, ...] pictures, latents or points in 2-D, times [B].
 The 2-D toy and the 2B model run these very lines.
@@ -13,7 +13,7 @@ Symbols, as in the paper                                                        
     x_t         [B, ...]  (1 - t) x0 + t eps                                                        2
     c, null     tuples    the condition and the null prompt phi: tensors with leading dimension B   3
     fake        tuple     c_fake, the prompt with "fake image" before it                            S.1.2
-    V, G                  the network's output, and the prediction x_t - t V (Eq. 6, `model.G`)     2, 3
+    V, G                  the network's output, and the prediction x_t - t V (Eq. 6)                2, 3
     x0_hat      [B, ...]  G(x_t, t, s, c), the model's prediction of x0                             3
     x_s_hat     [B, ...]  x0_hat, noised again to time s                                            3.2
     G_c, G_null, G_fake   G(x_s_hat, s, s, .) for the prompts c, null and fake                      S.1.2
@@ -30,15 +30,14 @@ Symbols, as in the paper                                                        
     k           scalar    the share of the classifier term in Delta, 0.9                            S.1.2
 """
 
-import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.randomness import rng
-from model import G
+from rng import rng
 
 
 def like(t: Tensor, x: Tensor) -> Tensor:
@@ -46,9 +45,9 @@ def like(t: Tensor, x: Tensor) -> Tensor:
     return t.view(-1, *[1] * (x.dim() - 1))
 
 
-def rows(positions: Tensor, x: Tensor | tuple) -> Tensor | tuple:
-    """The rows of x at `positions` [n], [B, ...] -> [n, ...]; of a condition, those of each of its tensors."""
-    return tuple(a[positions] for a in x) if isinstance(x, tuple) else x[positions]
+def rows(condition: tuple, positions: Tensor) -> tuple:
+    """The rows at `positions` [n] of each tensor of a condition: [B, ...] -> [n, ...]."""
+    return tuple(a[positions] for a in condition)
 
 
 def squared_norm(x: Tensor) -> Tensor:
@@ -62,12 +61,22 @@ def squared_norm(x: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Eq. 1      x_t = alpha_t x0 + sigma_t eps,   (alpha_t, sigma_t) = (1 - t, t)
+# Eq. 1      x_t = alpha_t x0 + sigma_t eps,   (alpha_t, sigma_t) = (1 - t, t): the noise path, defined here alone
 # Eq. 8      the same line makes x_s ~ p_theta(x_s | c) from a generated x0_hat: x_s_hat = alpha_s x0_hat + sigma_s eps
 # ------------------------------------------------------------------------------------------------------------
+def alpha(t):
+    """The share of the data in x_t. t is a tensor or a number in [0, 1]."""
+    return 1 - t
+
+
+def sigma(t):
+    """The standard deviation of the noise in x_t. t is a tensor or a number in [0, 1]."""
+    return t
+
+
 def add_noise(x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """x0 and eps [B, ...], t [B] -> x_t [B, ...]."""
-    return (1 - like(t, x0)) * x0 + like(t, x0) * eps
+    return like(alpha(t), x0) * x0 + like(sigma(t), x0) * eps
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -92,6 +101,18 @@ def cfm_loss(V: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
 def one_step_estimate(x_t: Tensor, t: Tensor, V: Tensor) -> Tensor:
     """The naive one-step estimate of x0: the posterior mean, a blend of all pictures that x_t could come from."""
     return x_t - like(t, x_t) * V
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Eq. 6      x0_hat = G(x_t, t, s, c) = x_t - t V(x_t, t, s, c): the same line, for a network that is told s too
+# ------------------------------------------------------------------------------------------------------------
+def G(V: Callable, x_t: Tensor, t: Tensor, s: Tensor, c: tuple) -> Tensor:
+    """The sample head: the clean sample [B, ...] that the network V predicts from x_t (Sec. 3).
+
+    V is any callable V(x_t, t, s, *c) -> tensor like x_t; x_t is [B, ...] of any trailing shape, t and s are [B], c is a
+    tuple of tensors with leading dimension B. At t = 0 the prediction is x_t itself.
+    """
+    return one_step_estimate(x_t, t, V(x_t, t, s, *c))
 
 
 # ============================================================================================================
@@ -127,7 +148,7 @@ def reverse_kl_direction(score_p: Tensor, score_q: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------
 def score_from_mean(mean: Tensor, x_s: Tensor, s: Tensor) -> Tensor:
     """The score of the noisy distribution at time s > 0 from its posterior mean of x0."""
-    return ((1 - like(s, x_s)) * mean - x_s) / like(s, x_s) ** 2
+    return (like(alpha(s), x_s) * mean - x_s) / like(sigma(s), x_s) ** 2
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -135,7 +156,7 @@ def score_from_mean(mean: Tensor, x_s: Tensor, s: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------
 def mean_from_score(score: Tensor, x_s: Tensor, s: Tensor) -> Tensor:
     """The posterior mean of x0 from the score at time s < 1."""
-    return (x_s + like(s, x_s) ** 2 * score) / (1 - like(s, x_s))
+    return (x_s + like(sigma(s), x_s) ** 2 * score) / like(alpha(s), x_s)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -144,7 +165,7 @@ def mean_from_score(score: Tensor, x_s: Tensor, s: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------
 def mean_gap(score_a: Tensor, score_b: Tensor, s: Tensor) -> Tensor:
     """The gap between two posterior means, from the gap between the two scores (s < 1)."""
-    return like(s, score_a) ** 2 / (1 - like(s, score_a)) * (score_a - score_b)
+    return like(sigma(s) ** 2 / alpha(s), score_a) * (score_a - score_b)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -183,9 +204,9 @@ def self_evaluation(G_null: Tensor, G_c: Tensor, G_fake: Tensor | None = None, k
 def pseudo_target(x0_hat: Tensor, Delta: Tensor) -> Tensor:
     """The model's prediction, corrected by its own evaluation. No gradient flows through it.
 
-    Delta is without gradient already. If x0_hat here were not, x0_hat - x_self in Eq. 15 would be Delta itself, a
-    constant, and the loss would have no gradient at all. As it is, the gradient is 2 Delta; steps against it lead to
-    x_self.
+    In Eq. 15 that is everything: with gradient, x0_hat - x_self would be Delta, a constant, and nothing would be
+    learned. In Eq. 18 and 20, which train, the gradient 2 (x0_hat - target) would change its length and, behind the
+    normalisation, its direction.
     """
     return (x0_hat - Delta).detach()
 
@@ -227,18 +248,18 @@ def fake_loss(V_fake: Tensor, x0_hat: Tensor, eps: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------
 def lam(t: Tensor, s: Tensor) -> Tensor:
     """lambda_{s,t} >= 0, [B]: zero where s = t < 1, infinite at t = 1 (s < t). The targets use `mix_weight` instead."""
-    return (t - s) / ((1 - t) * (1 - s))
+    return (t - s) / (alpha(t) * alpha(s))
 
 
-def mix_weight(t: Tensor, s: Tensor, scale: float = 1.0) -> Tensor:
+def mix_weight(t: Tensor, s: Tensor) -> Tensor:
     """mix = lam / (1 + lam) in [0, 1], [B], the share of x_self in Eq. 18; finite everywhere, also at t = 1.
 
     The paper leaves open what happens as t -> 1, where lam diverges. Eq. 19 does not depend on the scale of its
     argument, so x0 + lam x_self may be divided by 1 + lam. Then the target is a convex mix, whose weight has the limit
-    1. Where s = t the weight is 0, at s = t = 1 too. `scale` multiplies lam (1 is the paper).
+    1. Where s = t the weight is 0, at s = t = 1 too.
     """
-    gap = scale * (t - s)
-    return torch.where(gap > 0, gap / (gap + (1 - t) * (1 - s)).clamp_min(torch.finfo(t.dtype).tiny), 0.0)
+    gap = t - s
+    return torch.where(gap > 0, gap / (gap + alpha(t) * alpha(s)).clamp_min(torch.finfo(t.dtype).tiny), 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -255,7 +276,7 @@ def hybrid_loss(x0_hat: Tensor, x0: Tensor, x_self: Tensor, lam: Tensor) -> Tens
 # ------------------------------------------------------------------------------------------------------------
 def implicit_target(x0: Tensor, x_self: Tensor, mix: Tensor) -> Tensor:
     """The point at which the gradient of Eq. 16 vanishes. mix [B] is `mix_weight`."""
-    return (1 - like(mix, x0)) * x0 + like(mix, x0) * x_self
+    return like(1 - mix, x0) * x0 + like(mix, x0) * x_self
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -366,19 +387,13 @@ class SelfE(nn.Module):
 
     network        V(x_t, t, s, *c), trained. It also gives the unconditional and the fake branch ("online").
     ema            its moving average, gives the conditional branch (S.2). Only evaluated, never trained here.
-    mu             shift of the distribution of t (s.12)
     target         "renorm" Eq. 20 | "tar" Eq. 18 as target, no normalisation | "sum" Eq. 16 to the letter
     k              weight of the classifier term once the auxiliary term is on (S.1.2)
     delta_scale    multiplies Delta; 1 is the paper, 0 the control that keeps Eq. 19 and has nothing to say about x0_hat
-    lam_scale      multiplies lambda; 1 is the paper
-    lam_s          the second time that lambda sees, as a function of (t, s); None is the paper: s itself (cf. S.3.1)
-    null_target    what a null prompt learns at s < t (the paper does not say; guidance needs a null branch that follows
-                   the data): "data" x0, and once the auxiliary term is on as "renorm"
-                   "renorm" Eq. 19 with its own Delta, which is 0 without the auxiliary term
     unconditional  the network of the null branch; None is the paper: `network`
 
     `forward` is the paper's step and reads from top to bottom. What the ablations and the auxiliary term change stands
-    in the methods below it: Delta (`self_evaluate`, with the branches of `evaluate`), its share of the target (`mix`),
+    in the methods below it: Delta (`self_evaluate`, with the branches of `evaluate`), its share of the target (`weigh`),
     and what is regressed on (`regress`).
 
     At s = 0 there is nothing to evaluate: G(x, 0, 0, .) is x itself for every prompt (Eq. 6), so Delta is exactly 0;
@@ -386,27 +401,12 @@ class SelfE(nn.Module):
     on what the network learns at larger s (Delta falls as s^2).
     """
 
-    def __init__(
-        self,
-        network,
-        ema,
-        *,
-        mu=0.0,
-        target="renorm",
-        k=0.9,
-        delta_scale=1.0,
-        lam_scale=1.0,
-        lam_s=None,
-        null_target="data",
-        unconditional=None,
-    ):
+    def __init__(self, network, ema, *, target="renorm", k=0.9, delta_scale=1.0, unconditional=None):
         super().__init__()
-        if target not in ("renorm", "tar", "sum") or null_target not in ("data", "renorm"):
-            raise ValueError(f"unknown target {target!r} or null_target {null_target!r}")
+        if target not in ("renorm", "tar", "sum"):
+            raise ValueError(f"unknown target {target!r}")
         self.network, self.ema, self.unconditional = network, ema, unconditional or network
-        self.mu, self.target, self.null_target = mu, target, null_target
-        self.k, self.delta_scale, self.lam_scale = k, delta_scale, lam_scale
-        self.lam_s = lam_s or (lambda t, s: s)
+        self.target, self.k, self.delta_scale = target, k, delta_scale
 
     def forward(
         self,
@@ -417,36 +417,36 @@ class SelfE(nn.Module):
         is_null: Tensor,
         draws: Draws,
         tau: float,
+        mu: float,
         aux: bool = False,
     ) -> tuple[Tensor, dict]:
         """The loss of one micro-batch, per value of x0, and what one wants to watch.
 
         x0 [B, ...] fp32; c, null, fake tuples of tensors with leading dimension B (fake is read only with aux);
-        is_null [B] bool, where the prompt was dropped or is empty; tau in [0, 1] (s.13); aux switches the auxiliary
-        term on. Returns the scalar loss and a dict of detached tensors: t, s, loss [B]; where some s < t delta_norm and
-        mix [n], with aux fake_loss [n]; n is the number of positions in draws.below.
+        is_null [B] bool, where the prompt was dropped or is empty; tau in [0, 1] (s.13) and mu (s.12) shape the
+        distribution of (t, s); aux switches the auxiliary term on. Returns the scalar loss and a dict of detached
+        tensors: t, s, loss [B]; where some s < t delta_norm and mix [n], with aux fake_loss [n]; n is the number of
+        positions in draws.below.
         """
-        t, s = sample_times(draws.z, draws.u, draws.below, self.mu, tau)  # [B] s.11-s.13
+        t, s = sample_times(draws.z, draws.u, draws.below, mu, tau)  # [B] s.11-s.13
         x_t = add_noise(x0, t, draws.eps)  # [B, ...] Eq. 1
         x0_hat = G(self.network, x_t, t, s, c)  # [B, ...] Eq. 6: the only pass with gradient, but for s.8
-        loss, loss_fake = data_loss(x0_hat, x0), t.new_zeros(len(draws.below))  # [B] Eq. 7, [n] s.8
+        loss = data_loss(x0_hat, x0)  # [B] Eq. 7
         D = (
             x0[0].numel()
         )  # the paper sums over values; the mean differs by a constant and reads the same at every size
         stats = {"t": t, "s": s}
 
-        if len(draws.below):  # flow matching has no s < t
-            j = functools.partial(rows, draws.below)  # the half with s < t
-            t_j, s_j, x0_j, x0_hat_j, is_null_j = map(j, (t, s, x0, x0_hat, is_null))
-            prompts = j(c), j(null), j(fake) if aux else None
+        half = draws.below  # [n] the positions with s < t; flow matching has none
+        loss_fake = t.new_zeros(len(half))  # [n] s.8
+        if len(half):
+            prompts = rows(c, half), rows(null, half), rows(fake, half) if aux else None
             Delta, loss_fake = self.self_evaluate(
-                x0_hat_j, s_j, *prompts, is_null_j, j(draws.eps_s)
+                x0_hat[half], s[half], *prompts, is_null[half], draws.eps_s[half]
             )  # Eq. 8, s.6
-            x_self = pseudo_target(x0_hat_j, Delta)  # [n, ...] Eq. 14
-            mix = self.mix(t_j, s_j, is_null_j, aux)  # [n] Eq. 17
-            loss = loss.index_put(
-                (draws.below,), self.regress(x0_hat_j, x0_j, x_self, mix)
-            )  # [n] of [B] Eq. 18-20
+            x_self = pseudo_target(x0_hat[half], Delta)  # [n, ...] Eq. 14
+            mix = self.weigh(t[half], s[half], is_null[half], aux)  # [n] Eq. 17
+            loss = loss.index_put((half,), self.regress(x0_hat[half], x0[half], x_self, mix))  # Eq. 18-20
             stats |= {"mix": mix, "delta_norm": (squared_norm(Delta) / D).sqrt()}
             stats |= {"fake_loss": loss_fake.detach() / D} if aux else {}
 
@@ -493,12 +493,14 @@ class SelfE(nn.Module):
         # other prompts S.2 asks for the two networks, and the same noise is a part of their Delta.
         return torch.where(like(is_null, G_c), G_null, G_c), G_null
 
-    def mix(self, t: Tensor, s: Tensor, is_null: Tensor, aux: bool) -> Tensor:
-        """The share of x_self in the target, lam / (1 + lam), [n]."""
-        mix = mix_weight(t, self.lam_s(t, s), self.lam_scale)
-        if self.null_target == "data" and not aux:
-            mix = torch.where(is_null, 0.0, mix)  # a plain data target for the null prompt, at every (t, s)
-        return mix
+    def weigh(self, t: Tensor, s: Tensor, is_null: Tensor, aux: bool) -> Tensor:
+        """The share of x_self in the target, [n]: Eq. 17's, and for the null prompt 0 at every (t, s).
+
+        The paper does not say what the null prompt learns at s < t. Guidance needs a null branch that follows the data.
+        Once the auxiliary term is on, there is a Delta for the null prompt too, so it learns from that.
+        """
+        mix = mix_weight(t, s)
+        return mix if aux else torch.where(is_null, 0.0, mix)
 
     def regress(self, x0_hat: Tensor, x0: Tensor, x_self: Tensor, mix: Tensor) -> Tensor:
         """The loss of the samples with s < t, [n]: Eq. 20, or one of Table 2's ablations of it."""

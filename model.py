@@ -2,7 +2,7 @@
 
     import model
     V = model.Denoiser(**model.SIZES["laptop"])        # v = V(x_t, t, s, txt, vec)
-    x0_hat = model.G(V, x_t, t, s, (txt, vec))         # Eq. 6
+    x0_hat = losses.G(V, x_t, t, s, (txt, vec))        # Eq. 6
     python model.py                                    # prints the size table with parameter and FLOP counts
 
 Symbols, as in the paper
@@ -67,18 +67,6 @@ SIZES = {
         vec_dim=768,
     ),
 }
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Eq. 6      x0_hat = G(x_t, t, s, c) = x_t - t V(x_t, t, s, c)
-# ------------------------------------------------------------------------------------------------------------
-def G(V, x_t: Tensor, t: Tensor, s: Tensor, cond: tuple) -> Tensor:
-    """The sample head: the clean sample that the network V predicts from x_t (Eq. 6).
-
-    V is any callable V(x_t, t, s, *cond) -> tensor like x_t; x_t is [B, ...] of any trailing shape, t and s are [B],
-    and cond is a tuple of tensors with leading dimension B. At t = 0 the prediction is x_t itself.
-    """
-    return x_t - t.view(-1, *[1] * (x_t.dim() - 1)) * V(x_t, t, s, *cond)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -228,11 +216,12 @@ class DoubleBlock(nn.Module):
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        for stream in ("img", "txt"):
-            self.add_module(f"{stream}_mod", Modulation(width, 6))
-            self.add_module(f"{stream}_attn", SelfAttention(width, heads))
-            mlp = nn.Sequential(nn.Linear(width, 4 * width), GELU(), nn.Linear(4 * width, width))
-            self.add_module(f"{stream}_mlp", mlp)
+        self.img_mod = Modulation(width, 6)
+        self.img_attn = SelfAttention(width, heads)
+        self.img_mlp = nn.Sequential(nn.Linear(width, 4 * width), GELU(), nn.Linear(4 * width, width))
+        self.txt_mod = Modulation(width, 6)
+        self.txt_attn = SelfAttention(width, heads)
+        self.txt_mlp = nn.Sequential(nn.Linear(width, 4 * width), GELU(), nn.Linear(4 * width, width))
 
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = self.img_mod(vec)

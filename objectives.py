@@ -5,19 +5,17 @@
 
 To add one, write its module, give it an entry here, and a row in experiments/rows.ROWS. The module is called as
 
-    loss, stats = module(x0, c, null, fake, is_null, draws, tau, aux)
+    loss, stats = module(x0, c, null, fake, is_null, draws, tau, mu, aux)
 
-stats holds what engine/monitor.py watches: t, s and loss, one value per sample (IMM: per group), all detached. A
-module with an attribute `mu` has it set to the shift of each batch's picture size (s.12).
+stats holds what engine/monitor.py watches: t, s and loss, one value per sample (IMM: per group), all detached.
 """
 
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import baselines
 import losses
-from peers import meanflow, shortcut, tim
+from peers import imm, meanflow, shortcut, tim
 
 
 class Objective(NamedTuple):
@@ -42,7 +40,7 @@ class Objective(NamedTuple):
     derives: bool = (
         False  # the target holds a time derivative of the network: exact, or a difference that needs fp32
     )
-    trajectory: Callable | None = None  # its own sampler, like baselines.trajectory; None: sampler.trajectory
+    trajectory: Callable | None = None  # its own sampler, like imm.trajectory; None: sampler.trajectory
 
 
 def self_e(network, ema, flags) -> losses.SelfE:
@@ -57,9 +55,7 @@ def mean_flow(network, ema, flags, improved: bool) -> meanflow.MeanFlow:
     return meanflow.MeanFlow(network, flags.train_guidance, improved, flags.derivative, flags.loss_power)
 
 
-FLOW_MAP = functools.partial(
-    baselines.trajectory, start=1.0
-)  # x_s = x_t - (t - s) V, from t = 1 in equal steps
+FLOW_MAP = functools.partial(imm.trajectory, start=1.0)  # x_s = x_t - (t - s) V, from t = 1 in equal steps
 
 OBJECTIVES = {
     "self_e": Objective(
@@ -72,12 +68,12 @@ OBJECTIVES = {
         self_e, functools.partial(losses.draw, p_equal=1.0), forwards=3.0, s_rules=(1.0,)
     ),
     "imm": Objective(
-        lambda network, ema, flags: baselines.IMM(network, flags.imm_k),
-        baselines.draw,
+        lambda network, ema, flags: imm.IMM(network, flags.imm_k),
+        imm.draw,
         forwards=4.0,
-        group=baselines.M,
+        group=imm.M,
         flags=("imm_k",),
-        trajectory=baselines.trajectory,
+        trajectory=imm.trajectory,
     ),
     "shortcut": Objective(
         lambda network, ema, flags: shortcut.Shortcut(network, ema, flags.train_guidance),

@@ -31,7 +31,7 @@ import model
 import objectives
 import sampler
 from engine import checkpoint, errors, limits, machine
-from engine.randomness import normal
+from rng import normal
 
 STEP_COUNTS = (1, 2, 4, 8, 50)  # of picture grids and tables
 SHEET = 2**28  # most pixels of a sheet, 0.8 GB

@@ -2,20 +2,19 @@
 
     x = sampler.sample(V, noise, cond, null, steps=4, draw_noise=lambda k: torch.randn_like(noise))
 
-One update serves every sampler of the paper, from (x_t, x0_hat) at time t to the next time of the grid. Here and in
-`update` that time is called s, as in q(x_s | x_t, x0); in `predict` s is the network's second time, s_k below.
+One update serves every sampler of the paper, from (x_t, x0_hat) at time t to the next time of the grid, t':
 
-    x_s = alpha_s x0_hat + sqrt(sigma_s^2 - std^2) eps_hat + std * fresh noise
+    x_t' = alpha_t' x0_hat + sqrt(sigma_t'^2 - std^2) eps_hat + std * fresh noise
     eps_hat = (x_t - alpha_t x0_hat) / sigma_t
 
     choice            std                                                      what it is
     eta = 0           0                                                        Eq. 22, the deterministic (DDIM) step
-    eta = 1           sigma_s sqrt(1 - (alpha_t sigma_s / (alpha_s sigma_t))^2)  exact q(x_s | x_t, x0_hat): the paper
+    eta = 1           sigma_t' sqrt(1 - (alpha_t sigma_t' / (alpha_t' sigma_t))^2)  exact q(x_t' | x_t, x0_hat): the paper
     0 < eta < 1       eta times that                                           in between
-    eta = "renoise"   sigma_s                                                  Eq. 8: forget x_t, noise x0_hat anew
-    at s = 0          0                                                        every choice returns x0_hat itself
+    eta = "renoise"   sigma_t'                                                 Eq. 8: forget x_t, noise x0_hat anew
+    at t' = 0         0                                                        every choice returns x0_hat itself
 
-From t = 1 (alpha_t = 0), eta = 1 has std = sigma_s. Then none of the old noise is kept: x_s is x0_hat, noised anew.
+From t = 1 (alpha_t = 0), eta = 1 has std = sigma_t'. Then none of the old noise is kept: x_t' is x0_hat, noised anew.
 
 s_k, the network's second time (S.3.1), lies the fraction s_rule of the way back from t_{k+1} to t_k:
 
@@ -31,7 +30,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from losses import one_step_estimate, renormalise, warp
+from losses import G, alpha, one_step_estimate, renormalise, sigma, warp
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -52,6 +51,19 @@ def energy_preserving(guided: Tensor, conditional: Tensor) -> Tensor:
     return renormalise(guided, conditional)  # Eq. 19's line
 
 
+def branches(
+    V: Callable, x_t: Tensor, t: Tensor, s: Tensor, cond: tuple, null: tuple
+) -> tuple[Tensor, Tensor]:
+    """(V_c, V_null) [B, ...]: the network's output for the prompt and for the null prompt, in one batch of 2B."""
+    both = tuple(torch.cat([c, n]) for c, n in zip(cond, null, strict=True))
+    return V(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([s, s]), *both).chunk(2)
+
+
+def extrapolate(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """Guidance, plain: from the unconditional through the conditional and on; 1 is the conditional."""
+    return unconditional + guidance * (conditional - unconditional)
+
+
 def predict(
     V: Callable,
     x_t: Tensor,
@@ -62,7 +74,7 @@ def predict(
     guidance: float,
     space: str = "v",
 ) -> Tensor:
-    """x0_hat [B, ...] at x_t (Eq. 6), guided. Both branches are evaluated at the same (t, s), in one batch of 2B.
+    """x0_hat [B, ...] at x_t (Eq. 6), guided. Both branches are evaluated at the same (t, s).
 
     guidance 1 evaluates the conditional branch only (null may then be None). `space` is where the norm is kept: "v",
     the velocity, or "x0", the prediction. Guidance extrapolates, so a guided velocity grows longer with its scale; a
@@ -71,25 +83,29 @@ def predict(
     if space not in ("v", "x0"):
         raise ValueError(f'space must be "v" or "x0", not {space!r}')
     if guidance == 1:
-        return one_step_estimate(x_t, t, V(x_t, t, s, *cond))
-    both = tuple(torch.cat([c, n]) for c, n in zip(cond, null, strict=True))
-    v_c, v_null = V(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([s, s]), *both).chunk(2)
+        return G(V, x_t, t, s, cond)
+    v_c, v_null = branches(V, x_t, t, s, cond, null)
     if space == "v":
-        return one_step_estimate(x_t, t, energy_preserving(v_null + guidance * (v_c - v_null), v_c))
+        return one_step_estimate(x_t, t, energy_preserving(extrapolate(v_c, v_null, guidance), v_c))
     x0_c, x0_null = one_step_estimate(x_t, t, v_c), one_step_estimate(x_t, t, v_null)
-    return energy_preserving(x0_null + guidance * (x0_c - x0_null), x0_c)
+    return energy_preserving(extrapolate(x0_c, x0_null, guidance), x0_c)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Eq. 22     x_{t_{k+1}} = x_{t_k} - (t_k - t_{k+1}) V(x_{t_k}, t_k, s_k, c)       (eta = 0; others in the table above)
+#            With std = 0 the lines below are that: x0_hat = x_t - t V and eps_hat = x_t + (1 - t) V, so
+#            alpha_t' x0_hat + sigma_t' eps_hat = x_t - (t - t') V.
 # ------------------------------------------------------------------------------------------------------------
-def update(x_t: Tensor, x0_hat: Tensor, t: float, s: float, eta: float | str, noise: Tensor | None) -> Tensor:
-    """One step from time t in (0, 1] to s in [0, t). noise [B, ...] is read unless eta = 0 or s = 0."""
-    eps_hat = (x_t - (1 - t) * x0_hat) / t
-    variance = s**2 * (1 - ((1 - t) * s / ((1 - s) * t)) ** 2)  # of q(x_s | x_t, x0)
-    std = s if eta == "renoise" else eta * variance**0.5
-    x_s = (1 - s) * x0_hat + max(s**2 - std**2, 0.0) ** 0.5 * eps_hat
-    return x_s + std * noise if std > 0 else x_s
+def update(
+    x_t: Tensor, x0_hat: Tensor, t: float, t_next: float, eta: float | str, noise: Tensor | None
+) -> Tensor:
+    """One step from time t in (0, 1] to t_next in [0, t). noise [B, ...] is read unless eta = 0 or t_next = 0."""
+    eps_hat = (x_t - alpha(t) * x0_hat) / sigma(t)
+    ratio = alpha(t) * sigma(t_next) / (alpha(t_next) * sigma(t))
+    variance = sigma(t_next) ** 2 * (1 - ratio**2)  # of q(x_t' | x_t, x0)
+    std = sigma(t_next) if eta == "renoise" else eta * variance**0.5
+    x_next = alpha(t_next) * x0_hat + max(sigma(t_next) ** 2 - std**2, 0.0) ** 0.5 * eps_hat
+    return x_next + std * noise if std > 0 else x_next
 
 
 @torch.no_grad()

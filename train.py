@@ -51,14 +51,13 @@ def gradient(run: Run, watch: Watch, step: int) -> tuple[torch.Tensor, list[str]
     count, total, keys = len(run.feed.indices(step)), 0.0, []
     for m in range(count):
         batch = next(run.stream)
-        if hasattr(run.objective, "mu"):  # s.12: by the size of these pictures
-            run.objective.mu = losses.mu_of_length(recipe.latent_tokens(run.sizes, batch.x0.shape))
+        mu = losses.mu_of_length(recipe.latent_tokens(run.sizes, batch.x0.shape))  # s.12: by their size
         # What DDP's no_sync() sets: gradients are reduced once an iteration. (Under static_graph no_sync would lose
         # them.)
         run.step_module.require_backward_grad_sync = m == count - 1
         # losses.SelfE, or the module of another --objective (objectives.py), within DDP where processes are several
         loss, stats = run.step_module(
-            batch.x0, batch.c, batch.null, batch.fake, batch.is_null, batch.draws, tau, aux
+            batch.x0, batch.c, batch.null, batch.fake, batch.is_null, batch.draws, tau, mu, aux
         )
         (loss / count).backward()
         total = total + loss.detach() / count

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 
-import baselines
 import encoders
 import files
 import recipe
 from engine import checkpoint, errors, limits, machine, optimizers
 from model import SIZES
 from objectives import OBJECTIVES
-from peers import meanflow
+from peers import imm, meanflow
 
 # Flags that belong to some objectives only (objectives.Objective.flags), and their "off".
 OWN = {
@@ -26,7 +25,7 @@ OWN = {
     "delta_scale": 1.0,
     "null_branch": "online",
     "aux_from": None,
-    "imm_k": baselines.K,
+    "imm_k": imm.K,
     "train_guidance": 1.0,
     "derivative": "difference",
     "loss_power": 1.0,
@@ -157,7 +156,7 @@ def what_is_trained(parser: argparse.ArgumentParser) -> None:
         "--imm-k",
         metavar="N",
         type=int,
-        default=baselines.K,
+        default=imm.K,
         help="IMM's steps of the range of times, as a power of two (default: 12)",
     )
     a(

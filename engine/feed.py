@@ -29,7 +29,6 @@ import encoders
 import files
 from engine import checkpoint, errors
 from engine.processes import Ranks
-from engine.randomness import rng
 from recipe import Recipe, Stage
 from scale import cache, shards
 
@@ -158,7 +157,7 @@ class Batch(NamedTuple):
     null: tuple  # the same of ""
     fake: tuple | None  # the same of the fake prompts, with the auxiliary term
     is_null: Tensor  # [B] bool, where the prompt was dropped or is empty
-    draws: tuple  # the random numbers: losses.Draws or baselines.Draws
+    draws: tuple  # the random numbers: losses.Draws or imm.Draws
     keys: list[str]  # what the samples are called in logs
 
 

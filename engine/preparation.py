@@ -352,7 +352,7 @@ def rehearse(run: Run) -> None:
             draws = feed.draw(0, 0, list(range(B)), shape, device=feed.codec.device)
             no_null = torch.zeros(B, dtype=torch.bool, device=feed.codec.device)
             try:
-                run.objective(x0, c, c, c, no_null, draws, 1.0, aux)[0].backward()
+                run.objective(x0, c, c, c, no_null, draws, 1.0, 0.0, aux)[0].backward()
             except torch.OutOfMemoryError as error:
                 term = " with the auxiliary term" if aux else ""
                 raise errors.UserError(

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 import data
-from engine.randomness import rng
+from rng import rng
 
 POOL = 1000  # scenes of each prompt, for the frequencies in the data
 REPEATS = 200  # samples of the model's size from these frequencies

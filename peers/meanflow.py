@@ -21,7 +21,6 @@ Choices of the paper's ImageNet setting: both times sigmoid(z - 0.4), a quarter 
 improved MeanFlow), the squared error divided by itself plus 1e-3.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -89,11 +88,12 @@ class MeanFlow(nn.Module):
         is_null: Tensor,
         draws,
         tau: float,
+        mu: float,
         aux: bool = False,
     ) -> tuple[Tensor, dict]:
         """The loss of one micro-batch and detached tensors to watch: t, s (their r) and loss, the plain one, [B].
 
-        Arguments as in losses.SelfE; fake, is_null, tau and aux belong to self-evaluation and are not read.
+        Arguments as in losses.SelfE; fake, is_null, tau, mu and aux belong to self-evaluation and are not read.
         """
         t, r = times(draws.z, draws.u, draws.below)  # [B]
         v, x_t = velocity(x0, draws.eps), add_noise(x0, t, draws.eps)  # [B, ...]
@@ -103,11 +103,11 @@ class MeanFlow(nn.Module):
             if self.guidance != 1:  # a dropped prompt is the null prompt, and its v stays
                 u_c, u_null = self.network(x_t, t, t, *c), self.network(x_t, t, t, *null)
                 v_w = guided_velocity(v, u_c, u_null, self.guidance)
-            j = functools.partial(rows, draws.below)  # where r = t the derivative has no weight
-            x_j, v_j, t_j, r_j, c_j = map(j, (x_t, v_w, t, r, c))
+            half = draws.below  # where r = t the derivative has no weight
+            x_j, v_j, t_j, r_j, c_j = x_t[half], v_w[half], t[half], r[half], rows(c, half)
             along = self.network(x_j, t_j, t_j, *c_j) if self.improved else v_j
             du_dt = self.derivative(self.network, x_j, along, t_j, r_j, c_j)
-            u_target = v_w.index_put((draws.below,), target(v_j, t_j, r_j, du_dt))
+            u_target = v_w.index_put((half,), target(v_j, t_j, r_j, du_dt))
         error = squared_norm(u - u_target)  # [B]
         loss = error / (error.detach() + FLOOR) ** self.power
         return loss.mean(), {"t": t, "s": r, "loss": error.detach() / x0[0].numel()}

@@ -19,15 +19,14 @@ Learned steps are powers of 1/2. For other numbers of steps the sampler tells th
 longer than the one made. (The authors sample at powers of two alone.)
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-import baselines
 from losses import add_noise, like, rows, squared_norm, velocity
+from peers import imm
 
 M = 128  # base steps: the smallest d is 1 / M
 CLIP = 4.0  # of x' and of targets
@@ -63,16 +62,18 @@ class Shortcut(nn.Module):
         is_null: Tensor,
         draws,
         tau: float,
+        mu: float,
         aux: bool = False,
     ) -> tuple[Tensor, dict]:
         """The loss of one micro-batch and detached tensors to watch: t, s and loss, [B].
 
-        Arguments as in losses.SelfE; fake, is_null, tau and aux belong to self-evaluation and are not read.
+        Arguments as in losses.SelfE; fake, is_null, tau, mu and aux belong to self-evaluation and are not read.
         """
         t, d = times(draws.z, draws.u, draws.below)  # [B]
         v, x_t = velocity(x0, draws.eps), add_noise(x0, t, draws.eps)  # [B, ...]
-        j = functools.partial(rows, draws.below)
-        goal = v.index_put((draws.below,), self.two_halves(*map(j, (x_t, t, d, c, null))))
+        part = draws.below  # learns self-consistency
+        halves = self.two_halves(x_t[part], t[part], d[part], rows(c, part), rows(null, part))
+        goal = v.index_put((part,), halves)
         loss = squared_norm(self.network(x_t, t, t - d, *c) - goal) / x0[0].numel()  # [B]
         return loss.mean(), {"t": t, "s": t - d, "loss": loss.detach()}
 
@@ -105,7 +106,7 @@ def trajectory(
     With more than M steps the network is told 1/M, the smallest step that it knows, or what is left of the way.
     """
     d = max(1 / M, 2.0 ** -(steps - 1).bit_length())
-    return baselines.trajectory(
+    return imm.trajectory(
         lambda x, t, s, *c: V(x, t, (t - d).clamp(min=0), *c),
         x,
         cond,

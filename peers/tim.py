@@ -19,7 +19,6 @@ cosine loss over channels, a representation loss (REPA), and a distance-aware ad
 part of the objective, and all are left out here.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -123,20 +122,21 @@ class TiM(nn.Module):
         is_null: Tensor,
         draws,
         tau: float,
+        mu: float,
         aux: bool = False,
     ) -> tuple[Tensor, dict]:
         """The loss of one micro-batch and detached tensors to watch: t, s (their r) and loss, the plain one, [B].
 
-        Arguments as in losses.SelfE; fake, is_null, tau and aux belong to self-evaluation and are not read.
+        Arguments as in losses.SelfE; fake, is_null, tau, mu and aux belong to self-evaluation and are not read.
         """
         t, r = times(draws.z, draws.u, draws.below)  # [B]
         v, x_t = velocity(x0, draws.eps), add_noise(x0, t, draws.eps)  # [B, ...]
         F = self.network(x_t, t, r, *c)  # the only pass with gradient
         with torch.no_grad():
             v_w = self.guided(x_t, v, t, c, null)
-            j = functools.partial(rows, draws.below)  # where r = t the derivative has no weight
-            dF_dt = path_difference(self.network, *map(j, (x_t, v, t, r, c)))
-            F_target = v_w.index_put((draws.below,), target(*map(j, (v_w, t, r)), dF_dt))
+            half = draws.below  # where r = t the derivative has no weight
+            dF_dt = path_difference(self.network, x_t[half], v[half], t[half], r[half], rows(c, half))
+            F_target = v_w.index_put((half,), target(v_w[half], t[half], r[half], dF_dt))
         error = squared_norm(F - F_target) / x0[0].numel()  # [B]
         loss = time_weight(t, r) * error / (error.detach() + FLOOR) ** self.power
         return loss.mean(), {"t": t, "s": r, "loss": error.detach()}

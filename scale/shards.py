@@ -52,7 +52,7 @@ import data
 import files
 from engine import errors
 from engine.checkpoint import in_one_piece
-from engine.randomness import rng
+from rng import rng
 from files import DataError, Unusable
 
 VERSION = 5  # of what an index holds

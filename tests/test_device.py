@@ -50,7 +50,7 @@ def gradient(device: str, precision=torch.float32, compiled=False, recompute=0, 
     x0, c, null, fake = x0.to(device), *(tuple(x.to(device) for x in pair) for pair in (c, null, fake))
     is_null = torch.zeros(B, dtype=torch.bool, device=device)
     draws = losses.draw(0, 0, list(range(B)), shape, device=device)
-    losses.SelfE(V, ema, mu=0.4)(x0, c, null, fake, is_null, draws, 0.7, aux)[0].backward()
+    losses.SelfE(V, ema)(x0, c, null, fake, is_null, draws, 0.7, 0.4, aux)[0].backward()
     return torch.cat([p.grad.flatten().cpu() for p in V.parameters()])
 
 
@@ -176,7 +176,7 @@ def test_one_process_of_torchrun_over_nccl(tmp_path):
         "ddp = DDP(step, gradient_as_bucket_view=True); "
         "c = torch.randn(4, 5, 16).cuda(), torch.zeros(4, 8).cuda(); x = torch.randn(4, 3, 16, 16).cuda(); "
         "draws = losses.draw(0, 0, [0, 1, 2, 3], (3, 16, 16), device='cuda'); "
-        "ddp(x, c, c, c, torch.zeros(4, dtype=torch.bool).cuda(), draws, 0.5, True)[0].backward(); "
+        "ddp(x, c, c, c, torch.zeros(4, dtype=torch.bool).cuda(), draws, 0.5, 0.0, True)[0].backward(); "
         "n = sum(p.grad is not None for p in V.parameters()); told = torch.ones(1).cuda(); "
         "dist.all_reduce(told); dist.destroy_process_group(); print(n, int(told))"
     )

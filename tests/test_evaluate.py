@@ -12,7 +12,7 @@ import torch
 import data
 import model
 from engine import checkpoint, errors
-from engine.randomness import rng
+from rng import rng
 from experiments import diversity, evaluate, export
 
 SHAPES = data.SETS["shapes"]

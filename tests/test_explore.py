@@ -20,7 +20,7 @@ import model
 import sample
 import sampler
 from engine import errors
-from engine.randomness import normal, rng
+from rng import normal, rng
 from toy import explore, ideal, measures
 from toy.mixture import LAYOUTS, Mixture
 from toy.training import Net

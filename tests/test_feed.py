@@ -17,7 +17,7 @@ import losses
 import recipe
 from engine import feed
 from engine.processes import Ranks
-from engine.randomness import rng
+from rng import rng
 from scale import cache, shards
 
 DEVICE = torch.device("cpu")

@@ -24,8 +24,8 @@ import model
 import recipe
 from engine import checkpoint, errors, machine
 from engine.preparation import Run
-from engine.randomness import rng
 from engine.watch import Watch
+from rng import rng
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(
@@ -61,9 +61,11 @@ def the_loop() -> tuple[model.Denoiser, model.Denoiser]:
             text([""] * B),
             text([encoders.fake_prompt(prompt) for prompt in prompts]),
         )
-        self_e.mu = losses.mu_of_length((SIDES[which] // 4) ** 2)
+        mu = losses.mu_of_length((SIDES[which] // 4) ** 2)
         tau, aux = min(1, step / (TAU_UNTIL * STEPS)), step >= AUX_FROM * STEPS
-        loss, _ = self_e(x0, c, null, fake, is_null, losses.draw(SEED, step, index, x0.shape[1:]), tau, aux)
+        loss, _ = self_e(
+            x0, c, null, fake, is_null, losses.draw(SEED, step, index, x0.shape[1:]), tau, mu, aux
+        )
         network.zero_grad()
         loss.backward()
         norm = sum(p.grad.square().sum() for p in network.parameters()).sqrt()

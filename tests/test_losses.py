@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import losses
 import model
+from peers import variants
 
 SHAPES = [(2,), (1,), (3, 4, 5), (2, 3, 1, 2)]
 F64 = torch.float64
@@ -49,7 +50,7 @@ def test_data_loss_over_t_squared_is_the_flow_matching_loss(shape):
     """Eq. 7 with w = 1/t^2 equals Eq. 3, for any output of the network."""
     x0, eps, V = (normal(4, *shape, seed=i) for i in range(3))
     x_t = losses.add_noise(x0, TIMES, eps)
-    x0_hat = model.G(lambda *_: V, x_t, TIMES, TIMES, ())
+    x0_hat = losses.G(lambda *_: V, x_t, TIMES, TIMES, ())
     literal = torch.tensor([float((V[i] - (eps[i] - x0[i])).pow(2).sum()) for i in range(4)], dtype=F64)
     close(losses.cfm_loss(V, x0, eps), literal)
     close(losses.time_weight(TIMES) * losses.data_loss(x0_hat, x0), literal, 1e-10)
@@ -188,7 +189,6 @@ def test_lambda():
     close(losses.lam(t, s), paper_lam(t, s))
     assert losses.lam(t, s)[3] == 0
     close(losses.mix_weight(t, s), paper_lam(t, s) / (1 + paper_lam(t, s)))
-    close(losses.mix_weight(t, s, 0.3), 0.3 * paper_lam(t, s) / (1 + 0.3 * paper_lam(t, s)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -294,7 +294,7 @@ class Batch(NamedTuple):
     draws: losses.Draws
 
     def step(self, module: losses.SelfE, tau: float = 1.0, aux: bool = False) -> tuple[Tensor, dict]:
-        return module(self.x0, (self.c,), (self.null,), (self.fake,), self.is_null, self.draws, tau, aux)
+        return module(self.x0, (self.c,), (self.null,), (self.fake,), self.is_null, self.draws, tau, MU, aux)
 
     def times(self, tau: float = 1.0) -> tuple[Tensor, Tensor]:
         """s.11-s.13 as printed."""
@@ -396,7 +396,7 @@ def regression_target(call: Call, x_t: Tensor, t: Tensor) -> Tensor:
 def test_without_s_below_t_the_step_is_flow_matching(shape):
     """p_equal = 1: the value and the gradient of Eq. 3, one pass, no evaluation."""
     b, (online, ema) = batch(shape, p_equal=1.0), networks()
-    loss, stats = b.step(losses.SelfE(online, ema, mu=MU))
+    loss, stats = b.step(losses.SelfE(online, ema))
     loss.backward()
     t, s = b.times()
     x_t = torch.stack([(1 - t[i]) * b.x0[i] + t[i] * b.draws.eps[i] for i in range(B)])
@@ -413,7 +413,7 @@ def test_at_small_times_the_step_is_still_flow_matching():
     """The error of x0_hat shrinks like t, its square like t^2: where t is 0.02 to 0.001, a sample counts in full."""
     b, (online, ema) = batch(p_equal=1.0), networks()
     b = b._replace(draws=b.draws._replace(z=torch.linspace(-4.5, -7.5, B, dtype=F64)))
-    loss, stats = b.step(losses.SelfE(online, ema, mu=MU))
+    loss, stats = b.step(losses.SelfE(online, ema))
     t, _ = b.times()
     assert 0.015 < t.max() < 0.02 and t.min() < 0.001
     x_t = torch.stack([(1 - t[i]) * b.x0[i] + t[i] * b.draws.eps[i] for i in range(B)])
@@ -428,7 +428,7 @@ def test_self_e_with_s_equal_t_is_flow_matching(target):
     results = []
     for p_equal in (0.5, 1.0):
         b, (online, ema) = batch(p_equal=p_equal), networks()
-        loss, _ = b.step(losses.SelfE(online, ema, mu=MU, target=target), tau=0.0)
+        loss, _ = b.step(losses.SelfE(online, ema, target=target), tau=0.0)
         loss.backward()
         results.append((loss.detach(), online.theta.grad))
     close(results[0][0], results[1][0])
@@ -459,7 +459,7 @@ def test_value_and_gradient_equal_the_paper_with_frozen_targets(shape, options):
     options = dict(options)
     tau, aux = options.pop("tau", 1.0), options.pop("aux", False)
     b, (online, ema) = batch(shape), networks()
-    loss, _ = b.step(losses.SelfE(online, ema, mu=MU, k=K, **options), tau, aux)
+    loss, _ = b.step(variants.Variant(online, ema, k=K, **options), tau, aux)
     loss.backward()
 
     constants = paper_step(b, online, ema, tau=tau, aux=aux, **options)
@@ -486,7 +486,7 @@ def test_value_and_gradient_equal_the_paper_with_frozen_targets(shape, options):
 
 def test_gradient_reaches_x0_hat_in_both_halves():
     b, (online, ema) = batch(), networks()
-    b.step(losses.SelfE(online, ema, mu=MU))[0].backward()
+    b.step(losses.SelfE(online, ema))[0].backward()
     assert (online.calls[0].out.grad.norm(dim=1) > 1e-3).all()
 
 
@@ -496,7 +496,7 @@ def test_who_is_asked_what(aux):
     """One pass with gradient on the batch; on the half with s < t, at (x_s_hat, s, s): c to the EMA and null to the
     online network, both without gradient; and with the auxiliary term the fake prompt to the online network."""
     b, (online, ema) = batch(), networks()
-    b.step(losses.SelfE(online, ema, mu=MU), aux=aux)[0].backward()
+    b.step(losses.SelfE(online, ema), aux=aux)[0].backward()
     expected = paper_step(b, online, ema)
     t, s, j = expected["t"], expected["s"], BELOW
 
@@ -516,7 +516,7 @@ def test_who_is_asked_what(aux):
 def test_the_ema_serves_the_prompt_and_the_online_network_the_null_branch():
     """The direction of x_self, read off the gradient, is the formula's with these roles and no others."""
     b, (online, ema) = batch(), networks()
-    b.step(losses.SelfE(online, ema, mu=MU))[0].backward()
+    b.step(losses.SelfE(online, ema))[0].backward()
     expected = paper_step(b, online, ema)
     actual = regression_target(online.calls[0], expected["x_t"], expected["t"])
     close(actual, expected["target"], 1e-9)
@@ -534,7 +534,7 @@ def test_the_ema_serves_the_prompt_and_the_online_network_the_null_branch():
 
 def test_another_network_may_serve_the_null_branch():
     b, (online, ema), third = batch(), networks(), Net(0.1, 0.2, 0.3, 0.4)
-    b.step(losses.SelfE(online, ema, mu=MU, unconditional=third))[0].backward()
+    b.step(losses.SelfE(online, ema, unconditional=third))[0].backward()
     assert (len(online.calls), len(ema.calls), len(third.calls)) == (1, 1, 1)
     close(third.calls[0].c, b.null[BELOW])
     assert third.theta.grad is None and not third.calls[0].grad_mode
@@ -543,7 +543,7 @@ def test_another_network_may_serve_the_null_branch():
 # --- null prompts ----------------------------------------------------------------------------------------------------
 def test_a_null_prompt_learns_from_the_data_alone():
     b, (online, ema) = batch(), networks()
-    b.step(losses.SelfE(online, ema, mu=MU))[0].backward()
+    b.step(losses.SelfE(online, ema))[0].backward()
     target = regression_target(online.calls[0], *(paper_step(b, online, ema)[n] for n in ("x_t", "t")))
     close(target[IS_NULL], b.x0[IS_NULL], 1e-9)
     assert (target - b.x0)[[1, 5]].norm(dim=1).min() > 1e-2  # with a prompt, self-evaluation speaks
@@ -552,7 +552,7 @@ def test_a_null_prompt_learns_from_the_data_alone():
 def test_a_null_prompt_may_keep_the_renormalised_target():
     """null_target = "renorm": Delta = 0, the target is x0 + lam x0_hat at the norm of x0, whatever the EMA says."""
     b, (online, ema) = batch(), networks()
-    b.step(losses.SelfE(online, ema, mu=MU, null_target="renorm"))[0].backward()
+    b.step(variants.Variant(online, ema, null_target="renorm"))[0].backward()
     p = paper_step(b, online, ema)
     target = regression_target(online.calls[0], p["x_t"], p["t"])
     for i in (3, 7):
@@ -566,7 +566,7 @@ def test_a_null_prompt_with_the_auxiliary_term_keeps_the_fake_score_only():
     targets = []
     for ema in (Net(*EMA), Net(2.0, 1.0, 1.0, -1.0)):
         b, online = batch(), Net(*ONLINE)
-        b.step(losses.SelfE(online, ema, mu=MU, target="tar", k=0.75), aux=True)[0].backward()
+        b.step(losses.SelfE(online, ema, target="tar", k=0.75), aux=True)[0].backward()
         p = paper_step(b, online, ema)
         targets.append(regression_target(online.calls[0], p["x_t"], p["t"]))
     close(targets[0][IS_NULL], targets[1][IS_NULL], 1e-12)
@@ -582,9 +582,9 @@ def test_a_null_prompt_with_the_auxiliary_term_keeps_the_fake_score_only():
 def test_the_fake_loss_reaches_the_network_through_the_fake_branch_alone():
     """dL/dV is the same with and without s.8; at the fake branch it is 2 (V_fake - (eps - x0_hat)) over the batch."""
     b, (online, ema) = batch(), networks()
-    b.step(losses.SelfE(online, ema, mu=MU, target="sum", k=1.0), aux=True)[0].backward()
+    b.step(losses.SelfE(online, ema, target="sum", k=1.0), aux=True)[0].backward()
     quiet, ema_2 = networks()
-    plain = losses.SelfE(quiet, ema_2, mu=MU, target="sum", null_target="renorm")
+    plain = variants.Variant(quiet, ema_2, target="sum", null_target="renorm")
     b.step(plain, aux=False)[0].backward()  # k = 1: the same Delta, and no s.8
     close(online.calls[0].out.grad, quiet.calls[0].out.grad, 1e-12)
     p, fake = paper_step(b, online, ema), online.calls[2]
@@ -597,7 +597,7 @@ def test_k_mixes_the_classifier_and_the_auxiliary_term(k):
     """Eq. s.6, through the target: linear in k between the fake and the null branch. The default is 0.9."""
     b, (online, ema) = batch(), networks()
     options = {} if k == 0.9 else {"k": k}
-    b.step(losses.SelfE(online, ema, mu=MU, target="tar", **options), aux=True)[0].backward()
+    b.step(variants.Variant(online, ema, target="tar", **options), aux=True)[0].backward()
     p = paper_step(b, online, ema)
     target = regression_target(online.calls[0], p["x_t"], p["t"])
     for i in (1, 5):
@@ -615,7 +615,7 @@ def test_sum_is_one_plus_lambda_times_tar_and_renorm_has_the_norm_of_the_data():
     gradients, p = {}, None
     for target in ("renorm", "tar", "sum"):
         b, (online, ema) = batch((2, 3)), networks()
-        b.step(losses.SelfE(online, ema, mu=MU, target=target))[0].backward()
+        b.step(losses.SelfE(online, ema, target=target))[0].backward()
         p = paper_step(b, online, ema)
         gradients[target] = online.calls[0].out.grad
         if target == "renorm":
@@ -632,7 +632,7 @@ def test_delta_scale_zero_is_the_control_that_says_nothing_about_x0_hat(aux):
     targets = []
     for ema in (Net(*EMA), Net(2.0, 1.0, 1.0, -1.0)):
         b, online = batch(), Net(*ONLINE)
-        loss, stats = b.step(losses.SelfE(online, ema, mu=MU, delta_scale=0.0, null_target="renorm"), aux=aux)
+        loss, stats = b.step(variants.Variant(online, ema, delta_scale=0.0, null_target="renorm"), aux=aux)
         loss.backward()
         p = paper_step(b, online, ema)
         targets.append(regression_target(online.calls[0], p["x_t"], p["t"]))
@@ -643,20 +643,16 @@ def test_delta_scale_zero_is_the_control_that_says_nothing_about_x0_hat(aux):
         close(targets[0][i], mixed / mixed.norm() * b.x0[i].norm(), 1e-9)
 
 
-@pytest.mark.parametrize(
-    "options", [dict(lam_scale=0.3), dict(lam_s=lambda t, s: (t + s) / 2), dict(delta_scale=2.0)]
-)
+@pytest.mark.parametrize("options", [dict(lam_scale=0.3), dict(lam_time="middle"), dict(delta_scale=2.0)])
 def test_the_other_choices(options):
-    """lam_scale multiplies lambda, lam_s moves the time that lambda alone sees, delta_scale multiplies Delta."""
+    """lam_scale multiplies lambda, lam_time moves the time that lambda alone sees, delta_scale multiplies Delta."""
     b, (online, ema) = batch(), networks()
-    b.step(losses.SelfE(online, ema, mu=MU, target="tar", **options))[0].backward()
+    b.step(variants.Variant(online, ema, target="tar", **options))[0].backward()
     p = paper_step(b, online, ema, target="tar")
     target = regression_target(online.calls[0], p["x_t"], p["t"])
     for i in (1, 5):
         t, s = p["t"][i], p["s"][i]
-        lam = options.get("lam_scale", 1.0) * paper_lam(
-            t, options["lam_s"](t, s) if "lam_s" in options else s
-        )
+        lam = options.get("lam_scale", 1.0) * paper_lam(t, (t + s) / 2 if "lam_time" in options else s)
         x_self = p["x0_hat"][i] + options.get("delta_scale", 1.0) * (p["x_self"][i] - p["x0_hat"][i])
         close(target[i], (b.x0[i] + lam * x_self) / (1 + lam), 1e-9)
 
@@ -664,7 +660,7 @@ def test_the_other_choices(options):
 @pytest.mark.parametrize("options", [dict(target="Renorm"), dict(null_target="zero")])
 def test_unknown_choices_are_refused(options):
     with pytest.raises(ValueError, match="unknown"):
-        losses.SelfE(*networks(), **options)
+        variants.Variant(*networks(), **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -680,7 +676,7 @@ def test_the_step_is_finite_at_the_end_of_time(dtype, aux, null_target):
     b = Batch(*(x.to(dtype) if x.is_floating_point() else x for x in b[:5]), draws)
     b = b._replace(draws=losses.Draws(*(x.to(dtype) if x.is_floating_point() else x for x in draws)))
     online, ema = online.to(dtype), ema.to(dtype)
-    loss, stats = b.step(losses.SelfE(online, ema, mu=MU, null_target=null_target), aux=aux)
+    loss, stats = b.step(variants.Variant(online, ema, null_target=null_target), aux=aux)
     loss.backward()
     assert loss.isfinite() and online.theta.grad.isfinite().all() and online.theta.grad.any()
     assert (stats["t"] == 1).all() and all(value.isfinite().all() for value in stats.values())
@@ -701,7 +697,7 @@ def test_the_step_is_finite_at_the_end_of_time(dtype, aux, null_target):
 
 def test_the_statistics_are_those_of_the_step():
     b, (online, ema) = batch((2, 3)), networks()
-    loss, stats = b.step(losses.SelfE(online, ema, mu=MU), aux=True)
+    loss, stats = b.step(losses.SelfE(online, ema), aux=True)
     p = paper_step(b, online, ema, aux=True)
     close(stats["t"], p["t"])
     close(stats["s"], p["s"])
@@ -723,7 +719,7 @@ def test_the_step_runs_the_denoiser_itself():
     prompts = [(torch.randn(4, 5, 6), torch.randn(4, 5)) for _ in range(3)]
     draws = losses.draw(0, 0, [0, 1, 2, 3], (3, 4, 8))
     loss, _ = losses.SelfE(network, ema)(
-        torch.randn(4, 3, 4, 8), *prompts, torch.zeros(4).bool(), draws, 1.0, True
+        torch.randn(4, 3, 4, 8), *prompts, torch.zeros(4).bool(), draws, 1.0, 0.0, True
     )
     loss.backward()
     assert loss.isfinite() and loss.dim() == 0
@@ -905,16 +901,14 @@ def test_draws_do_not_depend_on_how_the_batch_is_cut(cuts):
 def test_micro_batches_add_up_to_the_batch(size, aux):
     """Loss and gradient of the whole batch are the means over equal micro-batches of it."""
     b, (online, ema) = batch(), networks()
-    loss, _ = b.step(losses.SelfE(online, ema, mu=MU), aux=aux)
+    loss, _ = b.step(losses.SelfE(online, ema), aux=aux)
     loss.backward()
     values, accumulated = [], Net(*ONLINE)
     for start in range(0, B, size):
         piece = slice(start, start + size)
         draws = losses.draw(3, 11, list(range(start, start + size)), (3,))
         draws = losses.Draws(*(d.double() if d.is_floating_point() else d for d in draws))
-        part, _ = Batch(*(x[piece] for x in b[:5]), draws).step(
-            losses.SelfE(accumulated, ema, mu=MU), aux=aux
-        )
+        part, _ = Batch(*(x[piece] for x in b[:5]), draws).step(losses.SelfE(accumulated, ema), aux=aux)
         (part * size / B).backward()
         values.append(part.detach())
     close(torch.stack(values).mean(), loss.detach())

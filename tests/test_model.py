@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import losses
 import model
 
 # Same structure as the big sizes (two streams, then one; heads; three RoPE axes; patches), small enough for a test.
@@ -109,7 +110,7 @@ def test_the_sample_head_inverts_the_noising(shape):
         seen.append((t_in, s_in, cond))
         return eps - x0
 
-    torch.testing.assert_close(model.G(V, x_t, t, s, ("c", "d")), x0, rtol=0, atol=1e-14)
+    torch.testing.assert_close(losses.G(V, x_t, t, s, ("c", "d")), x0, rtol=0, atol=1e-14)
     assert seen[0][0] is t and seen[0][1] is s and seen[0][2] == ("c", "d")
 
 

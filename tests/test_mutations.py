@@ -19,16 +19,24 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LOSSES = [  # (what is wrong, the text, its replacement)
-    ("Eq. 1: sign of alpha", "return (1 - like(t, x0)) * x0 +", "return (1 + like(t, x0)) * x0 +"),
-    ("Eq. 1: eps subtracted", "* x0 + like(t, x0) * eps", "* x0 - like(t, x0) * eps"),
+    ("Eq. 1: sign of alpha", "return like(alpha(t), x0) * x0 +", "return -like(alpha(t), x0) * x0 +"),
+    ("Eq. 1: eps subtracted", "* x0 + like(sigma(t), x0) * eps", "* x0 - like(sigma(t), x0) * eps"),
     ("Eq. 2: sign", "return eps - x0", "return x0 - eps"),
     ("Eq. 3: sign of the target", "squared_norm(V - velocity(", "squared_norm(V + velocity("),
     ("Eq. 4: sign of V", "return x_t - like(t, x_t) * V", "return x_t + like(t, x_t) * V"),
     ("Eq. 7: sign", "return squared_norm(x0_hat - x0)", "return squared_norm(x0_hat + x0)"),
     ("Eq. 10: real minus fake", "return score_p - score_q", "return score_q - score_p"),
-    ("Eq. 11: sigma for sigma^2", "* mean - x_s) / like(s, x_s) ** 2", "* mean - x_s) / like(s, x_s) ** 1"),
-    ("Eq. s.1: sign of the score", "(x_s + like(s, x_s) ** 2 * score)", "(x_s - like(s, x_s) ** 2 * score)"),
-    ("Eq. s.2: alpha forgotten", "** 2 / (1 - like(s, score_a))", "** 2 / (1 - 0 * like(s, score_a))"),
+    (
+        "Eq. 11: sigma for sigma^2",
+        "* mean - x_s) / like(sigma(s), x_s) ** 2",
+        "* mean - x_s) / like(sigma(s), x_s) ** 1",
+    ),
+    (
+        "Eq. s.1: sign of the score",
+        "(x_s + like(sigma(s), x_s) ** 2 * score)",
+        "(x_s - like(sigma(s), x_s) ** 2 * score)",
+    ),
+    ("Eq. s.2: alpha forgotten", "sigma(s) ** 2 / alpha(s)", "sigma(s) ** 2"),
     ("Eq. 12: w for w - 1", "score_c + (w - 1)", "score_c + (w - 0)"),
     (
         "Eq. 13: classifier term reversed",
@@ -45,16 +53,11 @@ LOSSES = [  # (what is wrong, the text, its replacement)
         "cfm_loss(V_fake, x0_hat.detach(), eps)",
         "cfm_loss(V_fake, x0_hat, eps)",
     ),
-    ("Eq. 17: t for t - s", "return (t - s) / ((1 - t) * (1 - s))", "return (t - 0) / ((1 - t) * (1 - s))"),
-    ("Eq. 17: 1 - s forgotten in mix", "(gap + (1 - t) * (1 - s))", "(gap + (1 - t) * (1 - 0))"),
-    ("lam_scale ignored", "gap = scale * (t - s)", "gap = 1 * (t - s)"),
+    ("Eq. 17: t for t - s", "return (t - s) / (alpha(t) * alpha(s))", "return t / (alpha(t) * alpha(s))"),
+    ("Eq. 17: 1 - s forgotten in mix", "(gap + alpha(t) * alpha(s))", "(gap + alpha(t))"),
     ("Eq. 16: self-evaluation subtracted", "data_loss(x0_hat, x0) + lam *", "data_loss(x0_hat, x0) - lam *"),
     ("Eq. 16: lambda squared", "+ lam * self_evaluation_loss", "+ lam**2 * self_evaluation_loss"),
-    (
-        "Eq. 18: data left at full weight",
-        "return (1 - like(mix, x0)) * x0 +",
-        "return (1 - 0 * like(mix, x0)) * x0 +",
-    ),
+    ("Eq. 18: data left at full weight", "return like(1 - mix, x0) * x0 +", "return x0 +"),
     (
         "Eq. 19: squared norm for norm",
         "squared_norm(x0) / square, 0.0).sqrt()",
@@ -88,7 +91,7 @@ LOSSES = [  # (what is wrong, the text, its replacement)
         "x_s_hat = add_noise(x0_hat, s, eps_s).detach()",
         "x_s_hat = add_noise(x0_hat, s, eps_s)",
     ),
-    ("evaluates the data, not the sample", "x0_hat_j, s_j, *prompts", "x0_j, s_j, *prompts"),
+    ("evaluates the data, not the sample", "x0_hat[half], s[half], *prompts", "x0[half], s[half], *prompts"),
     ("EMA for online: the null branch", "G_null = G(self.unconditional,", "G_null = G(self.ema,"),
     ("online for EMA: the conditional branch", "G_c = G(self.ema,", "G_c = G(self.network,"),
     (
@@ -97,7 +100,7 @@ LOSSES = [  # (what is wrong, the text, its replacement)
         "G_c = G(self.ema, x_s_hat, s / 2, s,",
     ),
     ("null branch sees the condition", "x_s_hat, s, s, null)", "x_s_hat, s, s, c)"),
-    ("evaluated at t instead of s", "x0_hat_j, s_j, *prompts", "x0_hat_j, t_j, *prompts"),
+    ("evaluated at t instead of s", "x0_hat[half], s[half], *prompts", "x0_hat[half], t[half], *prompts"),
     ("fake branch sees the real prompt", "s, s, *fake)", "s, s, *c)"),
     (
         "null prompts keep EMA - online",
@@ -106,12 +109,6 @@ LOSSES = [  # (what is wrong, the text, its replacement)
     ),
     ("Delta := 0", "Delta = self.delta_scale * self_evaluation(", "Delta = 0 * self_evaluation("),
     ("k ignored", "self_evaluation(G_null, G_c, G_fake, self.k)", "self_evaluation(G_null, G_c, G_fake, 1)"),
-    ("lam_s ignored", "mix_weight(t, self.lam_s(t, s),", "mix_weight(t, s,"),
-    (
-        "null target inverted",
-        'if self.null_target == "data" and not aux',
-        'if self.null_target != "data" and not aux',
-    ),
     ("mix for lambda in Eq. 16", "x_self, mix / (1 - mix))", "x_self, mix)"),
     ("x_renorm := x0", "x_renorm = renormalise(x_tar, x0) if", "x_renorm = x0 if"),
     ("Eq. 18 normalised too", 'if self.target == "renorm" else x_tar', 'if self.target != "sum" else x_tar'),
@@ -127,30 +124,42 @@ SAMPLER = [
     ("energy of the null branch", "renormalise(guided, conditional)", "renormalise(guided, guided)"),
     (
         "guidance from the conditional branch",
-        "energy_preserving(v_null + guidance",
-        "energy_preserving(v_c + guidance",
+        "return unconditional + guidance *",
+        "return conditional + guidance *",
     ),
     (
         "guidance away from the condition",
-        "guidance * (v_c - v_null), v_c)",
-        "guidance * (v_null - v_c), v_c)",
+        "guidance * (conditional - unconditional)",
+        "guidance * (unconditional - conditional)",
     ),
-    ("energy of the null branch", "guidance * (v_c - v_null), v_c)", "guidance * (v_c - v_null), v_null)"),
-    ("x0 space: energy of the null branch", "(x0_c - x0_null), x0_c)", "(x0_c - x0_null), x0_null)"),
-    ("guided branches told t twice", "torch.cat([s, s])", "torch.cat([t, t])"),
     (
-        "eps_hat with alpha_s",
-        "eps_hat = (x_t - (1 - t) * x0_hat) / t",
-        "eps_hat = (x_t - (1 - s) * x0_hat) / t",
+        "energy of the null branch",
+        "extrapolate(v_c, v_null, guidance), v_c)",
+        "extrapolate(v_c, v_null, guidance), v_null)",
     ),
-    ("eps_hat over s", "eps_hat = (x_t - (1 - t) * x0_hat) / t", "eps_hat = (x_t - (1 - t) * x0_hat) / s"),
-    ("posterior variance not squared", "((1 - s) * t)) ** 2)", "((1 - s) * t)) ** 1)"),
-    ("posterior variance: alphas swapped", "((1 - t) * s / ((1 - s) * t))", "((1 - s) * s / ((1 - t) * t))"),
-    ("re-noising to t", 'std = s if eta == "renoise"', 'std = t if eta == "renoise"'),
+    (
+        "x0 space: energy of the null branch",
+        "(x0_c, x0_null, guidance), x0_c)",
+        "(x0_c, x0_null, guidance), x0_null)",
+    ),
+    ("guided branches told t twice", "torch.cat([s, s])", "torch.cat([t, t])"),
+    ("eps_hat with alpha_s", "x_t - alpha(t) * x0_hat", "x_t - alpha(t_next) * x0_hat"),
+    ("eps_hat over s", "* x0_hat) / sigma(t)", "* x0_hat) / sigma(t_next)"),
+    ("posterior variance not squared", "(1 - ratio**2)", "(1 - ratio)"),
+    (
+        "posterior variance: alphas swapped",
+        "ratio = alpha(t) * sigma(t_next) / (alpha(t_next) *",
+        "ratio = alpha(t_next) * sigma(t_next) / (alpha(t) *",
+    ),
+    ("re-noising to t", "std = sigma(t_next) if eta", "std = sigma(t) if eta"),
     ("eta ignored", "else eta * variance**0.5", "else 1 * variance**0.5"),
     ("eta scales the variance", "else eta * variance**0.5", "else eta**0.5 * variance**0.5"),
-    ("old noise kept in full", "max(s**2 - std**2, 0.0)", "max(s**2 - 0 * std**2, 0.0)"),
-    ("fresh noise at the scale of its variance", "return x_s + std * noise", "return x_s + std**2 * noise"),
+    ("old noise kept in full", "** 2 - std**2, 0.0)", "** 2 - 0 * std**2, 0.0)"),
+    (
+        "fresh noise at the scale of its variance",
+        "return x_next + std * noise",
+        "return x_next + std**2 * noise",
+    ),
     ("s_rule reversed", "s_k = t_next + s_rule * (t - t_next)", "s_k = t - s_rule * (t - t_next)"),
     ("s_k ignored", "for value in (t, s_k)]", "for value in (t, t)]"),
     ("noise at the last step", "fresh = eta != 0 and t_next > 0", "fresh = eta != 0 and t_next >= 0"),
@@ -193,12 +202,12 @@ TIM = [
     ("no weight of time", "loss = time_weight(t, r) * error", "loss = error"),
     ("not divided by itself", "error / (error.detach() + FLOOR) ** self.power", "error"),
     ("told t twice", "F = self.network(x_t, t, r, *c)", "F = self.network(x_t, t, t, *c)"),
-    ("derivative along another path", "map(j, (x_t, v, t, r, c))", "map(j, (x_t, v_w, t, r, c))"),
+    ("derivative along another path", "x_t[half], v[half], t[half]", "x_t[half], v_w[half], t[half]"),
 ]
 MEANFLOW = [
     ("derivative at fixed x", "(v, torch.ones_like(t)))[1]", "(torch.zeros_like(v), torch.ones_like(t)))[1]"),
     ("derivative at fixed t", "(v, torch.ones_like(t)))[1]", "(v, torch.zeros_like(t)))[1]"),
-    ("unguided path", "map(j, (x_t, v_w, t, r, c))", "map(j, (x_t, v, t, r, c))"),
+    ("unguided path", "x_t[half], v_w[half], t[half]", "x_t[half], v[half], t[half]"),
     ("always improved", "if self.improved else v_j", "if not self.improved else v_j"),
     ("velocity at r", "self.network(x_j, t_j, t_j, *c_j)", "self.network(x_j, t_j, r_j, *c_j)"),
     ("other times", "P_MEAN, P_STD = -0.4, 1.0", "P_MEAN, P_STD = 0.0, 1.0"),
@@ -222,7 +231,13 @@ SHORTCUT = [
     ("times off the grid", "1 - place / sections", "1 - (place + 0.5) / sections"),
     ("told s = t", "self.network(x_t, t, t - d, *c) - goal", "self.network(x_t, t, t, *c) - goal"),
 ]
-PEERS = {"tim": TIM, "meanflow": MEANFLOW, "shortcut": SHORTCUT}
+VARIANTS = [
+    ("lam_scale ignored", "self.lam_scale * mix / (1 + (self.lam_scale - 1) * mix)", "mix"),
+    ("lam_time ignored", "self.lam_time(t, s)", "s"),
+    ("null target inverted", 'if self.null_target == "data" and', 'if self.null_target != "data" and'),
+    ("never literal", 'if self.null_target == "literal"', "if False"),
+]
+PEERS = {"variants": VARIANTS, "tim": TIM, "meanflow": MEANFLOW, "shortcut": SHORTCUT}
 
 MUTANTS = [("losses", *m) for m in LOSSES] + [("sampler", *m) for m in SAMPLER]
 MUTANTS += [(f"peers.{name}", *m) for name, mutants in PEERS.items() for m in mutants]

@@ -15,7 +15,6 @@ import torch
 from ranks import train as processes
 from safetensors.torch import load_file
 
-import baselines
 import losses
 import model
 import objectives
@@ -24,7 +23,7 @@ import sample
 import train
 from engine import arguments, errors, machine, preparation
 from engine.processes import Ranks
-from peers import meanflow, shortcut, tim
+from peers import imm, meanflow, shortcut, tim
 
 NAMES = ("shortcut", "meanflow", "improved_meanflow", "tim")
 QUICK = ["--batch-size", "8", "--device", "cpu", "--precision", "fp32", "--no-compile", "--grid-every", "0"]
@@ -224,7 +223,7 @@ def test_the_price_is_what_is_evaluated(name, guidance):
     flags = SimpleNamespace(train_guidance=guidance, derivative="difference", loss_power=1.0)
     draws = objective.draw(0, 0, list(range(n)), (3, 4, 4))
     c = (torch.zeros(n, 2),)
-    objective.build(Counting(), Counting(), flags)(torch.ones(n, 3, 4, 4), c, c, None, None, draws, 1.0)
+    objective.build(Counting(), Counting(), flags)(torch.ones(n, 3, 4, 4), c, c, None, None, draws, 1.0, 0.0)
     assert (3 * rows[True] + rows[False]) / n == objective.forwards + (
         objective.guided if guidance != 1 else 0
     )
@@ -348,5 +347,5 @@ def test_imm_starts_below_one_and_the_others_at_one():
         if objective.trajectory:
             V = lambda x, t, s, name=name: starts.setdefault(name, t[0].item()) * 0 * x  # noqa: E731
             list(objective.trajectory(V, torch.zeros(1, 2), (), steps=2))
-    assert starts.pop("imm") == pytest.approx(baselines.T_MAX)
+    assert starts.pop("imm") == pytest.approx(imm.T_MAX)
     assert set(starts) == set(NAMES) and all(math.isclose(t, 1) for t in starts.values())

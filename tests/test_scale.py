@@ -515,7 +515,7 @@ def gradients(
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.1)
     network.recompute = recompute
-    objective = losses.SelfE(network, copy.deepcopy(network).requires_grad_(False), mu=0.4)
+    objective = losses.SelfE(network, copy.deepcopy(network).requires_grad_(False))
     if compiled:
         for block in [*network.double_blocks, *network.single_blocks]:
             block.compile(dynamic=False, backend="aot_eager")

@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter
 
 import data
 from data import Object, Scene
-from engine.randomness import rng
+from rng import rng
 from experiments import scorer
 
 SIZES = (24, 28, 32, 40, 48, 64)

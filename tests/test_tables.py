@@ -13,7 +13,7 @@ import pytest
 
 import data
 from engine import checkpoint
-from engine.randomness import rng
+from rng import rng
 from experiments import diversity, evaluate, report, rows, tables
 
 SCENES = data.SETS["scenes"]

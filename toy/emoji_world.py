@@ -37,7 +37,7 @@ import data
 import emoji
 import encoders
 from engine import checkpoint, errors, machine
-from engine.randomness import rng
+from rng import rng
 from experiments import emoji_judge
 from toy import pictures
 

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 
 import losses
-import model
 import sampler
 from engine import errors
-from engine.randomness import rng
+from rng import rng
 from toy import kept
 from toy.figures import COLOURS, GREY, plt, save
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 import losses
-from engine.randomness import rng
+from rng import rng
 from toy.measures import BUDGETS, trajectory
 from toy.mixture import LAYOUTS, Mixture
 from toy.training import Member

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import losses
 from engine import checkpoint, errors, machine
-from engine.randomness import rng
+from rng import rng
 from toy import figures, kept
 from toy.measures import energy_distance
 from toy.mixture import LAYOUTS, Mixture

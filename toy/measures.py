@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import sampler
-from engine.randomness import rng
 from objectives import OBJECTIVES
+from rng import rng
 from toy.training import Member, Net, assemble
 
 BUDGETS = (1, 2, 4, 8, 50)  # network evaluations, Tab. 1 and one step

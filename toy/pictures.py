@@ -34,7 +34,7 @@ import encoders
 import losses
 import sampler
 from engine import checkpoint, errors, machine
-from engine.randomness import rng
+from rng import rng
 from experiments import evaluate, scorer
 from toy import figures, kept
 from toy.ideal import GOALS, follow

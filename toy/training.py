@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-import baselines
 import losses
 import objectives
 from engine import checkpoint
-from engine.randomness import rng
+from rng import rng
 from toy.mixture import LAYOUTS, Mixture
 
 ROOT = Path(__file__).resolve().parents[1]

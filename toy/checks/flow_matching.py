@@ -25,7 +25,7 @@ def weight_makes_velocity_loss():
     x0, t, _ = points()
     eps, V = points(seed=1)[0], points(seed=2)[0]
     x_t = losses.add_noise(x0, t, eps)
-    x0_hat = model.G(lambda *_: V, x_t, t, t, ())
+    x0_hat = losses.G(lambda *_: V, x_t, t, t, ())
     weighted = losses.time_weight(t) * losses.data_loss(x0_hat, x0)
     return worst(weighted - losses.cfm_loss(V, x0, eps), x0_hat - losses.one_step_estimate(x_t, t, V))
 

@@ -21,7 +21,7 @@ def weight_of_self_evaluation():
     return worst((losses.lam(t, s) - lam) / (1 + lam), losses.lam(t, t))
 
 
-@check("Eq. 17-18", "mix = lambda/(1+lambda), scaled too; at t = 1 it is 1, and 0 at s = t = 1", below=1e-12)
+@check("Eq. 17-18", "mix = lambda/(1+lambda); at t = 1 it is 1, and 0 at s = t = 1", below=1e-12)
 def weight_of_the_mix():
     *_, t, s, lam = pairs()
     one = torch.ones_like(s)

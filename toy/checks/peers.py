@@ -11,8 +11,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-import baselines
 from losses import Draws
+from peers import imm
 from peers.meanflow import MeanFlow, path_derivative
 from peers.shortcut import Shortcut
 from peers.tim import EPSILON, TiM, guided_velocity, path_difference, target
@@ -130,7 +130,7 @@ def any_number_of_steps_agrees():
     def V(x, t, s, c):  # the flow ends at 0.05, where the mixture is smooth; times are stretched accordingly
         return 0.95 * average_velocity(x, 0.05 + 0.95 * t, 0.05 + 0.95 * s, c)
 
-    ends = [baselines.sample(V, x, (c,), steps=n, start=1.0) for n in (1, 2, 3)]
+    ends = [imm.sample(V, x, (c,), steps=n, start=1.0) for n in (1, 2, 3)]
     return worst(ends[1] - ends[0], ends[2] - ends[0])
 
 

@@ -1,4 +1,4 @@
-"""baselines.py against the IMM formulas written out: double loops, finite differences, and sets whose fate is known."""
+"""imm.py against the IMM formulas written out: double loops, finite differences, and sets whose fate is known."""
 
 import math
 
@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-import baselines
 import model
 import sampler
-from engine.randomness import rng
 from losses import add_noise
+from peers import imm
+from rng import rng
 
 
 class Field(torch.nn.Module):
@@ -31,11 +31,11 @@ def batch(n=8, shape=(3, 2), seed=0):
     x0, c, eps = (torch.from_numpy(random.standard_normal((n, *shape))) for _ in range(3))
     u_t = torch.linspace(0.5, 0.97, n // 4, dtype=torch.float64)
     u_s = torch.tensor([0.999, 0.3] * n, dtype=torch.float64)[: n // 4]
-    return x0, (c,), baselines.Draws(u_t, u_s, eps)
+    return x0, (c,), imm.Draws(u_t, u_s, eps)
 
 
 def loss_of(network, x0, c, draws):
-    return baselines.IMM(network)(x0, c, c, None, torch.zeros(len(x0), dtype=torch.bool), draws, 1.0)
+    return imm.IMM(network)(x0, c, c, None, torch.zeros(len(x0), dtype=torch.bool), draws, 1.0, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -86,14 +86,14 @@ def test_only_y_t_carries_gradient():
     x0, c, draws = batch()
     network = Field()
     loss_of(network, x0, c, draws)[0].backward()
-    t, s, r = (a.repeat_interleave(4) for a in baselines.times(draws.u_t, draws.u_s))
+    t, s, r = (a.repeat_interleave(4) for a in imm.times(draws.u_t, draws.u_s))
     gap = (t - s)[::4]
 
     def value(w_t, w_r):
         with torch.no_grad():
-            y_t = baselines.jump(Field(*w_t), add_noise(x0, t, draws.eps), t, s, c).unflatten(0, (-1, 4))
-            y_r = baselines.jump(Field(*w_r), add_noise(x0, r, draws.eps), r, s, c).unflatten(0, (-1, 4))
-            return (baselines.weight(t[::4]) * baselines.discrepancy(y_t, y_r, gap)).mean().item() * 6**0.5
+            y_t = imm.jump(Field(*w_t), add_noise(x0, t, draws.eps), t, s, c).unflatten(0, (-1, 4))
+            y_r = imm.jump(Field(*w_r), add_noise(x0, r, draws.eps), r, s, c).unflatten(0, (-1, 4))
+            return (imm.weight(t[::4]) * imm.discrepancy(y_t, y_r, gap)).mean().item() * 6**0.5
 
     w, h = np.array([0.7, -0.4]), 1e-5
     sides = [(w + h * e, w - h * e) for e in np.eye(2)]
@@ -111,13 +111,13 @@ def test_the_gradient_of_each_point_is_the_finite_difference(m):
     y_t, y_r = (torch.from_numpy(random.standard_normal((2, m, 5))) for _ in range(2))
     gap = torch.tensor([0.2, 0.7], dtype=torch.float64)
     moving = y_t.clone().requires_grad_()
-    baselines.discrepancy(moving, y_r, gap).sum().backward()
+    imm.discrepancy(moving, y_r, gap).sum().backward()
     numeric, h = torch.zeros_like(y_t), 1e-6
     for i in np.ndindex(*y_t.shape):
         up, down = y_t.clone(), y_t.clone()
         up[i] += h
         down[i] -= h
-        difference = baselines.discrepancy(up, y_r, gap) - baselines.discrepancy(down, y_r, gap)
+        difference = imm.discrepancy(up, y_r, gap) - imm.discrepancy(down, y_r, gap)
         numeric[i] = difference.sum() / (2 * h)
     assert torch.allclose(moving.grad, numeric, rtol=1e-5, atol=1e-9)
 
@@ -138,7 +138,7 @@ def settle(m):
         sets = (
             (y[None], y_r[None]) if m > 1 else (y.repeat_interleave(n, 0)[:, None], y_r.repeat(n, 1)[:, None])
         )
-        loss = baselines.discrepancy(*sets, torch.full((len(sets[0]),), 20.0, dtype=torch.float64)).mean()
+        loss = imm.discrepancy(*sets, torch.full((len(sets[0]),), 20.0, dtype=torch.float64)).mean()
         (gradient,) = torch.autograd.grad(loss, y)
         y = (y - 0.5 * gradient).detach()
     return sorted(y.flatten().tolist())
@@ -155,10 +155,10 @@ def test_single_samples_stay_together_between_the_points_they_face():
 
 def test_where_r_is_s_the_other_set_is_data_exactly():
     x0, c, draws = batch()
-    t, s, r = baselines.times(draws.u_t, draws.u_s)
+    t, s, r = imm.times(draws.u_t, draws.u_s)
     where = (r == s).repeat_interleave(4)
     s_i, r_i = s.repeat_interleave(4), r.repeat_interleave(4)
-    y_r = baselines.jump(Field(), add_noise(x0, r_i, draws.eps), r_i, s_i, c)
+    y_r = imm.jump(Field(), add_noise(x0, r_i, draws.eps), r_i, s_i, c)
     x_s = add_noise(x0, s_i, draws.eps)
     assert where.any() and torch.equal(y_r[where], x_s[where]) and not torch.equal(y_r[~where], x_s[~where])
 
@@ -168,7 +168,7 @@ def test_coincident_points_give_no_nan():
     points[0, 1] = 1e-30  # closer than any float can square
     y_t, y_r = points.clone().requires_grad_(), points.clone()
     for gap in (0.5, 0.0):  # 0: t = s, when the first uniform number is zero
-        loss = baselines.discrepancy(y_t, y_r, torch.full((2,), gap)).sum()
+        loss = imm.discrepancy(y_t, y_r, torch.full((2,), gap)).sum()
         (gradient,) = torch.autograd.grad(loss, y_t)
         assert loss.isfinite() and (gradient == 0).all()
 
@@ -200,14 +200,14 @@ def test_the_weight_is_the_paper_s_formula():
     log_snr = 2 * torch.log((1 - t) / t)
     (slope,) = torch.autograd.grad(log_snr.sum(), t)
     expected = 0.5 * torch.sigmoid(4 - log_snr) * -slope * (1 - t) ** 2 / ((1 - t) ** 2 + t**2)
-    assert torch.allclose(baselines.weight(t), expected, rtol=1e-9)
-    assert baselines.weight(torch.zeros(1)).item() == 0  # the limit, not NaN
+    assert torch.allclose(imm.weight(t), expected, rtol=1e-9)
+    assert imm.weight(torch.zeros(1)).item() == 0  # the limit, not NaN
 
 
 def test_times_are_ordered_and_uniform():
     u_t, u_s = torch.from_numpy(rng(0, "u").random((2, 20000), dtype=np.float32))
     u_t[0], u_s[0] = 0.0, 0.0
-    t, s, r = baselines.times(u_t, u_s)
+    t, s, r = imm.times(u_t, u_s)
     assert ((s <= r) & (r <= t)).all() and (t < 0.994).all() and (s >= 0).all()
     assert t.mean().item() == pytest.approx(0.497, abs=0.01)
     assert (s[1:] / t[1:]).mean().item() == pytest.approx(0.5, abs=0.01)
@@ -216,15 +216,15 @@ def test_times_are_ordered_and_uniform():
 
 
 def test_draws_belong_to_the_global_index():
-    whole = baselines.draw(3, 7, list(range(16, 32)), (2, 2))
-    parts = [baselines.draw(3, 7, list(range(a, a + 8)), (2, 2)) for a in (16, 24)]
+    whole = imm.draw(3, 7, list(range(16, 32)), (2, 2))
+    parts = [imm.draw(3, 7, list(range(a, a + 8)), (2, 2)) for a in (16, 24)]
     for a, b in zip(whole, zip(*parts)):
         assert torch.equal(a, torch.cat(b))
     assert len(set(whole.u_t.tolist())) == 4 and whole.eps.shape == (16, 2, 2)
-    assert not torch.equal(whole.u_t, baselines.draw(3, 8, list(range(16, 32)), (2, 2)).u_t)
+    assert not torch.equal(whole.u_t, imm.draw(3, 8, list(range(16, 32)), (2, 2)).u_t)
     for cut in ([2, 3, 4, 5], [0, 1, 2], [0, 1, 2, 4]):
         with pytest.raises(ValueError, match="groups of 4"):
-            baselines.draw(3, 7, cut, (2,))
+            imm.draw(3, 7, cut, (2,))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def test_the_denoiser_trains_on_it():
     torch.manual_seed(0)
     network = model.Denoiser(**sizes)
     x0, text, vector = torch.randn(8, 3, 8, 8), torch.randn(8, 4, 8), torch.randn(8, 8)
-    draws = baselines.draw(0, 0, list(range(8)), x0.shape[1:])
+    draws = imm.draw(0, 0, list(range(8)), x0.shape[1:])
     adam = torch.optim.Adam(network.parameters(), lr=3e-3)
     values = []
     for _ in range(30):
@@ -259,7 +259,7 @@ def test_the_sampler_pushes_forward_on_a_linear_grid(steps):
         return (x - c) / t[:, None]  # exact for data that is the point c
 
     x, c = torch.randn(3, 2), torch.tensor([[1.0, -2.0]]).repeat(3, 1)
-    end = baselines.sample(V, x, (c,), steps=steps)
+    end = imm.sample(V, x, (c,), steps=steps)
     assert torch.allclose(end, c, atol=1e-5)
     grid = np.linspace(0.994, 0, steps + 1)
     assert np.allclose(calls, list(zip(grid[:-1], grid[1:])))
@@ -270,10 +270,10 @@ def test_guidance_is_linear_in_the_velocity():
         return c
 
     c, null = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.2, 0.5]])
-    end = baselines.sample(V, torch.zeros(1, 2), (c,), (null,), steps=3, guidance=2.5)
+    end = imm.sample(V, torch.zeros(1, 2), (c,), (null,), steps=3, guidance=2.5)
     assert torch.allclose(end, -0.994 * (null + 2.5 * (c - null)))
     with pytest.raises(ValueError, match="at least 1"):
-        baselines.sample(V, c, (c,), steps=0)
+        imm.sample(V, c, (c,), steps=0)
 
 
 def test_its_jump_is_the_deterministic_step_of_the_sampler():
@@ -287,7 +287,7 @@ def test_its_jump_is_the_deterministic_step_of_the_sampler():
     with torch.no_grad():
         x0_hat = x - 0.8 * network(x, t, s, c)
         assert torch.allclose(
-            baselines.jump(network, x, t, s, (c,)), sampler.update(x, x0_hat, 0.8, 0.3, 0.0, None)
+            imm.jump(network, x, t, s, (c,)), sampler.update(x, x0_hat, 0.8, 0.3, 0.0, None)
         )
 
 
@@ -296,12 +296,12 @@ def test_k_sets_how_far_truth_spreads_in_one_step(k):
     """Walking from t to r again and again takes eta to 0 in ceil(eta / (160 / 2^k)) steps; r is never below s."""
     t, steps = torch.tensor([0.5], dtype=torch.float64), 0
     while t > 0:
-        t, _, r = baselines.times(t / baselines.T_MAX, torch.zeros(1, dtype=torch.float64), k)
+        t, _, r = imm.times(t / imm.T_MAX, torch.zeros(1, dtype=torch.float64), k)
         assert r < t
         t, steps = r, steps + 1
     assert steps == math.ceil(round(1 / (160 / 2**k), 9))
     u = torch.rand(2, 4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    t, s, r = baselines.times(*u, k)
+    t, s, r = imm.times(*u, k)
     assert (r >= s).all() and (r <= t).all()
     share = (r == s)[t > 0.5].double().mean()
     assert (

@@ -1,10 +1,8 @@
-"""The baselines of Table 2: flow matching, and Inductive Moment Matching (IMM; Zhou, Ermon and Song, arXiv 2503.07565).
+"""Inductive Moment Matching (IMM; Zhou, Ermon and Song, arXiv 2503.07565), the baseline of Table 2.
 
-    loss = baselines.IMM(network)                       # takes the place of losses.SelfE, same call, same return
-    value, stats = loss(x0, c, null, fake, is_null, baselines.draw(seed, step, index, x0.shape[1:]), tau)
-    x = baselines.sample(V, noise, cond, null, steps=4, guidance=1.5)
-
-Flow matching has no code of its own: it is losses.SelfE with draws that have no s < t (Eq. 3), sampled at s_k = t_k.
+    loss = imm.IMM(network)                       # takes the place of losses.SelfE, same call, same return
+    value, stats = loss(x0, c, null, fake, is_null, imm.draw(seed, step, index, x0.shape[1:]), tau, mu)
+    x = imm.sample(V, noise, cond, null, steps=4, guidance=1.5)
 
 In IMM a jump to time s should lead to the same distribution wherever it starts, from time t or from an earlier time r,
 s <= r < t. IMM compares two sets of samples, groups of M that share (s, r, t), by the maximum mean discrepancy with a
@@ -30,8 +28,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.randomness import normal, rng
 from losses import add_noise, like
+from rng import normal, rng
+from sampler import branches, extrapolate
 
 M = 4  # samples in a group
 T_MAX = 0.994  # the largest time: training draws t below it, sampling starts there
@@ -142,12 +141,13 @@ class IMM(nn.Module):
         is_null: Tensor,
         draws: Draws,
         tau: float,
+        mu: float,
         aux: bool = False,
     ) -> tuple[Tensor, dict]:
         """The loss of one micro-batch and detached tensors to watch: t, s, r, loss, one value per group.
 
         x0 [B, ...] fp32, B a multiple of 4; c a tuple of tensors with leading dimension B; a dropped prompt is one more
-        prompt. null, fake, is_null, tau and aux belong to self-evaluation and are not read.
+        prompt. null, fake, is_null, tau, mu and aux belong to self-evaluation and are not read.
         """
         t, s, r = times(draws.u_t, draws.u_s, self.k)  # [G]
         t_i, s_i, r_i = (a.repeat_interleave(M) for a in (t, s, r))  # [B]
@@ -192,9 +192,7 @@ def trajectory(
     def guided(x, t, s, *cond):
         if guidance == 1:
             return V(x, t, s, *cond)
-        both = tuple(torch.cat([c, n]) for c, n in zip(cond, null, strict=True))
-        v_c, v_null = V(torch.cat([x, x]), torch.cat([t, t]), torch.cat([s, s]), *both).chunk(2)
-        return v_null + guidance * (v_c - v_null)
+        return extrapolate(*branches(V, x, t, s, cond, null), guidance)
 
     for t, s in zip(grid[:-1], grid[1:]):
         x = jump(guided, x, *(torch.full((len(x),), a, dtype=x.dtype, device=x.device) for a in (t, s)), cond)

@@ -1,4 +1,4 @@
-"""randomness.py: the same numbers everywhere, different numbers for different purposes, and the right distribution."""
+"""rng.py: the same numbers everywhere, different numbers for different purposes, and the right distribution."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import randomness
+import rng as randomness
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,7 +63,7 @@ def test_the_numbers_themselves():
 def test_another_process_draws_the_same():
     """With another hash seed and another number of threads."""
     program = (
-        "import json; from engine import randomness as r; "
+        "import json; import rng as r; "
         "print(json.dumps(r.normal(7, 'noise', [(3, 11), (3, 12)], (6,)).tolist()))"
     )
     env = os.environ | {"PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "2"}
