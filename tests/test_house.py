@@ -47,5 +47,7 @@ def test_the_ground_floor_is_the_paper():
         "encoders",
         "baselines",
         "bench",
+        "bench",
+        "rng",
         "objectives",
     }

@@ -165,7 +165,6 @@ MUTANTS = [  # (what is wrong, the text, its replacement)
     ("tau never rises", "run.plan.tau(step), run.plan", "0.0, run.plan"),
     ("tau of the iteration before", "run.plan.tau(step)", "run.plan.tau(max(0, step - 1))"),
     ("the auxiliary term never joins", "run.plan.aux(step)  #", "False  #"),
-    ("mu not set by the picture's size", "if hasattr(run.objective", "if False and hasattr(run.objective"),
     ("prompts ignored", "batch.x0, batch.c,", "batch.x0, batch.null,"),
     ("null prompt ignored", "batch.c, batch.null,", "batch.c, batch.c,"),
     ("fake prompt ignored", "batch.null, batch.fake,", "batch.null, batch.c,"),
