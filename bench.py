@@ -132,11 +132,9 @@ class Step:
         x0, self.optimizer = batch[0], optimizer
         self.device, objective = x0.device, OBJECTIVES[name]
         self.objective = objective.build(*networks, arguments.parse(["--objective", name, *flags]))
-        if hasattr(self.objective, "mu"):
-            tokens = x0[0, 0].numel() // self.network.patch**2
-            self.objective.mu = losses.mu_of_length(tokens)
+        mu = losses.mu_of_length(x0[0, 0].numel() // self.network.patch**2)
         draws = objective.draw(0, 0, list(range(len(x0))), x0.shape[1:], device=self.device)
-        self.inputs = (*batch, draws, 1.0, aux)
+        self.inputs = (*batch, draws, 1.0, mu, aux)
 
     def loss(self) -> torch.Tensor:
         return self.objective(*self.inputs)[0]

@@ -25,8 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import files
-from rng import rng
 from files import DataError
+from rng import rng
 
 
 class Sample(NamedTuple):

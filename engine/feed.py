@@ -30,6 +30,7 @@ import files
 from engine import checkpoint, errors
 from engine.processes import Ranks
 from recipe import Recipe, Stage
+from rng import rng
 from scale import cache, shards
 
 

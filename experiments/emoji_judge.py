@@ -23,8 +23,8 @@ from torch import Tensor
 import data
 import emoji
 from engine import checkpoint, errors, machine
-from rng import rng
 from experiments import evaluate
+from rng import rng
 
 RATIO = 0.75  # a mixture of two originals passes where the main one has a share of at least 4/7
 

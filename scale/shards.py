@@ -52,8 +52,8 @@ import data
 import files
 from engine import errors
 from engine.checkpoint import in_one_piece
-from rng import rng
 from files import DataError, Unusable
+from rng import rng
 
 VERSION = 5  # of what an index holds
 HEAD = 2**16  # bytes of a picture that nearly always hold its header

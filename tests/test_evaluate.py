@@ -12,8 +12,8 @@ import torch
 import data
 import model
 from engine import checkpoint, errors
-from rng import rng
 from experiments import diversity, evaluate, export
+from rng import rng
 
 SHAPES = data.SETS["shapes"]
 

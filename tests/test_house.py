@@ -45,8 +45,6 @@ def test_the_ground_floor_is_the_paper():
         "sample",
         "recipe",
         "encoders",
-        "baselines",
-        "bench",
         "bench",
         "rng",
         "objectives",

@@ -8,8 +8,8 @@ from PIL import Image, ImageFilter
 
 import data
 from data import Object, Scene
-from rng import rng
 from experiments import scorer
+from rng import rng
 
 SIZES = (24, 28, 32, 40, 48, 64)
 LARGEST = {

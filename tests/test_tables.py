@@ -13,8 +13,8 @@ import pytest
 
 import data
 from engine import checkpoint
-from rng import rng
 from experiments import diversity, evaluate, report, rows, tables
+from rng import rng
 
 SCENES = data.SETS["scenes"]
 

@@ -37,8 +37,8 @@ import data
 import emoji
 import encoders
 from engine import checkpoint, errors, machine
-from rng import rng
 from experiments import emoji_judge
+from rng import rng
 from toy import pictures
 
 ROOT = Path(__file__).resolve().parents[1]
