@@ -93,7 +93,7 @@ def node(axis, name: str, x: float, y: float):
     text, size, colour = name.rstrip("'\""), 11, GREY
     box = {"facecolor": "none", "linewidth": 1.6, "boxstyle": "round,pad=0.5"}
     if name in EQUATIONS:
-        function = getattr(losses, text, None) or getattr(model, text)
+        function = getattr(losses, text)
         italic = function.__name__.replace("_", "\\_")
         text, size = f"$\\it{{{italic}}}$\n{EQUATIONS[name]}", 9
         box |= {"boxstyle": "square,pad=0.3", "linewidth": 0}

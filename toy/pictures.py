@@ -34,8 +34,8 @@ import encoders
 import losses
 import sampler
 from engine import checkpoint, errors, machine
-from rng import rng
 from experiments import evaluate, scorer
+from rng import rng
 from toy import figures, kept
 from toy.ideal import GOALS, follow
 

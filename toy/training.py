@@ -20,6 +20,7 @@ from torch.nn.functional import silu
 import losses
 import objectives
 from engine import checkpoint
+from peers import imm, variants
 from rng import rng
 from toy.mixture import LAYOUTS, Mixture
 
@@ -158,8 +159,8 @@ def step_of(net: Net, ema: Net, o: dict) -> nn.Module:
         return objectives.OBJECTIVES[o["objective"]].build(net, ema, SimpleNamespace(**o))
     networks = {"online": net, "ema": ema}
     choices = {name: o[name] for name in ("target", "k", "delta_scale", "lam_scale", "null_target")}
-    choices |= {"lam_s": SECOND_TIME[o["lam_s"]], "unconditional": networks[o["unconditional"]]}
-    return losses.SelfE(net, networks[o["conditional"]], **choices)
+    choices |= {"lam_time": SECOND_TIME[o["lam_s"]], "unconditional": networks[o["unconditional"]]}
+    return variants.Variant(net, networks[o["conditional"]], **choices)
 
 
 def train(members: list[Member], steps: int = STEPS, **changes) -> Net:
@@ -178,11 +179,11 @@ def train(members: list[Member], steps: int = STEPS, **changes) -> Net:
         x0, c, is_null, z, u, eps, eps_s = (torch.cat(column) for column in zip(*rows))
         draws = losses.Draws(z, u, eps, eps_s, below)
         if o["objective"] == "imm":  # its groups share two uniform numbers
-            draws = baselines.Draws(torch.special.ndtr(z)[:: baselines.M], u[:: baselines.M], eps)
+            draws = imm.Draws(torch.special.ndtr(z)[:: imm.M], u[:: imm.M], eps)
         tau = min(i / (o["tau_over"] * steps), 1.0) if o["tau_over"] > 0 else 1.0
         aux = o["aux_from"] is not None and i >= o["aux_from"] * steps
         null, fake = torch.full_like(c, C), c + C + 1
-        loss, _ = step_loss(x0, (c,), (null,), (fake,), is_null, draws, tau, aux)
+        loss, _ = step_loss(x0, (c,), (null,), (fake,), is_null, draws, tau, 0.0, aux)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {float(loss)} at step {i}: {o}")
         optimizer.zero_grad()
@@ -201,8 +202,10 @@ def train(members: list[Member], steps: int = STEPS, **changes) -> Net:
 # Networks that are kept, so that two studies never train the same one twice
 # ============================================================================================================
 RUNS = ROOT / "runs" / "toy"
-CODE = [ROOT / name for name in ("losses.py", "engine/randomness.py", "toy/training.py", "toy/mixture.py")]
-PEERS = [ROOT / "baselines.py", *sorted((ROOT / "peers").glob("*.py"))]
+CODE = [
+    ROOT / name for name in ("losses.py", "rng.py", "peers/variants.py", "toy/training.py", "toy/mixture.py")
+]
+PEERS = sorted((ROOT / "peers").glob("*.py"))
 
 
 def weights_file(member: Member, steps: int, changes: dict) -> Path:

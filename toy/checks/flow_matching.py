@@ -5,7 +5,6 @@ from torch import Tensor
 from torch.autograd.functional import hessian
 
 import losses
-import model
 from toy.checks.stage import bayes, check, full, hermite, points, q, random, three, worst
 
 

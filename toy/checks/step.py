@@ -30,7 +30,8 @@ class SmallNet(torch.nn.Module):
         return self(x[None], t, s, torch.tensor([int(c)]))[0]
 
 
-OPTIONS = dict(mu=0.5, target="renorm", k=0.9, delta_scale=1.0, lam_scale=1.0, lam_s=None, null_target="data")
+MU = 0.5
+OPTIONS = dict(target="renorm", k=0.9, delta_scale=1.0, lam_scale=1.0, lam_time="s", null_target="data")
 SETTINGS = [  # what the paper does, and each choice of the constructor once
     dict(),
     dict(aux=True),
@@ -39,7 +40,8 @@ SETTINGS = [  # what the paper does, and each choice of the constructor once
     dict(delta_scale=0.0, lam_scale=0.5),
     dict(delta_scale=2.0, null_target="renorm"),
     dict(null_target="renorm", aux=True),
-    dict(lam_s=lambda t, s: (s + t) / 2, mu=0.0),
+    dict(lam_time="middle"),
+    dict(null_target="literal"),
     dict(third_unconditional=True, tau=0.5),
 ]
 
@@ -51,10 +53,10 @@ def paper_step(networks: tuple, batch: tuple, tau: float, aux: bool, options: di
     """
     net, ema, uncond = networks
     x0, c, is_null, d = batch
-    mu, target, k, delta_scale, lam_scale, lam_s, null_target = options.values()
+    target, k, delta_scale, lam_scale, lam_time, null_target = options.values()
     total = 0.0
     for i in range(len(x0)):
-        odds = np.exp(mu + float(d.z[i]))
+        odds = np.exp(MU + float(d.z[i]))
         t = odds / (1 + odds)
         evaluated = i in d.below.tolist()
         s = t - tau * float(d.u[i]) * t if evaluated else t
@@ -69,14 +71,14 @@ def paper_step(networks: tuple, batch: tuple, tau: float, aux: bool, options: di
             continue
         x_s = ((1 - s) * x0_hat + s * d.eps_s[i]).detach()
         G_null = G(uncond, x_s, s, s, PHI)
-        G_c = G_null if is_null[i] else G(ema, x_s, s, s, c[i])
+        G_c = G_null if is_null[i] and null_target != "literal" else G(ema, x_s, s, s, c[i])
         Delta = G_null - G_c
         if aux:
             G_fake = G(net, x_s, s, s, c[i] + 4)
             Delta = k * (G_null - G_c) + (1 - k) * (G_fake - G_c)
             total = total + ((G_fake - x0_hat.detach()) ** 2).sum() / s**2  # s.8 as a velocity loss
         x_self = (x0_hat - delta_scale * Delta).detach()
-        other = lam_s(t, s) if lam_s else s
+        other = (t + s) / 2 if lam_time == "middle" else s
         lam = lam_scale * (t / (1 - t) - other / (1 - other))
         if is_null[i] and null_target == "data" and not aux:
             lam = 0.0
@@ -109,8 +111,8 @@ def step_against_paper(setting: dict) -> tuple[float, float]:
     )
     draws = losses.Draws(z, u, eps, eps_s, torch.arange(1, n, 2))
 
-    step = losses.SelfE(net, ema, unconditional=unconditional, **options)
-    value, _ = step(x0, (c,), (torch.full_like(c, PHI),), (c + 4,), is_null, draws, tau, aux)
+    step = variants.Variant(net, ema, unconditional=unconditional, **options)
+    value, _ = step(x0, (c,), (torch.full_like(c, PHI),), (c + 4,), is_null, draws, tau, MU, aux)
     letter = paper_step((net, ema, unconditional), (x0, c, is_null, draws), tau, aux, options)
     others = [*ema.parameters(), *third.parameters()]
     if any(g is not None for g in torch.autograd.grad(value, others, allow_unused=True, retain_graph=True)):
@@ -136,7 +138,7 @@ def flow_matching_is_the_same_module():
     x0, eps, z = points(n)[0], points(n, 1)[0], torch.linspace(-2, 2, n, dtype=torch.float64)
     c, is_null = torch.arange(n) % 3, torch.zeros(n, dtype=torch.bool)
     draws = losses.Draws(z, z.abs() / 3, eps, eps, losses.below_positions(list(range(n)), 1.0))
-    value, _ = losses.SelfE(net, SmallNet(2))(x0, (c,), (c,), None, is_null, draws, 1.0)
+    value, _ = losses.SelfE(net, SmallNet(2))(x0, (c,), (c,), None, is_null, draws, 1.0, 0.0)
     t = torch.sigmoid(z)
     letter = ((net((1 - t)[:, None] * x0 + t[:, None] * eps, t, t, c) - (eps - x0)) ** 2).mean()
     pair = zip(*(torch.autograd.grad(loss, list(net.parameters())) for loss in (value, letter)))
