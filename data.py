@@ -330,7 +330,7 @@ class ImageFolder:
         except MemoryError as error:
             raise DataError(
                 f"{folder}: {len(found.captions)} pictures of {size} x {size} are more than the memory holds: put them "
-                f"in tars, which are read as they are needed (python -m scale.shards pack {folder} TARS)"
+                f"in tars, which are read as they are needed (python -m scale.shards {folder} TARS)"
             ) from error
         state = hashlib.sha256()
         names = tqdm(

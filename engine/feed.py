@@ -1,6 +1,6 @@
 """The way of the data: from global sample indices to the tensors that the loss takes, read ahead on threads (S.2).
 
-    python -m engine.feed --data tars/ --side 32       # looks at data: what is used and why not, and a sheet of samples
+    python -m engine.feed --data tars/ --side 32    # looks at data: what is used and why not, and a sheet of samples
 
     codec = feed.Codec(text, autoencoder, device, patch=4)
     feed = feed.Feed(plan, draw, seed, codec, Ranks(world=8, rank=0))
@@ -89,9 +89,8 @@ def open_side(names: tuple[str, ...], side: int, batch_size: int, multiple: int,
             f"--data takes one folder, several tars or several caches; {odd} is not like the others"
         )
     if tars:
-        return shards.Shards(
-            names, side, batch_size, multiple=multiple, index=reading.index, caption_key=reading.caption_key
-        )
+        where = {"index": reading.index, "caption_key": reading.caption_key}
+        return shards.Shards(names, side, batch_size, multiple=multiple, **where)
     if not caches:
         return data.ImageFolder(names[0], side, reading.caption_key)
     fitting = [name for name in caches if cache.side_of(name) == side]  # others may be for other batches
@@ -350,20 +349,33 @@ def main() -> None:
     one = ["one-shape"]
     a("--data", metavar="DIR", nargs="+", type=errors.name, default=one, help="as for train.py (one-shape)")
     a("--caption-key", metavar="NAME", help=files.KEY_HELP)
-    a("--side", metavar="N", type=int, default=16, help="of the pictures, a multiple of 4 (default: 16)")
+    a("--index", metavar="DIR", type=errors.name, help="folder of the index of tars (default: beside them)")
+    a("--workers", metavar="N", type=int, default=1, help="processes that index tars (default: 1)")
+    a("--side", metavar="N", type=int, default=16, help="of the pictures, in pixels (default: 16)")
+    a(
+        "--multiple",
+        metavar="N",
+        type=int,
+        default=4,
+        help="of which sides are multiples; 16 for 2b (default: 4)",
+    )
     a("--seed", metavar="N", type=int, default=0, help="which pictures (default: 0)")
     a("--out", type=errors.file_to_write, default="data.png", help="the sheet to write (default: data.png)")
     args = parser.parse_args()
-    parser.check_ranges(args, side=(4, 2**13), seed=(0, 2**63 - 1))
+    parser.check_ranges(args, side=(1, 2**13), multiple=(1, 2**13), seed=(0, 2**63 - 1), workers=(1, 1024))
     if args.out.suffix.lower() != ".png":
         parser.error(f"--out must name a .png file, not {args.out}")
-    reading = Reading(caption_key=args.caption_key)
-    source = open_source(tuple(args.data), Stage(0, (args.side,), 1), 4, reading)
+    if args.workers > 1:
+        shards.read_index(args.data, args.index, args.caption_key, args.workers)
+    reading = Reading(1, args.index, args.caption_key)
+    source = open_source(tuple(args.data), Stage(0, (args.side,), 1), args.multiple, reading)
     if isinstance(source, cache.CachedShards):
         parser.error(f"{source.name} is a cache of latents: look at its tars")
     print(getattr(source, "told", f"{source.name}: without end"))
     for name, why in source.skipped.items():
         print(f"  {files.printable(name)}: {why}")
+    for (height, width), share in source.buckets.items():
+        print(f"  {height:4} x {width:<4} {100 * share:6.2f}%")
     samples = [source.sample(g, args.seed) for g in range(24)]
     columns = [samples[i : i + 6] for i in range(0, 24, 6)]
     scale = max(1, 256 // args.side)

@@ -60,7 +60,7 @@ def tell_data(name: str) -> None:
     if name not in (*data.SETS, *emoji.SETS) and not Path(name).is_dir():
         raise data.DataError(f"no such folder: {name}")
     for kind, pattern, more in (
-        ("shards", "*.tar", f"; python -m scale.shards report {name} says more"),
+        ("shards", "*.tar", f"; python -m engine.feed --data {name} says more"),
         ("cached shards", "*x*_*.safetensors", ""),
     ):
         if files := sorted(Path(name).glob(pattern)):

@@ -78,34 +78,22 @@ def make(names, out: Path, side: int, encoders: tuple, settings: Settings = Sett
     text, autoencoder = encoders
     if settings.multiple % autoencoder.factor:
         raise DataError(
-            f"{autoencoder.name} needs multiples of {autoencoder.factor}, not {settings.multiple}"
+            f"--multiple {settings.multiple} is not one of {autoencoder.factor}, as it needs to be"
         )
-    source = shards.Shards(
-        names,
-        side,
-        settings.batch_size,
-        multiple=settings.multiple,
-        index=settings.index,
-        caption_key=settings.caption_key,
-    )
+    where = {"multiple": settings.multiple, "index": settings.index, "caption_key": settings.caption_key}
+    source = shards.Shards(names, side, settings.batch_size, **where)
     print(source.told)
-    own = {
-        "format": 1,
-        "text": text.name,
-        "txt_len": text.txt_len,
-        "autoencoder": autoencoder.name,
-        "side": side,
-    }
-    own |= {
+    spec = {
         name: getattr(settings, name) for name in ("multiple", "batch_size", "tokens", "fake", "per_shard")
     }
-    own |= {"source": source.fingerprint}
-    own |= {"buckets": [[h, w, len(members)] for (h, w), members in zip(source.sides, source.members)]}
-    begin(out, own)
+    spec |= {"text": text.name, "txt_len": text.txt_len, "autoencoder": autoencoder.name, "format": 1}
+    spec |= {"side": side, "source": source.fingerprint}
+    spec["buckets"] = [[h, w, len(members)] for (h, w), members in zip(source.sides, source.members)]
+    begin(out, spec)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.tokens]
     if not (out / "null.safetensors").exists():
         save_shard(out / "null.safetensors", encode_text(text, [""], 1, dtype, fake=True))
-    plan = list(shard_plan(out, own))[part[0] :: part[1]]
+    plan = list(shard_plan(out, spec))[part[0] :: part[1]]
     missing = [entry for entry in plan if not entry[0].exists()]
     total, left = (sum(len(rows) for _, _, rows in some) for some in (plan, missing))
     with (
@@ -125,34 +113,31 @@ def make(names, out: Path, side: int, encoders: tuple, settings: Settings = Sett
             tensors["latent"] = torch.cat(latents)
             tensors["text_end"] = torch.tensor(np.cumsum([0, *map(len, texts)]))
             tensors["text"] = torch.frombuffer(bytearray(b"".join(texts)), dtype=torch.uint8)
-            broken = [
-                source.text(n)[0] for n in source.members[k][rows.start : rows.stop] if n in source.broken
-            ]
+            broken = source.broken.intersection(source.members[k][rows.start : rows.stop].tolist())
+            broken = [source.text(n)[0] for n in sorted(broken)]
             save_shard(path, tensors, {"skipped": json.dumps({key: source.skipped[key] for key in broken})})
 
 
-def begin(out: Path, own: dict) -> None:
+def begin(out: Path, spec: dict) -> None:
     """Write the cache.json of a cache, or find the same. Raises DataError for a cache of another kind."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "cache.json").exists():
-        return checkpoint.write_json(out / "cache.json", own, shared=True)  # all parts write it
+        return checkpoint.write_json(out / "cache.json", spec, shared=True)  # all parts write it
+    if not is_cache(out):
+        raise DataError(f"{out / 'cache.json'} is not that of a cache: choose another folder")
     stored = checkpoint.read_json(out / "cache.json")
-    for name, value in own.items():
-        if not isinstance(stored, dict) or name not in stored:
-            raise DataError(f"{out / 'cache.json'} is not that of a cache: choose another folder")
-        if stored[name] != value:
-            told = (
-                "other tars" if name in ("source", "buckets") else f"{name} {stored[name]!r}, not {value!r}"
-            )
-            raise DataError(f"{out} is a cache made with {told}: choose another folder, or the same settings")
+    for name in [name for name in spec if stored.get(name) != spec[name]][:1]:
+        told = f"{name} {stored.get(name)!r}, not {spec[name]!r}"
+        told = "other tars" if name in ("source", "buckets") else told
+        raise DataError(f"{out} is a cache made with {told}: choose another folder, or the same settings")
 
 
-def shard_plan(out: Path, own: dict) -> Iterator[tuple[Path, int, range]]:
+def shard_plan(out: Path, spec: dict) -> Iterator[tuple[Path, int, range]]:
     """The shards of a cache: (path, bucket k, which of the bucket's pictures it holds)."""
-    for k, (height, width, count) in enumerate(own["buckets"]):
-        for number, first in enumerate(range(0, count, own["per_shard"])):
+    for k, (height, width, count) in enumerate(spec["buckets"]):
+        for number, first in enumerate(range(0, count, spec["per_shard"])):
             path = out / f"{height}x{width}_{number:05d}.safetensors"
-            yield path, k, range(first, min(count, first + own["per_shard"]))
+            yield path, k, range(first, min(count, first + spec["per_shard"]))
 
 
 def encode_text(text, captions: list[str], batch: int, dtype: torch.dtype, fake: bool) -> dict[str, Tensor]:
@@ -262,8 +247,8 @@ def opened(path: Path):
 def is_cache(folder: str | Path) -> bool:
     """Whether a folder is a cache, and not another program's that has a cache.json too."""
     path = Path(folder) / "cache.json"
-    own = checkpoint.read_json(path) if path.is_file() else {}
-    return isinstance(own, dict) and "buckets" in own
+    spec = checkpoint.read_json(path) if path.is_file() else {}
+    return isinstance(spec, dict) and "buckets" in spec
 
 
 def side_of(folder: str | Path) -> int:
@@ -273,15 +258,11 @@ def side_of(folder: str | Path) -> int:
 
 def cached_sizes(folder: Path) -> tuple[dict, int]:
     """What a cache says of the encoders without loading them: ({channels, txt_dim, vec_dim} for model.SIZES, factor)."""
-    own = checkpoint.read_json(folder / "cache.json")
-    with opened(next(shard_plan(folder, own))[0]) as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in ("latent", "tokens", "pooled")}
-    sizes = {
-        "channels": shapes["latent"][1],
-        "txt_dim": shapes["tokens"][-1],
-        "vec_dim": shapes["pooled"][-1],
-    }
-    return sizes, own["buckets"][0][0] // shapes["latent"][2]
+    spec = checkpoint.read_json(folder / "cache.json")
+    with opened(next(shard_plan(folder, spec))[0]) as file:
+        latent, tokens, pooled = (file.get_slice(name).get_shape() for name in ("latent", "tokens", "pooled"))
+    sizes = {"channels": latent[1], "txt_dim": tokens[-1], "vec_dim": pooled[-1]}
+    return sizes, spec["buckets"][0][0] // latent[2]
 
 
 def collate(samples: list[CachedSample], dropped: list[bool], null: tuple, null_fake: tuple, with_fake: bool):

@@ -1,7 +1,7 @@
 """A data set in tar shards, read map-style: any sample by its number, in an order that follows from (seed, number).
 
-    python -m scale.shards pack pictures/ tars/                 # a folder of pictures -> tar shards, to try it
-    python -m scale.shards report tars/ --workers 16            # index them; counts, sizes, buckets, what is left out
+    python -m scale.shards pictures/ tars/                      # a folder of pictures -> tar shards, to try it
+    python -m engine.feed --data tars/ --side 256 --workers 16  # index them; counts, buckets, what is left out
     python -m scale.cache tars/ cache256/ --side 256 --fake     # encode them once, with the frozen encoders
 
     source = shards.Shards("tars/", side=256, batch_size=1024)  # pictures, decoded as they are asked for
@@ -219,7 +219,7 @@ def read_index(
     """The index of all tars that `names` mean, kept in a folder of its own, or (None) beside the tars.
 
     Raises DataError for the first tar that cannot be used. Processes that start together on tars without an index each
-    read them all, so run the report command before a long run.
+    read them all, so look at them (engine/feed.py) before a long run.
     """
     tars, skipped = {}, {}
     for name in map(str, [names] if isinstance(names, (str, Path)) else names):
@@ -229,7 +229,7 @@ def read_index(
         if not found and not Path(name).exists():
             raise DataError(f"no such folder: {name}")
         if not found:
-            raise DataError(f"{name} holds no .tar: python -m scale.shards pack makes some of pictures")
+            raise DataError(f"{name} holds no .tar: python -m scale.shards makes some of pictures")
         tars |= found
         skipped |= beside
     if folder is not None:
@@ -250,12 +250,6 @@ def read_index(
     rows, captions = np.concatenate([part[0] for part in parts]), sum(part[1] for part in parts)
     texts = [place.with_name(f"{place.name}.captions") for place in places]
     return Index(list(tars.values()), texts, shard, rows, captions, skipped)
-
-
-def tell(index: Index) -> str:
-    """What an index holds, in a line."""
-    rows, tars = len(index.rows), len(index.tars)
-    return f"{rows:,} pictures in {tars:,} tars, {index.captions:,} captions{files.told(index.skipped)}"
 
 
 # ============================================================================================================
@@ -359,30 +353,21 @@ class Shards:
     batch_size  the global one, over all processes and micro-batches: batch i is g = i * batch_size and what follows
     multiple    of which all sides are multiples: the auto-encoder's factor times the patch, 16 for FLUX
     index       the folder of the index, by default beside the tars
+    caption_key of captions in tables and .json, if not one of files.KEYS
 
     buckets     (height, width) of those in use -> share of the samples
     """
 
-    def __init__(
-        self,
-        names: str | Path | Sequence,
-        side: int,
-        batch_size: int,
-        *,
-        multiple: int = 16,
-        index: str | None = None,
-        caption_key: str | None = None,
-    ):
+    def __init__(self, names, side: int, batch_size: int, *, multiple=16, index=None, caption_key=None):
         self.name = str(names) if isinstance(names, (str, Path)) else " ".join(names)
         self.side, self.batch_size = side, batch_size
         self.index = read_index(names, index, caption_key)
         rows, self.skipped, self.broken = self.index.rows, self.index.skipped, set()
-        self.numbers = len(rows)
-        self.told = f"{self.name}: {tell(self.index)}"
-        if len(rows) < batch_size:
-            raise DataError(
-                f"{self.told}; fewer pictures than one batch of {batch_size}: lower the batch size or add shards"
-            )
+        self.numbers, tars, captions = len(rows), len(self.index.tars), self.index.captions
+        self.told = f"{self.name}: {self.numbers:,} pictures in {tars:,} tars, {captions:,} captions"
+        self.told += files.told(self.skipped)
+        if self.numbers < batch_size:
+            raise DataError(f"{self.told}; one batch has {batch_size}: lower the batch size or add shards")
         self.sides, bucket = choose_buckets(rows, bucket_sides(side, multiple), batch_size)
         self.members = [np.flatnonzero(bucket == k) for k in range(len(self.sides))]
         counts = [len(members) for members in self.members]
@@ -451,27 +436,8 @@ class Shards:
 
 
 # ============================================================================================================
-# What a data set holds; making one
+# Making tars
 # ============================================================================================================
-
-
-def report(index: Index, sides: list[int], multiple: int = 16) -> list[str]:
-    """What a data set holds: bytes, sizes, and the buckets at each side, in lines to print."""
-    rows, lines = index.rows, []
-    lines.append(f"  {rows['size'].sum() / 1e6:,.1f} MB of pictures")
-    for name in ("width", "height"):
-        least, median, most = np.percentile(rows[name], (0, 50, 100))
-        lines.append(f"  {name} from {least:.0f} to {most:.0f}, median {median:.0f}")
-    for side in sides:
-        buckets, which = choose_buckets(rows, bucket_sides(side, multiple), 0)
-        h, w = np.array(buckets)[which].T
-        enlarged = ((rows["height"] < h) | (rows["width"] < w)).sum()
-        lines.append(f"  side {side}: {enlarged:,} pictures have to be enlarged; buckets, height x width")
-        for k, count in enumerate(np.bincount(which, minlength=len(buckets))):
-            if count:
-                name = "{}x{}".format(*buckets[k])
-                lines.append(f"    {name:>10} {count:10,d} {100 * count / len(rows):6.2f}%")
-    return lines
 
 
 def pack(folder: str, out: str | Path, per_shard: int = 1000, caption_key: str | None = None) -> str:
@@ -507,39 +473,17 @@ def pack(folder: str, out: str | Path, per_shard: int = 1000, caption_key: str |
     return f"packed {len(kinds):,} pictures of {folder}{files.told(found.left_out)}"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------------------
 def main() -> None:
-    parser = errors.Parser(
-        "-m scale.shards", "pack FOLDER OUT makes tar shards; report TARS says what they hold."
-    )
+    parser = errors.Parser("-m scale.shards FOLDER OUT", "Put a folder of captioned pictures in tar shards.")
     a = parser.add_argument
-    a("what", choices=("pack", "report"))
-    a("folder", type=errors.name, help="captioned pictures to pack; tars to report on")
-    a("out", type=errors.name, nargs="?", help="a new folder for the tars")
+    a("folder", metavar="FOLDER", type=errors.name, help="pictures with captions, see files.py")
+    a("out", metavar="OUT", type=errors.name, help="a new folder for the tars")
     a("--per-shard", metavar="N", type=int, default=1000, help="pictures a tar (default: 1000)")
-    sides = [256, 512]
-    a("--sides", metavar="N", type=int, nargs="+", default=sides, help="stages to show (default: 256 512)")
-    a("--multiple", metavar="N", type=int, default=16, help="of which all sides are multiples (default: 16)")
-    a("--index", metavar="DIR", type=errors.name, help="folder of the index (default: beside the tars)")
     a("--caption-key", metavar="NAME", help=files.KEY_HELP)
-    a("--workers", metavar="N", type=int, default=1, help="processes that read the tars (default: 1)")
-    a("--skipped", action="store_true", help="name all that is left out with its reason (default: off)")
     args = parser.parse_args()
-    # A key has four digits for the place in its tar
-    parser.check_ranges(args, per_shard=(1, 10**4), sides=(1, 2**13), multiple=(1, 2**13), workers=(1, 1024))
-    if args.what == "pack":
-        if args.out is None:
-            parser.error("pack needs a new folder for the tars: python -m scale.shards pack FOLDER OUT")
-        print(pack(args.folder, args.out, args.per_shard, args.caption_key))
-        return print(f"to look at them:\n  python -m scale.shards report {shlex.quote(args.out)}")
-    for side in args.sides:
-        bucket_sides(side, args.multiple)  # refused before the tars are read
-    index = read_index([args.folder], args.index, args.caption_key, args.workers)
-    print(f"{args.folder}: {tell(index)}", *report(index, args.sides, args.multiple), sep="\n")
-    for name, why in index.skipped.items() if args.skipped else ():
-        print(f"  {files.printable(name)}: {why}")
+    parser.check_ranges(args, per_shard=(1, 10**4))  # a key has four digits for the place in its tar
+    print(pack(args.folder, args.out, args.per_shard, args.caption_key))
+    print(f"to look at them:\n  python -m engine.feed --data {shlex.quote(args.out)} --side 256")
 
 
 if __name__ == "__main__":

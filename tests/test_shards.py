@@ -346,7 +346,7 @@ def test_an_unusable_shard_is_an_error_that_names_it(tmp_path, content, said):
         (["{}/{0..2}.tar"], "no such tar: .*/0.tar"),
         ([str(ROOT / "peers")], "holds no .tar"),
         (["{}", "{}"], "two tars are called 00000.tar"),
-        (["{}"], "37 pictures in 4 tars.*; fewer pictures than one batch of 64"),
+        (["{}"], "37 pictures in 4 tars.*; one batch has 64"),
     ],
 )
 def test_what_cannot_be_opened(folder, names, said):
@@ -389,30 +389,8 @@ def test_a_bucket_without_a_readable_picture_and_a_tar_that_shrank(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The commands
+# The command
 # ------------------------------------------------------------------------------------------------------------
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["shards.py", *map(str, arguments)])
-    shards.main()
-
-
-def test_report_against_hand_counts(tmp_path, monkeypatch, capsys):
-    sizes = [(300, 150), (600, 600), (40, 30), (40, 30)]
-    members = {f"{i}.png": picture(size) for i, size in enumerate(sizes)} | {"9.txt": b"x"}
-    write_tar(tmp_path / "a.tar", members | {f"{i}.txt": b"x\ny" for i in range(4)})
-    run(monkeypatch, "report", tmp_path, "--skipped")
-    told = capsys.readouterr().out
-    assert f"{tmp_path}: 4 pictures in 1 tars, 8 captions; left out: 1 without a picture (a/9.txt)\n" in told
-    assert "  width from 40 to 600, median 170\n  height from 30 to 600, median 90\n" in told
-    # 2:1 is beyond the widest bucket of both sides; 4:3 lies nearest to 288 : 224 at side 256 and to 592 : 448 at 512.
-    assert told.count("3 pictures have to be enlarged") == 2 and told.endswith(
-        "\n  a/9.txt: without a picture\n"
-    )
-    buckets = re.findall(r"(\d+x\d+) +(\d+) +\S+%", told)
-    assert set(buckets[:3]) == {("192x352", "1"), ("256x256", "1"), ("224x288", "2")}
-    assert set(buckets[3:]) == {("368x720", "1"), ("512x512", "1"), ("448x592", "2")}
-
-
 def test_pack_as_a_user_would(tmp_path):
     """What a folder holds, whatever its layout, is in the tars unchanged; what training cannot use is named."""
     pictures = tmp_path / "pictures"
@@ -424,7 +402,7 @@ def test_pack_as_a_user_would(tmp_path):
         lines += [f"{i}.{kind.lower()},number {i}"] + ["0.png,zero"] * (i == 0)
     (pictures / "7.png").write_bytes(b"broken")
     (pictures / "metadata.csv").write_text("\n".join(lines))
-    command = [sys.executable, "-m", "scale.shards", "pack", pictures, tmp_path / "tars", "--per-shard", "3"]
+    command = [sys.executable, "-m", "scale.shards", pictures, tmp_path / "tars", "--per-shard", "3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "packed 7 pictures" in done.stdout, done.stderr
     assert "1 no such file (absent.jpg)" in done.stdout and "1 broken picture (7.png)" in done.stdout
@@ -442,15 +420,11 @@ def test_pack_as_a_user_would(tmp_path):
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        ([], "required: what"),
-        (["unpack", "x"], "pack"),
-        (["report", "absent"], "no such folder: absent"),
-        (["pack", "{folder}"], "a new folder"),
-        (["pack", "{folder}", "{folder}"], "exists"),
-        (["pack", "{folder}", "{new}"], "no pictures"),
-        (["report", "{folder}", "--sides", "0"], "--sides"),
-        (["report", "{folder}", "--sides", "250"], "multiple of 16, not 250"),
-        (["pack", "{folder}", "{new}", "--per-shard", "10001"], "10000"),
+        ([], "required: FOLDER"),
+        (["absent", "{new}"], "no such folder: absent"),
+        (["{folder}", "{folder}"], "exists"),
+        (["{folder}", "{new}"], "no pictures"),
+        (["{folder}", "{new}", "--per-shard", "10001"], "10000"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(tmp_path, folder, monkeypatch, capsys, arguments, complaint):
