@@ -205,7 +205,7 @@ def test_a_folder_tells_what_it_holds_and_leaves_out(folder, capsys):
 
 def test_a_folder_that_the_memory_does_not_hold(folder, monkeypatch):
     monkeypatch.setattr(np, "empty", lambda *shape: (_ for _ in ()).throw(MemoryError))
-    with pytest.raises(data.DataError, match="7 pictures of 512 x 512 are more than .* scale.shards pack"):
+    with pytest.raises(data.DataError, match="7 pictures of 512 x 512 are more than .* scale.shards"):
         data.ImageFolder(folder, 512)
 
 
