@@ -36,7 +36,7 @@ import losses
 import model
 import recipe
 from engine import arguments, checkpoint, errors, machine, optimizers
-from objectives import OBJECTIVES
+from objectives import OBJECTIVES, VARIANTS
 
 WARM_UP = 2  # rounds that are not counted
 PARTS = ("forward", "evaluations", "backward", "targets and loss", "clipping", "Adam", "EMA")
@@ -267,12 +267,12 @@ def both_ways(network: model.Denoiser, flux: nn.Module, batch: tuple) -> dict[st
 def parse_arguments() -> argparse.Namespace:
     parser = errors.Parser("bench.py", "Measure a training step of each objective on this machine.")
     a = parser.add_argument
-    names = list(OBJECTIVES)
+    names, papers = list(OBJECTIVES), [name for name in OBJECTIVES if name not in VARIANTS]
     a("--size", default="laptop", choices=list(model.SIZES), help="which model (default: laptop)")
     a("--blocks", metavar="N", type=int, nargs=2, help="double and single blocks instead of the size's own")
     a("--batch", metavar="N", type=int, default=32, help="pictures a step (default: 32)")
     a("--side", metavar="N", type=int, help="side of the pictures in pixels (default: the recipe's)")
-    a("--objectives", metavar="NAME", nargs="+", choices=names, default=names, help="which (default: all)")
+    a("--objectives", metavar="NAME", nargs="+", choices=names, default=papers, help="(all but variants)")
     a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="(default: the faster)")
     a("--compile", action="store_true", help="torch.compile each block")
     a("--recompute", metavar="N", type=int, default=0, help="blocks that recompute activations (default: 0)")

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import losses
-from peers import imm, meanflow, shortcut, tim
+from peers import imm, meanflow, shortcut, tim, variants
 
 
 class Objective(NamedTuple):
@@ -43,12 +43,16 @@ class Objective(NamedTuple):
     trajectory: Callable | None = None  # its own sampler, like imm.trajectory; None: sampler.trajectory
 
 
-def self_e(network, ema, flags) -> losses.SelfE:
+def self_e(network, ema, flags, module=losses.SelfE, **departures) -> losses.SelfE:
     """Self-E with the choices of Table 2. Flow matching is the same module with draws that never have s < t."""
     null_branch = {"online": network, "ema": ema}[flags.null_branch]
-    return losses.SelfE(
-        network, ema, target=flags.target, k=flags.k, delta_scale=flags.delta_scale, unconditional=null_branch
-    )
+    choices = {"target": flags.target, "k": flags.k, "delta_scale": flags.delta_scale}
+    return module(network, ema, unconditional=null_branch, **choices, **departures)
+
+
+def variant(**departures) -> Callable:
+    """Builds Self-E with something exchanged."""
+    return functools.partial(self_e, module=variants.Variant, **departures)
 
 
 def mean_flow(network, ema, flags, improved: bool) -> meanflow.MeanFlow:
@@ -57,13 +61,25 @@ def mean_flow(network, ema, flags, improved: bool) -> meanflow.MeanFlow:
 
 FLOW_MAP = functools.partial(imm.trajectory, start=1.0)  # x_s = x_t - (t - s) V, from t = 1 in equal steps
 
-OBJECTIVES = {
-    "self_e": Objective(
-        self_e,
-        functools.partial(losses.draw, p_equal=0.5),
-        forwards=4.0,  # two evaluations of half of the batch
-        flags=("target", "k", "delta_scale", "null_branch", "aux_from"),
+SELF_E = Objective(
+    self_e,
+    functools.partial(losses.draw, p_equal=0.5),
+    forwards=4.0,  # two evaluations of half of the batch
+    flags=("target", "k", "delta_scale", "null_branch", "aux_from"),
+)
+VARIANTS = {  # Self-E with something exchanged: questions of experiments/rows.py
+    "self_e_literal_null": SELF_E._replace(build=variant(null_target="literal")),
+    "self_e_quarter_lambda": SELF_E._replace(build=variant(lam_scale=0.25)),
+    "self_e_middle_lambda": SELF_E._replace(build=variant(lam_time="middle")),
+    "self_e_mostly_equal": SELF_E._replace(
+        draw=functools.partial(losses.draw, p_equal=0.75),
+        forwards=3.5,  # two evaluations of a quarter
+        group=4,
+        flags=SELF_E.flags[:-1],  # no auxiliary term
     ),
+}
+OBJECTIVES = {
+    "self_e": SELF_E,
     "flow_matching": Objective(
         self_e, functools.partial(losses.draw, p_equal=1.0), forwards=3.0, s_rules=(1.0,)
     ),
@@ -116,5 +132,5 @@ OBJECTIVES = {
         derives=True,
         trajectory=FLOW_MAP,
     ),
-}
+} | VARIANTS
 AUX_FORWARDS = 5.5  # Self-E with the auxiliary term: a forward and a backward pass of half of the batch more

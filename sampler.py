@@ -12,6 +12,7 @@ One update serves every sampler of the paper, from (x_t, x0_hat) at time t to th
     eta = 1           sigma_t' sqrt(1 - (alpha_t sigma_t' / (alpha_t' sigma_t))^2)  exact q(x_t' | x_t, x0_hat): the paper
     0 < eta < 1       eta times that                                           in between
     eta = "renoise"   sigma_t'                                                 Eq. 8: forget x_t, noise x0_hat anew
+    eta = "public"    sigma_t' sqrt(1 - (sigma_t' / sigma_t)^2)                a co-author's public code (minFM), its eta = 1
     at t' = 0         0                                                        every choice returns x0_hat itself
 
 From t = 1 (alpha_t = 0), eta = 1 has std = sigma_t'. Then none of the old noise is kept: x_t' is x0_hat, noised anew.
@@ -101,9 +102,14 @@ def update(
 ) -> Tensor:
     """One step from time t in (0, 1] to t_next in [0, t). noise [B, ...] is read unless eta = 0 or t_next = 0."""
     eps_hat = (x_t - alpha(t) * x0_hat) / sigma(t)
-    ratio = alpha(t) * sigma(t_next) / (alpha(t_next) * sigma(t))
-    variance = sigma(t_next) ** 2 * (1 - ratio**2)  # of q(x_t' | x_t, x0)
-    std = sigma(t_next) if eta == "renoise" else eta * variance**0.5
+    if eta == "renoise":
+        std = sigma(t_next)
+    elif eta == "public":
+        std = sigma(t_next) * (1 - (sigma(t_next) / sigma(t)) ** 2) ** 0.5
+    else:
+        ratio = alpha(t) * sigma(t_next) / (alpha(t_next) * sigma(t))
+        variance = sigma(t_next) ** 2 * (1 - ratio**2)  # of q(x_t' | x_t, x0)
+        std = eta * variance**0.5
     x_next = alpha(t_next) * x0_hat + max(sigma(t_next) ** 2 - std**2, 0.0) ** 0.5 * eps_hat
     return x_next + std * noise if std > 0 else x_next
 
@@ -128,11 +134,11 @@ def trajectory(
     V(x_t, t, s, *cond) is the network; x [B, ...] standard normal, fp32 or fp64; cond and null tuples of tensors with
     leading dimension B. draw_noise(k), k = 0 .. steps - 2, gives the fresh noise of each step but the last, like x;
     None draws it from torch's global generator.
-    s_rule in [0, 1], eta in [0, 1] or "renoise", guidance >= 0.
+    s_rule in [0, 1], eta in [0, 1], "renoise" or "public", guidance >= 0.
     """
-    if not (eta == "renoise" or 0 <= eta <= 1) or not 0 <= s_rule <= 1:
+    if not (eta in ("renoise", "public") or 0 <= eta <= 1) or not 0 <= s_rule <= 1:
         raise ValueError(
-            f'eta must be "renoise" or lie in [0, 1], s_rule in [0, 1]; they are {eta!r} and {s_rule!r}'
+            f'eta must be "renoise", "public" or in [0, 1], s_rule in [0, 1]; they are {eta!r} and {s_rule!r}'
         )
     if not guidance >= 0:
         raise ValueError(f"guidance must be at least 0; it is {guidance!r}")

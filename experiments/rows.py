@@ -14,7 +14,7 @@ class Row(NamedTuple):
     title: str
     flags: str  # of train.py, beside those of the budget
     paper: tuple[float, ...] | None = None  # GenEval at 2, 4, 8 and 50 steps (the paper's Table 2)
-    eta: str | None = None  # the sampler's, where the row is about it; None: searched
+    eta: float | str = 1.0  # the sampler's, beside 0
 
 
 GUIDED = " --train-guidance 3"  # flow matching's best at most step counts in the first table; one scale for all peers
@@ -37,6 +37,12 @@ ROWS = {
     "imm_coarse": Row("IMM in fewer, coarser steps (k = 3)", "--objective imm --imm-k 3"),
     # Where the paper is silent, or its co-author's code differs.
     "self_e_ema": Row("Self-E, both branches by the EMA", f"{SELF_E} --null-branch ema"),
+    "literal_null": Row("Self-E, dropped prompts no exception", f"{SELF_E} --objective self_e_literal_null"),
+    "public_eta": Row("Self-E, eta as in public code", SELF_E, eta="public"),
+    # Remedies for what the half with s < t lacks: data at large t.
+    "fed_share": Row("Self-E, s = t for three quarters", f"{SELF_E} --objective self_e_mostly_equal"),
+    "fed_scale": Row("Self-E, a quarter of lambda", f"{SELF_E} --objective self_e_quarter_lambda"),
+    "fed_middle": Row("Self-E, lambda from (s + t) / 2", f"{SELF_E} --objective self_e_middle_lambda"),
     # The gallery: the other any-step objectives (peers/), without and with guidance in their targets.
     "matching": Row("distribution matching (Self-E, k = 0)", "--aux-from 0 --k 0"),
     "shortcut": Row("shortcut models", "--objective shortcut"),
@@ -52,6 +58,8 @@ NAMES = list(ROWS)
 GROUPS = {
     "main": NAMES[:5],
     "ablations": NAMES[NAMES.index("eq16") : NAMES.index("self_e_ema")],
+    "silences": NAMES[NAMES.index("self_e_ema") : NAMES.index("fed_share")],
+    "fed": NAMES[NAMES.index("fed_share") : NAMES.index("matching")],
     "gallery": NAMES[NAMES.index("matching") :],
 }
 # The differences that decide claims, a minus b.
@@ -62,6 +70,7 @@ DIFFERENCES = (
     ("self_e_64", "flow_matching"),
     ("self_e_64", "control_64"),
     *((name, "self_e") for name in NAMES[NAMES.index("eq16") : NAMES.index("matching")]),
+    *((name, "flow_matching") for name in GROUPS["fed"]),
 )
 BUDGET = "--data scenes --side 24 --txt-len 12 --optimizer muon --precision bf16 --grid-every 0 --steps 24000"
 SEEDS = (2, 3, 4)
@@ -69,28 +78,26 @@ SEEDS = (2, 3, 4)
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
 
 
-def guidances(objective: str, eta: str | None = None) -> list[dict]:
-    """The first settings tried: every guidance in both spaces, at eta = 1 and the objective's own rule for s_k.
+def guidances(objective: str, eta: float | str = 1.0) -> list[dict]:
+    """The first settings tried: every guidance in both spaces, at one eta and the objective's own rule for s_k.
 
     A sampler of the objective's own has a guidance alone to choose; it gets as many values of it as others settings.
     """
     if OBJECTIVES[objective].trajectory:
         return [{"guidance": round(float(w), 3)} for w in np.geomspace(1, GUIDANCE[-1], 18)]
-    common = {"eta": eta or 1.0, "s_rule": OBJECTIVES[objective].s_rules[0]}
+    common = {"eta": eta, "s_rule": OBJECTIVES[objective].s_rules[0]}
     spaces = [
         (w, space) for w in GUIDANCE for space in ("v", "x0") if (w, space) != (1, "x0")
     ]  # alike without it
     return [{"guidance": w, "space": space} | common for w, space in spaces]
 
 
-def ways(objective: str, eta: str | None = None) -> list[dict]:
-    """Six ways to take a step, tried at the best guidance: a network that knows s = t alone has six eta instead of two
-    eta with three rules for s_k."""
+def ways(objective: str, eta: float | str = 1.0) -> list[dict]:
+    """Six ways to take a step, tried at the best guidance: two eta with three rules for s_k each; for a network that
+    knows s = t alone, six eta."""
     s_rules = OBJECTIVES[objective].s_rules
     if OBJECTIVES[objective].trajectory:
         return []
-    if eta:
-        return [{"s_rule": i / 5} for i in range(6)]
     if len(s_rules) == 1:
         return [{"eta": x} for x in (0.0, 0.25, 0.5, 0.75, 1.0, "renoise")]
-    return [{"eta": x, "s_rule": rule} for x in (0.0, 1.0) for rule in s_rules]
+    return [{"eta": x, "s_rule": rule} for x in (0.0, eta) for rule in s_rules]

@@ -84,7 +84,7 @@ def load(run: Path, device: torch.device, compiled: bool) -> sample.Loaded:
 # Search the settings
 # ------------------------------------------------------------------------------------------------------------
 def search(
-    loaded: sample.Loaded, eta: str | None, out: Path, args: argparse.Namespace, device: torch.device
+    loaded: sample.Loaded, eta: float | str, out: Path, args: argparse.Namespace, device: torch.device
 ) -> dict:
     """Step count -> the best settings on validation prompts, and the score of every setting tried; kept in `out`.
 
@@ -203,7 +203,7 @@ def main() -> None:
     machine.keep_freed_memory()
     device = machine.pick_device()
     if args.search:
-        search(load(args.search, device, compiled=not args.quick), None, args.out, args, device)
+        search(load(args.search, device, compiled=not args.quick), 1.0, args.out, args, device)
         return
     if not args.report:
         settings = {name: getattr(args, name) for name in ("budget", "steps", "per_tag", "images")}

@@ -10,7 +10,7 @@ from torch import Tensor
 import sampler
 
 F64 = torch.float64
-ETAS = [0.0, 0.3, 0.5, 1.0, "renoise"]
+ETAS = [0.0, 0.3, 0.5, 1.0, "renoise", "public"]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -90,12 +90,14 @@ def test_eta_1_is_the_posterior_of_the_joint_gaussian(t, s):
 @pytest.mark.parametrize("eta", ETAS)
 @pytest.mark.parametrize("t, s", PAIRS)
 def test_every_choice_has_the_right_amount_of_noise(t, s, eta):
-    """Given the true x0, x_s is N(alpha_s x0, sigma_s^2) again; eta scales the fresh part, re-noising is all fresh."""
+    """Given the true x0, x_s is N(alpha_s x0, sigma_s^2) again; eta scales the fresh part, re-noising is all fresh, and
+    of the old noise minFM keeps s - eta (t - s) s / t, here at eta = 1."""
     by_x_t, by_x0, by_noise = coefficients(t, s, eta)
     assert by_x0 + by_x_t * (1 - t) == pytest.approx(1 - s, abs=1e-12)
     assert by_x_t**2 * t**2 + by_noise**2 == pytest.approx(s**2, abs=1e-12)
     exact = coefficients(t, s, 1.0)[2]
-    assert by_noise == pytest.approx(s if eta == "renoise" else eta * exact, abs=1e-12)
+    fresh = {"renoise": s, "public": (s**2 - (s - (t - s) * s / t) ** 2) ** 0.5}
+    assert by_noise == pytest.approx(fresh[eta] if eta in fresh else eta * exact, abs=1e-12)
     assert eta != "renoise" or by_x_t == 0
 
 
