@@ -15,7 +15,7 @@ import files
 import recipe
 from engine import checkpoint, errors, limits, machine, optimizers
 from model import SIZES
-from objectives import OBJECTIVES
+from objectives import OBJECTIVES, VARIANTS
 from peers import imm, meanflow
 
 # Flags that belong to some objectives only (objectives.Objective.flags), and their "off".
@@ -125,7 +125,7 @@ def what_is_trained(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         default="self_e",
         choices=list(OBJECTIVES),
-        help=f"{', '.join(OBJECTIVES)} (default: self_e)",
+        help=f"{', '.join(name for name in OBJECTIVES if name not in VARIANTS)} (default: self_e)",
     )
     a(
         "--target",
