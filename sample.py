@@ -134,54 +134,56 @@ def generate(
     keys: list[tuple[int, ...]],
     *,
     shapes: list[tuple[int, int]] | None = None,
-    seed: int = 0,
-    steps: int = 2,
     batch_size: int = 64,
-    negative: str = "",
-    stop: Callable[[], bool] = lambda: False,
-    **choices,
+    **how,
 ) -> list[np.ndarray]:
     """One uint8 picture [H, W, 3] per prompt. The noise of picture i depends on (seed, keys[i]) and its shape alone,
     never on the batch.
 
-    shapes are (height, width) in pixels, by default of what the model has seen most; `negative` is the prompt of the
-    branch that guidance leads away from; `choices` are those of `choose`. `stop` is asked after every evaluation; when
-    it answers true, Stopped is raised.
+    shapes are (height, width) in pixels, by default of what the model has seen most; `how` is that of `draw_batch`.
     """
-    choices = choose(loaded.config, **choices)
-    shapes = shapes or [loaded.shape] * len(prompts)
-    pictures = [None] * len(prompts)
+    shapes, pictures = shapes or [loaded.shape] * len(prompts), {}
     for shape in dict.fromkeys(shapes):
-        if "mu" in choices:
-            choices["mu"] = mu_of(loaded, shape)
         same = [i for i, other in enumerate(shapes) if other == shape]
         for first in range(0, len(same), batch_size):
             some = same[first : first + batch_size]
-            null = tuple(a.expand(len(some), *a.shape[1:]) for a in loaded.text([negative]))
-            cond = loaded.text([prompts[i] for i in some])
-            x = sample_batch(loaded, cond, null, [keys[i] for i in some], shape, seed, steps, stop, choices)
-            for i, picture in zip(some, data.to_pictures(loaded.autoencoder.decode(x))):
-                pictures[i] = picture
-    return pictures
+            batch = [prompts[i] for i in some], [keys[i] for i in some]
+            pictures |= zip(some, draw_batch(loaded, *batch, shape, **how))
+    return [pictures[i] for i in range(len(prompts))]
 
 
-def sample_batch(loaded, cond, null, keys, shape, seed, steps, stop, choices) -> torch.Tensor:
-    """The latents [B, C, h, w] of pictures of one shape. Raises Stopped."""
+def draw_batch(
+    loaded: Loaded,
+    prompts: list[str],
+    keys: list[tuple[int, ...]],
+    shape: tuple[int, int],
+    *,
+    seed: int = 0,
+    steps: int = 2,
+    negative: str = "",
+    stop: Callable[[], bool] = lambda: False,
+    **choices,
+) -> list[np.ndarray]:
+    """Pictures of one shape. `negative` is the prompt of the branch that guidance leads away from; `choices` are those
+    of `choose`. `stop` is asked after every evaluation; when it answers true, Stopped is raised."""
+    choices = choose(loaded.config, **choices)
     latent = (loaded.autoencoder.channels, *(side // loaded.autoencoder.factor for side in shape))
     device = next(loaded.network.parameters()).device
+    null = tuple(a.expand(len(prompts), *a.shape[1:]) for a in loaded.text([negative]))
+    batch = {"cond": loaded.text(prompts), "null": null, "steps": steps}
 
     def draw_noise(k: int) -> torch.Tensor:
         return normal(seed, "sampling", [(k + 1, *key) for key in keys], latent).to(device)
 
     if own := objectives.OBJECTIVES[loaded.config["objective"]].trajectory:
-        path = own(loaded.network, draw_noise(-1), cond, null, steps=steps, **choices)
+        path = own(loaded.network, draw_noise(-1), **batch, **choices)
     else:
-        choices = choices | {"steps": steps, "draw_noise": draw_noise}
-        path = sampler.trajectory(loaded.network, draw_noise(-1), cond, null, **choices)
+        choices |= {"mu": mu_of(loaded, shape), "draw_noise": draw_noise}
+        path = sampler.trajectory(loaded.network, draw_noise(-1), **batch, **choices)
     for _, x, *_ in path:
         if stop():
             raise Stopped
-    return x
+    return data.to_pictures(loaded.autoencoder.decode(x))
 
 
 def sheet(
@@ -329,25 +331,28 @@ def main() -> None:
     # Picture i of every prompt starts from the same noise, at every step count, so that columns compare.
     keys = [(i,) for _ in args.prompt for i in range(args.images)]
     how |= {"shapes": [shape] * len(prompts), "seed": args.seed, "negative": args.negative}
-    columns = [generate(loaded, prompts, keys, steps=n, **how) for n in args.steps]
-    each = f"{len(args.prompt)} prompt{'s' if len(args.prompt) > 1 else ''}"
-    each += f", {args.images} pictures each," if args.images > 1 else ""
-    each += f" at {' '.join(map(str, args.steps))} steps"
-    if args.out_dir:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        for n, column in zip(args.steps, columns):
-            for number, (picture, prompt, key) in enumerate(zip(column, prompts, keys)):
+    columns = []
+    for n in args.steps:
+        columns.append(generate(loaded, prompts, keys, steps=n, **how))
+        if args.out_dir:
+            args.out_dir.mkdir(parents=True, exist_ok=True)
+            for i, (picture, prompt, key) in enumerate(zip(columns.pop(), prompts, keys)):
                 words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40]
-                path = args.out_dir / f"{number:04}-{words}-{n}-steps-seed-{args.seed}.png"
+                path = args.out_dir / f"{i:04}-{words}-{n}-steps-seed-{args.seed}.png"
                 own = {"prompt": prompt, "steps": n, "image": key[0]}
                 save(enlarged(picture, args.scale or 1), path, own | told)
-        return print(f"wrote {len(prompts) * len(columns)} pictures to {args.out_dir}: {each}")
-    if len(columns) == len(prompts) == 1:
-        picture = enlarged(columns[0][0], scale)
-    else:
+    wrote = f"{len(prompts) * len(args.steps)} pictures in {args.out_dir}"
+    if not args.out_dir:
         picture = sheet([list(row) for row in zip(*columns)], args.steps, prompts, scale)
-    own = {"prompt": "\n".join(args.prompt), "steps": " ".join(map(str, args.steps))}
-    print(f"wrote {save(picture, args.out, own | told)}: {each}")
+        if len(columns) == len(prompts) == 1:
+            picture = enlarged(columns[0][0], scale)
+        own = {"prompt": "\n".join(args.prompt), "steps": " ".join(map(str, args.steps))}
+        wrote = save(picture, args.out, own | told)
+    several = "s" if len(args.prompt) > 1 else ""
+    each = f", {args.images} pictures each," if args.images > 1 else ""
+    print(
+        f"wrote {wrote}: {len(args.prompt)} prompt{several}{each} at {' '.join(map(str, args.steps))} steps"
+    )
 
 
 def enlarged(picture: np.ndarray, scale: int) -> Image.Image:

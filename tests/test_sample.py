@@ -104,7 +104,7 @@ def test_one_file_a_picture_and_what_each_tells(run, tmp_path, monkeypatch, caps
         "8x12",
     ]
     call(monkeypatch, run, *words, "--guidance", 2, "--negative", "grün 緑", "--out-dir", tmp_path / "a/b")
-    assert "wrote 8 pictures" in capsys.readouterr().out
+    assert "wrote 8 pictures in" in capsys.readouterr().out
     found = {}
     for path in (tmp_path / "a/b").iterdir():
         with Image.open(path) as image:
