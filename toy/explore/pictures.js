@@ -122,8 +122,8 @@ function command_of({ prompt, seed, guidance, s_rule, eta }, folder) {
 
 /** All pictures of the prompt, from few steps to many; a newer call stops an older one. */
 async function draw_all(v) {
-  const { prompt, seed, guidance, eta, s_rule } = v.set, mine = ++v.drawing, breathe = breather(() => mine !== v.drawing);
-  const status = find("#picture-state"), started = performance.now(), branches = guidance === 1 ? 1 : 2;
+  const { prompt, seed, eta, s_rule } = v.set, mine = ++v.drawing, breathe = breather(() => mine !== v.drawing);
+  const status = find("#picture-state"), started = performance.now();
   let evaluations = 0;
   status.textContent = `Drawing “${prompt}” …`;
   find("#picture-remark").textContent = remark_on(prompt, v.models.self_e.config, v.world.pictures.vocabulary);
@@ -134,11 +134,12 @@ async function draw_all(v) {
     for (const steps of PICTURE_STEPS) {
       for (const { name, cells } of v.grid) {
         const frames = [], { model, at_t } = v.rows[name], { button, canvas } = cells.get(steps);
+        const guidance = v.set[at_t ? "flow_guidance" : "guidance"];
         const choices = { seed, steps, guidance, eta, s_rule: at_t ? 1 : s_rule };
         v.frames.set(`${name} ${steps}`, frames);
         for await (const frame of draw_picture(v.models[model], prompt, choices, breathe)) {
           frames.push(frame);
-          evaluations += branches;
+          evaluations += guidance === 1 ? 1 : 2;
         }
         const { side } = v.models[model].config, { title } = v.rows[name];
         show_picture(canvas, frames.at(-1).x0_hat, side, `${title}, ${in_words(steps)}: ${prompt || "no prompt"}`);
@@ -177,7 +178,8 @@ function mount_pictures(world) {
   const etas = [...new Set([0, 0.5, 1, "renoise", eta])], rules = [...new Set([0, 0.25, 0.5, 0.75, 1, s_rule])];
   v.set = declare("pictures", {
     prompt: [prompts[0], "text"], seed: [0, { from: 0, to: 2 ** 53 - 1, whole: true }],
-    guidance: [guidance, { from: 0, to: 5 }], eta: [eta, etas], s_rule: [s_rule, rules],
+    guidance: [guidance, { from: 0, to: 20 }], flow_guidance: [(flow ?? self_e).config.guidance, { from: 0, to: 20 }],
+    eta: [eta, etas], s_rule: [s_rule, rules],
     row: ["self_e", Object.keys(v.rows)], column: [2, PICTURE_STEPS],
   }, change_pictures);
   find("#picture-prompts").append(...prompts.map((prompt) => make("button",

@@ -6,9 +6,15 @@
 const FREQUENCIES = [1, 2, 4, 8, 16];
 const silu = (h) => h / (1 + Math.exp(-h));
 
+/** The number that 16 bits stand for in IEEE 754 half precision. */
+function half(bits) {
+  const sign = bits & 0x8000 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023;
+  return sign * (exponent === 0 ? fraction * 2 ** -24 : (1024 + fraction) * 2 ** (exponent - 25));
+}
+
 /**
  * {name: Float32Array} from what explore.pack wrote: {shapes: {name: [rows, columns]}, numbers}, the numbers as base64
- * of gzip. A tensor is a scale for each row, fp32, and then its numbers in units of it, one byte each.
+ * of gzip. A tensor is a scale for each row, in half precision, and then its weights in units of it, one byte each.
  */
 async function unpack({ shapes, numbers }) {
   const bytes = Uint8Array.from(atob(numbers), (letter) => letter.charCodeAt(0)), weights = {};
@@ -16,10 +22,10 @@ async function unpack({ shapes, numbers }) {
   const buffer = await new Response(stream).arrayBuffer();
   let at = 0;
   for (const [name, [rows, columns]] of Object.entries(shapes)) {
-    const scales = new Float32Array(buffer.slice(at, at + 4 * rows));
-    const units = new Int8Array(buffer, at + 4 * rows, rows * columns);
+    const scales = Array.from(new Uint16Array(buffer.slice(at, at + 2 * rows)), half);
+    const units = new Int8Array(buffer, at + 2 * rows, rows * columns);
     weights[name] = Float32Array.from(units, (unit, i) => unit * scales[Math.floor(i / columns)]);
-    at += rows * (4 + columns);
+    at += rows * (2 + columns);
   }
   return weights;
 }
