@@ -253,7 +253,8 @@ def test_what_is_said_of_the_first_figure_and_of_sampling_is_so(tab):
 def test_pictures_are_those_of_the_rounded_weights(tab):
     loaded, prompt = included()[0], "Three red circles; a zebra?"
     tab.evaluate(
-        "(settings) => change_pictures(settings)", dict(prompt=prompt, seed=5, guidance=3, flow_guidance=3, eta="renoise")
+        "(settings) => change_pictures(settings)",
+        dict(prompt=prompt, seed=5, guidance=3, flow_guidance=3, eta="renoise"),
     )
     look_at(tab, "#picture-grid")
     drawn = "(text) => find('#picture-state').textContent.startsWith(`Drawn: “${text}”`)"
