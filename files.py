@@ -249,7 +249,7 @@ def read_table(name: str, content: bytes, key: str | None, names: list[str]) -> 
             captions.setdefault(what, []).extend(found)
         except Unusable as error:
             left_out[what] = str(error)
-    return {name: as_list(own) for name, own in captions.items()}, left_out
+    return {name: as_list(lines) for name, lines in captions.items()}, left_out
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -311,23 +311,32 @@ def pair(names: list[str], read: Callable[[str], bytes], key: str | None = None)
     for group in groups.values():
         pictures = [name for name in group if ending(name) in PICTURES and name not in captions]
         texts = sorted((n for n in group if ending(n) in TEXTS), key=lambda n: TEXTS.index(ending(n)))
-        governed = any(not folder or group[0].startswith(folder + "/") for folder in tables)
-        taken = set()
-        for name in pictures:
-            own = [t for t in texts if t.rpartition(".")[0] in (name, name.rpartition(".")[0])]
-            if len(pictures) == 1:
-                own = own or texts  # WebDataset's a.image.jpg and a.caption.txt
-            try:
-                if governed:
-                    raise Unusable("in no line of the table")
-                if own and taken.issuperset(own):
-                    raise Unusable("second picture for one caption")
-                taken.update(own)
-                captions[name] = first_of([functools.partial(of_file, t, read, key) for t in own])
-            except Unusable as error:
-                left_out.setdefault(name, str(error))
-        if not pictures and not governed:
-            left_out |= {t: "without a picture" for t in texts if ending(t) != "json"}
+        if any(not folder or group[0].startswith(folder + "/") for folder in tables):
+            found, wrong = {}, dict.fromkeys(pictures, "in no line of the table")
+        elif pictures:
+            found, wrong = read_beside(pictures, texts, read, key)
+        else:
+            found, wrong = {}, {text: "without a picture" for text in texts if ending(text) != "json"}
+        captions |= found
+        for name, why in wrong.items():
+            left_out.setdefault(name, why)
+    return captions, left_out
+
+
+def read_beside(pictures: list[str], texts: list[str], read: Callable, key: str | None) -> tuple[dict, dict]:
+    """The same as of `pair`, for the pictures and texts of one key: a.b.png has a.b.png.txt or a.b.txt."""
+    captions, left_out, taken = {}, {}, set()
+    for name in pictures:
+        beside = [text for text in texts if text.rpartition(".")[0] in (name, name.rpartition(".")[0])]
+        if len(pictures) == 1:
+            beside = beside or texts  # WebDataset's a.image.jpg and a.caption.txt
+        try:
+            if beside and taken.issuperset(beside):
+                raise Unusable("second picture for one caption")
+            taken.update(beside)
+            captions[name] = first_of([functools.partial(of_file, text, read, key) for text in beside])
+        except Unusable as error:
+            left_out[name] = str(error)
     return captions, left_out
 
 
@@ -418,7 +427,7 @@ def told(left_out: dict[str, str]) -> str:
         f"{len(names):,} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1]))
     ]
-    return "; left out: " + ", ".join(parts) if parts else ""
+    return "; left out: " + ", ".join(parts[:8] + ["..."] * (len(parts) > 8)) if parts else ""
 
 
 def printable(name: str) -> str:
