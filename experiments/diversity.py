@@ -9,6 +9,7 @@ many colours, so a small sample looks less diverse than it is. Therefore each nu
 samples of the training distribution that are exactly as large, question by question.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -17,8 +18,7 @@ import numpy as np
 import data
 from rng import rng
 
-POOL = 1000  # scenes of each prompt, for the frequencies in the data
-REPEATS = 200  # samples of the model's size from these frequencies
+REPEATS = 200  # samples of the model's size from the data's frequencies
 KINDS = ("colors", "places")
 
 
@@ -47,19 +47,19 @@ def arrangement(classes: list[str], objects: Sequence, side: float) -> str:
     return f"{axis} {first}" if len(classes) > 1 else axis
 
 
-def draw_objects(random: np.random.Generator, metadata: dict, world: data.World) -> list[data.Object]:
-    """The objects of a training scene (32 units a side), given its prompt. All of a number have one colour."""
-    kinds = []
-    for item in metadata["include"]:
-        open_to = [c for c in world.colors if (c, item["class"]) not in data.HELD_OUT_PAIRS]
-        color = item.get("color") or open_to[random.integers(len(open_to))]
-        kinds += [(item["class"], color)] * item["count"]
-    relation = next((item["position"][0] for item in metadata["include"] if "position" in item), "")
-    while True:
-        places = data.place(random, len(kinds), 32)
-        # The metadata lists the reference of a relation first.
-        if not relation or data.holds(relation, places[1], places[0]):
-            return [data.Object(*kind, *place) for kind, place in zip(kinds, places)]
+def frequencies(metadata: dict, kind: str, what: str, world: data.World) -> np.ndarray:
+    """How often the training data makes each choice, given the prompt: [k], exact."""
+    if kind == "colors":
+        allowed = sum((color, what) not in data.HELD_OUT_PAIRS for color in world.colors)
+        return np.full(allowed, 1 / allowed)
+    classes = [item["class"] for item in metadata["include"]]
+    shapes = [item["class"] for item in metadata["include"] for _ in range(item["count"])]
+    counts: Counter = Counter()
+    for layout in data.LAYOUTS[len(shapes)]:
+        for places in itertools.permutations(layout):
+            objects = [data.Object(shape, "", *place, 1) for shape, place in zip(shapes, places)]
+            counts[arrangement(classes, objects, 32)] += 1
+    return np.array(list(counts.values())) / counts.total()
 
 
 def entropy(counts: np.ndarray) -> np.ndarray:
@@ -84,14 +84,13 @@ def measure(asked: list[dict], found: list[list[list]], side: int, world: data.W
                 answers.setdefault(question, Counter())[choice] += 1
 
     sums: dict[tuple, np.ndarray] = {}  # of pictures, and of both entropies times pictures
-    pools = {prompt: pool(metadata, world) for prompt, metadata in prompts.items()}
     for (tag, kind, prompt, what), counter in answers.items():
-        frequencies = np.array(list(pools[prompt][kind, what].values())) / POOL
-        if len(frequencies) == 1:
+        p = frequencies(prompts[prompt], kind, what, world)
+        if len(p) == 1:
             continue
         n = counter.total()
         own = entropy(np.array(list(counter.values())))
-        samples = rng(0, f"diversity of {kind} {what} {prompt}", n).multinomial(n, frequencies, REPEATS)
+        samples = rng(0, f"diversity of {kind} {what} {prompt}", n).multinomial(n, p, REPEATS)
         for key in ((tag, kind), ("overall", kind)):
             sums[key] = sums.get(key, 0) + n * np.array([1, own, entropy(samples).mean()])
 
@@ -100,13 +99,3 @@ def measure(asked: list[dict], found: list[list[list]], side: int, world: data.W
         effective, of_data = np.exp(np.array(entropies) / n).tolist()
         result.setdefault(tag, {})[kind] = {"effective": effective, "data": of_data, "pictures": int(n)}
     return result
-
-
-def pool(metadata: dict, world: data.World) -> dict[tuple[str, str], Counter]:
-    """(kind, of what) -> how often each choice occurs in POOL training scenes of a prompt."""
-    counts: dict[tuple[str, str], Counter] = {}
-    random = rng(0, f"scenes of {metadata['prompt']}")
-    for _ in range(POOL):
-        for kind, what, choice in choices(metadata, draw_objects(random, metadata, world), 32):
-            counts.setdefault((kind, what), Counter())[choice] += 1
-    return counts

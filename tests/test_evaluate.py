@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_tables import draw_objects
 
 import data
 import model
 from engine import checkpoint, errors
-from experiments import diversity, evaluate, export
+from experiments import evaluate, export
 from rng import rng
 
 SHAPES = data.SETS["shapes"]
@@ -89,7 +90,7 @@ def test_measure_finds_the_objects_of_the_right_pictures_of_each_prompt(monkeypa
     def picture(key):
         _, i, j = key
         empty = j == 3 or asked[i]["tag"] == "counting"
-        objects = () if empty else diversity.draw_objects(rng(0, "painter", i, j), asked[i], SHAPES)
+        objects = () if empty else draw_objects(rng(0, "painter", i, j), asked[i], SHAPES)
         return data.render(data.Scene(tuple(objects), 120, {}), 32)
 
     monkeypatch.setattr(evaluate.sample, "generate", paint)
