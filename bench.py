@@ -10,7 +10,7 @@ turns, so that the machine's moods hit all alike, and medians count. Ratios are 
 measured; each is the median of the rounds' own ratios.
 
     passes    forward passes of the whole batch, counted as they happen; one with a backward pass counts 3
-    MFU       passes x model.forward_flops, by the best rate of a large matrix product in the same rounds;
+    MFU       passes x price.forward_flops, by the best rate of a large matrix product in the same rounds;
               recomputation is not counted as work
     kept      what autograd keeps for the backward pass, each tensor once; on CUDA `peak` has all memory of a step
     parts     taken in rounds of their own, because each is waited for
@@ -35,7 +35,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import losses
 import model
 import recipe
-from engine import arguments, checkpoint, errors, machine, optimizers
+from engine import arguments, checkpoint, errors, machine, optimizers, price
 from objectives import OBJECTIVES, VARIANTS
 
 WARM_UP = 2  # rounds that are not counted
@@ -328,7 +328,7 @@ def main() -> None:
     precision = named.get(args.precision) or machine.pick_precision(device)
     size = model.SIZES[args.size] | dict(zip(("double", "single"), args.blocks))
     shape = (args.batch, size["channels"], args.side // plan.factor(), args.side // plan.factor())
-    tokens = recipe.latent_tokens(size, shape)
+    tokens = shape[2] * shape[3] // size["patch"] ** 2
 
     network, ema = networks(size, device, precision, args)
     # The weights do move: a last layer that stays zero hands back zeros, which a GPU multiplies faster.
@@ -340,7 +340,7 @@ def main() -> None:
     own |= {"precision": str(precision).removeprefix("torch.")}
     own |= {"image_tokens": tokens, "text_tokens": plan.txt_len}
     report = machine.provenance(device) | own
-    report |= measure(steps, model.forward_flops(size, tokens, plan.txt_len), args.repeats)
+    report |= measure(steps, price.forward_flops(size, tokens, plan.txt_len), args.repeats)
 
     del steps, ema, adam  # they make room for the other network
     with contextlib.suppress(ImportError):

@@ -3,7 +3,7 @@
     import model
     V = model.Denoiser(**model.SIZES["laptop"])        # v = V(x_t, t, s, txt, vec)
     x0_hat = losses.G(V, x_t, t, s, (txt, vec))        # Eq. 6
-    python model.py                                    # prints the size table with parameter and FLOP counts
+    python model.py                                    # prints the size table with parameter counts
 
 Symbols, as in the paper
     x_t     [B, C, H, W]  noisy picture or latent, x_t = (1 - t) x0 + t eps                      Eq. 1
@@ -332,6 +332,10 @@ class Denoiser(nn.Module):
             else:
                 nn.init.xavier_uniform_(p)
 
+    def tokens(self, x: Tensor) -> int:
+        """Patches of each picture in a batch [B, C, H, W]."""
+        return x.shape[2] * x.shape[3] // self.patch**2
+
     def compile_blocks(self) -> None:
         """torch.compile each block by itself: one block's code serves all blocks of its kind."""
         for block in [*self.double_blocks, *self.single_blocks]:
@@ -374,28 +378,6 @@ class Denoiser(nn.Module):
         return rearrange(img.float(), "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=rows, w=cols, ph=p, pw=p)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What a forward pass costs
-# ------------------------------------------------------------------------------------------------------------
-def forward_flops(size: dict, image_tokens: int, text_tokens: int) -> float:
-    """Floating-point operations of one forward pass for one sample (a multiply-add is two), from the entries of
-    `SIZES`.
-
-    Counted layer by layer, because "6 N per token" is wrong here: the weights of a modulation act once per sample, and
-    those of a double block once per token of their own stream.
-    """
-    d, N = size["width"], image_tokens + text_tokens
-    blocks = size["double"] + size["single"]
-    per_token = (
-        blocks * 12 * d**2 * N
-    )  # qkv 3, proj 1, MLP 8; a single block's two linears, 7 + 5, are as many
-    per_sample = (size["double"] * 12 + size["single"] * 3 + 2) * d**2  # modulations
-    ends = (2 * size["channels"] * size["patch"] ** 2 * image_tokens + size["txt_dim"] * text_tokens) * d
-    embedders = (2 * 256 + size["vec_dim"] + 3 * d) * d
-    attention = blocks * 2 * N**2 * d  # queries on keys, weights on values
-    return 2.0 * (per_token + per_sample + ends + embedders + attention)
-
-
 def count_parameters(size: dict) -> int:
     """The parameters of a Denoiser, from the entries of `SIZES`; nothing is allocated."""
     with torch.device("meta"):
@@ -403,17 +385,10 @@ def count_parameters(size: dict) -> int:
 
 
 def main() -> None:
-    print(
-        f"{'size':8}{'width':>7}{'heads':>7}{'blocks':>9}{'parameters':>14}{'image tokens':>14}"
-        f"{'GFLOP a forward':>17}"
-    )
+    print(f"{'size':8}{'width':>7}{'heads':>7}{'blocks':>9}{'parameters':>14}")
     for name, size in SIZES.items():
-        parameters = count_parameters(size)
-        for tokens, text in ((16, 14), (36, 14)) if name == "laptop" else ((256, 256), (1024, 256)):
-            print(
-                f"{name:8}{size['width']:7}{size['heads']:7}{size['double']:5} +{size['single']:3}{parameters:14,}"
-                f"{tokens:14}{forward_flops(size, tokens, text) / 1e9:17.3f}"
-            )
+        blocks = f"{size['double']} + {size['single']}"
+        print(f"{name:8}{size['width']:7}{size['heads']:7}{blocks:>9}{count_parameters(size):14,}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
     objective = objectives.OBJECTIVES["self_e"]
     module = objective.build(network, ema, flags)        # one nn.Module, called like losses.SelfE
+    draws = objective.draw(seed, step, index, shape)     # its random numbers
+    for t, x, *_ in objective.trajectory(network, noise, cond, null, steps=4): ...
 
-To add one, write its module, give it an entry here, and a row in experiments/rows.ROWS. The module is called as
+To add one, write its module and give it an entry here; flags of its own stand in FLAGS. The module is called as
 
     loss, stats = module(x0, c, null, fake, is_null, draws, tau, mu, aux)
 
@@ -15,20 +17,49 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import losses
+import sampler
 from peers import imm, meanflow, shortcut, tim, variants
+
+# Choices of one objective or of some, as argparse takes them. Numbers carry their range: (type, least, most).
+FLAGS = {
+    "target": dict(default="renorm", choices=("renorm", "tar", "sum"), help="Eq. 20, Eq. 18 or Eq. 16"),
+    "delta_scale": dict(default=1.0, range=(0, 100), help="times the self-evaluation; 0 is the control"),
+    "null_branch": dict(
+        default="online",
+        choices=("online", "ema"),
+        help="which network sees the null prompt: the trained one (S.2)",
+    ),
+    "aux_from": dict(
+        default=None,
+        type=float,
+        range=(0, 1),
+        help="share of the run after which the auxiliary term joins; 1 is never",
+    ),
+    "k": dict(
+        default=0.9, range=(0, 1), help="share of the classifier term in Delta beside the auxiliary term"
+    ),
+    "imm_k": dict(default=imm.K, range=(1, 20), help="IMM's steps of the range of times, as a power of two"),
+    "train_guidance": dict(default=1.0, range=(0.01, 100), help="scale of guidance in the target; 1 is off"),
+    "derivative": dict(
+        default="difference",
+        choices=tuple(meanflow.DERIVATIVES),
+        help="in MeanFlow's target: a finite difference or exact, which does not compile",
+    ),
+    "loss_power": dict(default=1.0, range=(0, 1), help="errors are divided by their own power P; 0 is off"),
+}
 
 
 class Objective(NamedTuple):
     """What everyone but the objective's own module must know of it."""
 
     build: Callable  # (network, ema, the flags of train.py) -> the module
-    draw: Callable  # the random numbers of a micro-batch, like losses.draw
-    forwards: (
-        float  # a training step's price, in forward passes of the batch: 1 forward + 2 backward + evaluations
+    below: float  # the share of samples with s < t,
+    evaluations: float  # and the passes without gradient that each of them takes
+    guided: float = (
+        0.0  # such passes more for guidance in the target (--train-guidance), per sample of the batch
     )
-    guided: float = 0.0  # forward passes more for guidance in the target (--train-guidance)
     group: int = 2  # batch and micro-batch are multiples of it
-    flags: tuple[str, ...] = ()  # of train.py's flags below "the objective", those that are its own
+    flags: tuple[str, ...] = ()  # its own, of FLAGS
     s_rules: tuple[float, ...] = (
         0.0,
         0.5,
@@ -40,14 +71,29 @@ class Objective(NamedTuple):
     derives: bool = (
         False  # the target holds a time derivative of the network: exact, or a difference that needs fp32
     )
-    trajectory: Callable | None = None  # its own sampler, like imm.trajectory; None: sampler.trajectory
+    own_draw: Callable | None = None  # instead of losses.draw
+    trajectory: Callable = sampler.trajectory  # from noise to data
+    choices: tuple[str, ...] = ("guidance", "eta", "s_rule", "space", "mu")  # what it can be told
+
+    def draw(self, *arguments, **more):
+        """The random numbers of a micro-batch; arguments as for losses.draw, but for the share of s = t."""
+        if self.own_draw:
+            return self.own_draw(*arguments, **more)
+        return losses.draw(*arguments, p_equal=1 - self.below, **more)
+
+    def forwards(self, aux: bool = False, guided: bool = False) -> float:
+        """The price of a training step in forward passes of the batch; a backward pass counts as two.
+
+        The auxiliary term of Self-E is a forward and a backward pass of the samples with s < t.
+        """
+        return 3 + self.evaluations * self.below + 3 * self.below * aux + self.guided * guided
 
 
 def self_e(network, ema, flags, module=losses.SelfE, **departures) -> losses.SelfE:
     """Self-E with the choices of Table 2. Flow matching is the same module with draws that never have s < t."""
-    null_branch = {"online": network, "ema": ema}[flags.null_branch]
+    unconditional = {"online": network, "ema": ema}[flags.null_branch]
     choices = {"target": flags.target, "k": flags.k, "delta_scale": flags.delta_scale}
-    return module(network, ema, unconditional=null_branch, **choices, **departures)
+    return module(network, ema, unconditional=unconditional, **choices, **departures)
 
 
 def variant(**departures) -> Callable:
@@ -59,78 +105,58 @@ def mean_flow(network, ema, flags, improved: bool) -> meanflow.MeanFlow:
     return meanflow.MeanFlow(network, flags.train_guidance, improved, flags.derivative, flags.loss_power)
 
 
-FLOW_MAP = functools.partial(imm.trajectory, start=1.0)  # x_s = x_t - (t - s) V, from t = 1 in equal steps
-
 SELF_E = Objective(
-    self_e,
-    functools.partial(losses.draw, p_equal=0.5),
-    forwards=4.0,  # two evaluations of half of the batch
-    flags=("target", "k", "delta_scale", "null_branch", "aux_from"),
+    self_e, below=0.5, evaluations=2, flags=("target", "k", "delta_scale", "null_branch", "aux_from")
 )
 VARIANTS = {  # Self-E with something exchanged: questions of experiments/rows.py
     "self_e_literal_null": SELF_E._replace(build=variant(null_target="literal")),
     "self_e_quarter_lambda": SELF_E._replace(build=variant(lam_scale=0.25)),
     "self_e_middle_lambda": SELF_E._replace(build=variant(lam_time="middle")),
-    "self_e_mostly_equal": SELF_E._replace(
-        draw=functools.partial(losses.draw, p_equal=0.75),
-        forwards=3.5,  # two evaluations of a quarter
-        group=4,
-        flags=SELF_E.flags[:-1],  # no auxiliary term
-    ),
+    "self_e_mostly_equal": SELF_E._replace(below=0.25, group=4),  # three quarters of the batch learn from data alone
 }
+PUSHFORWARD = dict(trajectory=functools.partial(imm.trajectory, start=1.0), choices=("guidance",))
+MEANFLOW = dict(
+    **PUSHFORWARD,
+    flags=("train_guidance", "derivative", "loss_power"),
+    guided=2.0,
+    time_factor=1.0,
+    derives=True,
+)
+
 OBJECTIVES = {
     "self_e": SELF_E,
-    "flow_matching": Objective(
-        self_e, functools.partial(losses.draw, p_equal=1.0), forwards=3.0, s_rules=(1.0,)
-    ),
+    "flow_matching": Objective(self_e, below=0.0, evaluations=0, s_rules=(1.0,)),
     "imm": Objective(
         lambda network, ema, flags: imm.IMM(network, flags.imm_k),
-        imm.draw,
-        forwards=4.0,
+        below=1.0,
+        evaluations=1,
         group=imm.M,
         flags=("imm_k",),
+        own_draw=imm.draw,
         trajectory=imm.trajectory,
+        choices=("guidance",),
     ),
     "shortcut": Objective(
         lambda network, ema, flags: shortcut.Shortcut(network, ema, flags.train_guidance),
-        functools.partial(losses.draw, p_equal=7 / 8),
-        forwards=3.25,
-        guided=0.25,  # two evaluations of an eighth
+        below=1 / 8,
+        evaluations=2,
+        guided=2 / 8,
         group=8,
         flags=("train_guidance",),
         time_factor=1.0,
         trajectory=shortcut.trajectory,
+        choices=("guidance",),
     ),
     "meanflow": Objective(
-        functools.partial(mean_flow, improved=False),
-        functools.partial(losses.draw, p_equal=0.75),
-        forwards=3.5,
-        guided=2.0,
-        group=4,  # two evaluations of a quarter
-        flags=("train_guidance", "derivative", "loss_power"),
-        time_factor=1.0,
-        derives=True,
-        trajectory=FLOW_MAP,
+        functools.partial(mean_flow, improved=False), below=0.25, evaluations=2, group=4, **MEANFLOW
     ),
     "improved_meanflow": Objective(
-        functools.partial(mean_flow, improved=True),
-        functools.partial(losses.draw, p_equal=0.5),
-        forwards=4.5,
-        guided=2.0,  # three evaluations of half
-        flags=("train_guidance", "derivative", "loss_power"),
-        time_factor=1.0,
-        derives=True,
-        trajectory=FLOW_MAP,
+        functools.partial(mean_flow, improved=True), below=0.5, evaluations=3, **MEANFLOW
     ),
     "tim": Objective(
         lambda network, ema, flags: tim.TiM(network, ema, flags.train_guidance, flags.loss_power),
-        functools.partial(losses.draw, p_equal=0.5),
-        forwards=4.0,
-        guided=2.0,  # two evaluations of half
-        flags=("train_guidance", "loss_power"),
-        time_factor=1.0,
-        derives=True,
-        trajectory=FLOW_MAP,
+        below=0.5,
+        evaluations=2,
+        **MEANFLOW | {"flags": ("train_guidance", "loss_power")},
     ),
 } | VARIANTS
-AUX_FORWARDS = 5.5  # Self-E with the auxiliary term: a forward and a backward pass of half of the batch more

@@ -1,4 +1,4 @@
-"""What is trained, for how long, at which size and rate: the paper's recipe as data (S.2, Sec. 4.2), and its price.
+"""What is trained, for how long, at which size and rate: the paper's recipe as data (S.2, Sec. 4.2).
 
     plan = recipe.RECIPES["2b"]
     plan.stage(600_000)             # the second stage: 256 and 512 pixels in turns, 768 pictures an iteration
@@ -14,12 +14,62 @@ auxiliary stage; `--aux-from 0.775` adds it to the others.
 import math
 from dataclasses import dataclass, replace
 
-import losses
-import model
-import objectives
-from engine import errors, optimizers
+from engine import errors
+
+# ------------------------------------------------------------------------------------------------------------
+# The numbers
+# ------------------------------------------------------------------------------------------------------------
+# The milestones of the paper's 2B run (S.2), as shares of its 710k iterations.
+TAU_UNTIL = 300 / 710
+LARGER_FROM = 500 / 710
+AUX_FROM = 550 / 710
+
+SETTINGS = {
+    # Classifier score only, the "Ours" of Table 2: in a quarter of an hour the auxiliary stage is not worth its cost.
+    # In so short a run Adam's longer memory (0.99) is worth a quarter of the iterations.
+    "laptop": dict(
+        steps=5200,
+        stages=((0, (16,), 32),),  # (begin, as a share of the run; sides of the pictures; batch)
+        lr=5e-3,
+        lr_end=1e-5,
+        tau_until=TAU_UNTIL,
+        aux_from=1.0,
+        micro_batch=None,
+        guidance=1.5,
+        data=("one-shape",),
+        text="words",
+        txt_len=14,
+        autoencoder="pixels",
+        betas=(0.9, 0.99),
+    ),
+    # Sec. 4.2: 300k iterations, other settings as in Sec. 4.1: tau rises over all of them, and they end before the
+    # iteration at which the auxiliary term would join.
+    "0.5b": dict(
+        steps=300_000,
+        stages=((0, (256,), 1024),),
+        lr=3e-4,
+        lr_end=1e-5,
+        tau_until=1.0,
+        aux_from=1.0,
+        micro_batch=64,
+        guidance=5.0,
+    ),
+    "2b": dict(
+        steps=710_000,
+        stages=((0, (256,), 1024), (LARGER_FROM, (256, 512), 768)),
+        lr=3e-4,
+        lr_end=1e-5,
+        tau_until=TAU_UNTIL,
+        aux_from=AUX_FROM,
+        micro_batch=16,
+        guidance=5.0,
+    ),
+}
 
 
+# ------------------------------------------------------------------------------------------------------------
+# What they mean
+# ------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Stage:
     """A part of the run with its own picture sizes and batch."""
@@ -54,11 +104,8 @@ class Recipe:
     ema: float = 0.9999
     dropout: float = 0.1  # share of prompts replaced by ""
     wrong_captions: float = 0.0  # share of samples that carry the caption of another (data.WrongCaptions)
-    guided: float = (
-        0.0  # forward passes a picture that guidance in the objective's target takes (objectives.py)
-    )
     group: int = (
-        2  # micro-batches are multiples of it: 2, every second sample has s < t (s.13); IMM's groups have 4
+        2  # micro-batches are multiples of it: every second sample has s < t (s.13); IMM's groups have 4
     )
 
     # --------------------------------------------------------------------------------------------------------
@@ -132,97 +179,22 @@ class Recipe:
         most = max(self.group, self.micro_batch * base**2 // side**2)
         return max(m for m in range(self.group, own + 1, self.group) if own % m == 0 and m <= most)
 
-    def check_division(self, world: int, asked: int | None = None) -> None:
-        """Raise UserError unless every stage's batch divides into `world` processes and equal micro-batches.
+    def check_division(self, world: int, micro_batch: int | None = None) -> None:
+        """Raise UserError unless every stage's batch divides into `world` processes and equal micro-batches."""
+        unit = world * math.lcm(self.group, micro_batch or 1)
+        for stage in self.stages:
+            if stage.batch_size % unit:
+                raise errors.UserError(
+                    f"a batch of {stage.batch_size} does not divide into {world} processes and equal micro-batches: "
+                    f"--batch-size must be a multiple of {unit} here, such as {unit * max(1, stage.batch_size // unit)}"
+                )
+            if micro_batch and micro_batch % self.group:
+                raise errors.UserError(f"--micro-batch must be a multiple of {self.group}, not {micro_batch}")
 
-        `asked` is the micro-batch that was asked for; None takes any that fits. The message names the nearest
-        combinations that divide.
-        """
-        batches, group = sorted({stage.batch_size for stage in self.stages}), self.group
-        micro = asked or group
-
-        def divides(world, micro, batches):
-            return micro % group == 0 and all(b % (world * micro) == 0 for b in batches)
-
-        if divides(world, micro, batches):
-            return
-        said = " and ".join(map(str, batches))
-        worlds = [w for w in range(1, math.gcd(*batches) + 1) if divides(w, micro, batches)]
-        micros = [m for m in range(group, max(batches) + 1, group) if divides(world, m, batches)]
-        even = -(-micro // group) * group
-        unit, so = world * even, "" if even == micro else f" with micro-batches of {even}"
-        ways = []
-        if worlds:
-            ways.append(
-                f"{' or '.join(map(str, nearest(worlds, world)))} processes with micro-batches of {micro}"
-            )
-        if micros:
-            ways.append(
-                f"micro-batches of {' or '.join(map(str, nearest(micros, micro)))} on {world} processes"
-            )
-        if len(batches) == 1:
-            near = nearest([unit * max(1, batches[0] // unit), unit * (batches[0] // unit + 1)], batches[0])
-            ways.append(f"--batch-size {' or '.join(map(str, near))}{so}")
-        else:
-            ways.append(f"--batch-size {unit * max(1, round(batches[-1] / unit))} in all stages{so}")
-        raise errors.UserError(
-            f"a batch of {said} does not divide into {world} process{'es' * (world > 1)} x "
-            f"micro-batches of {micro} "
-            f"(multiples of {group}); the nearest that do: {'; '.join(ways)}"
-        )
-
-
-def nearest(values: list[int], wanted: int) -> list[int]:
-    """The values next to `wanted` from below and from above, without repeats."""
-    below, above = [v for v in values if v <= wanted], [v for v in values if v >= wanted]
-    return sorted({*below[-1:], *above[:1]})
-
-
-# The milestones of the paper's 2B run (S.2), as shares of its 710k iterations.
-TAU_UNTIL = 300 / 710
-LARGER_FROM = 500 / 710
-AUX_FROM = 550 / 710
 
 RECIPES = {
-    # Classifier score only, the "Ours" of Table 2: in a quarter of an hour the auxiliary stage is not worth its cost.
-    # In so short a run Adam's longer memory (0.99) is worth a quarter of the iterations.
-    "laptop": Recipe(
-        steps=5200,
-        stages=(Stage(0, (16,), 32),),
-        lr=5e-3,
-        lr_end=1e-5,
-        tau_until=TAU_UNTIL,
-        aux_from=1.0,
-        micro_batch=None,
-        guidance=1.5,
-        data=("one-shape",),
-        text="words",
-        txt_len=14,
-        autoencoder="pixels",
-        betas=(0.9, 0.99),
-    ),
-    # Sec. 4.2: 300k iterations, other settings as in Sec. 4.1: tau rises over all of them, and they end before the
-    # iteration at which the auxiliary term would join.
-    "0.5b": Recipe(
-        steps=300_000,
-        stages=(Stage(0, (256,), 1024),),
-        lr=3e-4,
-        lr_end=1e-5,
-        tau_until=1.0,
-        aux_from=1.0,
-        micro_batch=64,
-        guidance=5.0,
-    ),
-    "2b": Recipe(
-        steps=710_000,
-        stages=(Stage(0, (256,), 1024), Stage(LARGER_FROM, (256, 512), 768)),
-        lr=3e-4,
-        lr_end=1e-5,
-        tau_until=TAU_UNTIL,
-        aux_from=AUX_FROM,
-        micro_batch=16,
-        guidance=5.0,
-    ),
+    size: Recipe(**settings | {"stages": tuple(Stage(*stage) for stage in settings["stages"])})
+    for size, settings in SETTINGS.items()
 }
 
 
@@ -241,103 +213,3 @@ def make(size: str, **changes) -> Recipe:
         if not stages or replace(stage, begin=stages[-1].begin) != stages[-1]:
             stages.append(stage)
     return replace(base, stages=tuple(stages), **{k: v for k, v in changes.items() if v is not None})
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What a run will be and cost
-# ------------------------------------------------------------------------------------------------------------
-H100_FLOPS = 989e12  # dense bf16, NVIDIA's data sheet
-ASSUMED_MFU = 0.40
-
-
-def image_tokens(size: dict, side: int, factor: int) -> int:
-    """Tokens of a picture of side x side pixels, behind an auto-encoder that shrinks sides by `factor`."""
-    return (side // (factor * size["patch"])) ** 2
-
-
-def latent_tokens(size: dict, shape: tuple[int, ...]) -> int:
-    """Tokens of a sample in a batch of latents of this shape, [B, C, h, w]."""
-    return shape[2] * shape[3] // size["patch"] ** 2
-
-
-def forward_passes(plan: Recipe, objective: str, aux: bool) -> float:
-    """The price of one training step in forward passes, with guidance in the target."""
-    return (objectives.AUX_FORWARDS if aux else objectives.OBJECTIVES[objective].forwards) + plan.guided
-
-
-def picture_flops(size: dict, plan: Recipe, objective: str, side: int, factor: int, aux: bool) -> float:
-    """Operations of one training step per picture of side x side pixels."""
-    tokens = image_tokens(size, side, factor)
-    return forward_passes(plan, objective, aux) * model.forward_flops(size, tokens, plan.txt_len)
-
-
-def run_flops(size: dict, plan: Recipe, objective: str, factor: int, start: int = 0) -> float:
-    """Operations of a run from iteration `start` to its end, recomputation and frozen encoders not counted."""
-    total = 0.0
-    marks = sorted({start, *plan.begins(), min(plan.steps, math.ceil(plan.aux_from * plan.steps))})
-    for begin, end in zip(marks, marks[1:]):
-        if begin < start:
-            continue
-        stage, aux = plan.stage(begin), plan.aux(begin)
-        each = sum(picture_flops(size, plan, objective, side, factor, aux) for side in stage.sides) / len(
-            stage.sides
-        )
-        total += (end - begin) * stage.batch_size * each
-    return total
-
-
-def describe(size: dict, plan: Recipe, objective: str, factor: int, world: int) -> list[str]:
-    """The recipe of a run in lines, as printed at its start."""
-    begins, lines = plan.begins(), []
-    for stage, begin, end in zip(plan.stages, begins, begins[1:]):
-        sides = " and ".join(f"{side} x {side}" for side in stage.sides)
-        turns = " in turns" * (len(stage.sides) > 1)
-        micro = {side: plan.micro_batch_of(stage, side, world) for side in stage.sides}
-        parts = ", ".join(
-            f"{stage.batch_size // world // m} x {m}" + (f" at {side}" if len(micro) > 1 else "")
-            for side, m in micro.items()
-        )
-        mu = ", ".join(f"{losses.mu_of_length(image_tokens(size, side, factor)):.2f}" for side in stage.sides)
-        lines.append(
-            f"iterations {begin:,} to {end:,}: {sides} pixels{turns}, {stage.batch_size} pictures "
-            f"each ({world} process{'es' * (world > 1)} x {parts}), mu {mu}"
-        )
-    name = optimizers.OPTIMIZERS[plan.optimizer]
-    lines.append(
-        f"{name} {plan.betas}, learning rate {plan.lr:g} after {plan.warmup_steps():,} iterations, down to "
-        f"{plan.lr_end:g}; gradients clipped at {plan.clip:g}; "
-        f"EMA {plan.ema:g}; {plan.dropout:.0%} of prompts dropped"
-        + (f"; {plan.wrong_captions:.3g} of captions wrong" if plan.wrong_captions else "")
-    )
-    if objective == "self_e":
-        aux = "no auxiliary term"
-        if plan.aux_from < 1:
-            aux = f"auxiliary term from iteration {math.ceil(plan.aux_from * plan.steps):,}"
-        lines.append(f"tau from 0 to 1 over {round(plan.tau_until * plan.steps):,} iterations; {aux}")
-    return lines
-
-
-def state_bytes(parameters: int, world: int, zero: bool, moments: int | None = None) -> dict[str, float]:
-    """Bytes of what a process keeps on its device all the time, fp32: weights, gradients, the optimizer's moments, EMA.
-
-    `moments` is how many numbers those are, None two a parameter: Adam's.
-    """
-    each, kept = 4.0 * parameters, 4.0 * (2 * parameters if moments is None else moments)
-    return {"weights": each, "gradients": each, "Adam": kept / (world if zero else 1), "EMA": each}
-
-
-def price(size: dict, plan: Recipe, objective: str, factor: int, start: int = 0) -> list[str]:
-    """Operations and time left, in lines, by the number of H100 GPUs if it is more than a day of one."""
-    flops = run_flops(size, plan, objective, factor, start)
-    hours = flops / (H100_FLOPS * ASSUMED_MFU) / 3600
-    time = f"{hours:,.1f} H100-hours" if hours > 1 else f"{3600 * hours:,.1f} H100-seconds"
-    lines = [
-        f"{flops:.2e} FLOP from iteration {start:,} on, {time} at {ASSUMED_MFU:.0%} of {H100_FLOPS / 1e12:.0f} "
-        "TFLOP/s (an assumption; "
-        "bench.py measures it)"
-    ]
-    if hours > 24:
-        lines += [
-            f"{n:6} GPU{'s:' if n > 1 else ': '} {hours / n / 24:8.1f} days" for n in (1, 8, 16, 32, 64, 128)
-        ]
-    return lines

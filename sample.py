@@ -29,8 +29,7 @@ import files
 import losses
 import model
 import objectives
-import sampler
-from engine import checkpoint, errors, limits, machine
+from engine import checkpoint, errors, machine
 from rng import normal
 
 STEP_COUNTS = (1, 2, 4, 8, 50)  # of picture grids and tables
@@ -68,13 +67,13 @@ def load(folder: Path, device: torch.device, precision: torch.dtype | None = Non
         folder = folder.parent
     if not folder.is_dir():
         raise checkpoint.CheckpointError(f"no such checkpoint folder: {folder}")
-    config = limits.config(folder)
+    config = checkpoint.read_config(folder)
     if precision is None:
         precision = torch.float32 if device.type == "cpu" else getattr(torch, config["precision"])
     try:
         with torch.device("meta"):  # no memory is taken before the weights' file is seen to hold this model
             network = model.Denoiser(**config["model"], precision=precision)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise checkpoint.CheckpointError(
             f"{folder / 'config.json'} does not describe a model ({error})"
         ) from error
@@ -103,7 +102,7 @@ def choose(config: dict, *, guidance=None, eta=None, s_rule=None, space=None) ->
     asked = {"guidance": guidance, "eta": eta, "s_rule": s_rule, "space": space}
     own = {"guidance": "guidance", "eta": "eta", "s_rule": "s_rule", "space": "guidance_space"}
     chosen = {name: config[own[name]] if value is None else value for name, value in asked.items()}
-    if objective.trajectory:
+    if "eta" not in objective.choices:
         if (eta, s_rule, space) != (None, None, None):
             raise errors.UserError(
                 f"{config['objective']} has a sampler of its own: --eta, --s-rule and --space do "
@@ -175,12 +174,11 @@ def draw_batch(
     def draw_noise(k: int) -> torch.Tensor:
         return normal(seed, "sampling", [(k + 1, *key) for key in keys], latent).to(device)
 
-    if own := objectives.OBJECTIVES[loaded.config["objective"]].trajectory:
-        path = own(loaded.network, draw_noise(-1), **batch, **choices)
-    else:
-        choices |= {"mu": mu_of(loaded, shape), "draw_noise": draw_noise}
-        path = sampler.trajectory(loaded.network, draw_noise(-1), **batch, **choices)
-    for _, x, *_ in path:
+    objective = objectives.OBJECTIVES[loaded.config["objective"]]
+    if "mu" in objective.choices:
+        choices["mu"] = mu_of(loaded, shape)
+    trajectory = objective.trajectory
+    for _, x, *_ in trajectory(loaded.network, draw_noise(-1), draw_noise=draw_noise, **batch, **choices):
         if stop():
             raise Stopped
     return data.to_pictures(loaded.autoencoder.decode(x))

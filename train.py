@@ -9,107 +9,133 @@
 
 It prints the plan, then one line with loss, images/s and time left, and at the end the command that samples. It writes
 the files that engine/checkpoint.py and engine/monitor.py describe, and grids/step_*.png, pictures of the data's first
-prompts. recipe.py holds sizes, lengths and rates; engine/feed.py loads the data; engine/arguments.py has the flags, and
-engine/preparation.py what happens before the first iteration.
+prompts. This file reads as the run happens: data, network, moving average, optimizer, processes, the loop. recipe.py
+holds sizes, lengths and rates, engine/arguments.py the flags, engine/feed.py loads the data.
 
 One iteration, as in the paper:
 
     (x0, c)            a batch of captioned pictures, a tenth of the prompts dropped               engine/feed.py
     loss               Eq. 7 where s = t, Eq. 20 where s < t, weighted with 1 / t^2                losses.SelfE
-    gradient           averaged over micro-batches and processes, its norm clipped at 1            `gradient`, `train`
-    weights, EMA       one step of Adam; then ema <- decay ema + (1 - decay) weights               `update`
+    gradient           averaged over micro-batches and processes, its norm clipped at 1
+    weights, EMA       one step of Adam; then ema <- decay ema + (1 - decay) weights
 """
 
 import contextlib
+import copy
+import sys
 import time
 from pathlib import Path
 
 import torch
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.nn.parallel import DistributedDataParallel
 
 import losses
-import recipe
-from engine import arguments, checkpoint, errors, machine
-from engine.plan import dry_run
-from engine.preparation import Run, prepare
-from engine.processes import Ranks
+import model
+from engine import arguments, checkpoint, errors, machine, optimizers, price
+from engine.feed import Feed, Reading, open_codec
+from engine.processes import Ranks, StopSignal
+from engine.run import Run, rehearse
 from engine.watch import Watch
+from objectives import OBJECTIVES
 
 EAGER_STEPS = 20  # iterations before torch.compile comes in, and the first picture grid
 SAVE_SECONDS = 1800  # between states, unless --save-every says otherwise
 
 
-# ------------------------------------------------------------------------------------------------------------
-# One iteration in its two parts: the gradient and the update
-# ------------------------------------------------------------------------------------------------------------
-def gradient(run: Run, watch: Watch, step: int) -> tuple[torch.Tensor, list[str]]:
-    """Leave the gradient of the mean loss over the global batch of iteration `step` in the network.
+def train(
+    args, plan, folder: Path, device: torch.device, ranks: Ranks, closing: contextlib.ExitStack
+) -> None:
+    """The run. `closing` closes threads and files, after an error too. Raises UserError."""
+    states = checkpoint.complete_states(folder) if args.resume else []
+    start = checkpoint.step_of(states[-1]) if states else 0  # iterations have been made
+    if start > plan.steps:
+        raise errors.UserError(f"{folder} is at iteration {start} already, past --steps {plan.steps}")
+    entry = OBJECTIVES[args.objective]
 
-    Returns this process's mean loss, detached, and the names of its samples.
-    """
-    tau, aux = run.plan.tau(step), run.plan.aux(step)  # s.13; whether the auxiliary term has joined (S.1.2)
-    count, total, keys = len(run.feed.indices(step)), 0.0, []
-    for m in range(count):
-        batch = next(run.stream)
-        mu = losses.mu_of_length(recipe.latent_tokens(run.sizes, batch.x0.shape))  # s.12: by their size
-        # What DDP's no_sync() sets: gradients are reduced once an iteration. (Under static_graph no_sync would lose
-        # them.)
-        run.step_module.require_backward_grad_sync = m == count - 1
-        # losses.SelfE, or the module of another --objective (objectives.py), within DDP where processes are several
-        loss, stats = run.step_module(
-            batch.x0, batch.c, batch.null, batch.fake, batch.is_null, batch.draws, tau, mu, aux
-        )
-        (loss / count).backward()
-        total = total + loss.detach() / count
-        keys += batch.keys
-        watch.seen(batch, stats, aux)
-    return total, keys
+    # Data: frozen encoders, and what every iteration from `start` on is made of, as a function of (seed, iteration).
+    draws_grids = ranks.is_first and args.grid_every != 0
+    codec, sizes = open_codec(plan, arguments.sizes_of(args), device, draws_grids)
+    with ranks.first_alone():
+        reading = Reading(args.workers, args.index, args.caption_key)
+        feed = Feed(plan, entry.draw, args.seed, codec, ranks, start, reading)
 
+    # Network, its moving average, and the objective that holds both.
+    precision = arguments.precision_of(args, device, ranks)
+    torch.manual_seed(args.seed)
+    network = model.Denoiser(**sizes, precision=precision).to(device)
+    network.recompute = args.recompute
+    if args.init and not args.resume:
+        checkpoint.load_init(Path(args.init), network, codec)
+    ema = copy.deepcopy(network).requires_grad_(False)
+    objective = entry.build(network, ema, args)  # losses.SelfE, or the module of another --objective
 
-def update(run: Run, step: int) -> None:
-    """One step of Adam, and of the moving average: ema <- decay ema + (1 - decay) network."""
-    for group in run.adam.param_groups:
-        group["lr"] = run.plan.learning_rate(step)
-    run.adam.step()
-    # With 0.9999 from the start the EMA would stay near its initialisation for 10,000 iterations.
-    decay = min(run.plan.ema, (1 + step) / (10 + step))
-    get_ema_multi_avg_fn(decay)(
-        list(run.ema.parameters()), list(run.network.parameters()), 0
-    )  # the 0 is not used
+    # Optimizer: Adam, as in the paper, or Muon and Adam.
+    zero = args.zero and ranks.world > 1
+    optimizer = optimizers.build(plan.optimizer, network, plan.lr, plan.betas, zero)
 
+    # The run's folder, nobody else's while it trains, and the place where a stopped run was.
+    config = arguments.config_of(args, plan, sizes, precision, device)
+    run = Run(args, plan, folder, ranks, codec, feed, config, start, StopSignal())
+    ranks.agree(run.what_all_must_share())
+    if ranks.is_first:
+        closing.enter_context(checkpoint.taken(folder, args.resume, states))
+    state = checkpoint.load_state(states, network, ema, optimizer, run.continuity()) if states else {}
+    if ranks.is_first:
+        checkpoint.set_back(folder, states)
+    if device.type == "cuda":
+        rehearse(run, network, objective, optimizer)
 
-# ------------------------------------------------------------------------------------------------------------
-# The loop
-# ------------------------------------------------------------------------------------------------------------
-def train(run: Run, watch: Watch) -> None:
-    """From the run's first iteration, or its last state, to its end or a signal to stop.
+    # Several processes: each computes a part of the batch, and their gradients are averaged.
+    step_module = objective
+    if ranks.world > 1:
+        step_module = DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
-    Raises UserError where several gradients in a row are not finite; the weights from before them are saved.
-    """
-    plan, args = run.plan, run.args
-    step, stopping = run.start, False  # `step` iterations have been made
+    watch = Watch(run, precision, state, closing)
+    stream = feed.stream(start)
+    closing.callback(stream.close)
+    step, stopping, saved_at = start, False, time.perf_counter()
     while step < plan.steps and not stopping:
-        run.begin_stage(step)
+        if step == start or step in plan.begins():  # checkpoints make pictures of the resolution of the stage
+            config |= run.pictures_of_stage(step)
         with run.stop.held():
-            # The first iterations run as they are: they end in a first picture grid before the compiler takes its
-            # minute.
-            if step == max(run.start, EAGER_STEPS):
-                watch.say(f"  from iteration {step} on {run.compile()}")
-            loss, keys = gradient(run, watch, step)
-        norm = torch.nn.utils.clip_grad_norm_(run.network.parameters(), plan.clip)
+            # The first iterations run as they are: they end in a first picture grid before the compiler takes its minute.
+            if step == max(start, EAGER_STEPS):
+                watch.say(f"  from iteration {step} on {run.compile(network, ema)}")
+
+            # The gradient of the mean loss over the global batch.
+            tau, aux = plan.tau(step), plan.aux(step)  # s.13; whether the auxiliary term has joined (S.1.2)
+            count, loss, keys = len(feed.indices(step)), 0.0, []
+            for m in range(count):
+                batch = next(stream)
+                mu = losses.mu_of_length(network.tokens(batch.x0))  # s.12: by the size of these pictures
+                # What DDP's no_sync() sets: gradients are reduced once an iteration, with the last micro-batch. (Under
+                # static_graph no_sync would lose them.)
+                step_module.require_backward_grad_sync = m == count - 1
+                part, stats = step_module(
+                    batch.x0, batch.c, batch.null, batch.fake, batch.is_null, batch.draws, tau, mu, aux
+                )
+                (part / count).backward()
+                loss = loss + part.detach() / count
+                keys += batch.keys
+                watch.seen(batch, stats, aux)
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), plan.clip)
 
         # No update from a loss or gradient that is not finite, on any process.
         nonfinite = ~torch.isfinite(loss) | ~torch.isfinite(norm)
-        late = args.save_every is None and time.perf_counter() - run.saved_at > SAVE_SECONDS
-        bad, stopping, late = run.ranks.any(
-            nonfinite, *torch.tensor([bool(run.stop), late], device=run.device)
-        )
+        late = args.save_every is None and time.perf_counter() - saved_at > SAVE_SECONDS
+        bad, stopping, late = ranks.any(nonfinite, *torch.tensor([bool(run.stop), late], device=device))
         if bad:
             stopping |= watch.left_out(step + 1, loss.item(), norm.item(), keys)
         else:
-            update(run, step)
+            for group in optimizer.param_groups:
+                group["lr"] = plan.learning_rate(step)
+            optimizer.step()
+            # With 0.9999 from the start the average would stay near its initialisation for 10,000 iterations.
+            decay = min(plan.ema, (1 + step) / (10 + step))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
             watch.updated(norm)
-        run.adam.zero_grad(set_to_none=False)
+        optimizer.zero_grad(set_to_none=False)
         step += 1
 
         # Log, draw, save.
@@ -119,13 +145,16 @@ def train(run: Run, watch: Watch) -> None:
             and run.grid_every
             and (step % run.grid_every == 0 or step in (EAGER_STEPS, plan.steps))
         ):
-            watch.draw(step)
-        stopping |= run.ranks.world == 1 and bool(
-            run.stop
-        )  # several processes agree on it in the next iteration
+            watch.draw(step, ema)
+        stopping |= ranks.world == 1 and bool(run.stop)  # several processes agree on it in the next iteration
         regular = any(every and step % every == 0 for every in (run.save_every, args.milestone_every))
         if stopping or late or regular or step == plan.steps:
-            run.save(step)
+            if zero:
+                optimizer.consolidate_state_dict(to=0)
+            if ranks.is_first:
+                checkpoint.save_state(folder, network, ema, optimizer, config, watch.state(step), args)
+            ranks.barrier()  # nobody leaves before it is on the disk: a launcher may end the others with the first
+            saved_at = time.perf_counter()
     watch.conclude(step)
 
 
@@ -134,35 +163,26 @@ def main() -> None:
     machine.keep_freed_memory()
     plan, folder, ranks = arguments.plan_of(args), Path(args.out), Ranks.of_environment()
     plan.check_division(ranks.world, args.micro_batch)
-    states = checkpoint.complete_states(folder)
-    if args.resume and not states:
-        raise checkpoint.CheckpointError(f"nothing to resume: {folder / 'state'} holds no complete state")
-    if not plan.data and not args.dry_run:
-        raise errors.UserError(
-            f"--size {args.size} needs --data: a folder of tar shards, or caches of them (LONG_RUN.md)"
-        )
     if args.dry_run:
         if ranks.is_first:
-            dry_run(args, plan, ranks.world, checkpoint.step_of(states[-1]) if args.resume else 0)
+            price.dry_run(args, plan, ranks.world)
         return
-    if not args.resume and states:
+    if not plan.data:
         raise errors.UserError(
-            f"{folder} already holds a run; add --resume to go on, or choose another --out"
+            f"--size {args.size} needs --data: a folder of tar shards, or caches (LONG_RUN.md)"
         )
-    if not args.resume and (folder / "model.safetensors").exists():
-        raise errors.UserError(
-            f"{folder} already holds a model, without a state to resume: choose another --out, with "
-            f"--init {folder} to begin with its weights"
-        )
-    checkpoint.check_writable(folder)
+    checkpoint.check_folder(folder, args.resume)
     device = machine.pick_device(args.device)
     if ranks.world > 1 and device.type == "mps":
         raise errors.UserError("several processes cannot share an Apple GPU: one process, or --device cpu")
     with contextlib.ExitStack() as closing:
-        closing.enter_context(ranks.connected(device))
-        run = prepare(args, plan, folder, device, ranks, closing)
-        train(run, Watch(run, closing))
+        closing.enter_context(ranks.connected(device, args.patience))
+        train(args, plan, folder, device, ranks, closing)
 
 
 if __name__ == "__main__":
-    errors.run(main, "stopped; what was saved before, if anything, is whole, and --resume goes on from it")
+    sys.exit(
+        errors.run(
+            main, "stopped; what was saved before, if anything, is whole, and --resume goes on from it"
+        )
+    )

@@ -6,7 +6,7 @@
         config.json  model.safetensors (EMA)  network.safetensors  adam.pt  state.json
     RUN/metrics.jsonl  RUN/grids/       what happened on the way
 
-    python engine/checkpoint.py runs/laptop model/ --dtype fp16   # the part of a run worth giving away
+    python -m engine.checkpoint runs/laptop model/ --dtype fp16   # the part of a run worth giving away
 
 Every file or folder is written beside its final name, brought to the disk and then renamed, so what has the final name
 is complete: a run may be killed at any moment, a disk may fill up, and the last complete state is still there.
@@ -15,7 +15,6 @@ is complete: a run may be killed at any moment, a disk may fill up, and the last
 import contextlib
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -28,12 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-if (
-    __name__ == "__main__"
-):  # started as a file: modules are found from the project's folder, not from this one
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from engine import errors
+from objectives import OBJECTIVES
 
 
 class CheckpointError(errors.UserError):
@@ -108,6 +103,51 @@ def read_json(path: Path):
         raise CheckpointError(f"{path} is not valid JSON ({error}); the checkpoint is damaged") from error
 
 
+# What sampling reads of config.json, and the kind of each entry; engine/arguments.py writes it.
+CONFIG = {
+    "model": dict,
+    "precision": ("float32", "bfloat16"),
+    "objective": tuple(OBJECTIVES),
+    "side": int,
+    "mu": float,
+    "text_encoder": str,
+    "txt_len": int,
+    "autoencoder": str,
+    "guidance": float,
+    "eta": object,
+    "s_rule": float,
+    "guidance_space": ("v", "x0"),
+}
+STATE = {"step": int, "seed": int, "elapsed": float, "steps": int, "data": dict}  # of state.json
+
+
+def read_checked(path: Path, kinds: dict) -> dict:
+    """A JSON object that has these entries, each of its kind. Raises CheckpointError."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no JSON object: it is damaged, or another program's")
+    for name, kind in kinds.items():
+        if name not in found:
+            raise CheckpointError(f"{path} lacks {name}: it is damaged, or another program's")
+        value = found[name]
+        if isinstance(kind, tuple):  # one of these words
+            right = value in kind
+        else:
+            right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        if not right:
+            raise CheckpointError(f"{path}: {name} cannot be {errors.shortened(repr(value))}")
+    return found
+
+
+def read_config(folder: Path) -> dict:
+    """What config.json says of a model. Raises CheckpointError."""
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file: name the folder that holds it, {folder.parent}")
+    if not folder.is_dir():
+        raise CheckpointError(f"no such checkpoint folder: {folder}")
+    return read_checked(folder / "config.json", CONFIG)
+
+
 def save_weights(path: Path, module: nn.Module) -> None:
     """The state dict of a module as safetensors, written in one piece."""
     with in_one_piece(path) as partial:
@@ -166,30 +206,26 @@ def load_weights(path: Path, module: nn.Module) -> None:
     module.load_state_dict(state, assign=next(iter(own.values())).is_meta)
 
 
-FOLDERS = ("state", "grids")  # of a run; the others are files
-FILES = ("config.json", "metrics.jsonl", "model.safetensors", "lock")
-
-
-def check_writable(folder: Path) -> None:
-    """Raise CheckpointError unless the folder can be written, or made, as that of a run: asked at once, not after the
-    data is read."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+def check_folder(run: Path, resume: bool) -> None:
+    """Raise CheckpointError unless a run can lie in the folder: asked at once, not after the data is read."""
+    there = next(path for path in (run, *run.absolute().parents) if path.exists() or path.is_symlink())
     if not there.is_dir():
         raise CheckpointError(
-            f"{folder} cannot be a folder: {there} is a file or a broken link; choose another --out"
+            f"{run} cannot be a folder: {there} is a file or a broken link; choose another --out"
         )
-    if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise CheckpointError(f"{there} cannot be written by this user: choose another --out")
-    for path in (folder / name for name in FOLDERS + FILES):
-        if path.exists() and path.is_dir() != (path.name in FOLDERS):
-            kind = "folder" if path.is_dir() else "file"
-            raise CheckpointError(
-                f"{path} is a {kind}, which it is not in a run: remove it, or choose another --out"
-            )
-    config = folder / "config.json"
-    told = read_json(config) if config.exists() else {"arguments": {}}
-    if not (isinstance(told, dict) and isinstance(told.get("arguments"), dict)):
-        raise CheckpointError(f"{config} is not that of a run that train.py began: choose another --out")
+    for path in (there, run / "state"):
+        if path.exists() and not os.access(path, os.W_OK | os.X_OK):
+            raise CheckpointError(f"{path} cannot be written by this user: choose another --out")
+    states = complete_states(run)
+    if resume and not states:
+        raise CheckpointError(f"nothing to resume: {run / 'state'} holds no complete state")
+    if not resume and states:
+        raise CheckpointError(f"{run} already holds a run; add --resume to go on, or choose another --out")
+    if not resume and (run / "model.safetensors").exists():
+        raise CheckpointError(
+            f"{run} already holds a model, without a state to resume: choose another --out, with --init {run} to begin "
+            "with its weights"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -209,7 +245,8 @@ def step_of(state: Path) -> int:
 
 
 def publish(run: Path, folder: Path) -> None:
-    """Make the model of a state that of the run, RUN/model.safetensors."""
+    """Make the model of a state that of the run: RUN/model.safetensors and RUN/config.json."""
+    write_json(run / "config.json", read_json(folder / "config.json"))
     with in_one_piece(run / "model.safetensors") as copy:
         copy.unlink(missing_ok=True)
         try:
@@ -224,7 +261,7 @@ def locked(run: Path):
 
     The lock goes with the process, however it ends. Windows and some network file systems have none.
     """
-    with open(errors.regular(run / "lock", CheckpointError), "w") as file:
+    with open(run / "lock", "a") as file:
         try:
             import fcntl
 
@@ -240,36 +277,30 @@ def locked(run: Path):
         yield
 
 
-def save_state(
-    run: Path,
-    step: int,
-    models: tuple[nn.Module, nn.Module],
-    adam: dict,
-    told: dict[str, dict],
-    keep: int = 2,
-    milestone_every: int = 0,
-) -> Path:
-    """Write RUN/state/step_N and RUN/model.safetensors, then remove older states. Returns the state's folder.
+def save_state(run: Path, network, ema, optimizer, config: dict, state: dict, args) -> Path:
+    """Write RUN/state/step_N, RUN/model.safetensors and RUN/config.json, then remove older states. Returns the state's
+    folder.
 
-    models are the network and its moving average; told maps "config" and "state" to what goes into these JSON files.
-
-    The newest `keep` states stay, and for good those whose iteration is a multiple of milestone_every (0: none). Raises
-    CheckpointError when it cannot be written; what was complete before is untouched then.
+    config and state go into the JSON files of these names. The newest `args.keep` states stay, and for good those whose
+    iteration is a multiple of args.milestone_every (0: none). Raises CheckpointError when it cannot be written, or when
+    the weights are not finite; what was complete before is untouched then.
     """
+    step = state["step"]
     folder = run / "state" / f"step_{step:08d}"
     partial = folder.with_name(folder.name + ".partial")
     try:
+        if not all(p.isfinite().all() for p in (*network.parameters(), *ema.parameters())):
+            raise CheckpointError("its weights are not finite: a lower --lr may help")
         for left in (run / "state").glob("*.partial"):  # of a process that was killed while it saved
             shutil.rmtree(left, ignore_errors=True)
         if not folder.exists():  # a state of this iteration that is complete already is the same state
             partial.mkdir(parents=True)
-            network, ema = models
             save_weights(partial / "model.safetensors", ema)
             save_weights(partial / "network.safetensors", network)
-            torch.save(adam, partial / "adam.pt")
+            torch.save(optimizer.state_dict(), partial / "adam.pt")
             to_disk(partial / "adam.pt")
-            for name in ("config", "state"):
-                write_json(partial / f"{name}.json", told[name])
+            write_json(partial / "config.json", config)
+            write_json(partial / "state.json", state)
             to_disk(partial)
             os.replace(partial, folder)
             to_disk(folder.parent)
@@ -278,17 +309,12 @@ def save_state(
     except (OSError, CheckpointError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         last = [p.name for p in complete_states(run)][-1:]
+        way_on = f"the last complete state is {last[0]}, --resume goes on from it" if last else "start again"
         raise CheckpointError(
-            f"cannot save iteration {step} in {run} ({str(error).splitlines()[0]}); "
-            + (
-                f"the last complete state is {last[0]}: --resume goes on from it; make room if the "
-                "disk is full"
-                if last
-                else "make room and start again"
-            )
+            f"cannot save iteration {step} in {run} ({str(error).splitlines()[0]}); {way_on}; make room if the disk is full"
         ) from error
-    for old in complete_states(run)[:-keep]:
-        if not milestone_every or step_of(old) % milestone_every:
+    for old in complete_states(run)[: -args.keep]:
+        if not args.milestone_every or step_of(old) % args.milestone_every:
             gone = old.with_name(
                 old.name + ".partial"
             )  # a half-deleted state must not pass for a complete one
@@ -299,43 +325,87 @@ def save_state(
     return folder
 
 
-def load_state(folder: Path, network: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load the tensors of a training state into network, ema and optimizer. Raises CheckpointError.
+@contextlib.contextmanager
+def taken(run: Path, resume: bool, states: list[Path]):
+    """The folder is this run's alone while the block lasts. Raises CheckpointError where it is another's."""
+    (run / "grids").mkdir(parents=True, exist_ok=True)
+    with locked(run):
+        check_folder(run, resume)  # again: reading the data may have taken long
+        if resume and complete_states(run) != states:
+            raise CheckpointError(f"another process has trained in {run} meanwhile: start again")
+        yield
 
-    Learning rate, betas and the like stay those of the recipe, whatever adam.pt says.
+
+def load_init(folder: Path, network: nn.Module, codec) -> None:
+    """Load another run's moving average into a new network. Raises CheckpointError for one of another model or encoder."""
+    config = read_config(folder)
+    for name, spec in (("text_encoder", codec.text), ("autoencoder", codec.autoencoder)):
+        if spec is not None and config[name] != spec.name:
+            raise CheckpointError(
+                f"--init {folder}: it was trained with the {name} {config[name]}, not {spec.name}: begin without --init, "
+                "or choose that one"
+            )
+    # What the shapes of weights do not show: how heads see places, and the scale of times (objectives.py).
+    axes, factor = config["model"]["axes"], config["model"].get("time_factor", 1000)
+    if (tuple(axes), factor) != (network.axes, network.time_factor):
+        raise CheckpointError(
+            f"--init {folder}: it was trained with axes {axes} and time factor {factor:g}, and this model has "
+            f"{list(network.axes)} and {network.time_factor:g}: begin without --init, or with a run of the same kind"
+        )
+    load_weights(folder / "model.safetensors", network)
+
+
+def load_state(states: list[Path], network: nn.Module, ema: nn.Module, optimizer, continuity: dict) -> dict:
+    """Load the newest training state into network, ema and optimizer; returns what its state.json says.
+
+    `continuity` is what it must say of the sequence of samples. Learning rate, betas and the like stay those of the
+    recipe, whatever adam.pt says. Raises CheckpointError; for a damaged state with what to do: older ones are not taken
+    unasked.
     """
-    load_weights(folder / "network.safetensors", network)
-    load_weights(folder / "model.safetensors", ema)
-    path = errors.regular(folder / "adam.pt", CheckpointError)
+    folder = states[-1]
+    run = folder.parents[1]
+    try:
+        state = read_checked(folder / "state.json", STATE)
+        begun = {"objective": read_config(folder)["objective"]} | state
+        for name, now in continuity.items():
+            if begun[name] != now:
+                what = (
+                    "other data, another --side or another --batch-size"
+                    if name == "data"
+                    else f"--{name} {begun[name]}"
+                )
+                raise CheckpointError(
+                    f"{run} was begun with {what}: the samples would not be the next ones. Restore that, or begin a new "
+                    f"run with these weights (--init {run} --out NEW)"
+                )
+        load_weights(folder / "network.safetensors", network)
+        load_weights(folder / "model.safetensors", ema)
+        load_optimizer(folder / "adam.pt", optimizer, next(network.parameters()).is_cuda)
+    except (CheckpointError, OSError) as error:
+        older = (
+            f"delete {folder} to go on from {states[-2].name}" if len(states) > 1 else "there is no older one"
+        )
+        raise CheckpointError(f"{error}; {older}") from error
+    return state
+
+
+def load_optimizer(path: Path, optimizer, on_gpu: bool) -> None:
+    """Load adam.pt into the optimizer. Raises CheckpointError."""
     try:
         with warnings.catch_warnings():  # of a file that torch did not write
             warnings.simplefilter("ignore")
             # On a CPU the moments would stay the mapping of a file that is going to be deleted
-            adam = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=next(network.parameters()).is_cuda
-            )
+            adam = torch.load(path, map_location="cpu", weights_only=True, mmap=on_gpu)
         optimizer.load_state_dict(checked(adam, optimizer))
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        pickle.UnpicklingError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        IndexError,
-    ) as error:
+    except Exception as error:  # a damaged file makes torch's reader raise almost anything
         if errors.out_of_memory(error):
             raise
         reason = errors.shortened(str(error).strip().partition("\n")[0])[:200]
-        raise CheckpointError(
-            f"{path} is not Adam's state of this model ({type(error).__name__}: {reason})"
-        ) from error
-    # ZeRO-1 leaves Adam's count on the CPU, where the
-    for p, own in getattr(optimizer, "optim", optimizer).state.items():
-        if "step" in own:  # Muon keeps none
-            own["step"] = own["step"].to(p.device)  # fused update does not look for it (pytorch issue 124133)
+        raise CheckpointError(f"{path} is not the optimizer's state of this model ({reason})") from error
+    # ZeRO-1 leaves Adam's count on the CPU, where the fused update does not look for it (pytorch issue 124133)
+    for p, kept in getattr(optimizer, "optim", optimizer).state.items():
+        if "step" in kept:  # Muon keeps none
+            kept["step"] = kept["step"].to(p.device)
     if hasattr(optimizer, "optim"):
         optimizer.state.clear()  # a second copy of the moments, which ZeRO-1 makes on loading and never reads
 
@@ -378,6 +448,13 @@ def checked(saved: dict, optimizer) -> dict:
     return {"state": saved["state"], "param_groups": groups}
 
 
+def set_back(run: Path, states: list[Path]) -> None:
+    """Let a run's folder say what it said at its last state; a process killed while it saved may not have got so far."""
+    cut_metrics(run / "metrics.jsonl", step_of(states[-1]) if states else 0)
+    if states:
+        publish(run, states[-1])
+
+
 def cut_metrics(path: Path, step: int) -> None:
     """Forget what metrics.jsonl says of iterations after `step`: a resumed run will say it again.
 
@@ -411,9 +488,7 @@ def export(source: Path, out: Path, dtype: torch.dtype, lines: int = 200) -> Non
     fp16 halves the file and keeps 11 bits of every weight; the model still computes in what sample.py chooses. Raises
     CheckpointError when `source` holds no model, and when `out` holds one.
     """
-    from engine import limits  # it builds on this module
-
-    config, weights = limits.config(source), read_weights(source / "model.safetensors", dtype)
+    config, weights = read_config(source), read_weights(source / "model.safetensors", dtype)
     metrics = source / "metrics.jsonl"
     rows = metrics.read_bytes().splitlines() if metrics.exists() else []
     if (out / "model.safetensors").exists() or (out / "state").exists():

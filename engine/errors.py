@@ -68,16 +68,24 @@ def file_to_write(text: str) -> Path:
     return path
 
 
+class Help(argparse.HelpFormatter):
+    """Every flag says its default, where it has one."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=40, width=128)
+
+    def _get_help_string(self, action) -> str:
+        said = action.default in (None, False, argparse.SUPPRESS) or "(default" in action.help
+        return action.help if said else f"{action.help} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose complaints are one line, whose whole numbers have an end, whose paths are not empty, and
     whose help fits a screen."""
 
     def __init__(self, program: str, description: str):
         super().__init__(
-            prog=program,
-            description=description,
-            usage=f"python {program} [options]",
-            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=128),
+            prog=program, description=description, usage=f"python {program} [options]", formatter_class=Help
         )
         self.register("type", int, whole_number)
         self.register("type", Path, lambda text: Path(name(text)))

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -180,6 +181,25 @@ class Codec(NamedTuple):
     patch: int = 1  # of the network
     channels: int = 3  # of a latent, or of a picture where there is no auto-encoder
     factor: int = 1  # what the auto-encoder shrinks sides by
+
+
+def open_codec(plan: Recipe, size: dict, device: torch.device, draws: bool) -> tuple[Codec, dict]:
+    """The frozen encoders, and the entries of model.SIZES as they settle them.
+
+    Where caches serve, the encoders are None unless this process draws pictures.
+    """
+    cached = all(map(cache.is_cache, plan.data))
+    text = autoencoder = None
+    if not cached or draws:
+        text = encoders.text_encoder(plan.text, plan.txt_len, device)
+        autoencoder = encoders.autoencoder(plan.autoencoder, device)
+    if cached:
+        settled, factor = cache.cached_sizes(Path(plan.data[0]))
+    else:
+        settled = {"channels": autoencoder.channels, "txt_dim": text.d_txt, "vec_dim": text.d_vec}
+        factor = autoencoder.factor
+    sizes = size | settled
+    return Codec(text, autoencoder, device, sizes["patch"], sizes["channels"], factor), sizes
 
 
 class Feed:

@@ -31,8 +31,6 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-import losses
-
 BINS = 4  # of t
 
 
@@ -71,16 +69,13 @@ class Meter:
         """
         t, s, loss = stats["t"], stats["s"], stats["loss"]
         zero, below = torch.zeros((), device=t.device), s < t
-        lam = losses.lam(t, s).clamp(1e-12, 1e12)
-        row = [zero + len(t), loss.sum(), below.sum(), torch.where(below, lam.log(), 0.0).sum()]
+        mix = stats.get("mix", t[:0])
+        lam = (mix / (1 - mix)).clamp(
+            1e-12, 1e12
+        )  # that of the training, whatever an objective makes of Eq. 17
+        row = [zero + len(t), loss.sum(), below.sum(), lam.log().sum()]
         evaluated, fakes = stats.get("delta_norm", t[:0]), stats.get("fake_loss", t[:0])
-        row += [
-            zero + len(evaluated),
-            stats.get("mix", t[:0]).sum(),
-            evaluated.sum(),
-            zero + len(fakes),
-            fakes.sum(),
-        ]
+        row += [zero + len(evaluated), mix.sum(), evaluated.sum(), zero + len(fakes), fakes.sum()]
         for b in range(BINS):
             inside = (t >= b / BINS) & ((t < (b + 1) / BINS) | (b == BINS - 1))
             row += [inside.sum(), torch.where(inside, loss, 0.0).sum()]
@@ -119,9 +114,8 @@ class Meter:
         iterations = v["iterations"] / world
         result = {"loss": v["loss"] / v["n"], "share_jump": v["below"] / v["n"]}
         result |= {f"loss_t{b}": v[f"loss_t{b}"] / v[f"n_t{b}"] for b in range(BINS) if v[f"n_t{b}"]}
-        if v["below"]:
-            result["lambda"] = math.exp(v["log_lambda"] / v["below"])
         if v["evaluated"]:
+            result["lambda"] = math.exp(v["log_lambda"] / v["evaluated"])
             result |= {"w": v["mix"] / v["evaluated"], "delta_norm": v["delta_norm"] / v["evaluated"]}
         if v["fakes"]:
             result["fake_loss"] = v["fake_loss"] / v["fakes"]

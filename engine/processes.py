@@ -13,6 +13,8 @@ import datetime
 import os
 import re
 import signal
+import sys
+import threading
 from typing import NamedTuple
 
 import torch
@@ -44,22 +46,37 @@ class Ranks(NamedTuple):
         return self.rank == 0
 
     @contextlib.contextmanager
-    def connected(self, device: torch.device):
-        """The processes can talk while the block lasts."""
+    def connected(self, device: torch.device, patience: float):
+        """The processes can talk while the block lasts. They have `patience` seconds to meet; raises UserError then."""
         if self.world > 1:
-            # Saving the state and drawing pictures keep the other processes waiting; an hour is longer than either.
-            backend = "nccl" if device.type == "cuda" else "gloo"
+            place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+            others = f"the other {self.world - 1} of {self.world} processes at {place}"
+            waiting = threading.Timer(
+                5,
+                print,
+                [f"process {self.rank} waits for {others}, {patience:g} s at most"],
+                {"file": sys.stderr},
+            )
+            waiting.start()
+            hour = datetime.timedelta(
+                hours=1
+            )  # saving and drawing keep the others waiting, for less than that
             try:
-                dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
+                store, rank, world = next(
+                    dist.rendezvous("env://", timeout=datetime.timedelta(seconds=patience))
+                )
+                store.set_timeout(hour)
+                backend = "nccl" if device.type == "cuda" else "gloo"
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=hour)
             except (ValueError, dist.DistError) as error:  # no such address, or a process that never came
                 raise errors.UserError(
-                    f"the {self.world} processes cannot meet ({str(error).splitlines()[0]}); start "
-                    "them with torchrun"
+                    f"process {self.rank} did not meet {others} within {patience:g} s "
+                    f"({str(error).splitlines()[0]}): start all of them with torchrun"
                 ) from error
+            finally:
+                waiting.cancel()
         yield
-        if (
-            self.world > 1
-        ):  # not after an error: the other processes may be waiting in a reduction, and so would this
+        if self.world > 1:  # not after an error: the others may be waiting in a reduction, and so would this
             dist.destroy_process_group()
 
     def gather(self, what) -> list:
@@ -118,7 +135,7 @@ class StopSignal:
     """
 
     def __init__(self):
-        self.name = ""
+        self.name, self.number = "", 0
         numbers = [signal.SIGINT, signal.SIGTERM]
         if (
             hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
@@ -128,7 +145,7 @@ class StopSignal:
             signal.signal(number, self.receive)
 
     def receive(self, number, frame) -> None:
-        self.name = signal.Signals(number).name
+        self.name, self.number = signal.Signals(number).name, number
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
 

@@ -1,9 +1,9 @@
 """What a run reports while it trains: progress, records, picture grids, updates that are left out.
 
-    watch = watch.Watch(run, closing)
+    watch = watch.Watch(run, precision, state, closing)
     watch.seen(batch, stats, aux)              # a micro-batch
     watch.updated(norm)                        # or, after a gradient that is not finite, watch.left_out(...)
-    watch.log(step); watch.draw(step)          # where they are due
+    watch.log(step); watch.draw(step, ema)     # where they are due
 
 Grids: the data's first prompts in rows, each from one noise, and sample.STEP_COUNTS in columns.
 """
@@ -12,6 +12,7 @@ import contextlib
 import math
 import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -22,13 +23,14 @@ from tqdm import tqdm
 
 import files
 import model
-import recipe
 import sample
-from engine import errors, machine, monitor
+from engine import errors, machine, monitor, price
 from engine.feed import Batch
-from engine.preparation import Run
+from engine.run import Run
+from objectives import OBJECTIVES
 
 PATIENCE = 5  # iterations in a row without a finite gradient before the run stops
+DIVERGED = 10.0  # a loss that ends at so many times that of the first record is no success
 
 
 def grid_prompts(source, n: int = 8) -> dict[str, tuple[int, int]]:
@@ -50,13 +52,24 @@ def draw_grid(loaded: sample.Loaded, prompts: dict, stop: Callable[[], bool]) ->
 
 
 class Watch:
-    """The eyes on one run. Only rank 0 prints, writes and draws; the sums are taken over all ranks."""
+    """The eyes on one run. Only rank 0 prints, writes and draws; the sums are taken over all ranks.
 
-    def __init__(self, run: Run, closing: contextlib.ExitStack):
+    `state` is what the last state.json said, {} at the beginning.
+    """
+
+    def __init__(self, run: Run, precision: torch.dtype, state: dict, closing: contextlib.ExitStack):
         self.run, first = run, run.ranks.is_first
         self.prompts = grid_prompts(run.feed.source(run.start)) if first else {}
-        self.meter = monitor.Meter(run.device)
-        self.peak = machine.peak_flops(run.device, run.network.precision)
+        self.meter = monitor.Meter(run.codec.device)
+        self.peak = machine.peak_flops(run.codec.device, precision)
+        self.began, self.elapsed_before = time.perf_counter(), state.get("elapsed", 0.0)
+        self.nonfinite = state.get("nonfinite", 0)  # updates left out so far
+        self.first_loss, self.last_loss = state.get("first_loss"), None  # of the records
+        if first:
+            price.tell(run.args, run.plan, run.config["model"], run.codec.factor, run.ranks.world, run.start)
+            for line in run.feed.tell():
+                print("  " + line)
+            print(f"  on {run.config['machine']}, in {run.config['precision']}", flush=True)
         self.log_file = monitor.Log(run.folder, run.start) if first else None
         self.screen = errors.Screen(sys.stderr)
         self.bar = tqdm(
@@ -73,6 +86,15 @@ class Watch:
             closing.callback(close)
         self.skipped, self.in_a_row, self.failure = run.feed.skipped(), 0, ""
 
+    def elapsed(self) -> float:
+        """Seconds of training, those before the last stop included."""
+        return self.elapsed_before + time.perf_counter() - self.began
+
+    def state(self, step: int) -> dict:
+        """What state.json says after `step` iterations."""
+        counts = {"elapsed": self.elapsed(), "nonfinite": self.nonfinite, "first_loss": self.first_loss}
+        return {"step": step, "steps": self.run.plan.steps} | self.run.continuity() | counts
+
     def say(self, text: str) -> None:
         if self.run.ranks.is_first:
             self.bar.write(text, file=self.screen)
@@ -82,10 +104,10 @@ class Watch:
     # --------------------------------------------------------------------------------------------------------
     def seen(self, batch: Batch, stats: dict, aux: bool) -> None:
         """Count a micro-batch: what its loss reports, and what it cost."""
-        sizes, plan = self.run.sizes, self.run.plan
-        tokens = recipe.latent_tokens(sizes, batch.x0.shape)
-        forwards = recipe.forward_passes(plan, self.run.args.objective, aux)
-        each = forwards * model.forward_flops(sizes, tokens, plan.txt_len)
+        run = self.run
+        forwards = OBJECTIVES[run.args.objective].forwards(aux, run.args.train_guidance != 1)
+        tokens = batch.x0[0, 0].numel() // run.codec.patch**2
+        each = forwards * price.forward_flops(run.config["model"], tokens, run.plan.txt_len)
         self.meter.add(stats, each * len(batch.keys))
 
     def updated(self, norm: torch.Tensor) -> None:
@@ -98,7 +120,7 @@ class Watch:
         The samples of the processes whose own loss is not finite, or of all where only the gradient is not.
         """
         run = self.run
-        run.nonfinite, self.in_a_row = run.nonfinite + 1, self.in_a_row + 1
+        self.nonfinite, self.in_a_row = self.nonfinite + 1, self.in_a_row + 1
         self.meter.drop()
         everyone = run.ranks.gather((math.isfinite(loss), keys))
         suspects = [key for finite, own in everyone if not finite for key in own]
@@ -137,20 +159,22 @@ class Watch:
                 self.say(f"left out {files.printable(key)}: {found[key]}")
             self.skipped |= found
         if self.log_file and record:
+            self.last_loss = record["loss"]
+            self.first_loss = self.first_loss or self.last_loss
             record["skipped"] = len(self.skipped)
             record["images_per_s"] = record["iterations_per_s"] * run.plan.stage(last).batch_size
             plan = {"lr": run.plan.learning_rate(last), "tau": run.plan.tau(last), "aux": run.plan.aux(last)}
             self.log_file.write(
-                {"step": step, **record, **plan, "nonfinite": run.nonfinite, "elapsed": run.elapsed()}
+                {"step": step, **record, **plan, "nonfinite": self.nonfinite, "elapsed": self.elapsed()}
             )
             self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['images_per_s']:.0f} images/s")
 
-    def draw(self, step: int) -> None:
+    def draw(self, step: int, ema: model.Denoiser) -> None:
         """Draw and keep a picture grid of the moving average; a signal to stop ends it without one."""
         if not self.run.ranks.is_first:
             return
         run, pause = self.run, time.perf_counter()
-        loaded = sample.Loaded(run.ema, run.config, run.codec.text, run.codec.autoencoder)
+        loaded = sample.Loaded(ema, run.config, run.codec.text, run.codec.autoencoder)
         try:
             with torch.compiler.set_stance(
                 "force_eager"
@@ -168,20 +192,27 @@ class Watch:
         self.meter.began += time.perf_counter() - pause
 
     def conclude(self, step: int) -> None:
-        """Say how to go on, or how to make pictures. Raises UserError where
-        gradients that are not finite ended the run."""
+        """Say how to go on, or how to make pictures. Raises UserError for a run that failed; a run that was stopped ends
+        the process with 128 and the signal's number."""
         self.bar.close()
         run = self.run
         if self.failure:
             raise errors.UserError(self.failure)
-        if not run.ranks.is_first:
-            return
         if step < run.plan.steps:
-            print(
-                f"stopped by {run.stop.name or 'a signal to another process'} after iteration {step}; the state is "
-                f"saved. To go on:\n  {run.command('train.py --resume --out')}"
+            if run.ranks.is_first:
+                print(
+                    f"stopped by {run.stop.name or 'a signal to another process'} after iteration {step}; the state is "
+                    f"saved. To go on:\n  {run.command('train.py --resume --out')}"
+                )
+            sys.exit(128 + (run.stop.number or signal.SIGTERM))
+        if self.last_loss and self.last_loss > DIVERGED * self.first_loss:
+            raise errors.UserError(
+                f"the loss ended at {self.last_loss:.3g}, {self.last_loss / self.first_loss:.0f} times what it was at "
+                f"first: the run has diverged, and {run.folder} draws nothing; begin again with a lower --lr"
             )
-        else:
+        if run.ranks.is_first:
+            if run.start == step:
+                print(f"{run.folder} has its {step:,} iterations; --steps N makes more")
             prompt = " ".join(next(iter(self.prompts)).split())
             plain = re.fullmatch(r"[\w ,.'-]*", prompt)
             shown = f'"{prompt}"' if plain else shlex.quote(prompt)  # what the shell would read

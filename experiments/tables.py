@@ -59,6 +59,8 @@ def train(row: str, share: float, seed: int, run: Path, args: argparse.Namespace
         except KeyboardInterrupt:  # has reached train.py too
             continue
     signal.signal(signal.SIGTERM, before)
+    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        raise KeyboardInterrupt
     if code:
         raise errors.UserError(f"training {run} ended with exit code {code}; what it said stands above")
     if not finished(run):

@@ -176,13 +176,14 @@ def trajectory(
     *,
     steps: int,
     guidance: float = 1.0,
+    draw_noise: Callable | None = None,
     start: float = T_MAX,
 ) -> Iterator[tuple[float, Tensor]]:
     """Yield (t_{k+1}, x at that time) for k = 1 .. steps, from standard normal x [B, ...] at time `start`.
 
     The last x is the sample.
 
-    Nothing random is added on the way, and the network is told the time of the jump, so there is no eta and no rule for
+    Nothing random is added on the way, so draw_noise is not read, and the network is told the time of the jump, so there is no eta and no rule for
     s_k. guidance is plain, V_null + guidance (V_c - V_null); 1 evaluates the conditional branch only, null may be None.
     """
     if steps < 1:

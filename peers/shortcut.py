@@ -99,7 +99,14 @@ class Shortcut(nn.Module):
 # Sampling  x_{t - 1/N} = x_t - s(x_t, t, d) / N,    d the largest power of 1/2 that is at most 1/N
 # ------------------------------------------------------------------------------------------------------------
 def trajectory(
-    V: Callable, x: Tensor, cond: tuple, null: tuple | None = None, *, steps: int, guidance: float = 1.0
+    V: Callable,
+    x: Tensor,
+    cond: tuple,
+    null: tuple | None = None,
+    *,
+    steps: int,
+    guidance: float = 1.0,
+    draw_noise: Callable | None = None,
 ) -> Iterator[tuple[float, Tensor]]:
     """Yield (t, x at that time) for the steps' ends, from standard normal x [B, ...]; the last x is the sample.
 

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import model
-from engine import errors
-from objectives import AUX_FORWARDS, OBJECTIVES
+from engine import errors, price
+from objectives import OBJECTIVES
 
 TINY = dict(
     width=16, heads=2, double=1, single=2, axes=(2, 2, 4), channels=3, patch=4, txt_dim=12, vec_dim=10
@@ -41,8 +41,7 @@ def made(label: str, size: dict = TINY, shape: tuple = (8, 3, 16, 16), recompute
 def test_a_step_makes_the_passes_that_its_objective_names(label):
     name, flags, aux = KINDS[label]
     objective = OBJECTIVES[name]
-    price = AUX_FORWARDS if aux else objective.forwards + (objective.guided if flags else 0)
-    assert made(label).taken_apart()[1] == price
+    assert made(label).taken_apart()[1] == objective.forwards(aux, guided=bool(flags))
 
 
 @pytest.mark.parametrize("label", ["flow_matching", "self_e", "self_e, aux", "meanflow, guided"])
@@ -52,7 +51,7 @@ def test_operations_are_those_that_torch_counts(label):
     step = made(label, size, (8, 3, 16, 16))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         step.loss().backward()
-    ours = step.taken_apart()[1] * 8 * model.forward_flops(size, 16, TEXT)
+    ours = step.taken_apart()[1] * 8 * price.forward_flops(size, 16, TEXT)
     assert 0.97 * ours < counter.get_total_flops() <= ours
 
 
@@ -146,7 +145,7 @@ def test_as_a_user_runs_it(diffusers, tmp_path, monkeypatch, capsys):
     assert {"command", "commit", "hardware", "date"} <= set(report) and report["blocks"] == [1, 2]
     assert (report["image_tokens"], report["text_tokens"], report["precision"]) == (4, 14, "float32")
     assert list(report["rows"]) == ["flow_matching", "self_e", "self_e, aux"]
-    flops = 4 * model.forward_flops(TINY, 4, 14)
+    flops = 4 * price.forward_flops(TINY, 4, 14)
     for row in report["rows"].values():
         rate = row["passes"] * flops / row["seconds"]
         assert row["mfu"] == pytest.approx(rate / (1e12 * report["peak_tflops"]))

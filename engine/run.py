@@ -1,0 +1,119 @@
+"""What is fixed for a whole run, and what follows from it: for the loop of train.py, and for what it reports and saves."""
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import losses
+import model
+import recipe
+from engine import errors, machine, optimizers
+from engine.feed import Codec, Feed
+from engine.processes import Ranks, StopSignal
+
+
+class Run(NamedTuple):
+    """One process's part of a run; what learns is train.py's."""
+
+    args: argparse.Namespace
+    plan: recipe.Recipe
+    folder: Path
+    ranks: Ranks
+    codec: Codec  # the frozen encoders and the device
+    feed: Feed
+    config: dict  # what config.json says
+    start: int  # the first iteration
+    stop: StopSignal
+
+    @property
+    def grid_every(self) -> int:
+        """Iterations between picture grids; 0 is never."""
+        return max(1, self.plan.steps // 10) if self.args.grid_every is None else self.args.grid_every
+
+    @property
+    def save_every(self) -> int:
+        """Iterations between states; 0 is only at the end."""
+        return max(1, self.plan.steps // 5) if self.args.save_every is None else self.args.save_every
+
+    def what_all_must_share(self) -> dict:
+        """What every process must have found alike."""
+        flags = {f"--{name.replace('_', '-')}": value for name, value in vars(self.args).items()}
+        for name in ("--data", "--index", "--workers", "--device"):
+            del flags[name]
+        found = {"iteration": self.start, "recipe": self.plan, "precision": self.config["precision"]}
+        return found | {"data": self.feed.fingerprints()} | flags
+
+    def continuity(self) -> dict:
+        """What the next samples follow from: a run that is resumed must find it unchanged."""
+        fixed = {"seed": self.args.seed, "data": self.feed.fingerprints(), "objective": self.args.objective}
+        return fixed | (
+            {"steps": self.plan.steps} if len(self.plan.stages) > 1 else {}
+        )  # they move the stages
+
+    def pictures_of_stage(self, step: int) -> dict:
+        """What config.json says of the pictures that a checkpoint draws from iteration `step` on: the stage's largest."""
+        side = max(self.plan.stage(step).sides)
+        tokens = (side // (self.codec.factor * self.codec.patch)) ** 2
+        buckets = [[*sides, share] for sides, share in self.feed.buckets(step).items()]
+        return {"side": side, "mu": losses.mu_of_length(tokens), "buckets": buckets}
+
+    def compile(self, network: model.Denoiser, ema: model.Denoiser) -> str:
+        """torch.compile the blocks of both networks where it works and pays; returns what was done, in words."""
+        buckets = sum(len(source.buckets) for source in self.feed.sources.values())
+        if self.args.compile is False:
+            return "eager (--no-compile)"
+        if self.args.compile is None and self.codec.device.type == "cpu" and buckets > 4:
+            return f"eager ({buckets} picture sizes: compiling would take longer than it saves)"
+        works, why_not = machine.compile_works(self.codec.device)
+        if not works:
+            return f"eager ({why_not})"
+        machine.allow_shapes(8 * buckets)  # with and without gradient, whole and half batches
+        torch._dynamo.config.optimize_ddp = False  # or DDP cuts each block at its 25 MiB buckets
+        network.compile_blocks()
+        ema.compile_blocks()
+        return "compiled, which takes a minute or two the first time"
+
+    def command(self, program: str) -> str:
+        """How to call a program on this run's folder, to be pasted into a shell."""
+        inside = Path(sys.executable).is_relative_to(Path.cwd())
+        python = os.path.relpath(sys.executable) if inside else "python"
+        folder = f"./{self.folder}" if str(self.folder).startswith("-") else str(self.folder)
+        return f"{python} {program} {shlex.quote(folder)}"
+
+
+def rehearse(run: Run, network: model.Denoiser, objective: torch.nn.Module, optimizer) -> None:
+    """The forward and backward pass of every stage to come, at its largest pictures, with the auxiliary term if it has
+    it.
+
+    Before the first iteration of a run on a GPU: what does not fit into its memory fails now, not after days. Nothing
+    is learned from it. Raises UserError with what to do.
+    """
+    plan, codec, moments = run.plan, run.codec, None
+    if not getattr(optimizer, "optim", optimizer).state:  # those of a new run come with its first update
+        spread = run.ranks.world if run.args.zero else 1
+        moments = torch.empty(optimizers.moments(plan.optimizer, network) // spread, device=codec.device)
+    for number in run.feed.sources:
+        stage, aux = plan.stages[number], plan.aux(plan.begins()[number + 1] - 1)
+        for side in stage.sides:
+            B = plan.micro_batch_of(stage, side, run.ranks.world)
+            shape = (codec.channels, side // codec.factor, side // codec.factor)
+            x0 = torch.zeros(B, *shape, device=codec.device)
+            tokens = torch.zeros(B, plan.txt_len, network.txt_in.in_features, device=codec.device)
+            c = tokens, torch.zeros(B, network.vector_in.in_layer.in_features, device=codec.device)
+            draws = run.feed.draw(0, 0, list(range(B)), shape, device=codec.device)
+            no_null = torch.zeros(B, dtype=torch.bool, device=codec.device)
+            try:
+                objective(x0, c, c, c, no_null, draws, 1.0, 0.0, aux)[0].backward()
+            except torch.OutOfMemoryError as error:
+                term = " with the auxiliary term" if aux else ""
+                raise errors.UserError(
+                    f"{B} pictures of {side} x {side}{term} do not fit into the device's memory: a smaller "
+                    f"--micro-batch, --recompute N or --zero ({str(error).splitlines()[0]})"
+                ) from error
+            network.zero_grad(set_to_none=True)
+    del moments

@@ -1,0 +1,75 @@
+"""The price of a run: operations against torch's own counter, memory against what torch keeps."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import model
+import recipe
+from engine import optimizers, price
+
+BIG = model.SIZES["2b"]
+
+
+@pytest.mark.parametrize(
+    "double, single, rows, cols, text", [(2, 4, 8, 8, 16), (1, 0, 4, 10, 7), (0, 3, 5, 5, 9)]
+)
+def test_forward_flops_equal_torchs_counter(double, single, rows, cols, text):
+    size = model.SIZES["laptop"] | {"double": double, "single": single}
+    network = model.Denoiser(**size)
+    x = torch.randn(2, size["channels"], rows * size["patch"], cols * size["patch"])
+    txt, vec = torch.randn(2, text, size["txt_dim"]), torch.randn(2, size["vec_dim"])
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        network(x, torch.rand(2), torch.zeros(2), txt, vec)
+    assert 2 * price.forward_flops(size, rows * cols, text) == counter.get_total_flops()
+
+
+def test_the_design_figures():
+    """1.29 and 3.42 TFLOP a forward pass of the 2B model at 256^2 and 512^2 pixels, with 256 text tokens."""
+    assert price.forward_flops(BIG, 256, 256) / 1e12 == pytest.approx(1.29, abs=0.01)
+    assert price.forward_flops(BIG, 1024, 256) / 1e12 == pytest.approx(3.42, abs=0.01)
+
+
+def test_the_price_of_the_paper():
+    """The design notes' estimate: about 4.7e21 FLOP and 3,300 H100-hours at 40% for the whole run."""
+    whole = price.run_flops(BIG, recipe.RECIPES["2b"], "self_e", 8)
+    assert whole == pytest.approx(4.7e21, rel=0.05)
+    rest = price.run_flops(BIG, recipe.RECIPES["2b"], "self_e", 8, start=600_000)
+    mean = (price.forward_flops(BIG, 256, 256) + price.forward_flops(BIG, 1024, 256)) / 2
+    assert rest == pytest.approx(110_000 * 768 * 5.5 * mean) and rest < whole
+    plain = price.run_flops(BIG, recipe.make("2b", aux_from=1.0), "flow_matching", 8)
+    assert plain < 0.75 * whole
+
+
+def test_the_state_is_what_torch_keeps():
+    """Counted on a small layer after a step of the run's own Adam, and as float32 throughout."""
+    layer = torch.nn.Linear(30, 7)
+    ema, adam = copy.deepcopy(layer), optimizers.build("adam", layer, 1e-3, (0.9, 0.95))
+    layer(torch.ones(2, 30)).sum().backward()
+    adam.step()
+
+    def size(tensors) -> int:
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    moments = [
+        x for kept in adam.state.values() for x in kept.values() if x.dim()
+    ]  # all but the count of steps
+    kept = {
+        "weights": size(layer.parameters()),
+        "gradients": size(p.grad for p in layer.parameters()),
+        "optimizer": size(moments),
+        "EMA": size(ema.parameters()),
+    }
+    parameters = sum(p.numel() for p in layer.parameters())
+    assert price.state_bytes(parameters, optimizers.moments("adam", layer), 1) == kept
+    assert price.state_bytes(parameters, 2 * parameters, 4) == kept | {"optimizer": kept["optimizer"] / 4}
+
+
+def test_state_of_the_2b_model_fits():
+    """fp32 weights, gradients, Adam's moments and the average: under 42 GiB, and ZeRO-1 spreads the moments."""
+    parameters = 2_247_720_000
+    assert sum(price.state_bytes(parameters, 2 * parameters, 1).values()) / 2**30 < 42
+    assert sum(price.state_bytes(parameters, 2 * parameters, 8).values()) / 2**30 < 28
