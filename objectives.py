@@ -112,7 +112,9 @@ VARIANTS = {  # Self-E with something exchanged: questions of experiments/rows.p
     "self_e_literal_null": SELF_E._replace(build=variant(null_target="literal")),
     "self_e_quarter_lambda": SELF_E._replace(build=variant(lam_scale=0.25)),
     "self_e_middle_lambda": SELF_E._replace(build=variant(lam_time="middle")),
-    "self_e_mostly_equal": SELF_E._replace(below=0.25, group=4),  # three quarters of the batch learn from data alone
+    "self_e_mostly_equal": SELF_E._replace(
+        below=0.25, group=4
+    ),  # three quarters of the batch learn from data alone
 }
 PUSHFORWARD = dict(trajectory=functools.partial(imm.trajectory, start=1.0), choices=("guidance",))
 MEANFLOW = dict(

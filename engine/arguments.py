@@ -42,7 +42,7 @@ RANGES = {
     "save_every": (0, 10**9),
     "milestone_every": (0, 10**9),
     "wrong_captions": (0, 1),
-    "lr": (1e-9, 1),
+    "lr": (1e-30, 1),
     "patience": (1, 10**6),
 }
 

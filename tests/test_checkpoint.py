@@ -329,8 +329,7 @@ GOOD = json.loads((Path(__file__).parent.parent / "checkpoints/laptop/config.jso
 
 
 @pytest.mark.parametrize(
-    "name, value",
-    [("side", "24"), ("side", None), ("mu", "x"), ("model", 3), ("precision", ...)],
+    "name, value", [("side", "24"), ("side", None), ("mu", "x"), ("model", 3), ("precision", ...)]
 )
 def test_a_config_of_another_form_is_refused(tmp_path, name, value):
     changed = GOOD | {name: value} if value is not ... else {k: v for k, v in GOOD.items() if k != name}

@@ -8,6 +8,7 @@ run from the quickest to the slowest and stop at the first that fails or raises.
 """
 
 import functools
+import importlib
 import sys
 import time
 import types
@@ -151,9 +152,9 @@ SAMPLER = [
         "ratio = alpha(t) * sigma(t_next) / (alpha(t_next) *",
         "ratio = alpha(t_next) * sigma(t_next) / (alpha(t) *",
     ),
-    ("re-noising to t", "std = sigma(t_next) if eta", "std = sigma(t) if eta"),
-    ("eta ignored", "else eta * variance**0.5", "else 1 * variance**0.5"),
-    ("eta scales the variance", "else eta * variance**0.5", "else eta**0.5 * variance**0.5"),
+    ("re-noising to t", "std = sigma(t_next)\n", "std = sigma(t)\n"),
+    ("eta ignored", "std = eta * variance**0.5", "std = 1 * variance**0.5"),
+    ("eta scales the variance", "std = eta * variance**0.5", "std = eta**0.5 * variance**0.5"),
     ("old noise kept in full", "** 2 - std**2, 0.0)", "** 2 - 0 * std**2, 0.0)"),
     (
         "fresh noise at the scale of its variance",
@@ -251,18 +252,24 @@ def compiled(text: str, name: str):
 @contextmanager
 def modules_of(sources: dict):
     """Execute the sources, in order, as fresh modules that see one another; the real ones come back afterwards."""
-    saved = {name: sys.modules.get(name) for name in sources}
+    saved = {name: importlib.import_module(name) for name in sources}
+
+    def put(name: str, module: types.ModuleType) -> None:
+        sys.modules[name] = module
+        folder, _, own = name.rpartition(".")
+        if folder:
+            setattr(sys.modules[folder], own, module)  # where `from peers import tim` finds it
+
     try:
         fresh = {}
         for name, text in sources.items():
-            module = fresh[name] = sys.modules[name] = types.ModuleType(name)
-            exec(compiled(text, name), module.__dict__)
+            fresh[name] = types.ModuleType(name)
+            put(name, fresh[name])
+            exec(compiled(text, name), fresh[name].__dict__)
         yield fresh
     finally:
         for name, module in saved.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
+            put(name, module)
 
 
 def read(*parts: str) -> str:

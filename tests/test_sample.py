@@ -1,7 +1,6 @@
 """sample.py: pictures in the shapes that a model was trained on, files that tell how they were made, and what is refused."""
 
 import io
-import json
 import sys
 import tarfile
 
@@ -148,12 +147,3 @@ def test_what_is_refused(run, tmp_path, monkeypatch, capsys, words, said):
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and said in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-@pytest.mark.parametrize("buckets", [[], [[16]], [[16, 0, 1]], [[13, 16, 1]], "16x16"])
-def test_odd_buckets_are_refused(run, tmp_path, buckets):
-    config = checkpoint.read_json(run / "config.json")
-    (tmp_path / "config.json").write_text(json.dumps(config | {"buckets": buckets}))
-    (tmp_path / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes())
-    with pytest.raises(errors.UserError, match="buckets"):
-        sample.load(tmp_path, CPU)
