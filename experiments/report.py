@@ -188,7 +188,9 @@ def draw_samples(rows: Rows, out: Path, runs: Path, steps: list[int]) -> None:
 
 def report(out: Path, runs: Path) -> None:
     """Write and draw all of it. Raises UserError where nothing has been measured."""
-    folders = sorted((path for path in out.glob("*") if path.is_dir()), key=lambda path: float(path.name))
+    folders = sorted(
+        (path for path in out.glob("[0-9]*") if path.is_dir()), key=lambda path: float(path.name)
+    )
     doses = {path.name: rows for path in folders if (rows := read_rows(path))}
     if not doses:
         raise errors.UserError(f"nothing has been measured in {out}")

@@ -138,10 +138,9 @@ def score(
     """Scores and diversity on test prompts at the best settings, written to OUT/SHARE/ROW-SEED.json."""
     folder = args.out / f"{share:g}"
     searched = folder / f"{row}-search.json"
-    if seed != SEEDS[0] and not searched.exists():
-        raise errors.UserError(
-            f"{searched} is missing: run seed {SEEDS[0]} of {row} first, which is searched"
-        )
+    known = checkpoint.read_json(searched)["steps"] if searched.exists() else {}
+    if seed != SEEDS[0] and not set(map(str, args.steps)) <= set(known):
+        raise errors.UserError(f"{searched} is not complete: run seed {SEEDS[0]} of {row} first")
     began = time.perf_counter()
     loaded = load(run, device, "--no-compile" not in args.budget)
     chosen = search(loaded, ROWS[row].eta, searched, args, device)
@@ -149,12 +148,9 @@ def score(
     asked = evaluate.prompts("test", args.per_tag, world)
     elapsed = checkpoint.read_json(checkpoint.complete_states(run)[-1] / "state.json")["elapsed"]
     result = machine.provenance(device) | {"row": row, "seed": seed, "wrong_captions": share, "split": "test"}
-    result |= {
-        "train": loaded.config["command"],
-        "training": loaded.config,
-        "training_seconds": round(elapsed, 1),
-    }
-    result |= {"per_tag": args.per_tag, "images": args.images, "steps": {}}
+    result |= {"train": loaded.config["command"], "training": loaded.config}
+    result |= {"training_seconds": round(elapsed, 1), "per_tag": args.per_tag, "images": args.images}
+    result["steps"] = {}
     for n in args.steps:
         stream = 10 + evaluate.SPLITS.index("test")
         found = evaluate.measure(loaded, asked, args.images, n, seed=seed, stream=stream, **chosen[n])
