@@ -244,22 +244,15 @@ def fake_loss(V_fake: Tensor, x0_hat: Tensor, eps: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Eq. 17     lam = sigma_t / alpha_t - sigma_s / alpha_s = t / (1 - t) - s / (1 - s)
+# Eq. 17     lam = sigma_t / alpha_t - sigma_s / alpha_s = (t - s) / (alpha_t alpha_s)
 # ------------------------------------------------------------------------------------------------------------
 def lam(t: Tensor, s: Tensor) -> Tensor:
-    """lambda_{s,t} >= 0, [B]: zero where s = t < 1, infinite at t = 1 (s < t). The targets use `mix_weight` instead."""
-    return (t - s) / (alpha(t) * alpha(s))
+    """lambda_{s,t} >= 0, [B]: 0 where s = t, and it grows without end as t -> 1.
 
-
-def mix_weight(t: Tensor, s: Tensor) -> Tensor:
-    """mix = lam / (1 + lam) in [0, 1], [B], the share of x_self in Eq. 18; finite everywhere, also at t = 1.
-
-    The paper leaves open what happens as t -> 1, where lam diverges. Eq. 19 does not depend on the scale of its
-    argument, so x0 + lam x_self may be divided by 1 + lam. Then the target is a convex mix, whose weight has the limit
-    1. Where s = t the weight is 0, at s = t = 1 too.
+    The paper leaves open what happens at t = 1. Here the denominator has a floor, the square of a rounding error, so that
+    lambda is huge but finite there, and 0 at s = t = 1.
     """
-    gap = t - s
-    return torch.where(gap > 0, gap / (gap + alpha(t) * alpha(s)).clamp_min(torch.finfo(t.dtype).tiny), 0.0)
+    return (t - s) / (alpha(t) * alpha(s)).clamp_min(torch.finfo(t.dtype).eps ** 2)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -274,8 +267,10 @@ def hybrid_loss(x0_hat: Tensor, x0: Tensor, x_self: Tensor, lam: Tensor) -> Tens
 # ------------------------------------------------------------------------------------------------------------
 # Eq. 18     x_tar = (x0 + lam x_self) / (1 + lam) = (1 - mix) x0 + mix x_self,   mix = lam / (1 + lam)
 # ------------------------------------------------------------------------------------------------------------
-def implicit_target(x0: Tensor, x_self: Tensor, mix: Tensor) -> Tensor:
-    """The point at which the gradient of Eq. 16 vanishes. mix [B] is `mix_weight`."""
+def implicit_target(x0: Tensor, x_self: Tensor, lam: Tensor) -> Tensor:
+    """The point at which the gradient of Eq. 16 vanishes; lam is [B]. A convex mix, in which nothing is large when lambda
+    is. Eq. 19 does not depend on the scale of its argument, so it may take this for x0 + lam x_self."""
+    mix = lam / (1 + lam)
     return like(1 - mix, x0) * x0 + like(mix, x0) * x_self
 
 
@@ -283,12 +278,14 @@ def implicit_target(x0: Tensor, x_self: Tensor, mix: Tensor) -> Tensor:
 # Eq. 19     x_renorm = (x0 + lam x_self) / || x0 + lam x_self || * || x0 ||
 # ------------------------------------------------------------------------------------------------------------
 def renormalise(x_tar: Tensor, x0: Tensor) -> Tensor:
-    """x_tar (or a positive multiple of it whose square fp32 can hold) brought to the norm of x0, sample by sample.
+    """x_tar brought to the norm of x0, sample by sample.
 
-    Without it large lam overpowers the data term and colours drift (Sec. 3.3). A target of zero stays zero.
+    Without it large lam overpowers the data term and colours drift (Sec. 3.3). A target that is zero but for rounding
+    (x0 and x_self are opposite points, say) has no direction, and becomes zero.
     """
-    square = squared_norm(x_tar)
-    ratio = torch.where(square > 0, squared_norm(x0) / square, 0.0).sqrt()
+    square, goal = squared_norm(x_tar), squared_norm(x0)
+    rounding = (8 * torch.finfo(x_tar.dtype).eps) ** 2 * goal
+    ratio = torch.where(square > rounding, goal / square, 0.0).sqrt()
     return x_tar * like(ratio, x_tar)
 
 
@@ -393,7 +390,7 @@ class SelfE(nn.Module):
     unconditional  the network of the null branch; None is the paper: `network`
 
     `forward` is the paper's step and reads from top to bottom. What the ablations and the auxiliary term change stands
-    in the methods below it: Delta (`self_evaluate`, with the branches of `evaluate`), its share of the target (`weigh`),
+    in the methods below it: Delta (`self_evaluate`, with the branches of `evaluate`), its weight (`weigh`),
     and what is regressed on (`regress`).
 
     At s = 0 there is nothing to evaluate: G(x, 0, 0, .) is x itself for every prompt (Eq. 6), so Delta is exactly 0;
@@ -425,7 +422,7 @@ class SelfE(nn.Module):
         x0 [B, ...] fp32; c, null, fake tuples of tensors with leading dimension B (fake is read only with aux);
         is_null [B] bool, where the prompt was dropped or is empty; tau in [0, 1] (s.13) and mu (s.12) shape the
         distribution of (t, s); aux switches the auxiliary term on. Returns the scalar loss and a dict of detached
-        tensors: t, s, loss [B]; where some s < t delta_norm and mix [n], with aux fake_loss [n]; n is the number of
+        tensors: t, s, loss [B]; where some s < t delta_norm and lam [n], with aux fake_loss [n]; n is the number of
         positions in draws.below.
         """
         t, s = sample_times(draws.z, draws.u, draws.below, mu, tau)  # [B] s.11-s.13
@@ -445,9 +442,9 @@ class SelfE(nn.Module):
                 x0_hat[half], s[half], *prompts, is_null[half], draws.eps_s[half]
             )  # Eq. 8, s.6
             x_self = pseudo_target(x0_hat[half], Delta)  # [n, ...] Eq. 14
-            mix = self.weigh(t[half], s[half], is_null[half], aux)  # [n] Eq. 17
-            loss = loss.index_put((half,), self.regress(x0_hat[half], x0[half], x_self, mix))  # Eq. 18-20
-            stats |= {"mix": mix, "delta_norm": (squared_norm(Delta) / D).sqrt()}
+            lam = self.weigh(t[half], s[half], is_null[half], aux)  # [n] Eq. 17
+            loss = loss.index_put((half,), self.regress(x0_hat[half], x0[half], x_self, lam))  # Eq. 16, 18-20
+            stats |= {"lam": lam, "delta_norm": (squared_norm(Delta) / D).sqrt()}
             stats |= {"fake_loss": loss_fake.detach() / D} if aux else {}
 
         loss = time_weight(t) * loss  # [B] Eq. 21
@@ -494,18 +491,17 @@ class SelfE(nn.Module):
         return torch.where(like(is_null, G_c), G_null, G_c), G_null
 
     def weigh(self, t: Tensor, s: Tensor, is_null: Tensor, aux: bool) -> Tensor:
-        """The share of x_self in the target, [n]: Eq. 17's, and for the null prompt 0 at every (t, s).
+        """lambda, [n]: Eq. 17's, and 0 for the null prompt, a plain data target at every (t, s).
 
         The paper does not say what the null prompt learns at s < t. Guidance needs a null branch that follows the data.
         Once the auxiliary term is on, there is a Delta for the null prompt too, so it learns from that.
         """
-        mix = mix_weight(t, s)
-        return mix if aux else torch.where(is_null, 0.0, mix)
+        return lam(t, s) if aux else torch.where(is_null, 0.0, lam(t, s))
 
-    def regress(self, x0_hat: Tensor, x0: Tensor, x_self: Tensor, mix: Tensor) -> Tensor:
+    def regress(self, x0_hat: Tensor, x0: Tensor, x_self: Tensor, lam: Tensor) -> Tensor:
         """The loss of the samples with s < t, [n]: Eq. 20, or one of Table 2's ablations of it."""
         if self.target == "sum":
-            return hybrid_loss(x0_hat, x0, x_self, mix / (1 - mix))  # Eq. 16, lam = mix / (1 - mix)
-        x_tar = implicit_target(x0, x_self, mix)  # Eq. 18
+            return hybrid_loss(x0_hat, x0, x_self, lam)  # Eq. 16
+        x_tar = implicit_target(x0, x_self, lam)  # Eq. 18
         x_renorm = renormalise(x_tar, x0) if self.target == "renorm" else x_tar  # Eq. 19
         return target_loss(x0_hat, x_renorm)  # Eq. 20

@@ -8,7 +8,7 @@ loss               mean over the batch, per value of x0                         
 loss_t0 .. loss_t3 the same by quarters of t, from data to noise                     all fall; both ends are largest
 share_jump         share of samples with s < t                                       0 at tau = 0, then 0.5
 lambda             geometric mean of Eq. 17 over them                                grows with tau
-w                  mean of `mix`, lambda / (1 + lambda), the share of x_self         grows with tau, stays below 1
+w                  mean of lambda / (1 + lambda), the share of x_self         grows with tau, stays below 1
 delta_norm         root mean square of Delta per value, the self-evaluation signal   some % of the data's size
 fake_loss          s.8, in the auxiliary stage                                       near the loss at small t
 grad_norm          before clipping, mean                                             steady; peaks are clipped
@@ -65,17 +65,22 @@ class Meter:
         """Take one micro-batch's stats and its operations.
 
         Every objective gives t, s and loss, detached, one value per sample or group. Those that evaluate themselves
-        give mix and delta_norm besides, one value per sample with s < t, and with the auxiliary term fake_loss.
+        give lam and delta_norm besides, one value per sample with s < t, and with the auxiliary term fake_loss.
         """
         t, s, loss = stats["t"], stats["s"], stats["loss"]
         zero, below = torch.zeros((), device=t.device), s < t
-        mix = stats.get("mix", t[:0])
-        lam = (mix / (1 - mix)).clamp(
-            1e-12, 1e12
+        lam = stats.get("lam", t[:0]).clamp_min(
+            1e-12
         )  # that of the training, whatever an objective makes of Eq. 17
         row = [zero + len(t), loss.sum(), below.sum(), lam.log().sum()]
         evaluated, fakes = stats.get("delta_norm", t[:0]), stats.get("fake_loss", t[:0])
-        row += [zero + len(evaluated), mix.sum(), evaluated.sum(), zero + len(fakes), fakes.sum()]
+        row += [
+            zero + len(evaluated),
+            (lam / (1 + lam)).sum(),
+            evaluated.sum(),
+            zero + len(fakes),
+            fakes.sum(),
+        ]
         for b in range(BINS):
             inside = (t >= b / BINS) & ((t < (b + 1) / BINS) | (b == BINS - 1))
             row += [inside.sum(), torch.where(inside, loss, 0.0).sum()]

@@ -42,6 +42,5 @@ class Variant(losses.SelfE):
         return super().evaluate(x_s_hat, s, c, null, nowhere if self.null_target == "literal" else is_null)
 
     def weigh(self, t: Tensor, s: Tensor, is_null: Tensor, aux: bool) -> Tensor:
-        mix = losses.mix_weight(t, self.lam_time(t, s))
-        mix = self.lam_scale * mix / (1 + (self.lam_scale - 1) * mix)  # that of lam_scale times lambda
-        return torch.where(is_null, 0.0, mix) if self.null_target == "data" and not aux else mix
+        lam = self.lam_scale * losses.lam(t, self.lam_time(t, s))
+        return torch.where(is_null, 0.0, lam) if self.null_target == "data" and not aux else lam

@@ -113,11 +113,12 @@ def step_in_python(q: Mixture, given: dict) -> dict:
         made["G_fake"] = ideal.mean_of_answers(x_s_hat[None], given["s"], answers[None])[0]
     Delta = made["Delta"] = losses.self_evaluation(G_null, G_c, made.get("G_fake"), given["k"])
     x_self = made["x_self"] = losses.pseudo_target(x0_hat, Delta)
-    mix = made["mix"] = losses.mix_weight(t, s)
-    x_tar = made["x_tar"] = losses.implicit_target(x0, x_self, mix)
+    lam = losses.lam(t, s)
+    made["mix"] = lam / (1 + lam)
+    x_tar = made["x_tar"] = losses.implicit_target(x0, x_self, lam)
     x_renorm = made["x_renorm"] = losses.renormalise(x_tar, x0)
     made["loss"] = losses.time_weight(t) * losses.target_loss(x0_hat, x_renorm)
-    made |= {"lambda": losses.lam(t, s)} if given["t"] < 1 else {}
+    made |= {"lambda": lam} if given["t"] < 1 else {}
     return {name: value[0].numpy() for name, value in made.items()}
 
 

@@ -688,7 +688,7 @@ def test_the_meter_says_what_the_samples_say():
             "t": t[i : i + 16],
             "s": s[i : i + 16],
             "loss": t[i : i + 16] ** 2 + 1,
-            "mix": torch.full((8,), 0.25),
+            "lam": torch.full((8,), 1 / 3),
             "delta_norm": torch.full((8,), 3.0),
         }
         for i in range(0, 64, 16)
@@ -714,7 +714,7 @@ def test_the_meter_says_what_the_samples_say():
 def test_two_processes_that_see_the_same_tell_what_one_tells(monkeypatch):
     """All means, and the share of the peak: twice the operations on twice the machine."""
     t = torch.rand(8)
-    row = {"t": t, "s": t / 2, "loss": t, "mix": t, "delta_norm": t, "fake_loss": t}
+    row = {"t": t, "s": t / 2, "loss": t, "lam": t, "delta_norm": t, "fake_loss": t}
     monkeypatch.setattr(monitor.dist, "all_reduce", lambda sums: sums.mul_(2))
     records = []
     for world in (1, 2):

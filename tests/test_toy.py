@@ -40,7 +40,7 @@ def test_a_failing_line_fails_the_command():
         "sys.argv = ['identities.py', '--only', 'Eq. 17']; sys.exit(identities.main())"
     )
     run = python("-c", broken)
-    assert run.returncode == 1 and "FAILS" in run.stdout and "1 of 2 lines hold" in run.stdout, run.stderr
+    assert run.returncode == 1 and "FAILS" in run.stdout and "0 of 2 lines hold" in run.stdout, run.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------

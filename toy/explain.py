@@ -54,7 +54,7 @@ GRID = """
 4.40  x0_hat'   add_noise'     x_s_hat     .                .      .            .          self_evaluation  Delta
 3.90  .         .              .           .                pass2  G''          G_null
 2.20  Delta'    pseudo_target  x_self      implicit_target  x_tar  renormalise  x_renorm
-1.30  x0_hat''  .              mix_weight  mix              x0'    .            x0_hat"    target_loss      loss
+1.30  x0_hat''  .              lam         .                x0'    .            x0_hat"    target_loss      loss
 0.50  .         .              .           .                .      .            x0''       data_loss
 """
 EQUATIONS = {
@@ -65,7 +65,7 @@ EQUATIONS = {
     "G''": "Eq. 6",
     "self_evaluation": "Eq. 14, s.6",
     "pseudo_target": "Eq. 14",
-    "mix_weight": "Eq. 17",
+    "lam": "Eq. 17",
     "implicit_target": "Eq. 18",
     "renormalise": "Eq. 19",
     "target_loss": "Eq. 20",
@@ -78,7 +78,7 @@ x0_hat' add_noise' x_s_hat pass1 G' G_c self_evaluation Delta
 x_s_hat pass2 G'' G_null self_evaluation
 Delta' pseudo_target x_self implicit_target x_tar renormalise x_renorm target_loss loss
 x0_hat'' pseudo_target
-mix_weight mix implicit_target
+lam implicit_target
 x0' implicit_target
 x0' renormalise
 x0_hat" target_loss
@@ -179,10 +179,11 @@ def time_pairs(path: Path, n: int = 3000) -> None:
 # Eq. 17-18: how much of the target is self-evaluation
 # ------------------------------------------------------------------------------------------------------------
 def mixing_weight(path: Path, n: int = 201) -> None:
-    """losses.mix_weight over the triangle s <= t, and along four lines of constant s."""
+    """lambda / (1 + lambda), from losses.lam, over the triangle s <= t, and along four lines of constant s."""
     grid = torch.linspace(0, 1, n, dtype=torch.float64)
     t, s = torch.meshgrid(grid, grid, indexing="xy")
-    mix = torch.where(s <= t, losses.mix_weight(t.flatten(), s.flatten()).view(n, n), torch.nan)
+    lam = losses.lam(t, s)
+    mix = torch.where(s <= t, lam / (1 + lam), torch.nan)
     figure, (plane, lines) = plt.subplots(1, 2, figsize=(10, 4.3))
     shades = plane.contourf(t, s, mix, levels=np.linspace(0, 1, 11), cmap="viridis")
     plane.plot([0, 1], [0, 1], color=GREY, linewidth=1.5)
@@ -193,7 +194,8 @@ def mixing_weight(path: Path, n: int = 201) -> None:
     figure.colorbar(shades, ax=plane, ticks=np.linspace(0, 1, 6), label="mix")
     for value in (0.0, 0.25, 0.5, 0.75):
         times = torch.linspace(value, 1, n, dtype=torch.float64)
-        lines.plot(times, losses.mix_weight(times, torch.full_like(times, value)), label=f"s = {value:g}")
+        lam = losses.lam(times, torch.full_like(times, value))
+        lines.plot(times, lam / (1 + lam), label=f"s = {value:g}")
     lines.plot([1], [1], "o", color=RED)
     infinite = "t = 1: lambda is infinite, mix = 1;\nx0 sets nothing but the norm (Eq. 19)"
     lines.annotate(infinite, (1, 1), (0.05, 0.9), color=RED, arrowprops={"arrowstyle": "->", "color": RED})

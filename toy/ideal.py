@@ -57,12 +57,12 @@ def follow(x0_hat: Tensor, t: Tensor, s: Tensor, goal: tuple, rounds: int, world
     G_null, G_c and G_fake. The falling rate averages out what the draws add. toy/pictures.py runs the same rounds.
     """
     k, normalised, scale = goal
-    mix = losses.mix_weight(t, s)
+    lam = losses.lam(t, s)
     for i in range(rounds):
         x0 = world.data()
         x_s = losses.add_noise(x0_hat, s, world.noise())
         Delta = scale * losses.self_evaluation(*world.evaluate(x_s, x0_hat), k)
-        target = losses.implicit_target(x0, losses.pseudo_target(x0_hat, Delta), mix)
+        target = losses.implicit_target(x0, losses.pseudo_target(x0_hat, Delta), lam)
         if normalised:
             target = losses.renormalise(target, x0)
         x0_hat = x0_hat + 0.3 * (1 - i / rounds) * (target - x0_hat)

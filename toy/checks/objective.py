@@ -21,12 +21,12 @@ def weight_of_self_evaluation():
     return worst((losses.lam(t, s) - lam) / (1 + lam), losses.lam(t, t))
 
 
-@check("Eq. 17-18", "mix = lambda/(1+lambda); at t = 1 it is 1, and 0 at s = t = 1", below=1e-12)
-def weight_of_the_mix():
-    *_, t, s, lam = pairs()
-    one = torch.ones_like(s)
-    error = losses.mix_weight(t, s) - lam / (1 + lam)
-    return worst(error, losses.mix_weight(one, s) - 1, losses.mix_weight(one, one), losses.mix_weight(t, t))
+@check("Eq. 17-18", "at t = 1 the target is x_self, and at s = t = 1 it is x0", below=1e-12)
+def target_at_the_noise_end():
+    x0, x0_hat, Delta, _, s, _ = pairs()
+    x_self, one = x0_hat - Delta, torch.ones_like(s)
+    at_s = losses.implicit_target(x0, x_self, losses.lam(one, s))
+    return worst(at_s - x_self, losses.implicit_target(x0, x_self, losses.lam(one, one)) - x0)
 
 
 @check("Eq. 5, 16", "the hybrid loss is its two squared distances, written out", below=1e-11)
@@ -41,7 +41,7 @@ def implicit_target_gradient():
     x0, x0_hat, Delta, t, s, lam = pairs()
     x0_hat.requires_grad_()
     x_self = losses.pseudo_target(x0_hat, Delta)
-    x_tar = losses.implicit_target(x0, x_self, losses.mix_weight(t, s))
+    x_tar = losses.implicit_target(x0, x_self, losses.lam(t, s))
     hybrid = torch.autograd.grad(losses.hybrid_loss(x0_hat, x0, x_self, lam).sum(), x0_hat)[0]
     short = torch.autograd.grad(losses.target_loss(x0_hat, x_tar).sum(), x0_hat)[0]
     return worst(hybrid / (1 + lam)[:, None] - short)
@@ -50,7 +50,7 @@ def implicit_target_gradient():
 @check("Eq. 18", "x_tar is where the gradient of Eq. 16 vanishes", below=1e-11)
 def implicit_target_is_the_minimum():
     x0, x0_hat, Delta, t, s, lam = pairs()
-    x_tar = losses.implicit_target(x0, x0_hat - Delta, losses.mix_weight(t, s)).requires_grad_()
+    x_tar = losses.implicit_target(x0, x0_hat - Delta, losses.lam(t, s)).requires_grad_()
     gradient = torch.autograd.grad(losses.hybrid_loss(x_tar, x0, x0_hat - Delta, lam).sum(), x_tar)[0]
     return worst(gradient / (1 + lam)[:, None])
 
@@ -60,7 +60,7 @@ def renormalised_target():
     x0, x0_hat, Delta, t, s, lam = pairs()
     sum_of_both = x0 + lam[:, None] * (x0_hat - Delta)
     letter = sum_of_both / sum_of_both.norm(dim=1, keepdim=True) * x0.norm(dim=1, keepdim=True)
-    x_tar = losses.implicit_target(x0, x0_hat - Delta, losses.mix_weight(t, s))
+    x_tar = losses.implicit_target(x0, x0_hat - Delta, losses.lam(t, s))
     return worst(losses.renormalise(x_tar, x0) - letter)
 
 
@@ -76,7 +76,7 @@ def noise_end():
     x0, x0_hat, Delta, _, s, _ = pairs()
     x_self, one = x0_hat - Delta, torch.ones_like(s)
     near = losses.renormalise(x0 + 1e13 * x_self, x0)
-    return worst(near - losses.renormalise(losses.implicit_target(x0, x_self, losses.mix_weight(one, s)), x0))
+    return worst(near - losses.renormalise(losses.implicit_target(x0, x_self, losses.lam(one, s)), x0))
 
 
 # ------------------------------------------------------------------------------------------------------------
