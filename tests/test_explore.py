@@ -222,12 +222,7 @@ def unpacked(weights: dict) -> dict[str, torch.Tensor]:
 
 
 def test_packed_weights_are_near_and_read_alike():
-    state = {
-        "a": torch.randn(5, 7),
-        "b": torch.randn(6),
-        "c": torch.zeros(2, 3),
-        "d": 1e-6 * torch.randn(2, 3),
-    }
+    state = dict(a=torch.randn(5, 7), b=torch.randn(6), c=torch.zeros(2, 3), d=1e-6 * torch.randn(2, 3))
     packed, rounded = explore.pack(state, finest=20)
     found = node("answer(await unpack(packed))", packed=packed)
     for name, value in state.items():
@@ -245,24 +240,22 @@ def toy_net(layout: str, label: str) -> Net:
     return net.requires_grad_(False)
 
 
-def test_the_networks_are_those_of_pytorch():
-    x = np.random.default_rng(4).standard_normal((20, 2)).astype(np.float32)
-    asked = [(t, s, c) for t, s in ((1.0, 0.0), (0.7, 0.7), (0.31, 0.02)) for c in range(4)]
-    which = [(layout, label) for layout in LAYOUTS for label in explore.OBJECTIVES]
-    found = node(
-        """const out = [];
-           for (const [layout, label] of which) {
-             const V = toy_network(await unpack(world.networks.weights[layout][label]));
-             out.push(asked.map(([t, s, c]) => V(x, t, s, c)));
-           }
-           answer(out);""",
-        **dict(x=x.tolist(), asked=asked, which=which),
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_samples_are_those_of_python(layout):
+    """Of the page's networks, with the page's noise, by PyTorch and sampler.py. Flow matching is told s = t."""
+    steps, choices = 3, dict(eta=0.5, guidance=2)
+    found, noise = node(
+        """const out = [], settings = { layout, c: 1, seed: 3, s_rule: 0.25, ...choices };
+           for (const { label } of OBJECTIVES) out.push(await sample_run(world, settings, label, steps, () => {}));
+           answer([out.map(({ x }) => x.at(-1)), range(steps).map((k) => normal_points(SAMPLES, 12, 3, 1, k))]);""",
+        **dict(layout=layout, steps=steps, choices=choices),
     )
-    for (layout, label), answers in zip(which, found, strict=True):
-        net = toy_net(layout, label)
-        for (t, s, c), velocities in zip(asked, answers, strict=True):
-            times = [torch.full((20,), value) for value in (t, s)]
-            close(velocities, net(torch.from_numpy(x), *times, torch.full((20,), c)), 1e-5)
+    noise = torch.tensor(noise, dtype=torch.float32)
+    c, null = (torch.full((noise.shape[1],), k) for k in (1, 3))
+    for label, points in zip(explore.OBJECTIVES, found, strict=True):
+        told = dict(steps=steps, s_rule=1.0 if label == "flow matching" else 0.25, **choices)
+        V, draw_noise = toy_net(layout, label), lambda k: noise[k + 1]
+        close(points, sampler.sample(V, noise[0], (c,), (null,), draw_noise=draw_noise, **told), 1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -286,15 +279,17 @@ def test_noise_is_numpys_bit_for_bit():
     np.testing.assert_array_max_ulp(ours[tail], numpys[tail], maxulp=2)
 
 
-TEXTS = ["", "   ", "A red-hot café!", "cafe\u0301 ＦＵＬＬ　width", "猫と犬 ½ ① ﬁ", "tab\tnew\nline"]
-TEXTS += [
+TEXTS = [
+    "",
+    "   ",
+    "A red-hot café!",
+    "cafe\u0301 ＦＵＬＬ　width",
+    "猫と犬 ½ ① ﬁ",
     "emoji 👩‍👩‍👧 ❤️ x",
     "İstanbul ΣΑΣ ẞ",
-    "a\x1cb\x85c\ufeffd\u2028e\u200bf",
-    "[`{|}~]^_\\",
-    "\ud800 lone",
 ]
-TEXTS += ["x" * 127, "x" * 128, "x" * 129, "é" * 300, " ".join(f"w{i}" for i in range(40))]
+TEXTS += ["tab\tnew\nline", "a\x1cb\x85c\ufeffd\u2028e\u200bf", "[`{|}~]^_\\", "\ud800 lone", "é" * 300]
+TEXTS += ["x" * 127, "x" * 128, "x" * 129, " ".join(f"w{i}" for i in range(40))]
 
 
 def test_prompts_become_pythons_words_and_vectors():
@@ -318,9 +313,8 @@ def test_words_that_are_not_read_or_not_known_are_named():
     assert said[0] == said[3] == ""
     assert "“dog”" in said[1] and "Not read" not in said[1] and "photo" not in said[1]
     assert "Not read: “zebra”" in said[2] and "Not known" not in said[2]
-    assert {"red", "circle", "photo"} <= set(WORLD["pictures"]["vocabulary"]) and "dog" not in WORLD[
-        "pictures"
-    ]["vocabulary"]
+    known = WORLD["pictures"]["vocabulary"]
+    assert {"red", "circle", "photo"} <= set(known) and "dog" not in known
 
 
 # Other sizes than the included one: tokens that are no multiple of 4, an odd number of text tokens, several patches.
@@ -412,22 +406,87 @@ def test_pictures_are_those_of_sample_py(space):
 # ------------------------------------------------------------------------------------------------------------
 # What the page says and is made of
 # ------------------------------------------------------------------------------------------------------------
-def test_what_the_page_says_of_following_the_target_is_so():
-    """Each button that promises shares of blends, run to its end."""
-    buttons = re.findall(r'<button type="button" data-set="([^"]*)"\s+data-expect="(\d+) (\d+)"', PAGE)
-    assert len(buttons) == 7
+def buttons(figure: str) -> dict[str, str]:
+    """Of a section: the title of each button that sets something, and what it sets."""
+    section = re.search(rf'<section id="{figure}".*?</section>', PAGE, re.S)[0]
+    found = re.findall(r'<button type="button" data-set="([^"]*)"[^>]*>(.*?)</button>', section, re.S)
+    return {title: text for text, title in found}
+
+
+SET = """const set = (name, allowed, text) => {
+  figures[name] = { allowed };
+  const start = Object.fromEntries(Object.entries(allowed).map(([key, [value]]) => [key, value]));
+  return { ...start, ...parse_settings(name, text.replaceAll(" ", "&")) }; };"""
+
+
+def test_what_the_page_says_of_a_step_is_so():
     found = node(
-        """document = { querySelector: () => null, querySelectorAll: () => [] };
-           figures.follow = { allowed: FOLLOW_SETTINGS };
-           answer(buttons.map(([text]) => {
-             const run = start_run({ set: parse_settings("follow", text.replaceAll(" ", "&")), world });
-             while (!finished(run)) one_round(run);
-             return [run.blends[0], run.blends.at(-1)];
-           }));""",
-        buttons=buttons,
+        f"""{SET} answer(texts.map((text) => {{
+          const v = {{ set: set("step", STEP_SETTINGS, text), world }}, {{ c, k, t }} = v.set, state = state_of(v);
+          const q = mixture(state.data), n = training_step(q, {{ ...state, c, answers: k < 1 ? model_samples(q, c, t) : [] }});
+          return [norm(n.Delta), ...["x0_hat", "x_self", "x_renorm"].map((key) => off_by(q, n[key], c))]; }}));""",
+        texts=list(buttons("step").values()),
     )
-    for (_, start, end), (first, last) in zip(buttons, found):
-        assert abs(100 * first - int(start)) <= 1 and abs(100 * last - int(end)) <= 1.5
+    for title, (Delta, x0_hat, x_self, x_renorm) in zip(buttons("step"), found, strict=True):
+        assert x0_hat > 4, title  # a blend
+        match title:
+            case "Nothing to say" | "Silent at s = 0":
+                assert Delta < 1e-3
+            case "The auxiliary term" | "Back to the blend":
+                assert Delta > 0.3 and x_self < 4
+            case "Too much to say":
+                assert x_self > 1.5 * x0_hat and x_renorm < 4
+            case "One norm for all":
+                assert x_renorm < 4 < x_self
+
+
+@pytest.mark.slow
+def test_what_the_page_says_of_following_the_target_is_so():
+    """Shares of blends in percent, at the start and in the end."""
+    found = node(
+        f"""{SET} answer(texts.map((text) => {{
+          const run = start_run({{ set: set("follow", FOLLOW_SETTINGS, text), world }});
+          const far = energy_distance(run.x0_hat, run.fresh);
+          while (!finished(run)) one_round(run);
+          return [100 * run.blends[0], 100 * run.blends.at(-1), energy_distance(run.x0_hat, run.fresh) / far,
+            Math.max(...mass_of(run.clean, run.x0_hat, run.set.c))]; }}));""",
+        texts=list(buttons("follow").values()),
+    )
+    promised = {title: said for said, title in re.findall(r'data-expect="([\d ]+)">(.*?)</button>', PAGE)}
+    for title, (first, last, farther, largest) in zip(buttons("follow"), found, strict=True):
+        start, end = map(int, promised[title].split())
+        assert abs(first - start) <= 1 and abs(last - end) <= 1.5, title
+        assert title != "Without Eq. 19" or farther > 4
+        assert title != "All in one mode" or largest > 0.99
+
+
+@pytest.mark.slow
+def test_what_the_page_says_of_sampling_is_so():
+    texts = {"The problem": "steps=2 eta=0 c=3"} | buttons("sampling")
+    found = node(
+        f"""{SET} const out = [], objectives = OBJECTIVES.map(({{ label }}) => label);
+          for (const text of texts) {{
+            const settings = set("sampling", SAMPLING_SETTINGS, text), runs = [];
+            for (const label of objectives) runs.push(await sample_run(world, settings, label, settings.steps, () => {{}}));
+            out.push(["blends", "energy", "mass_error"].map((key) => runs.map((run) => average(run, key))));
+          }}
+          answer(out);""",
+        texts=list(texts.values()),
+    )
+    measured = dict(zip(texts, found, strict=True))
+    (flow, _, self_e), *_ = measured["The problem"]
+    assert 0.42 < flow < 0.58 and 0.15 < self_e < 0.25
+    blends, distance, mass_error = measured["Two steps"]
+    assert blends[2] < blends[1] < blends[0] and distance[2] > distance[0] and mass_error[2] > mass_error[0]
+    assert (
+        measured["Fresh noise"][0][2] > blends[2] + 0.1
+        and measured["Fresh noise"][0][2] < measured["Fresh noise"][0][0]
+    )
+    for title in ("The control keeps up", "Nothing to gain"):
+        assert abs(measured[title][0][1] - measured[title][0][2]) < 0.06
+    assert measured["One step, s half-way"][0][2] < 0.6  # 0.73 at s = 0
+    assert measured["Guidance"][1][0] < 0.65  # Self-E without: 0.62
+    assert max(measured["Fifty steps"][0]) < 0.05
 
 
 def test_settings_of_an_address_are_read_and_foreign_ones_left_out():

@@ -228,6 +228,11 @@ function mount_problem(world) {
 // "Sampling": table, chart, controls
 // ---------------------------------------------------------------------------------------------------------------------
 
+const SAMPLING_SETTINGS = {
+  layout: ["between", LAYOUTS], c: [3, [0, 1, 2, 3]], steps: [2, BUDGETS], eta: [0, [0, 0.5, 1, "renoise"]],
+  s_rule: [0, [0, 0.25, 0.5, 0.75, 1]], guidance: [1, { from: 1, to: 5 }], seed: [1, { from: 0, to: 1e6, whole: true }],
+  show: ["blends", ["blends", "energy"]],
+};
 let sampling = null;
 
 /** The table under the panels, with fresh data as the floor. */
@@ -296,11 +301,7 @@ function add_legend() {
 }
 
 function mount_sampling(world) {
-  const set = declare("sampling", {
-    layout: ["between", LAYOUTS], c: [3, [0, 1, 2, 3]], steps: [2, BUDGETS], eta: [0, [0, 0.5, 1, "renoise"]],
-    s_rule: [0, [0, 0.25, 0.5, 0.75, 1]], guidance: [1, { from: 1, to: 5 }], seed: [1, { from: 0, to: 1e6, whole: true }],
-    show: ["blends", ["blends", "energy"]],
-  }, change_sampling);
+  const set = declare("sampling", SAMPLING_SETTINGS, change_sampling);
   sampling = add_paths("sampling", world, { set, budgets: BUDGETS, objectives: OBJECTIVES,
     after: (v, q) => { write_results(v, q); draw_chart(v, q); } });
   bind("sampling");
