@@ -429,18 +429,18 @@ class SelfE(nn.Module):
         x_t = add_noise(x0, t, draws.eps)  # [B, ...] Eq. 1
         x0_hat = G(self.network, x_t, t, s, c)  # [B, ...] Eq. 6: the only pass with gradient, but for s.8
         loss = data_loss(x0_hat, x0)  # [B] Eq. 7
-        D = (
-            x0[0].numel()
-        )  # the paper sums over values; the mean differs by a constant and reads the same at every size
+        # The paper sums over values; the mean differs by a constant and reads the same at every size
+        D = x0[0].numel()
         stats = {"t": t, "s": s}
 
         half = draws.below  # [n] the positions with s < t; flow matching has none
         loss_fake = t.new_zeros(len(half))  # [n] s.8
         if len(half):
             prompts = rows(c, half), rows(null, half), rows(fake, half) if aux else None
+            # Eq. 8, s.6
             Delta, loss_fake = self.self_evaluate(
                 x0_hat[half], s[half], *prompts, is_null[half], draws.eps_s[half]
-            )  # Eq. 8, s.6
+            )
             x_self = pseudo_target(x0_hat[half], Delta)  # [n, ...] Eq. 14
             lam = self.weigh(t[half], s[half], is_null[half], aux)  # [n] Eq. 17
             loss = loss.index_put((half,), self.regress(x0_hat[half], x0[half], x_self, lam))  # Eq. 16, 18-20
@@ -449,9 +449,8 @@ class SelfE(nn.Module):
 
         loss = time_weight(t) * loss  # [B] Eq. 21
         stats["loss"] = loss.detach() / D
-        return (
-            loss.mean() + loss_fake.sum() / len(x0)
-        ) / D, stats  # s.8 with coefficient 1, over the full batch too
+        total = loss.mean() + loss_fake.sum() / len(x0)  # s.8 with coefficient 1, over the full batch too
+        return total / D, stats
 
     def self_evaluate(
         self,

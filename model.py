@@ -32,40 +32,12 @@ from torch.utils.checkpoint import checkpoint
 # so a token holds channels * patch^2 values: 16 * 2^2 = 64 for FLUX latents. V has to carry the noise through the
 # width, hence width must exceed that number; 8 x 8 RGB patches (192 values) through width 128 leave every picture
 # grainy.
+FLUX = dict(double=8, single=16, channels=16, patch=2, txt_dim=4096, vec_dim=768)
+PIXELS = dict(double=2, single=4, channels=3, patch=4, txt_dim=256, vec_dim=256)
 SIZES = {
-    "laptop": dict(
-        width=128,
-        heads=4,
-        double=2,
-        single=4,
-        axes=(8, 12, 12),
-        channels=3,
-        patch=4,
-        txt_dim=256,
-        vec_dim=256,
-    ),
-    "0.5b": dict(
-        width=1024,
-        heads=16,
-        double=8,
-        single=16,
-        axes=(8, 28, 28),
-        channels=16,
-        patch=2,
-        txt_dim=4096,
-        vec_dim=768,
-    ),
-    "2b": dict(
-        width=2048,
-        heads=16,
-        double=8,
-        single=16,
-        axes=(16, 56, 56),
-        channels=16,
-        patch=2,
-        txt_dim=4096,
-        vec_dim=768,
-    ),
+    "laptop": dict(width=128, heads=4, axes=(8, 12, 12)) | PIXELS,
+    "0.5b": dict(width=1024, heads=16, axes=(8, 28, 28)) | FLUX,
+    "2b": dict(width=2048, heads=16, axes=(16, 56, 56)) | FLUX,
 }
 
 
@@ -344,9 +316,8 @@ class Denoiser(nn.Module):
     def run(self, number: int, block: nn.Module, *x: Tensor):
         """Block `number` of all blocks on its inputs, with or without keeping its activations."""
         if number < self.recompute and torch.is_grad_enabled():
-            return checkpoint(
-                block, *x, use_reentrant=False, preserve_rng_state=False
-            )  # nothing random is in a block
+            # Nothing random is in a block
+            return checkpoint(block, *x, use_reentrant=False, preserve_rng_state=False)
         return block(*x)
 
     def forward(self, x_t: Tensor, t: Tensor, s: Tensor, txt: Tensor, vec: Tensor) -> Tensor:

@@ -60,11 +60,8 @@ class Objective(NamedTuple):
     )
     group: int = 2  # batch and micro-batch are multiples of it
     flags: tuple[str, ...] = ()  # its own, of FLAGS
-    s_rules: tuple[float, ...] = (
-        0.0,
-        0.5,
-        1.0,
-    )  # the rules for s_k that make sense (sampler.py), its default first
+    # The rules for s_k that make sense (sampler.py), its default first
+    s_rules: tuple[float, ...] = (0.0, 0.5, 1.0)
     time_factor: float = (
         1000.0  # of the time features (model.sinusoid); 1 for peers/, as in their authors' code
     )

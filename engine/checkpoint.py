@@ -60,9 +60,8 @@ def in_one_piece(path: Path, shared: bool = False):
     try:
         partial.unlink(missing_ok=True)  # of a process that was killed; its mode may be another
         partial.touch()
-        mode = (
-            partial.stat().st_mode
-        )  # as the user's umask has it; safetensors' files can be read by their owner alone
+        # As the user's umask has it; safetensors' files can be read by their owner alone
+        mode = partial.stat().st_mode
         yield partial
         partial.chmod(mode)
         to_disk(partial)
@@ -315,9 +314,8 @@ def save_state(run: Path, network, ema, optimizer, config: dict, state: dict, ar
         ) from error
     for old in complete_states(run)[: -args.keep]:
         if not args.milestone_every or step_of(old) % args.milestone_every:
-            gone = old.with_name(
-                old.name + ".partial"
-            )  # a half-deleted state must not pass for a complete one
+            # A half-deleted state must not pass for a complete one
+            gone = old.with_name(old.name + ".partial")
             # What cannot be deleted now, as on NFS while it is read, is swept by a later save
             with contextlib.suppress(OSError):
                 os.replace(old, gone)

@@ -63,9 +63,8 @@ def allow_shapes(n: int) -> None:
     """Let torch.compile keep n versions of a function, one for each picture
     size it meets, instead of giving up after 8."""
     config = torch._dynamo.config
-    name = (
-        "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    )  # its name before torch 2.6
+    # Its name before torch 2.6
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     setattr(config, name, max(n, getattr(config, name)))
     name = f"accumulated_{name}"
     setattr(config, name, max(4 * n, getattr(config, name)))

@@ -62,9 +62,8 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_lerp_(buffers, gradients, 1 - MOMENTUM)
                 # Nesterov: with this gradient counted once more
                 ahead = torch.stack(torch._foreach_lerp(gradients, buffers, MOMENTUM))
-                size = 0.2 * math.sqrt(
-                    max(shape)
-                )  # an orthogonal matrix has the root mean square 1 / sqrt(max)
+                # An orthogonal matrix has the root mean square 1 / sqrt(max)
+                size = 0.2 * math.sqrt(max(shape))
                 moves = orthogonal(ahead, self.precision)
                 for p, move in zip(matrices, moves, strict=True):
                     p.add_(move, alpha=-group["lr"] * size)

@@ -58,9 +58,8 @@ class Ranks(NamedTuple):
                 {"file": sys.stderr},
             )
             waiting.start()
-            hour = datetime.timedelta(
-                hours=1
-            )  # saving and drawing keep the others waiting, for less than that
+            # Saving and drawing keep the others waiting, for less than that
+            hour = datetime.timedelta(hours=1)
             try:
                 store, rank, world = next(
                     dist.rendezvous("env://", timeout=datetime.timedelta(seconds=patience))

@@ -73,9 +73,8 @@ class Judge:
             for right in moves
         ]
         self.source, self.moves = source, len(moves) ** 2
-        self.originals = (
-            torch.from_numpy(np.stack(moved)).float().flatten(1)
-        )  # [concepts * makers * moves, D]
+        # [concepts * makers * moves, D]
+        self.originals = torch.from_numpy(np.stack(moved)).float().flatten(1)
         self.squared = self.originals.square().sum(1)
 
     def distances(self, pictures: list[np.ndarray]) -> Tensor:

@@ -39,9 +39,8 @@ def times(z: Tensor, u: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
     """z normal [B], u uniform in [0, 1) [B], below [n]: the positions that learn self-consistency -> t, d [B] each."""
     k = torch.full_like(u, math.log2(M)).index_put((below,), (math.log2(M) * u).floor()[below])
     sections = 2**k
-    place = (
-        (torch.special.ndtr(z) * sections).floor().clamp_max(sections - 1)
-    )  # ndtr makes a normal number uniform
+    # Ndtr makes a normal number uniform
+    place = (torch.special.ndtr(z) * sections).floor().clamp_max(sections - 1)
     return 1 - place / sections, 1 / sections
 
 

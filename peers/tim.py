@@ -40,9 +40,8 @@ def ordered_times(z: Tensor, u: Tensor, mean: float, std: float) -> tuple[Tensor
     """z normal [B], u uniform in [0, 1) [B] -> the larger and the smaller of two logistic normals, [B] each."""
     a = torch.sigmoid(mean + std * z)
     here = u.cpu() if u.device.type == "mps" else u  # PyTorch has no ndtri for Apple GPUs
-    b = torch.sigmoid(
-        mean + std * torch.special.ndtri(here).to(u.device)
-    )  # a uniform number made a normal one
+    # A uniform number made a normal one
+    b = torch.sigmoid(mean + std * torch.special.ndtri(here).to(u.device))
     return torch.maximum(a, b), torch.minimum(a, b)
 
 

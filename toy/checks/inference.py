@@ -89,9 +89,8 @@ def any_step_is_exact():
     return worst_z
 
 
-GAUSSIAN = Mixture(
-    [[[0.7, -0.7]]], 0.5, dtype=torch.float64
-)  # with one mode all about the samplers can be solved
+# With one mode all about the samplers can be solved
+GAUSSIAN = Mixture([[[0.7, -0.7]]], 0.5, dtype=torch.float64)
 
 
 def end_of(x: Tensor, steps: int, eta, noise=None) -> Tensor:
