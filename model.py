@@ -27,7 +27,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Every number of the two big sizes is from S.2 (a)-(d); `laptop` is ours. `double` and `single` count the blocks;
+# Every number of the two big sizes is from S.2 (a)-(d); `laptop` and `0.1b` are ours. `double` and `single` count the blocks;
 # `axes` are the RoPE dimensions over (frame, y, x) and sum to the head size d / heads. `patch` is the side of a patch,
 # so a token holds channels * patch^2 values: 16 * 2^2 = 64 for FLUX latents. V has to carry the noise through the
 # width, hence width must exceed that number; 8 x 8 RGB patches (192 values) through width 128 leave every picture
@@ -36,6 +36,7 @@ FLUX = dict(double=8, single=16, channels=16, patch=2, txt_dim=4096, vec_dim=768
 PIXELS = dict(double=2, single=4, channels=3, patch=4, txt_dim=256, vec_dim=256)
 SIZES = {
     "laptop": dict(width=128, heads=4, axes=(8, 12, 12)) | PIXELS,
+    "0.1b": dict(width=512, heads=8, axes=(8, 28, 28)) | FLUX | dict(double=6, single=12),
     "0.5b": dict(width=1024, heads=16, axes=(8, 28, 28)) | FLUX,
     "2b": dict(width=2048, heads=16, axes=(16, 56, 56)) | FLUX,
 }

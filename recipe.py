@@ -42,6 +42,17 @@ SETTINGS = {
         autoencoder="pixels",
         betas=(0.9, 0.99),
     ),
+    # One GPU, one night: a quarter of the paper's batch, and every part of its recipe in proportion. Not yet run.
+    "0.1b": dict(
+        steps=150_000,
+        stages=((0, (256,), 256),),
+        lr=3e-4,
+        lr_end=1e-5,
+        tau_until=TAU_UNTIL,
+        aux_from=AUX_FROM,
+        micro_batch=64,
+        guidance=5.0,
+    ),
     # Sec. 4.2: 300k iterations, other settings as in Sec. 4.1: tau rises over all of them, and they end before the
     # iteration at which the auxiliary term would join.
     "0.5b": dict(
