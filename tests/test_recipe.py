@@ -209,42 +209,10 @@ def test_the_2b_batch_divides_over_the_usual_numbers_of_gpus(world):
 
 def test_the_size_between_trains_at_reduced_depth(tmp_path, monkeypatch):
     monkeypatch.setitem(model.SIZES, "0.1b", model.SIZES["0.1b"] | dict(double=1, single=1))
-    frozen = [
-        "--text",
-        "words",
-        "--txt-len",
-        "8",
-        "--autoencoder",
-        "pixels",
-        "--data",
-        "one-shape",
-        "--side",
-        "16",
-    ]
-    machine = [
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-        "--no-compile",
-        "--grid-every",
-        "0",
-        "--micro-batch",
-        "4",
-    ]
-    words = [
-        "--size",
-        "0.1b",
-        "--steps",
-        "4",
-        "--batch-size",
-        "8",
-        *frozen,
-        *machine,
-        "--out",
-        str(tmp_path / "r"),
-    ]
-    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    frozen = "--text words --txt-len 8 --autoencoder pixels --data one-shape --side 16"
+    machine = "--device cpu --precision fp32 --no-compile --grid-every 0 --micro-batch 4"
+    words = f"--size 0.1b --steps 5 --batch-size 8 {frozen} {machine} --out {tmp_path / 'r'}"
+    monkeypatch.setattr(sys, "argv", ["train.py", *words.split()])
     train.main()
     steps = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
     assert steps[-1]["aux"] and steps[-1]["tau"] == 1 and math.isfinite(steps[-1]["loss"])
