@@ -58,7 +58,7 @@ def the_run(parser: argparse.ArgumentParser) -> None:
         "share of samples with the caption of another; 0 is off",
     )
     a("--size", default="laptop", choices=list(SIZES), help="model and recipe")
-    a("--data", metavar="DIR", type=errors.name, nargs="+", help=data)
+    a("--data", metavar="DIR", type=errors.name, nargs="+", action="extend", help=data)
     a(
         "--caption-key",
         metavar="NAME",
@@ -155,6 +155,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if not isinstance(saved, dict):
             raise errors.UserError(f"{args.out}/config.json is not that of a run that train.py began")
         begun = parser.parse_args([*as_flags(saved), "--resume", "--out", args.out])
+        if args.data:  # in the place of the run's own, not beside them
+            saved = saved | {"data": None}
         args = parser.parse_args([*as_flags(saved), *argv])
         for name in FIXED:
             now, then = (getattr(plan_of(a) if name in RECIPE else a, name) for a in (args, begun))

@@ -13,6 +13,7 @@ and keeps its traceback.
 
 import argparse
 import contextlib
+import difflib
 import os
 import re
 import sys
@@ -92,6 +93,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(shortened(message, 200))
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        found, unknown = self.parse_known_args(args, namespace)
+        for word in unknown:
+            near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, 1)
+            self.error(f"there is no {word}" + (f"; did you mean {near[0]}?" if near else ""))
+        return found
 
     def check_ranges(self, args: argparse.Namespace, **ranges: tuple[float, float]) -> None:
         """Complain about a number, or one of a list, that does not lie in its range; None passes."""
