@@ -118,7 +118,7 @@ def step_in_python(q: Mixture, given: dict) -> dict:
     x_tar = made["x_tar"] = losses.implicit_target(x0, x_self, lam)
     x_renorm = made["x_renorm"] = losses.renormalise(x_tar, x0)
     made["loss"] = losses.time_weight(t) * losses.target_loss(x0_hat, x_renorm)
-    made |= {"lambda": lam} if given["t"] < 1 else {}
+    made |= {"lambda": lam} if given["t"] < 1 else {}  # "infinite" in the table
     return {name: value[0].numpy() for name, value in made.items()}
 
 

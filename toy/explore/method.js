@@ -30,18 +30,15 @@ const self_evaluation = (G_null, G_c, G_fake, k) =>
 /** Eq. 14: x_self = x0_hat - Delta. */
 const pseudo_target = (x0_hat, Delta) => combine(1, x0_hat, -1, Delta);
 
-/** Eq. 17: lambda = sigma_t / alpha_t - sigma_s / alpha_s, infinite at t = 1. */
-const lam = (t, s) => (s === t ? 0 : (t - s) / ((1 - t) * (1 - s)));
+/** Eq. 17: lambda = sigma_t / alpha_t - sigma_s / alpha_s; huge but finite at t = 1, 0 at s = t. */
+const lam = (t, s) => (t - s) / Math.max(alpha(t) * alpha(s), Number.EPSILON ** 2);
 
-/** lambda / (1 + lambda), finite also at t = 1. */
-const mix_weight = (t, s) => (t > s ? (t - s) / (t - s + (1 - t) * (1 - s)) : 0);
+/** Eq. 18: x_tar = (x0 + lambda x_self) / (1 + lambda), a mix in which nothing is large when lambda is. */
+const implicit_target = (x0, x_self, lambda) => combine(1 / (1 + lambda), x0, lambda / (1 + lambda), x_self);
 
-/** Eq. 18: x_tar = (1 - mix) x0 + mix x_self. */
-const implicit_target = (x0, x_self, mix) => combine(1 - mix, x0, mix, x_self);
-
-/** Eq. 19: x_tar at the norm of x0. A target of zero, but for rounding, stays zero: it has no direction. */
+/** Eq. 19: x_tar at the norm of x0. A target that is zero but for rounding has no direction, and becomes zero. */
 function renormalise(x_tar, x0) {
-  const ratio = norm(x_tar) > 1e-6 * norm(x0) ? norm(x0) / norm(x_tar) : 0;
+  const ratio = norm(x_tar) > 8 * Number.EPSILON * norm(x0) ? norm(x0) / norm(x_tar) : 0;
   return x_tar.map((value) => ratio * value);
 }
 
@@ -63,8 +60,8 @@ function targets_of(q, x0_hat, { x0, eps_s, t, s, c, k, p, judge = true }) {
   const x_s_hat = add_noise(x0_hat, s, eps_s);
   const said = evaluate(q, x_s_hat, s, c, k, p);
   const x_self = judge ? pseudo_target(x0_hat, said.Delta) : x0_hat;
-  const mix = mix_weight(t, s), x_tar = implicit_target(x0, x_self, mix);
-  return { x_s_hat, ...said, x_self, mix, x_tar, x_renorm: renormalise(x_tar, x0) };
+  const lambda = lam(t, s), x_tar = implicit_target(x0, x_self, lambda);
+  return { x_s_hat, ...said, x_self, lambda, x_tar, x_renorm: renormalise(x_tar, x0) };
 }
 
 /**
@@ -76,11 +73,12 @@ function targets_of(q, x0_hat, { x0, eps_s, t, s, c, k, p, judge = true }) {
  * network, learned to perfection.
  */
 function training_step(q, given) {
-  const { x0, eps, t, s, c, answers } = given;
+  const { x0, eps, t, c, answers } = given;
   const x_t = add_noise(x0, t, eps), x0_hat = posterior_mean(q, x_t, t, c), p = [x0_hat, ...answers];
   const targets = targets_of(q, x0_hat, { ...given, p });
+  const mix = targets.lambda / (1 + targets.lambda); // the share of x_self in the target
   const loss = time_weight(t) * target_loss(x0_hat, targets.x_renorm);
-  return { x0, eps, x_t, x0_hat, p, ...targets, lambda: lam(t, s), loss };
+  return { x0, eps, x_t, x0_hat, p, ...targets, mix, loss };
 }
 
 /**

@@ -163,7 +163,7 @@ function draw_marks(v) {
 /** The numbers, and what has to be said of the settings. */
 function write_numbers(v) {
   const text = (value) => (value === null ? "off" : Array.isArray(value) ? `(${value.map(shown).join(", ")})`
-    : value === Infinity ? "infinite" : shown(value));
+    : value > 1e9 ? "infinite" : shown(value));
   for (const { key, part } of QUANTITIES) {
     v.rows[key].lastChild.textContent = text(v.n[key]);
     v.rows[key].className = part === v.set.part ? "now" : "";
