@@ -132,18 +132,7 @@ class IMM(nn.Module):
         super().__init__()
         self.network, self.k = network, k
 
-    def forward(
-        self,
-        x0: Tensor,
-        c: tuple,
-        null: tuple,
-        fake: tuple | None,
-        is_null: Tensor,
-        draws: Draws,
-        tau: float,
-        mu: float,
-        aux: bool = False,
-    ) -> tuple[Tensor, dict]:
+    def forward(self, x0, c, null, fake, is_null, draws, tau, mu, aux=False) -> tuple[Tensor, dict]:
         """The loss of one micro-batch and detached tensors to watch: t, s, r, loss, one value per group.
 
         x0 [B, ...] fp32, B a multiple of 4; c a tuple of tensors with leading dimension B; a dropped prompt is one more

@@ -52,18 +52,7 @@ class Shortcut(nn.Module):
         super().__init__()
         self.network, self.ema, self.guidance = network, ema, guidance
 
-    def forward(
-        self,
-        x0: Tensor,
-        c: tuple,
-        null: tuple,
-        fake: tuple | None,
-        is_null: Tensor,
-        draws,
-        tau: float,
-        mu: float,
-        aux: bool = False,
-    ) -> tuple[Tensor, dict]:
+    def forward(self, x0, c, null, fake, is_null, draws, tau, mu, aux=False) -> tuple[Tensor, dict]:
         """The loss of one micro-batch and detached tensors to watch: t, s and loss, [B].
 
         Arguments as in losses.SelfE; fake, is_null, tau, mu and aux belong to self-evaluation and are not read.
