@@ -151,6 +151,8 @@ def run(main: Callable[[], None], stopped: str = "stopped") -> None:
     A Ctrl-C ends in the line `stopped`, which says what it leaves, and exit code 130. Letters that the terminal does
     not have are printed as their codes.
     """
+    # A stream that was closed before the start (daemons, `>&-`) is None, and whatever is written to it is lost.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     if hasattr(sys.stdout, "reconfigure"):  # not where a test has put something else in its place
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
