@@ -3,7 +3,7 @@
     source = emoji.Emoji(32, "emoji")                # 285 animals, plants, foods; "emoji-all" has 1,015
     picture, caption, key = source.sample(g, seed)   # a function of (seed, g), like every source of data.py
 
-    python -m engine.feed --data emoji --side 32   # looks at them
+    python -m engine.feed --data emoji --side 32     # looks at them
     python train.py --data emoji --side 32           # trains on them
 
 The first use fetches four packages by name and version with `npm pack` (160 MB, seconds) and keeps what is
