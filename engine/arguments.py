@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import encoders
+import files
 import objectives
 import recipe
 from engine import checkpoint, errors, machine, optimizers
@@ -59,11 +60,7 @@ def the_run(parser: argparse.ArgumentParser) -> None:
     )
     a("--size", default="laptop", choices=list(SIZES), help="model and recipe")
     a("--data", metavar="DIR", type=errors.name, nargs="+", action="extend", help=data)
-    a(
-        "--caption-key",
-        metavar="NAME",
-        help="where captions stand in tables and .json (default: text, caption, prompt)",
-    )
+    a("--caption-key", metavar="NAME", help=files.KEY_HELP)
     a("--wrong-captions", metavar="X", type=float, default=0.0, help=wrong)
     a("--out", metavar="DIR", type=errors.name, default="runs/laptop", help="folder of the run")
     a("--init", metavar="DIR", type=errors.name, help="begin with the weights of another run or checkpoint")
@@ -276,7 +273,7 @@ def config_of(args: argparse.Namespace, plan: recipe.Recipe, sizes: dict, precis
     """What config.json says of a run, but for the size of its pictures: what sampling needs, and how it was made."""
     own = {name: getattr(args, name) for name in objectives.FLAGS if name != "aux_from"}
     # A run may be resumed from another folder
-    data = args.data and [os.path.abspath(name) if os.path.exists(name) else name for name in args.data]
+    data = args.data and [os.path.abspath(n) if os.path.exists(n) or "{" in n else n for n in args.data]
     return {
         "format": 1,
         "size": args.size,

@@ -19,6 +19,7 @@ from engine import arguments, checkpoint, optimizers
 from engine.feed import check_sides
 from objectives import OBJECTIVES
 from recipe import Recipe, Stage
+from scale import shards
 
 H100_FLOPS = 989e12  # dense bf16, NVIDIA's data sheet
 ASSUMED_MFU = 0.40
@@ -149,13 +150,13 @@ def tell_price(flops: float, start: int) -> None:
 
 
 def tell_data(name: str) -> None:
-    """Print how large a folder of tar shards or a cache is."""
+    """Print how large tars or a cache are."""
     if name in data.SETS or name in emoji.SETS:
         return
-    if not Path(name).exists():
+    found = {"tars": list(shards.find_tars(name)[0].values())}
+    if not found["tars"] and not Path(name).exists():
         raise data.DataError(f"no such folder: {name}")
-    for kind, pattern in (("shards", "*.tar"), ("cached shards", "*x*_*.safetensors")):
-        if found := sorted(Path(name).glob(pattern)):
-            print(
-                f"{name}: {len(found)} {kind}, {sum(file.stat().st_size for file in found) / 2**30:.2f} GiB"
-            )
+    found["cached shards"] = list(Path(name).glob("*x*_*.safetensors"))
+    for kind, some in found.items():
+        if some:
+            print(f"{name}: {len(some)} {kind}, {sum(file.stat().st_size for file in some) / 2**30:.2f} GiB")
