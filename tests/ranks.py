@@ -14,19 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SMALL = [
-    "--batch-size",
-    "4",
-    "--device",
-    "cpu",
-    "--precision",
-    "fp32",
-    "--no-compile",
-    "--grid-every",
-    "0",
-    "--log-every",
-    "1",
-]
+SMALL = "--batch-size 4 --device cpu --precision fp32 --no-compile --grid-every 0 --log-every 1".split()
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["train", "torch.utils.tensorboard"])

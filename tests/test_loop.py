@@ -1,7 +1,7 @@
 """The loop of train.py against the paper's, written out in thirty plain lines; then every line of it is broken once.
 
 First the mathematics: a broken line must end at other weights. Then the rules around it: what is saved, drawn, logged,
-left out, and when. What several processes do together (DDP's one reduction, `ranks.any`) is in tests/test_scale.py.
+left out, and when. What several processes do together (DDP's one reduction, `ranks.any`) is in tests/test_processes.py.
 """
 
 import contextlib

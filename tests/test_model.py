@@ -1,14 +1,18 @@
-"""model.py against hand-counted parameters, numpy's sinusoid, torch's unfold and the FLUX transformer of diffusers."""
+"""model.py against numpy's sinusoid and rotations, and the FLUX transformer of diffusers; gradients by every way."""
 
+import copy
+import functools
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 
 import losses
 import model
+from engine import machine
 
 # Same structure as the big sizes (two streams, then one; heads; three RoPE axes; patches), small enough for a test.
 SMALL = dict(
@@ -46,31 +50,6 @@ def inputs(config: dict, rows: int = 6, cols: int = 4, txt_len: int = 5, batch: 
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
-def count_by_hand(**size) -> tuple[int, int]:
-    """(parameters of the blocks, all parameters), from the architecture on paper."""
-    d, head = size["width"], size["width"] // size["heads"]
-
-    def linear(n, m):
-        return n * m + m
-
-    stream = (
-        linear(d, 6 * d) + linear(d, 3 * d) + linear(d, d) + linear(d, 4 * d) + linear(4 * d, d) + 2 * head
-    )
-    one = linear(d, 3 * d) + linear(d, 7 * d) + linear(5 * d, d) + 2 * head
-    blocks = size["double"] * 2 * stream + size["single"] * one
-    patch_values = size["channels"] * size["patch"] ** 2
-    around = linear(patch_values, d) + linear(size["txt_dim"], d) + linear(d, 2 * d) + linear(d, patch_values)
-    embedders = 2 * (linear(256, d) + linear(d, d)) + linear(size["vec_dim"], d) + linear(d, d)
-    return blocks, blocks + around + embedders
-
-
-@pytest.mark.parametrize("size", model.SIZES)
-def test_parameter_count_equals_the_count_by_hand(size):
-    with torch.device("meta"):
-        network = model.Denoiser(**model.SIZES[size])
-    blocks = sum(p.numel() for name, p in network.named_parameters() if "_blocks." in name)
-    total = sum(p.numel() for p in network.parameters())
-    assert (blocks, total) == count_by_hand(**model.SIZES[size])
 
 
 @pytest.mark.parametrize("size, billions, total", [("0.5b", 0.55, 0.55e9), ("2b", 2.21, 2.2e9)])
@@ -89,11 +68,6 @@ def test_width_exceeds_the_values_of_a_token(size):
     """V has to carry the noise of a whole patch through the width."""
     numbers = model.SIZES[size]
     assert numbers["width"] > numbers["channels"] * numbers["patch"] ** 2
-
-
-def test_axes_must_sum_to_the_head_size():
-    with pytest.raises(ValueError, match="head size"):
-        model.Denoiser(**dict(SMALL, axes=(4, 6, 8)))
 
 
 # --- Eq. 6 -----------------------------------------------------------------------------------------------------------
@@ -173,41 +147,7 @@ def test_the_second_input_is_the_gap_and_nothing_else(pair):
     assert torch.equal(V(t, s), V(t, s_other))  # without gap_in, s is read nowhere
 
 
-# --- patches ---------------------------------------------------------------------------------------------------------
-def test_patches_are_those_of_unfold():
-    """A Denoiser reduced to img_in and final_layer is a per-patch linear map; torch's unfold and fold say which."""
-    network = away_from_zero(dict(SMALL, double=0, single=0))
-    x_t, t, s, txt, vec = inputs(SMALL, rows=3, cols=5)
-    with torch.no_grad():
-        out = network(x_t, t, s, txt, vec)
-        tokens = F.unfold(x_t, kernel_size=2, stride=2).transpose(
-            1, 2
-        )  # [B, 15, 3 * 2 * 2], (c, ph, pw), row by row
-        hidden = F.linear(tokens, network.img_in.weight, network.img_in.bias)
-        times = [
-            network.time_in(model.sinusoid(t)),
-            network.gap_in(model.sinusoid(t - s)),
-            network.vector_in(vec),
-        ]
-        expected = network.final_layer(hidden, sum(times)).transpose(1, 2)
-        expected = F.fold(expected, output_size=x_t.shape[2:], kernel_size=2, stride=2)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
-
-
-# --- norms and rotations ---------------------------------------------------------------------------------------------
-def test_norms_divide_by_the_root_of_the_mean_square_and_1e_6():
-    """At values of 0.001, whose mean square is 1e-6 too, so that eps shows: FLUX's for both norms."""
-    x = 1e-3 * torch.randn(2, 3, 5, 16, generator=torch.Generator().manual_seed(0))
-    norm, (scale, shift) = model.RMSNorm(16), torch.linspace(-1, 2, 32).view(2, 16)
-    with torch.no_grad():
-        norm.scale.copy_(scale)
-    exact = x.double().numpy()
-    by_rms = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(norm(x).detach(), by_rms * scale.double().numpy(), rtol=0, atol=1e-6)
-    centred = exact - exact.mean(-1, keepdims=True)
-    normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
-    expected = normed * (1 + scale.double().numpy()) + shift.double().numpy()
-    np.testing.assert_allclose(model.modulate(x, shift, scale), expected, rtol=0, atol=2e-6)
+# --- rotations ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -229,34 +169,6 @@ def test_rotations_are_complex_products_in_fp32_whatever_comes_in(dtype):
 
 
 # --- FLUX ------------------------------------------------------------------------------------------------------------
-def flux_names(double: int, single: int) -> set[str]:
-    """The parameter names of the FLUX reference, typed by hand."""
-    names = [f"{n}.{layer}" for n in ("time_in", "vector_in") for layer in ("in_layer", "out_layer")]
-    names += ["img_in", "txt_in", "final_layer.linear", "final_layer.adaLN_modulation.1"]
-    scales = []
-    for i in range(double):
-        for stream in ("img", "txt"):
-            block = f"double_blocks.{i}.{stream}"
-            names += [
-                f"{block}_mod.lin",
-                f"{block}_attn.qkv",
-                f"{block}_attn.proj",
-                f"{block}_mlp.0",
-                f"{block}_mlp.2",
-            ]
-            scales += [f"{block}_attn.norm.{n}_norm.scale" for n in ("query", "key")]
-    for i in range(single):
-        names += [f"single_blocks.{i}.{n}" for n in ("linear1", "linear2", "modulation.lin")]
-        scales += [f"single_blocks.{i}.norm.{n}_norm.scale" for n in ("query", "key")]
-    return {f"{n}.{kind}" for n in names for kind in ("weight", "bias")} | set(scales)
-
-
-def test_a_flux_state_dict_lacks_only_the_gap_embedder():
-    ours = set(model.Denoiser(**SMALL).state_dict())
-    assert ours - flux_names(2, 3) == {
-        f"gap_in.{n}.{k}" for n in ("in_layer", "out_layer") for k in ("weight", "bias")
-    }
-    assert flux_names(2, 3) - ours == set()
 
 
 def as_diffusers(tensors: dict[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
@@ -297,9 +209,8 @@ def as_diffusers(tensors: dict[str, torch.Tensor], width: int) -> dict[str, torc
             to = {"modulation.lin": "norm.linear", "linear2": "proj_out"}
             to |= {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
             out[f"{block}.{to[rest]}.{'weight' if kind == 'scale' else kind}"] = x
-        elif name.startswith(
-            "final_layer.adaLN_modulation"
-        ):  # FLUX: (shift, scale); diffusers: (scale, shift)
+        elif name.startswith("final_layer.adaLN_modulation"):
+            # FLUX: (shift, scale); diffusers: (scale, shift)
             shift, scale = x.chunk(2)
             out[f"norm_out.linear.{kind}"] = torch.cat([scale, shift])
         else:
@@ -339,7 +250,7 @@ def assert_within(actual: torch.Tensor, expected: torch.Tensor, name: str) -> No
     assert error <= 1e-5 * size, f"{name}: {error:.2e} at entries up to {size:.2e}"
 
 
-@pytest.mark.parametrize("config", [SMALL, OTHER, DEEP], ids=["small", "other", "deep"])
+@pytest.mark.parametrize("config", [OTHER, DEEP], ids=["other", "deep"])
 def test_equals_the_flux_of_diffusers_when_the_gap_embedder_is_zero(config):
     """Outputs, and the gradients of every weight and every input, at weights away from zero."""
     network, flux = away_from_zero(config), diffusers_flux(config)
@@ -398,41 +309,6 @@ def test_initialisation():
             assert p.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05), name
 
 
-def test_bf16_inside_fp32_outside():
-    """Output, weights and gradients are fp32 and close to those of the fp32 network."""
-    exact, rough = away_from_zero(SMALL), away_from_zero(SMALL, precision=torch.bfloat16)
-    out, out_rough = exact(*inputs(SMALL)), rough(*inputs(SMALL))
-    assert out_rough.dtype == torch.float32
-    assert 1e-4 < (out - out_rough).norm() / out.norm() < 0.05  # bf16 inside for real, and right
-    out.square().sum().backward()
-    out_rough.square().sum().backward()
-    for (name, p), q in zip(exact.named_parameters(), rough.parameters()):
-        assert q.dtype == q.grad.dtype == torch.float32
-        assert F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.9 or p.grad.norm() < 1e-3, (
-            name
-        )
-
-
-@pytest.mark.parametrize("outer", [False, True], ids=["no outer autocast", "outer autocast"])
-def test_a_pass_without_gradient_leaves_no_trap_in_the_autocast_cache(outer):
-    """The step evaluates the network without gradient between passes with gradient; all weights must still learn."""
-    network = away_from_zero(SMALL, precision=torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16, enabled=outer):
-        first = network(*inputs(SMALL))
-        with torch.no_grad():
-            network(*inputs(SMALL))
-        (first + network(*inputs(SMALL))).sum().backward()
-    for name, p in network.named_parameters():
-        assert p.grad is not None and p.grad.any(), name
-    twice = {name: p.grad.clone() for name, p in network.named_parameters()}
-    network.zero_grad()
-    network(*inputs(SMALL)).sum().backward()
-    for name, p in network.named_parameters():
-        assert (twice[name] - 2 * p.grad).norm() < 0.2 * p.grad.norm(), (
-            name
-        )  # equal, but for bf16 under `outer`
-
-
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_the_callers_autocast_changes_nothing(precision):
     network = away_from_zero(SMALL, precision=precision)
@@ -452,3 +328,97 @@ def test_text_order_matters_only_through_the_encoder():
         torch.testing.assert_close(network(x_t, t, s, txt.flip(1), vec), out, rtol=0, atol=1e-5)
         assert (network(x_t.roll(2, dims=2), t, s, txt, vec).roll(-2, dims=2) - out).abs().max() > 0.01
         assert (network(x_t, t, s, torch.randn_like(txt), vec) - out).abs().max() > 0.01
+
+
+# --- known traps: what autocast, recomputation, the compiler and DDP do to gradients ---------------------------------
+@functools.cache
+def gradients(precision=torch.float32, recompute=0, compiled=False, evaluate_first=False) -> torch.Tensor:
+    """All gradients of one Self-E step with the auxiliary term, at weights away from zero, as one vector."""
+    network = away_from_zero(SMALL, precision=precision)
+    network.recompute = recompute
+    objective = losses.SelfE(network, copy.deepcopy(network).requires_grad_(False))
+    if compiled:
+        for block in [*network.double_blocks, *network.single_blocks]:
+            block.compile(dynamic=False, backend="aot_eager")
+    x0, t, s, *c = inputs(SMALL)
+    null, fake = (inputs(SMALL, seed=seed)[3:] for seed in (2, 3))
+    if evaluate_first:
+        with torch.no_grad():
+            network(x0, t, s, *c)
+    draws = losses.draw(0, 0, [0, 1, 2], x0.shape[1:])
+    loss, _ = objective(x0, c, null, fake, torch.zeros(3).bool(), draws, 0.7, 0.4, True)
+    loss.backward()
+    torch._dynamo.reset()
+    return torch.cat([p.grad.flatten() for p in network.parameters()])
+
+
+@pytest.mark.parametrize(
+    "choices, close",
+    [
+        (dict(recompute=5), 1e-6),
+        (dict(evaluate_first=True), 1e-6),
+        pytest.param(dict(compiled=True), 1e-5, marks=pytest.mark.slow),
+        pytest.param(dict(recompute=3, compiled=True), 1e-5, marks=pytest.mark.slow),
+        (dict(precision=torch.bfloat16), 0.05),
+        (dict(precision=torch.bfloat16, evaluate_first=True), 0.05),
+        (dict(precision=torch.bfloat16, recompute=5), 0.05),
+    ],
+)
+def test_gradients_are_the_same_by_every_way(choices, close):
+    """A pass without gradient before one with it inside one autocast context lost gradients in some torch versions
+    (pytorch issue 112583): every parameter must have its gradient, and the right one."""
+    exact = gradients()
+    error = ((gradients(**choices) - exact).norm() / exact.norm()).item()
+    assert error < close and (close < 0.05 or error > 1e-4)  # bf16 inside for real, and right
+
+
+@pytest.mark.parametrize("recompute", [0, 1, 3, 5, 9])
+def test_as_many_blocks_run_twice_as_are_asked_for(recompute):
+    """Of two blocks with two streams and three with one, the first so many, once forwards and once in the backward pass;
+    without gradient none."""
+    network, runs = away_from_zero(SMALL), [0] * 5
+    network.recompute = recompute
+    for i, block in enumerate([*network.double_blocks, *network.single_blocks]):
+        block.register_forward_pre_hook(lambda *_, i=i: runs.__setitem__(i, runs[i] + 1))
+    network(*inputs(SMALL)).sum().backward()
+    twice = [1 + (i < recompute) for i in range(5)]
+    assert runs == twice
+    with torch.no_grad():
+        network(*inputs(SMALL))
+    assert runs == [n + 1 for n in twice]
+
+
+def test_recomputing_keeps_fewer_activations():
+    """Numbers that autograd saves for the backward pass, counted by its own hooks."""
+    kept = {0: 0, 5: 0}
+    for recompute in kept:
+        network = away_from_zero(SMALL)
+        network.recompute = recompute
+
+        def keep(x, recompute=recompute):
+            kept[recompute] += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            network(*inputs(SMALL, rows=16, cols=16))
+    assert kept[5] < 0.3 * kept[0]
+
+
+@pytest.mark.slow
+def test_no_picture_size_is_compiled_twice():
+    """Three passes over five sizes, with and without gradient: the later ones compile nothing."""
+    torch._dynamo.reset()
+    machine.allow_shapes(24)
+    network = away_from_zero(SMALL)
+    for block in [*network.double_blocks, *network.single_blocks]:
+        block.compile(dynamic=False, backend="eager")
+    counts = []
+    for _ in range(3):
+        for rows, cols in ((4, 4), (2, 6), (6, 2), (8, 4), (4, 8)):
+            x = inputs(SMALL, rows, cols)
+            network(*x).square().mean().backward()
+            with torch.no_grad():
+                network(*(a[:2] for a in x))
+        counts.append(counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert counts[0] > 0 and counts[0] == counts[1] == counts[2]

@@ -1,14 +1,17 @@
 """The price of a run: operations against torch's own counter, memory against what torch keeps."""
 
 import copy
+import re
 
 import pytest
 import torch
+from programs import QUICK, last, run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
 import recipe
+import train
 from engine import optimizers, price
 
 BIG = model.SIZES["2b"]
@@ -73,3 +76,17 @@ def test_state_of_the_2b_model_fits():
     parameters = 2_247_720_000
     assert sum(price.state_bytes(parameters, 2 * parameters, 1).values()) / 2**30 < 42
     assert sum(price.state_bytes(parameters, 2 * parameters, 8).values()) / 2**30 < 28
+
+
+def test_dry_run_writes_nothing_and_names_what_the_run_will_cost(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, train, "--size", "2b", "--dry-run")
+    told = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    for wanted in ("2,247", "iterations 0 to 500,000", "500,000 to 710,000", "41.8", "64 GPUs", "H100-hours"):
+        assert wanted in told, wanted
+    run(monkeypatch, train, "--dry-run", "--steps", 2)
+    gib = float(re.search(r"each saved state: ([\d.]+) GiB", capsys.readouterr().out)[1])
+    run(monkeypatch, train, *QUICK, "--steps", 1, "--out", "r")
+    written = sum(file.stat().st_size for file in last(tmp_path / "r").iterdir()) / 2**30
+    assert written == pytest.approx(gib, rel=0.3)
