@@ -1,7 +1,7 @@
 """What the objective asks for on emoji: perfect evaluators, by kind of prompt. No network.
 
-    python toy/emoji_world.py               # toy/results/emoji_world.json; half an hour of one core
-    python toy/emoji_world.py --scale 0.5   # pictures at another scale than encoders.PIXEL_SCALE
+    python -m toy.emoji_world               # toy/results/emoji_world.json; half an hour of one core
+    python -m toy.emoji_world --scale 0.5   # pictures at another scale than encoders.PIXEL_SCALE
 
 The pictures of training, unmoved, are the whole data set, so posterior means are exact:
 
@@ -29,9 +29,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-
-if __name__ == "__main__":  # started as a file: modules are found from the project's folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import data
 import emoji
