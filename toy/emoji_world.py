@@ -22,7 +22,6 @@ q(picture | c) from q(picture). Its mean over the prompts of a kind is told, in 
 """
 
 import shutil
-import sys
 import time
 from pathlib import Path
 
