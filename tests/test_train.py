@@ -22,8 +22,7 @@ import sample
 import train
 from engine import arguments, checkpoint, errors, feed, watch
 from experiments import evaluate, tables
-from scale import cache
-from toy import any_step, explore, identities
+from toy import any_step, identities
 
 ROOT = Path(__file__).parent.parent
 
@@ -259,11 +258,9 @@ BAD = {
         "--prompts absent.txt",
     ],
     feed: ["--data absent"],
-    cache: ["absent c --side 32"],
     evaluate: ["--per-tag 0"],
     tables: ["--seeds -1"],
     any_step: ["--steps 0"],
-    explore: ["--out x.png"],
     identities: ["--seed x"],
 }
 
