@@ -3,15 +3,17 @@
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from programs import TINY, refused, run
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import model
+import sample
 from engine import checkpoint, errors
 
 FILES = {"config.json", "model.safetensors", "network.safetensors", "adam.pt", "state.json"}
@@ -128,16 +130,6 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch)
     assert order[-2:] == [("sync", "model.safetensors.partial"), ("name", "model.safetensors")]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="has no such call")
-def test_to_disk_asks_the_system(tmp_path, monkeypatch):
-    synced = []
-    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
-    (tmp_path / "a").write_text("a")
-    checkpoint.to_disk(tmp_path / "a")
-    checkpoint.to_disk(tmp_path)
-    assert synced == [(tmp_path / "a").stat().st_ino, tmp_path.stat().st_ino]
-
-
 def test_a_failing_save_leaves_no_partial(tmp_path, monkeypatch):
     """A full disk at any of the files: one error that names the last state, and nothing half-written."""
     save(tmp_path, 1)
@@ -181,43 +173,6 @@ def test_milestones_stay_and_other_old_states_go(tmp_path):
     assert steps_of(tmp_path) == [9]
 
 
-def test_a_state_is_deleted_under_another_name(tmp_path, monkeypatch):
-    """While its files go one by one it must not pass for complete."""
-    save(tmp_path, 1), save(tmp_path, 2)
-    names, rmtree = [], shutil.rmtree
-    monkeypatch.setattr(
-        shutil, "rmtree", lambda path, **k: names.append(Path(path).name) or rmtree(path, **k)
-    )
-    save(tmp_path, 3)
-    assert names == ["step_00000001.partial"] and steps_of(tmp_path) == [2, 3]
-
-
-def test_what_cannot_be_deleted_now_is_swept_later(tmp_path, monkeypatch):
-    save(tmp_path, 1), save(tmp_path, 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda path, **k: (_ for _ in ()).throw(OSError("busy")))
-        save(tmp_path, 3)
-    assert steps_of(tmp_path) == [2, 3] and (tmp_path / "state" / "step_00000001.partial").exists()
-    save(tmp_path, 4)
-    assert not list(tmp_path.rglob("*.partial"))
-
-
-def test_a_state_that_is_there_is_not_written_again(tmp_path):
-    folder = save(tmp_path, 5)
-    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert save(tmp_path, 5) == folder
-    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="has no such locks")
-def test_one_process_at_a_time(tmp_path):
-    with checkpoint.locked(tmp_path):
-        with pytest.raises(errors.UserError, match="another process"), checkpoint.locked(tmp_path):
-            pass
-    with checkpoint.locked(tmp_path):
-        pass
-
-
 def test_weights_of_another_model_are_refused(tmp_path):
     """Missing, additional and reshaped tensors; halves become whole numbers of 32 bits."""
     network, _, _ = models(2)
@@ -246,28 +201,6 @@ def test_weights_of_another_model_are_refused(tmp_path):
     with open(path, "r+b") as file:  # written over in place, as by cp
         file.write(bytes(path.stat().st_size))
     assert (empty.weight == 2.5).all() and (empty.bias == 2.5).all()
-
-
-def test_a_file_in_one_piece_has_the_rights_of_any_other(tmp_path):
-    before = os.umask(0o027)
-    try:
-        checkpoint.save_weights(tmp_path / "a.safetensors", nn.Linear(2, 2))
-        checkpoint.write_json(tmp_path / "b.json", {})
-    finally:
-        os.umask(before)
-    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
-
-
-def test_writers_of_one_file_do_not_meet(tmp_path):
-    """Two of a shared file, each with a partial of its own: the last rename wins, and no partial stays."""
-    path = tmp_path / "x"
-    with (
-        checkpoint.in_one_piece(path, shared=True) as first,
-        checkpoint.in_one_piece(path, shared=True) as second,
-    ):
-        assert first != second
-        first.write_text("first"), second.write_text("second")
-    assert path.read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
@@ -311,20 +244,6 @@ def test_an_optimizer_state_of_another_form_is_refused(tmp_path, damage):
         checkpoint.load_optimizer(tmp_path / "adam.pt", models(2)[2], False)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half", b"no pickle of tensors"])
-def test_a_damaged_file_is_refused_in_one_line(tmp_path, content):
-    for name in ("adam.pt", "model.safetensors", "config.json"):
-        (tmp_path / name).write_bytes(content)
-    for read in (
-        lambda: checkpoint.load_optimizer(tmp_path / "adam.pt", models(2)[2], False),
-        lambda: checkpoint.load_weights(tmp_path / "model.safetensors", models(2)[0]),
-        lambda: checkpoint.read_config(tmp_path),
-    ):
-        with pytest.raises(errors.UserError) as refused:
-            read()
-        assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)
-
-
 GOOD = json.loads((Path(__file__).parent.parent / "checkpoints/laptop/config.json").read_text())
 
 
@@ -337,3 +256,60 @@ def test_a_config_of_another_form_is_refused(tmp_path, name, value):
     with pytest.raises(errors.UserError, match=name):
         checkpoint.read_config(tmp_path)
     assert checkpoint.read_checked(Path("checkpoints/laptop/config.json"), checkpoint.CONFIG) == GOOD
+
+
+def test_the_hundred_millionth_iteration_is_newer_than_the_one_before(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        (tmp_path / "state" / f"step_{step}").mkdir(parents=True)
+    (tmp_path / "state" / "step_00000002_bak").mkdir()
+    assert steps_of(tmp_path) == [99_999_999, 100_000_000]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Models to give away
+# ------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def trained(tmp_path):
+    """What a run publishes: a model of the laptop's size with other weights."""
+    config = GOOD | {"model": TINY}
+    (tmp_path / "r").mkdir()
+    network = model.Denoiser(**TINY)
+    for p in network.parameters():
+        nn.init.normal_(p)
+    checkpoint.save_weights(tmp_path / "r/model.safetensors", network)
+    checkpoint.write_json(tmp_path / "r/config.json", config)
+    (tmp_path / "r/metrics.jsonl").write_text("{}\n")
+    return tmp_path / "r"
+
+
+def test_a_model_can_be_given_away(trained, tmp_path, monkeypatch):
+    run(monkeypatch, checkpoint, trained, tmp_path / "given", "--dtype", "fp16")
+    whole, half = (
+        sample.load(folder, torch.device("cpu")).network.state_dict()
+        for folder in (trained, tmp_path / "given")
+    )
+    assert {value.dtype for value in half.values()} == {torch.float32}
+    assert all(torch.allclose(whole[key], half[key], rtol=2**-11, atol=1e-7) for key in whole)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (trained, tmp_path / "given")]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+@pytest.mark.parametrize("where", ["onto itself", "to nowhere", "another's config", "too large for fp16"])
+def test_an_export_that_would_lose_something(where, trained, tmp_path, monkeypatch, capsys):
+    words = [trained, tmp_path / "given", "--dtype", "fp16"]
+    if where == "onto itself":
+        words[1] = trained
+    if where == "to nowhere":
+        words[1] = ""
+    if where == "another's config":
+        (trained / "config.json").write_text('{"a": 1}')
+    if where == "too large for fp16":
+        weights = load_file(trained / "model.safetensors")
+        weights["img_in.weight"][0, 0] = 1e6
+        (trained / "model.safetensors").unlink()
+        save_file(weights, trained / "model.safetensors")
+    before = {path: path.read_bytes() for path in trained.iterdir()}
+    refused(monkeypatch, capsys, checkpoint, *words)
+    assert {path: path.read_bytes() for path in trained.iterdir()} == before and len(
+        list(tmp_path.iterdir())
+    ) == 1
