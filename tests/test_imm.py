@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-import model
 import sampler
 from losses import add_noise
 from peers import imm
@@ -105,23 +104,6 @@ def test_only_y_t_carries_gradient():
     )  # they can be told apart
 
 
-@pytest.mark.parametrize("m", [1, 2, 3])
-def test_the_gradient_of_each_point_is_the_finite_difference(m):
-    random = rng(1, "points", m)
-    y_t, y_r = (torch.from_numpy(random.standard_normal((2, m, 5))) for _ in range(2))
-    gap = torch.tensor([0.2, 0.7], dtype=torch.float64)
-    moving = y_t.clone().requires_grad_()
-    imm.discrepancy(moving, y_r, gap).sum().backward()
-    numeric, h = torch.zeros_like(y_t), 1e-6
-    for i in np.ndindex(*y_t.shape):
-        up, down = y_t.clone(), y_t.clone()
-        up[i] += h
-        down[i] -= h
-        difference = imm.discrepancy(up, y_r, gap) - imm.discrepancy(down, y_r, gap)
-        numeric[i] = difference.sum() / (2 * h)
-    assert torch.allclose(moving.grad, numeric, rtol=1e-5, atol=1e-9)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # What the loss does to a set of samples
 # ------------------------------------------------------------------------------------------------------------
@@ -153,16 +135,6 @@ def test_single_samples_stay_together_between_the_points_they_face():
     assert settle(1) == pytest.approx([0, 0], abs=0.1)
 
 
-def test_where_r_is_s_the_other_set_is_data_exactly():
-    x0, c, draws = batch()
-    t, s, r = imm.times(draws.u_t, draws.u_s)
-    where = (r == s).repeat_interleave(4)
-    s_i, r_i = s.repeat_interleave(4), r.repeat_interleave(4)
-    y_r = imm.jump(Field(), add_noise(x0, r_i, draws.eps), r_i, s_i, c)
-    x_s = add_noise(x0, s_i, draws.eps)
-    assert where.any() and torch.equal(y_r[where], x_s[where]) and not torch.equal(y_r[~where], x_s[~where])
-
-
 def test_coincident_points_give_no_nan():
     points = torch.zeros(2, 4, 6)
     points[0, 1] = 1e-30  # closer than any float can square
@@ -173,35 +145,9 @@ def test_coincident_points_give_no_nan():
         assert loss.isfinite() and (gradient == 0).all()
 
 
-def test_nothing_moves_at_the_solution():
-    """Data that is a single point: V = (x - x0) / t is exact, both sets coincide."""
-    point = torch.full((8, 3), 0.4, dtype=torch.float64)
-    _, _, draws = batch(8, (3,))
-
-    class Exact(Field):
-        def forward(self, x, t, s, c):
-            return self.w[0] * (x - 0.4) / t[:, None]
-
-    network = Exact(1.0, 0.0)
-    value, _ = loss_of(network, point, (point,), draws)
-    value.backward()
-    assert abs(value.item()) < 1e-12 and network.w.grad.abs().max() < 1e-12
-    wrong = Exact(0.8, 0.0)
-    value, _ = loss_of(wrong, point, (point,), draws)
-    value.backward()
-    assert value.item() > 1e-3 and wrong.w.grad[0] < -1e-3  # and towards it elsewhere
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Times and weights
 # ------------------------------------------------------------------------------------------------------------
-def test_the_weight_is_the_paper_s_formula():
-    t = torch.linspace(0.001, 0.994, 400, dtype=torch.float64, requires_grad=True)
-    log_snr = 2 * torch.log((1 - t) / t)
-    (slope,) = torch.autograd.grad(log_snr.sum(), t)
-    expected = 0.5 * torch.sigmoid(4 - log_snr) * -slope * (1 - t) ** 2 / ((1 - t) ** 2 + t**2)
-    assert torch.allclose(imm.weight(t), expected, rtol=1e-9)
-    assert imm.weight(torch.zeros(1)).item() == 0  # the limit, not NaN
 
 
 def test_times_are_ordered_and_uniform():
@@ -230,24 +176,6 @@ def test_draws_belong_to_the_global_index():
 # ------------------------------------------------------------------------------------------------------------
 # With the network, and sampling
 # ------------------------------------------------------------------------------------------------------------
-def test_the_denoiser_trains_on_it():
-    sizes = dict(
-        width=32, heads=2, double=1, single=1, axes=(4, 6, 6), channels=3, patch=4, txt_dim=8, vec_dim=8
-    )
-    torch.manual_seed(0)
-    network = model.Denoiser(**sizes)
-    x0, text, vector = torch.randn(8, 3, 8, 8), torch.randn(8, 4, 8), torch.randn(8, 8)
-    draws = imm.draw(0, 0, list(range(8)), x0.shape[1:])
-    adam = torch.optim.Adam(network.parameters(), lr=3e-3)
-    values = []
-    for _ in range(30):
-        value, _ = loss_of(network, x0, (text, vector), draws)
-        adam.zero_grad()
-        value.backward()
-        adam.step()
-        values.append(value.item())
-    assert values[-1] < 0.9 * values[0]
-    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
