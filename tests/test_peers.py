@@ -3,15 +3,13 @@
 Their fixed points and whole steps are lines of toy/identities.py, run by tests/test_toy.py.
 """
 
-import json
-import math
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from programs import TINY, last, run, same
 from ranks import train as processes
 from safetensors.torch import load_file
 
@@ -24,13 +22,8 @@ from engine import arguments, errors, machine
 from engine.processes import Ranks
 from peers import imm, meanflow, shortcut, tim
 
+QUICK = "--batch-size 8 --device cpu --precision fp32 --no-compile --grid-every 0".split()
 NAMES = ("shortcut", "meanflow", "improved_meanflow", "tim")
-QUICK = ["--batch-size", "8", "--device", "cpu", "--precision", "fp32", "--no-compile", "--grid-every", "0"]
-
-
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    train.main()
 
 
 def drawn(name: str, n: int = 20000) -> losses.Draws:
@@ -168,40 +161,6 @@ def test_bf16_drowns_the_finite_difference_so_auto_takes_fp32_for_it(monkeypatch
     ]
 
 
-def test_shortcut_sampling_with_more_steps_than_it_learned_never_tells_a_time_below_zero():
-    told = []
-
-    def V(x, t, s):
-        told.append((t - s, s))
-        return torch.zeros_like(x)
-
-    list(shortcut.trajectory(V, torch.zeros(1, 2), (), steps=200))
-    assert len(told) == 200 and all(s >= 0 and 0 < d <= 1 / shortcut.M + 1e-6 for d, s in told)
-    with pytest.raises(ValueError, match="steps"):
-        list(shortcut.trajectory(V, torch.zeros(1, 2), (), steps=0))
-
-
-def test_what_a_run_reports_of_its_operations_holds_those_of_guidance(monkeypatch, tmp_path):
-    monkeypatch.setattr(machine, "peak_flops", lambda *_: 1e12)
-    operations = []
-    for guidance in ("1", "2"):
-        run(
-            monkeypatch,
-            *QUICK,
-            "--objective",
-            "meanflow",
-            "--train-guidance",
-            guidance,
-            "--steps",
-            "2",
-            "--out",
-            tmp_path / guidance,
-        )
-        last = json.loads((tmp_path / guidance / "metrics.jsonl").read_text().splitlines()[-1])
-        operations.append(last["mfu"] / last["iterations_per_s"])
-    assert operations[1] / operations[0] == pytest.approx(5.5 / 3.5, rel=1e-3)
-
-
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_price_is_what_is_evaluated(name, guidance):
@@ -228,24 +187,35 @@ def test_the_price_is_what_is_evaluated(name, guidance):
 # ------------------------------------------------------------------------------------------------------------
 # As a user meets them
 # ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["tim", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[:3])])
+@pytest.mark.parametrize("name", [*NAMES, "imm"])
 def test_each_trains_resumes_and_samples(name, tmp_path, monkeypatch):
-    flags = ["--objective", name, "--train-guidance", 2, *QUICK]
-    run(monkeypatch, "--steps", 4, "--out", tmp_path / "whole", *flags, "--save-every", 2, "--keep", 9)
-    whole = load_file(tmp_path / "whole" / "model.safetensors")
-    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    shutil.rmtree(max((tmp_path / "parts" / "state").iterdir()))  # as if stopped after two iterations
-    run(monkeypatch, "--resume", "--out", tmp_path / "parts", "--device", "cpu")
-    parts = load_file(tmp_path / "parts" / "model.safetensors")
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
-
-    loaded, seen = sample.load(tmp_path / "whole", torch.device("cpu")), []
-    assert loaded.config["guidance"] == 1  # it is in the target of training already
-    loaded.network.register_forward_pre_hook(
-        lambda m, inputs: seen.append((inputs[1][0].item(), inputs[2][0].item()))
+    monkeypatch.setitem(model.SIZES, "laptop", TINY)
+    guided, whole, parts = ["--train-guidance", 2] * (name != "imm"), tmp_path / "whole", tmp_path / "parts"
+    run(
+        monkeypatch,
+        train,
+        "--objective",
+        name,
+        *guided,
+        "--steps",
+        4,
+        "--out",
+        whole,
+        *QUICK,
+        "--save-every",
+        2,
     )
-    sample.generate(loaded, ["x"], [(0,)], steps=2)
-    assert np.allclose(seen, [(1, 0.5), (0.5, 0)])  # the network is told where the step leads
+    shutil.copytree(whole, parts)
+    shutil.rmtree(last(parts))  # as if stopped after two iterations
+    run(monkeypatch, train, "--resume", "--out", parts, "--device", "cpu")
+    assert same(whole, parts)
+
+    loaded, seen = sample.load(whole, torch.device("cpu")), []
+    assert loaded.config["guidance"] == 1 or name == "imm"  # it is in the target of training already
+    loaded.network.register_forward_pre_hook(lambda m, x: seen.append((x[1][0].item(), x[2][0].item())))
+    sample.generate(loaded, ["x"], [(0,)], steps=2, guidance=1.0)
+    start = imm.T_MAX if name == "imm" else 1
+    assert np.allclose(seen, [(start, start / 2), (start / 2, 0)])  # the network is told where the step leads
     with pytest.raises(errors.UserError, match="--eta"):
         sample.generate(loaded, ["x"], [(0,)], steps=2, eta=0.5)
 
@@ -254,22 +224,10 @@ def test_each_trains_resumes_and_samples(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_and_the_compiler_change_nothing(name, tmp_path):
     """Gradients are reduced although evaluations run inside the step; compiled blocks give the same to rounding."""
-    flags = [
-        "--objective",
-        name,
-        "--train-guidance",
-        "2",
-        "--steps",
-        "3",
-        "--batch-size",
-        "16",
-        "--grid-every",
-        "0",
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-    ]
+    flags = (
+        "--steps 3 --batch-size 16 --grid-every 0 --device cpu --precision fp32 --train-guidance 2".split()
+    )
+    flags += ["--objective", name]
     processes(1, "--out", tmp_path / "one", *flags, "--no-compile")
     processes(2, "--out", tmp_path / "two", *flags, "--no-compile")
     processes(
@@ -291,54 +249,8 @@ def test_two_processes_and_the_compiler_change_nothing(name, tmp_path):
 
 
 def test_the_flags_reach_the_objectives():
-    args = arguments.parse(
-        [
-            "--objective",
-            "meanflow",
-            "--train-guidance",
-            "3",
-            "--loss-power",
-            "0.75",
-            "--derivative",
-            "forward",
-        ]
-    )
+    flags = "--objective meanflow --train-guidance 3 --loss-power 0.75 --derivative forward"
+    args = arguments.parse(flags.split())
     built = objectives.OBJECTIVES["meanflow"].build(torch.nn.Linear(1, 1), None, args)
     assert (built.guidance, built.power, built.improved) == (3, 0.75, False) and args.compile is False
     assert built.derivative is meanflow.path_derivative
-    args = arguments.parse(["--aux-from", "0", "--k", "0"])
-    assert objectives.OBJECTIVES["self_e"].build(torch.nn.Linear(1, 1), None, args).k == 0
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--objective", "imm", "--train-guidance", "2"],
-        ["--objective", "flow_matching", "--loss-power", "0"],
-        ["--objective", "tim", "--derivative", "forward"],
-        ["--objective", "tim", "--loss-power", "2"],
-        ["--objective", "meanflow", "--derivative", "forward", "--compile"],
-        ["--objective", "tim", "--k", "0"],
-        ["--objective", "shortcut", "--train-guidance", "0"],
-        ["--objective", "shortcut", "--batch-size", "12"],
-        ["--k", "1.5"],
-        ["--objective", "telepathy"],
-    ],
-    ids=" ".join,
-)
-def test_bad_flags_are_one_line(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "x"), *flags])
-    with pytest.raises(SystemExit) as stopped:
-        errors.run(train.main)
-    assert stopped.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
-    assert not (tmp_path / "x").exists()
-
-
-def test_imm_starts_below_one_and_the_others_at_one():
-    starts = {}
-    for name, objective in objectives.OBJECTIVES.items():
-        if "eta" not in objective.choices:
-            V = lambda x, t, s, name=name: starts.setdefault(name, t[0].item()) * 0 * x  # noqa: E731
-            list(objective.trajectory(V, torch.zeros(1, 2), (), steps=2))
-    assert starts.pop("imm") == pytest.approx(imm.T_MAX)
-    assert set(starts) == set(NAMES) and all(math.isclose(t, 1) for t in starts.values())
