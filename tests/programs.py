@@ -23,6 +23,7 @@ def run(monkeypatch, program, *words) -> None:
 def refused(monkeypatch, capsys, program, *words) -> str:
     """The one line with which a program refuses its arguments; it must end with exit code 2."""
     monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, words)])
+    capsys.readouterr()  # what a run before has said
     with pytest.raises(SystemExit) as stopped:
         errors.run(program.main)
     lines = [line for line in capsys.readouterr().err.strip().splitlines() if "it/s" not in line]

@@ -1,27 +1,14 @@
-"""Muon beside Adam: what each moves, and a run with it that is stopped and goes
-on; beginning with another run's weights."""
+"""Muon beside Adam: what each moves, and a run with it that is stopped and goes on."""
 
 import shutil
-import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from programs import QUICK, TINY, last, refused, run, same
 
 import model
 import train
-from engine import checkpoint, errors, optimizers
-
-QUICK = ["--batch-size", "4", "--device", "cpu", "--precision", "fp32", "--no-compile", "--grid-every", "0"]
-
-
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    train.main()
-
-
-def weights(run, name="network"):
-    return load_file(checkpoint.complete_states(run)[-1] / f"{name}.safetensors")
+from engine import optimizers
 
 
 def test_muon_moves_the_blocks_matrices_with_equal_singular_values_and_adam_the_rest():
@@ -46,32 +33,16 @@ def test_muon_moves_the_blocks_matrices_with_equal_singular_values_and_adam_the_
             assert torch.allclose(change.abs(), torch.full_like(change, 1e-2), rtol=0.02), name
 
 
-def test_a_run_with_muon_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        model.SIZES, "laptop", model.SIZES["laptop"] | {"width": 32, "heads": 2, "axes": (4, 6, 6)}
-    )
-    run(monkeypatch, "--steps", 4, "--optimizer", "muon", "--out", tmp_path / "whole", *QUICK)
-    run(
-        monkeypatch,
-        "--steps",
-        4,
-        "--optimizer",
-        "muon",
-        "--out",
-        tmp_path / "halves",
-        *QUICK,
-        "--save-every",
-        2,
-    )
-    for state in checkpoint.complete_states(tmp_path / "halves")[1:]:
-        for file in state.iterdir():
-            file.unlink()
-        state.rmdir()
-    run(monkeypatch, "--resume", "--out", tmp_path / "halves", "--device", "cpu")
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "halves")
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    with pytest.raises(errors.UserError, match="--optimizer muon"):
-        run(monkeypatch, "--resume", "--out", tmp_path / "halves", "--optimizer", "adam", "--steps", 5)
+def test_a_run_with_muon_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(model.SIZES, "laptop", TINY)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    run(monkeypatch, train, "--steps", 4, "--optimizer", "muon", "--out", whole, *QUICK, "--save-every", 2)
+    shutil.copytree(whole, halves)
+    shutil.rmtree(last(halves))
+    run(monkeypatch, train, "--resume", "--out", halves, "--device", "cpu")
+    assert same(whole, halves)
+    words = ["--resume", "--out", halves, "--optimizer", "adam", "--steps", 5]
+    assert "--optimizer muon" in refused(monkeypatch, capsys, train, *words)
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon before 2.9")
@@ -115,69 +86,9 @@ def test_orthogonal_moves_each_singular_value_by_the_polynomial(shape):
 @pytest.mark.parametrize("precision, used", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_muon_works_in_the_networks_precision(precision, used, tmp_path, monkeypatch):
     """In bf16 on a processor without its instructions an iteration takes five times as long."""
-    seen = set()
-    real = optimizers.orthogonal
+    monkeypatch.setitem(model.SIZES, "laptop", TINY)
+    seen, real = set(), optimizers.orthogonal
     monkeypatch.setattr(optimizers, "orthogonal", lambda m, p: seen.add(p) or real(m, p))
-    run(
-        monkeypatch,
-        "--steps",
-        1,
-        "--optimizer",
-        "muon",
-        "--out",
-        tmp_path / "run",
-        *QUICK,
-        "--precision",
-        precision,
-    )
+    flags = [*QUICK, "--optimizer", "muon", "--precision", precision]
+    run(monkeypatch, train, "--steps", 1, "--out", tmp_path / "run", *flags)
     assert seen == {used}
-
-
-def test_a_run_begins_with_anothers_average(tmp_path, monkeypatch):
-    """With a learning rate of nearly nothing the new run stays where it began."""
-    run(monkeypatch, "--steps", 3, "--out", tmp_path / "first", *QUICK)
-    run(
-        monkeypatch,
-        "--steps",
-        2,
-        "--out",
-        tmp_path / "second",
-        "--init",
-        tmp_path / "first",
-        "--lr",
-        1e-12,
-        *QUICK,
-        "--txt-len",
-        9,
-        "--seed",
-        5,
-        "--objective",
-        "flow_matching",
-    )
-    first, second = weights(tmp_path / "first", "model"), weights(tmp_path / "second")
-    assert all(torch.allclose(first[key], second[key], atol=1e-4) for key in first)
-    assert any(
-        not torch.equal(first[key], torch.zeros_like(first[key])) for key in first if key.startswith("final")
-    )
-    shutil.rmtree(tmp_path / "first")  # it is not read again
-    run(monkeypatch, "--resume", "--steps", 3, "--out", tmp_path / "second", "--device", "cpu")
-
-
-@pytest.mark.parametrize("change, said", [(["--init", "nowhere"], "nowhere"), ([], "another shape")])
-def test_weights_that_do_not_fit_are_refused(change, said, tmp_path, monkeypatch):
-    run(monkeypatch, "--steps", 1, "--out", tmp_path / "first", *QUICK)
-    if not change:
-        monkeypatch.setitem(model.SIZES, "laptop", model.SIZES["laptop"] | {"single": 1})
-    with pytest.raises(errors.UserError, match=said):
-        run(
-            monkeypatch,
-            "--steps",
-            1,
-            "--out",
-            tmp_path / "second",
-            "--init",
-            tmp_path / "first",
-            *QUICK,
-            *change,
-        )
-    assert not checkpoint.complete_states(tmp_path / "second")
