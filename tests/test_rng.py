@@ -1,19 +1,11 @@
 """rng.py: the same numbers everywhere, different numbers for different purposes, and the right distribution."""
 
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 import rng as randomness
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_a_row_depends_on_its_own_key_alone():
@@ -47,30 +39,12 @@ def test_global_random_state_is_neither_read_nor_changed():
     assert torch.equal(torch.rand(1), torch_next) and np.random.rand() == numpy_next
 
 
-def test_negative_keys_are_refused():
-    with pytest.raises(ValueError):
-        randomness.rng(0, "noise", -1)
-
-
 def test_the_numbers_themselves():
     """Written down once: a change here changes every seeded result, on this machine or between two of them."""
     integers = [2101075135, 2763782779, 2150871399, 2719410709]
     assert randomness.rng(7, "noise", 3, 11).integers(0, 2**32, 4).tolist() == integers
     normals = [0.98642856, 0.96624613, -0.68490297, 0.44363254]
     np.testing.assert_allclose(randomness.normal(7, "noise", [(3, 11)], (4,))[0], normals, rtol=1e-6)
-
-
-def test_another_process_draws_the_same():
-    """With another hash seed and another number of threads."""
-    program = (
-        "import json; import rng as r; "
-        "print(json.dumps(r.normal(7, 'noise', [(3, 11), (3, 12)], (6,)).tolist()))"
-    )
-    env = os.environ | {"PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "2"}
-    out = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, check=True
-    )
-    assert json.loads(out.stdout) == randomness.normal(7, "noise", [(3, 11), (3, 12)], (6,)).tolist()
 
 
 def test_normals_have_the_normal_law_and_neighbours_are_independent():
