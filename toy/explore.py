@@ -217,18 +217,15 @@ def measure(page: Path, out: Path = ROOT / "results", frames: int = 300) -> None
             "cores": os.cpu_count(),
             "load": round(os.getloadavg()[0], 1),
             "frames": frames,
-            "milliseconds": {what: spread(values) for what, values in times.items()},
+            "milliseconds": {
+                what: dict(zip(("fastest", "median", "p95"), np.percentile(values, (0, 50, 95)).round(2)))
+                for what, values in times.items()
+            },
         }
     checkpoint.write_json(out / "explore.json", record)
     drawn.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(out / "explore.png", optimize=True)
     for what, values in record["milliseconds"].items():
         print(f"{what}: {values} ms")
-
-
-def spread(times: list[float]) -> dict:
-    """The fastest, the median and the 95th percentile of the times."""
-    low, median, high = np.percentile(times, (0, 50, 95))
-    return {"fastest": round(float(low), 2), "median": round(float(median), 2), "p95": round(float(high), 2)}
 
 
 def main() -> None:

@@ -73,7 +73,7 @@ const picture_canvas = () => make("canvas", { width: 1, height: 1, role: "img", 
 
 /** The steps of the chosen picture, one by one. */
 function show_film(v) {
-  const { row, column } = v.set, { side } = v.models.self_e.config;
+  const { row, column } = v.set, { side } = v.models[v.rows[row].model].config;
   const frames = v.frames.get(`${row} ${column}`) ?? [];
   find("#film-title").textContent = `${v.rows[row].title}, ${in_words(column)}, one by one`;
   find("#film").replaceChildren(...frames.map(({ t, s, x_t, x0_hat }, k) => {

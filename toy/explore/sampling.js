@@ -168,7 +168,6 @@ function draw_paths(v) {
 /** Move along the steps, from the start if the end is reached; some seconds for the whole way. */
 function play_paths(v) {
   v.playing = !v.playing;
-  if (still()) v.playing = false;
   if (v.playing && v.at >= v.set.steps) v.at = 0;
   const seconds = Math.min(1 + v.set.steps, 6);
   let before = performance.now();

@@ -225,8 +225,9 @@ function next_seed({ set: { layout, c, t, seed }, world }) {
 
 /** The part whose card has passed the reading line. */
 function part_in_view(v) {
-  const beside = v.cards[0].getBoundingClientRect().left > v.canvas.getBoundingClientRect().right;
-  const line = innerHeight * (beside ? 0.55 : 0.74);
+  const { right, bottom } = find("#step .stage").getBoundingClientRect();
+  const beside = v.cards[0].getBoundingClientRect().left > right; // or else below
+  const line = beside ? 0.55 * innerHeight : bottom + 0.35 * (innerHeight - bottom);
   return Math.max(1, v.cards.filter((card) => card.getBoundingClientRect().top < line).length);
 }
 
