@@ -218,7 +218,9 @@ def measure(page: Path, out: Path = ROOT / "results", frames: int = 300) -> None
             "load": round(os.getloadavg()[0], 1),
             "frames": frames,
             "milliseconds": {
-                what: dict(zip(("fastest", "median", "p95"), np.percentile(values, (0, 50, 95)).round(2)))
+                what: dict(
+                    zip(("fastest", "median", "p95"), np.percentile(values, (0, 50, 95)).round(2).tolist())
+                )
                 for what, values in times.items()
             },
         }
