@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import TINY, last, tensors
 from safetensors.torch import load_file
 
 import data
@@ -28,9 +29,6 @@ from engine.watch import Watch
 from rng import rng
 
 ROOT = Path(__file__).parent.parent
-TINY = dict(
-    width=16, heads=2, double=1, single=1, axes=(2, 2, 4), channels=3, patch=4, txt_dim=256, vec_dim=256
-)
 STEPS, B, SEED, SIDES, CLIP, AUX_FROM = 20, 4, 3, (16, 24), 0.02, 0.7
 LR, LR_END, TAU_UNTIL, DROPOUT, EMA = 4e-3, 1e-5, 0.5, 0.3, 0.6
 
@@ -98,46 +96,18 @@ def train_py(
 ) -> Path:
     """Run a text of train.py, with other constants, as a program; returns its last state."""
     stages = tuple(recipe.Stage(begin, sides, B) for begin, sides in stages)
-    plan = recipe.replace(
-        recipe.RECIPES["laptop"],
-        stages=stages,
-        lr=LR,
-        lr_end=LR_END,
-        tau_until=TAU_UNTIL,
-        clip=CLIP,
-        dropout=DROPOUT,
-        txt_len=10,
-        ema=EMA,
-    )
+    rates = dict(lr=LR, lr_end=LR_END, tau_until=TAU_UNTIL, clip=CLIP, dropout=DROPOUT, txt_len=10, ema=EMA)
+    plan = recipe.replace(recipe.RECIPES["laptop"], stages=stages, **rates)
     monkeypatch.setitem(recipe.RECIPES, "laptop", plan)
     monkeypatch.setitem(model.SIZES, "laptop", TINY)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "train.py",
-            "--steps",
-            str(steps),
-            "--seed",
-            str(SEED),
-            "--out",
-            str(out),
-            "--aux-from",
-            str(AUX_FROM),
-            "--device",
-            "cpu",
-            "--precision",
-            "fp32",
-            "--no-compile",
-            *flags,
-        ],
-    )
+    words = f"--steps {steps} --seed {SEED} --aux-from {AUX_FROM} --device cpu --precision fp32 --no-compile"
+    monkeypatch.setattr(sys, "argv", ["train.py", *words.split(), "--out", str(out), *flags])
     module = types.ModuleType("train")
     exec(compile(source, "train.py", "exec"), module.__dict__)
     vars(module).update(constants)
     torch.set_num_threads(1)
     module.main()
-    return checkpoint.complete_states(out)[-1]
+    return last(out)
 
 
 def distance(state: Path, expected) -> float:
@@ -254,14 +224,7 @@ def finite_weights(source, out, patch):
     """Whether the network, its average and Adam's moments are finite after that."""
     spoil(patch, lambda call, loss, zero: loss + zero if call == 2 else loss)
     state = train_py(source, out, patch, steps=3)
-    weights = [
-        *load_file(state / "network.safetensors").values(),
-        *load_file(state / "model.safetensors").values(),
-    ]
-    moments = torch.load(state / "adam.pt", weights_only=True)["state"].values()
-    return all(
-        tensor.isfinite().all() for tensor in (*weights, *(t for own in moments for t in own.values()))
-    )
+    return all(tensor.isfinite().all() for tensor in tensors(state).values())
 
 
 def left_out_for_its_loss(source, out, patch):
