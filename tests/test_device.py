@@ -5,6 +5,7 @@ On a machine with a GPU run the whole suite: train.py, sample.py and the rest pi
 
 import copy
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -80,17 +81,13 @@ def test_sampling_gives_the_pictures_of_the_cpu(steps, guidance, eta):
     g = torch.Generator().manual_seed(2)
     x1, shape = torch.randn(4, 3, 16, 16, generator=g), (4, 5, 16)
     c, null = ((torch.randn(shape, generator=g), torch.randn(4, 8, generator=g)) for _ in range(2))
+    noise = [torch.randn(4, 3, 16, 16, generator=g) for _ in range(steps)]
 
     def made(device):
         V = network().to(device).requires_grad_(False)
-        noise = [
-            torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(k)).to(device)
-            for k in range(steps)
-        ]
         there = [tuple(x.to(device) for x in pair) for pair in (c, null)]
-        return sampler.sample(
-            V, x1.to(device), *there, steps=steps, guidance=guidance, eta=eta, draw_noise=noise.__getitem__
-        ).cpu()
+        how = dict(steps=steps, guidance=guidance, eta=eta, draw_noise=lambda k: noise[k].to(device))
+        return sampler.sample(V, x1.to(device), *there, **how).cpu()
 
     torch.testing.assert_close(made(NAME), made("cpu"), atol=1e-3, rtol=1e-3)
 
@@ -115,10 +112,7 @@ def test_it_trains_stops_resumes_and_samples_there(tmp_path, flags):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     call("train.py", *own, "--steps", 60, "--out", whole)
     call("train.py", *own, "--steps", 60, "--out", halves, "--save-every", 30)
-    last = halves / "state" / "step_00000060"
-    for file in last.iterdir():
-        file.unlink()
-    last.rmdir()
+    shutil.rmtree(halves / "state" / "step_00000060")
     call("train.py", "--resume", "--out", halves, "--device", NAME)
     a, b = (checkpoint.read_json(folder / "config.json") for folder in (whole, halves))
     assert a["precision"] == b["precision"] and a["steps"] == b["steps"] == 60
@@ -126,39 +120,15 @@ def test_it_trains_stops_resumes_and_samples_there(tmp_path, flags):
     off = sum(float((weights[0][k].float() - weights[1][k].float()).square().sum()) for k in weights[0])
     size = sum(float(w.float().square().sum()) for w in weights[0].values())
     assert (off / size) ** 0.5 < 0.02
-    call(
-        "sample.py",
-        "--checkpoint",
-        whole,
-        "--prompt",
-        "a photo of a red circle",
-        "--device",
-        NAME,
-        "--out",
-        tmp_path / "x.png",
-    )
+    picture = ["--prompt", "a photo of a red circle", "--device", NAME, "--out", tmp_path / "x.png"]
+    call("sample.py", "--checkpoint", whole, *picture)
     assert (tmp_path / "x.png").stat().st_size > 100
 
 
 @only_cuda
 def test_what_does_not_fit_is_one_line_before_the_first_iteration(tmp_path):
-    done = call(
-        "train.py",
-        "--device",
-        "cuda",
-        "--batch-size",
-        2**14,
-        "--side",
-        64,
-        "--steps",
-        10,
-        "--no-compile",
-        "--grid-every",
-        0,
-        "--out",
-        tmp_path / "r",
-        code=2,
-    )
+    flags = "--device cuda --batch-size 16384 --side 64 --steps 10 --no-compile --grid-every 0 --out".split()
+    done = call("train.py", *flags, tmp_path / "r", code=2)
     assert "do not fit into the device's memory: a smaller --micro-batch" in done.stderr
     assert done.stderr.count("\n") == 1
 
