@@ -147,3 +147,24 @@ def test_what_is_refused(run, tmp_path, monkeypatch, capsys, words, said):
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and said in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_prompts_share_their_noises_and_what_is_not_read_is_said(run, tmp_path, monkeypatch, capsys):
+    """Picture i of one prompt starts where picture i of another does, so that rows compare; a prompt that is cut is named."""
+    asked, right = [], sample.generate
+
+    def generate(loaded, prompts, keys, **how):
+        asked.append((prompts, keys))
+        return right(loaded, prompts, keys, **how)
+
+    monkeypatch.setattr(sample, "generate", generate)
+    read = checkpoint.read_json(run / "config.json")["txt_len"] - 1
+    whole, cut = (" ".join(["red"] * n) for n in (read, read + 1))
+    more = ["--prompt", cut, "--images", 2, "--steps", 1, "--out", tmp_path / "x.png"]
+    call(monkeypatch, run, "--prompt", whole, *more)
+    prompts = [prompt for batch, _ in asked for prompt in batch]
+    keys = [key for _, batch in asked for key in batch]
+    found = {p: [key for q, key in zip(prompts, keys) if q == p] for p in (whole, cut)}
+    assert found[whole] == found[cut] and len(set(found[cut])) == 2
+    told = capsys.readouterr().err
+    assert told.count("is not read") == 1 and told.strip().endswith(f": {cut}")
