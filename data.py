@@ -166,9 +166,8 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.nd
 def coverage(item: Object, size: int) -> np.ndarray:
     """[size, size] in [0, 1]: how much of each pixel the object covers (anti-aliased by its signed distance)."""
     centre = np.arange(size) + 0.5
-    distance = signed_distance(
-        item.shape, centre[None, :] - item.x, centre[:, None] - item.y, item.diameter / 2
-    )
+    x, y = centre[None, :] - item.x, centre[:, None] - item.y
+    distance = signed_distance(item.shape, x, y, item.diameter / 2)
     return np.clip(0.5 - distance, 0.0, 1.0)
 
 
@@ -214,9 +213,7 @@ def prompt_metadata(
     if tag in ("single_object", "colors"):
         return {"tag": tag, "include": items, "prompt": f"a photo of {first}"}
     second = with_article(shapes[1], colors[1])
-    if (
-        tag == "position"
-    ):  # GenEval lists the reference first: "a dog right of a cat" is [cat, dog right of object 0]
+    if tag == "position":  # the reference first: "a dog right of a cat" is [cat, dog right of object 0]
         items = [items[1], items[0] | {"position": [relation, 0]}]
         return {"tag": tag, "include": items, "prompt": f"a photo of {first} {relation} {second}"}
     return {"tag": tag, "include": items, "prompt": f"a photo of {first} and {second}"}
@@ -238,9 +235,7 @@ def split_of(prompt: str) -> str:
     return "validation" if lot == 0 else "test" if lot in (1, 2) else "train"
 
 
-def draw_prompt(
-    random: np.random.Generator, tag: str, world: World
-) -> tuple[dict, list[str], list[str], str]:
+def draw_prompt(random: np.random.Generator, tag: str, world: World) -> tuple[dict, list, list, str]:
     """A random prompt of a tag and what to draw for it: (metadata, shapes, colours, relation)."""
     n = 1 if tag in ("single_object", "colors") else 2
     shapes = [world.shapes[i] for i in random.permutation(len(world.shapes))[:n]]
@@ -255,9 +250,7 @@ def draw_prompt(
     told = list(colors)  # which colours the prompt tells
     if tag in ("single_object", "two_object"):
         told = [None] * n
-    if (
-        tag == "position"
-    ):  # GenEval tells none here; training also tells one or both, so that the prompts can be mixed
+    if tag == "position":  # GenEval tells none; training also tells one or both, so that prompts can be mixed
         told = [c if random.random() < 0.5 else None for c in colors]
     return prompt_metadata(tag, shapes, told, relation=relation), shapes, colors, relation
 
@@ -333,10 +326,8 @@ class ImageFolder:
                 f"in tars, which are read as they are needed (python -m scale.shards {folder} TARS)"
             ) from error
         state = hashlib.sha256()
-        names = tqdm(
-            sorted(found.captions), desc=f"reading {folder}", unit=" pictures", leave=False, disable=None
-        )
-        for name in names:
+        bar = {"desc": f"reading {folder}", "unit": " pictures", "leave": False, "disable": None}
+        for name in tqdm(sorted(found.captions), **bar):
             try:
                 content = found.read(name)
                 self.pictures[len(self.keys)] = files.cover(files.opened(content), size, size)
@@ -348,7 +339,6 @@ class ImageFolder:
             state.update(content)
         state.update(json.dumps([self.keys, self.captions, size, "order 3"]).encode())
         self.fingerprint, self.numbers = state.hexdigest(), len(self.keys)
-        self.pictures = self.pictures[: self.numbers]
         count = sum(map(len, self.captions))
         self.told = f"{folder}: {self.numbers:,} pictures, {count:,} captions{files.told(self.skipped)}"
         if not self.keys:

@@ -12,7 +12,6 @@ size may differ in the last digit, which occasionally changes a value by one of 
 
 import argparse
 import itertools
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -232,7 +231,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--images", metavar="N", type=int, default=1, help="pictures per prompt (default: 1)")
     a("--shape", metavar="HxW", type=shape_of, help="in pixels (default: what the model has seen most)")
     a("--seed", metavar="N", type=int, default=0, help="same seed, same picture (default: 0)")
-    a("--out", metavar="FILE", type=Path, default=Path("samples.png"), help="a PNG (default: samples.png)")
+    a("--out", metavar="FILE", type=errors.file_to_write, default="samples.png", help="a PNG")
     a("--out-dir", metavar="DIR", type=Path, help="one PNG a picture, in this folder, instead of a sheet")
     a(
         "--scale",
@@ -256,24 +255,16 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         if not args.prompts.is_file():
             parser.error(f"no such prompt file: {args.prompts}")
         args.prompt += [line.strip() for line in files.read_text(args.prompts).splitlines() if line.strip()]
+    if args.out.suffix.lower() != ".png":
+        parser.error(f"--out must name a .png file, not {args.out}")
+    if args.out_dir and args.out_dir.is_file():
+        parser.error(f"--out-dir must name a folder, not {args.out_dir}")
     if not args.prompt:
         parser.error("give at least one --prompt, or --prompts FILE")
     args.prompt = list(map(files.whole, args.prompt))  # the shell may hand over what is not UTF-8
     numbers = {"images": (1, 10**6), "scale": (0, 64), "seed": (0, 2**63 - 1)}
     parser.check_ranges(args, steps=(1, 10**6), guidance=(0, 100), **numbers)
     return args
-
-
-def check_output(args: argparse.Namespace) -> None:
-    """Raise UserError for a place that cannot be written to: now, not after all pictures are made."""
-    if args.out_dir and args.out_dir.exists() and not args.out_dir.is_dir():
-        raise errors.UserError(f"--out-dir must name a folder, not {args.out_dir}")
-    if args.out_dir:
-        return
-    if not args.out.parent.is_dir() or args.out.is_dir() or args.out.suffix.lower() != ".png":
-        raise errors.UserError(f"--out must name a .png file in a folder that exists, not {args.out}")
-    if not os.access(args.out.parent, os.W_OK):
-        raise errors.UserError(f"{args.out.parent} cannot be written to: choose another --out")
 
 
 def check_request(args: argparse.Namespace, loaded: Loaded, shape: tuple[int, int], scale: int) -> None:
@@ -315,7 +306,6 @@ def save(picture: Image.Image, path: Path, told: dict) -> Path:
 def main() -> None:
     args = parse_arguments()
     machine.keep_freed_memory()
-    check_output(args)
     loaded = load(args.checkpoint, machine.pick_device(args.device))
     shape = args.shape or loaded.shape
     scale = args.scale or max(1, 128 // min(shape))

@@ -292,51 +292,39 @@ class Feed:
         dropped = [bool(rng(self.seed, "dropout", g).random() < self.plan.dropout) for g in index]
         height, width = source.bucket(index[0], self.seed)
         shape = (self.codec.channels, height // self.codec.factor, width // self.codec.factor)
-        pictures = None
+        draws, pictures = self.draw(self.seed, step, index, shape), None
         if not isinstance(samples[0], cache.CachedSample):
             pictures = data.to_tensor([s.picture for s in samples])
             if self.codec.device.type == "cuda":
                 pictures = pictures.pin_memory()
-        return Fetched(
-            self.plan.aux(step), samples, pictures, dropped, self.draw(self.seed, step, index, shape)
-        )
+        return Fetched(self.plan.aux(step), samples, pictures, dropped, draws)
+
+    def put(self, x):
+        """A tensor on the device, in fp32 (tokens of a cache travel in bf16) unless it holds places; tuples of them."""
+        if x is None or isinstance(x, tuple):
+            return x and tuple(map(self.put, x))
+        # Not on MPS, where a copy may still read its source after that is gone (pytorch issue 139550).
+        x = x.to(self.codec.device, non_blocking=self.codec.device.type == "cuda")
+        return x.float() if x.is_floating_point() else x
 
     def encode(self, f: Fetched, source) -> Batch:
         """Put a fetched micro-batch on the device and through the frozen encoders."""
-
-        # Not on MPS, where a copy may still read its source after that is gone (pytorch issue 139550).
-        non_blocking = self.codec.device.type == "cuda"
-
-        def put(
-            x,
-        ):  # tokens of a cache travel in bf16; all that comes out of here is fp32, or the places of s < t
-            if isinstance(x, tuple):
-                return tuple(map(put, x))
-            x = x.to(self.codec.device, non_blocking=non_blocking)
-            return x.float() if x.is_floating_point() else x
-
-        fake = None
+        text, fake = self.codec.text, None
         if f.pictures is None:
-            cached = parts_of(source)[0]
-            if self.null is None:
-                self.null = put(cached.null)
-            x0, c, fake = cache.collate(f.samples, f.dropped, cached.null, cached.null_fake, f.aux)
-            x0, c, fake = put(x0), put(c), put(fake) if fake else None
+            (cached, *_) = parts_of(source)
+            self.null = self.null or self.put(cached.null)
+            x0, c, fake = self.put(cache.collate(f.samples, f.dropped, cached.null, cached.null_fake, f.aux))
         else:
-            x0 = self.codec.autoencoder.encode(put(f.pictures))
+            self.null = self.null or text([""])
             prompts = ["" if drop else s.caption for s, drop in zip(f.samples, f.dropped)]
-            c = self.codec.text(prompts)
+            x0, c = self.codec.autoencoder.encode(self.put(f.pictures)), text(prompts)
             if f.aux:
-                fake = self.codec.text([encoders.fake_prompt(p) for p in prompts])
-            if self.null is None:
-                self.null = self.codec.text([""])
+                fake = text([encoders.fake_prompt(p) for p in prompts])
         null = tuple(a.expand(len(x0), *a.shape[1:]) for a in self.null)
-        is_null = torch.tensor(
-            [drop or s.caption == "" for s, drop in zip(f.samples, f.dropped)], device=self.codec.device
-        )
-        return Batch(
-            x0, c, null, fake, is_null, type(f.draws)(*put(tuple(f.draws))), [s.key for s in f.samples]
-        )
+        is_null = [drop or s.caption == "" for s, drop in zip(f.samples, f.dropped)]
+        is_null = torch.tensor(is_null, device=self.codec.device)
+        draws = type(f.draws)(*self.put(tuple(f.draws)))
+        return Batch(x0, c, null, fake, is_null, draws, [s.key for s in f.samples])
 
     def stream(self, start: int) -> Iterator[Batch]:
         """Every micro-batch from iteration `start` to the end of the run, read ahead by `workers` threads."""

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 import losses
+import recipe
 import sample
 import sampler
 import train
-from engine import checkpoint, errors
+from engine import checkpoint, errors, feed, watch
 
 CPU = torch.device("cpu")
 QUICK = ["--batch-size", "4", "--device", "cpu", "--precision", "fp32", "--no-compile", "--save-every", "0"]
@@ -45,9 +46,20 @@ def run(tmp_path_factory):
 def test_a_run_on_buckets_names_them_and_draws_them(run):
     config = checkpoint.read_json(run / "config.json")
     assert config["buckets"] == [[*WIDE, 10 / 16], [*SQUARE, 6 / 16]] and config["side"] == 16
-    grid, *_ = (run / "grids").iterdir()
-    with Image.open(grid) as image:  # five columns of pictures, two thirds as wide as they are high or square
-        assert image.width > 5 * 4 * 20 and image.height < 8 * (6 * 16 + 25)
+    source = feed.open_source((str(run.parent / "0.tar"),), recipe.Stage(0, (16,), 4), 4)
+    shapes = list(watch.grid_prompts(source).values())
+    drawn = reversed([source.sample(g, 0) for g in range(64)])
+    first = {s.caption: s.picture.shape[:2] for s in drawn}  # of each caption the first
+    assert shapes == [first[caption] for caption in watch.grid_prompts(source)] and set(shapes) == {
+        WIDE,
+        SQUARE,
+    }
+    scale = (
+        96 // shapes[0][1]
+    )  # five columns as wide as the widest, a row as high as its pictures and its caption
+    for grid in (run / "grids").iterdir():
+        with Image.open(grid) as image:
+            assert image.size == (5 * (scale * 20 + 6) + 6, sum(scale * h + 21 for h, _ in shapes) + 24)
     loaded = sample.load(run / "model.safetensors", CPU)
     (picture,) = sample.generate(loaded, ["number 3"], [(0,)])
     assert loaded.shape == picture.shape[:2] == WIDE
