@@ -89,6 +89,33 @@ def test_a_run_goes_on_as_what_it_was(copy, flags, complaint, monkeypatch, capsy
     assert complaint in line
 
 
+def test_a_state_of_another_objective_is_refused(copy, monkeypatch, capsys):
+    """What the state says of itself decides, whatever the folder's config.json says."""
+    state = last(copy) / "state.json"
+    checkpoint.write_json(state, checkpoint.read_json(state) | {"objective": "flow_matching"})
+    line = refused(monkeypatch, capsys, train, "--resume", "--out", "r", "--steps", 8, "--device", "cpu")
+    assert "--objective flow_matching" in line
+
+
+def test_a_run_whose_loss_has_grown_is_no_success(tiny, monkeypatch, capsys):
+    """Far above its first record: the state is saved, and the last line says so."""
+    monkeypatch.setattr(watch, "DIVERGED", 0.1)
+    line = refused(monkeypatch, capsys, train, "--steps", 2, "--out", "d", *QUICK)
+    assert "diverged" in line and "--lr" in line and last(Path("d")).name == "step_00000002"
+
+
+def test_relative_data_is_found_from_another_folder(tiny, monkeypatch, capsys):
+    Path("pictures").mkdir()
+    for i in range(4):
+        Image.new("RGB", (20, 20), (60 * i, 0, 0)).save(f"pictures/{i}.png")
+        Path(f"pictures/{i}.txt").write_text(f"red {i}")
+    run(monkeypatch, train, "--data", "pictures", "--steps", 1, "--out", "r", *QUICK)
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    run(monkeypatch, train, "--resume", "--steps", 2, "--out", "../r", "--device", "cpu")
+    assert last(Path("../r")).name == "step_00000002"
+
+
 def test_a_model_file_that_a_kill_left_behind_the_state_is_made_anew(trained, copy, monkeypatch):
     (copy / "model.safetensors").unlink()
     named = ["--text", "words", "--autoencoder", "pixels"]  # what it was
