@@ -76,7 +76,7 @@ function mount_why(world) {
     x0: [null, "point"], eps: [null, "point"],
   }, change_why);
   Object.assign(v, add_plane(find("#why .plane"), "A noisy point, the data it can have come from, and their mean",
-    ["discs", "links", "paths", "jump", "marks", "shares", "labels", "handles"]));
+    ["discs", "links", "paths", "jump", "shares", "marks", "labels", "handles"]));
   v.redraw = once_a_frame(() => draw_why(v));
   v.handles.x0 = add_handle(v, "x0", (point) => change_why({ x0: point }, true));
   v.handles.x_t = add_handle(v, "x_t", (point) =>

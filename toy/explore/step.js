@@ -9,17 +9,17 @@ const QUANTITIES = [
   { key: "eps", equation: "Eq. 1", meaning: "noise", part: 1 },
   { key: "x_t", equation: "Eq. 1", meaning: "noisy data", part: 1, shape: "diamond", filled: true },
   { key: "x0_hat", equation: "Eq. 4, 6", meaning: "prediction", part: 2, shape: "circle", filled: true },
-  { key: "x_s_hat", equation: "Eq. 8", meaning: "prediction, noised", part: 3, shape: "square", filled: true },
-  { key: "G_c", equation: "Eq. 11", meaning: "clean point, with prompt", part: 4, shape: "up", filled: true },
-  { key: "G_null", equation: "Eq. 11", meaning: "... without prompt", part: 4, shape: "down", filled: false },
-  { key: "G_fake", equation: "Eq. s.8", meaning: "... among own samples", part: 4, shape: "asterisk", filled: false },
-  { key: "Delta", equation: "Eq. 14, s.6", meaning: "evaluation", part: 5 },
-  { key: "x_self", equation: "Eq. 14", meaning: "corrected prediction", part: 6, shape: "diamond", filled: false },
+  { key: "x_s_hat", equation: "Eq. 8", meaning: "noised again", part: 3, shape: "square", filled: true },
+  { key: "G_c", equation: "Eq. 11", meaning: "with the prompt", part: 4, shape: "up", filled: true },
+  { key: "G_null", equation: "Eq. 11", meaning: "without it", part: 4, shape: "down", filled: false },
+  { key: "G_fake", equation: "Eq. s.8", meaning: "own samples", part: 4, shape: "asterisk", filled: false },
+  { key: "Delta", equation: "Eq. 14", meaning: "evaluation", part: 5 },
+  { key: "x_self", equation: "Eq. 14", meaning: "corrected", part: 6, shape: "diamond", filled: false },
   { key: "lambda", equation: "Eq. 17", meaning: "weight", part: 7 },
-  { key: "mix", equation: "ours", meaning: "λ / (1 + λ)", part: 7 },
+  { key: "mix", equation: "not the paper’s", meaning: "share", part: 7 },
   { key: "x_tar", equation: "Eq. 18", meaning: "target", part: 7, shape: "square", filled: false },
-  { key: "x_renorm", equation: "Eq. 19", meaning: "target at the norm of x0", part: 8, shape: "square", filled: true },
-  { key: "loss", equation: "Eq. 20, 21", meaning: "with weight 1 / t²", part: 9 },
+  { key: "x_renorm", equation: "Eq. 19", meaning: "at the norm of x0", part: 8, shape: "square", filled: true },
+  { key: "loss", equation: "Eq. 20", meaning: "loss", part: 9 },
 ];
 
 // Lines between quantities, shown in the parts from .. to.
@@ -236,8 +236,8 @@ function fill_table(v) {
   v.rows = Object.fromEntries(QUANTITIES.map((quantity) => {
     const glyph = make("svg", { viewBox: "-1.5 -1.5 3 3", "aria-hidden": "true" });
     if (quantity.shape) glyph.append(set(make("path"), painted(quantity)));
-    const row = make("tr", {}, make("td", {}, glyph), make("td", {}, `$${quantity.key}$`),
-      make("th", { scope: "row" }, make("code", {}, quantity.key)), make("td", {}, quantity.equation), make("td", {}, quantity.meaning),
+    const row = make("tr", {}, make("td", {}, glyph, ` $${quantity.key}$`),
+      make("th", { scope: "row" }, make("code", {}, quantity.key)), make("td", {}, `${quantity.meaning}, ${quantity.equation}`),
       make("td", { class: "value", id: `number-${quantity.key}` }));
     row.onmouseenter = () => { v.lit = quantity.key; v.redraw(); };
     row.onmouseleave = () => { v.lit = null; v.redraw(); };
