@@ -136,7 +136,9 @@ def test_shards_and_their_cache_train_alike(tmp_path):
 def test_what_is_skipped_is_counted_once_on_any_number_of_processes(tmp_path):
     tars = pictures_in_tars(tmp_path, [(16, 16)] * 12, 12, broken=3)
     for world in (1, 2):
-        run_train(world, "--steps", 12, "--data", tars, "--out", tmp_path / f"run{world}", *SMALL)
+        results = run_train(world, "--steps", 12, "--data", tars, "--out", tmp_path / f"run{world}", *SMALL)
+        told = "".join(error for _, _, error in results)
+        assert told.count("left out 00000/") == told.count(": broken picture") == 3
         assert records(tmp_path / f"run{world}")[-1]["skipped"] == 3
 
 
