@@ -59,6 +59,9 @@ class Watch:
 
     def __init__(self, run: Run, precision: torch.dtype, state: dict, closing: contextlib.ExitStack):
         self.run, first = run, run.ranks.is_first
+        self.skipped = (
+            run.feed.skipped()
+        )  # told with the plan; what is read from here on is told when it is found
         self.prompts = grid_prompts(run.feed.source(run.start)) if first else {}
         self.meter = monitor.Meter(run.codec.device)
         self.peak = machine.peak_flops(run.codec.device, precision)
@@ -84,7 +87,7 @@ class Watch:
         )  # a log of days stays readable
         for close in (self.bar.close, *([self.log_file.close] if first else [])):
             closing.callback(close)
-        self.skipped, self.in_a_row, self.failure = run.feed.skipped(), 0, ""
+        self.in_a_row, self.failure = 0, ""
 
     def elapsed(self) -> float:
         """Seconds of training, those before the last stop included."""
