@@ -228,14 +228,14 @@ def page(judge: Judge, made: dict[str, list[tuple[np.ndarray, str]]], rows: int 
 
 def main() -> None:
     parser = errors.Parser("-m experiments.emoji_judge", "Is the judge of emoji sound?")
-    parser.add_argument("--data", choices=list(emoji.SETS), default="emoji", help="which (default: emoji)")
-    parser.add_argument("--side", type=int, default=32, help="of the pictures, in pixels (default: 32)")
-    parser.add_argument("--seed", type=int, default=0, help="of the specimens (default: 0)")
+    parser.add_argument("--data", choices=list(emoji.SETS), default="emoji", help="which")
+    parser.add_argument("--side", type=int, default=32, help="of the pictures, in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="of the specimens")
     parser.add_argument(
         "--out",
         type=errors.file_to_write,
         default="results/emoji/judge.json",
-        help="where to write the shares (default: results/emoji/judge.json)",
+        help="where to write the shares",
     )
     args = parser.parse_args()
     parser.check_ranges(args, side=(8, emoji.TILE), seed=(0, 2**63 - 1))

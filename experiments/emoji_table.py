@@ -191,19 +191,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     a = parser.add_argument
     rows = ["flow_matching", "control", "self_e", "meanflow"]
-    a("--rows", metavar="ROW", nargs="+", choices=ROWS, default=rows, help=f"of rows.py ({' '.join(rows)})")
-    a(
-        "--seeds",
-        metavar="N",
-        type=int,
-        nargs="+",
-        default=list(SEEDS[:2]),
-        help="the first is searched (2 3)",
-    )
-    a("--budget", metavar="FLAGS", default=BUDGET, help=f'flags of train.py for every row ("{BUDGET}")')
-    a("--steps", metavar="N", type=int, nargs="+", default=list(sample.STEP_COUNTS), help="(1 2 4 8 50)")
-    a("--out", metavar="DIR", type=Path, default=Path("results/emoji"), help="(results/emoji)")
-    a("--runs", metavar="DIR", type=Path, default=Path("runs/emoji"), help="(runs/emoji)")
+    a("--rows", metavar="ROW", nargs="+", choices=ROWS, default=rows, help="of rows.py")
+    a("--seeds", metavar="N", type=int, nargs="+", default=list(SEEDS[:2]), help="the first is searched")
+    a("--budget", metavar="FLAGS", default=BUDGET, help="flags of train.py for every row")
+    a("--steps", metavar="N", type=int, nargs="+", default=list(sample.STEP_COUNTS), help="step counts")
+    a("--out", metavar="DIR", type=Path, default=Path("results/emoji"), help="where results go")
+    a("--runs", metavar="DIR", type=Path, default=Path("runs/emoji"), help="where runs go")
     a("--report", action="store_true", help="only the page, from what has been measured")
     a("--quick", action="store_true", help="tiny budgets, to check the path")
     args = parser.parse_args(argv)

@@ -103,9 +103,7 @@ def measured(part: Path, *what) -> dict:
 
 def main() -> None:
     parser = errors.Parser("toy/emoji_world.py", __doc__.split("\n")[0])
-    parser.add_argument(
-        "--scale", type=float, default=encoders.PIXEL_SCALE, help="of the pictures (default: 2)"
-    )
+    parser.add_argument("--scale", type=float, default=encoders.PIXEL_SCALE, help="of the pictures")
     args = parser.parse_args()
     parser.check_ranges(args, scale=(0.05, 20))
     torch.set_num_threads(1)
