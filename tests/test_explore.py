@@ -155,14 +155,12 @@ def test_following_the_target_is_ideal_pys(label):
     eps_s = [torch.from_numpy(g.standard_normal((n, 2))) for _ in range(rounds)]
     start = q.posterior_mean(x_t, t, c)
 
-    class Told:
-        data, noise = iter(x0).__next__, iter(eps_s).__next__
+    def evaluate(x_s, x0_hat):
+        fake = ideal.mean_of_answers(x_s[None], 0.3, x0_hat[None])[0]
+        return q.posterior_mean(x_s, s, q.null(c)), q.posterior_mean(x_s, s, c), fake
 
-        def evaluate(self, x_s, x0_hat):
-            fake = ideal.mean_of_answers(x_s[None], 0.3, x0_hat[None])[0]
-            return q.posterior_mean(x_s, s, q.null(c)), q.posterior_mean(x_s, s, c), fake
-
-    expected = ideal.follow(start, t, s, goal, rounds, Told())
+    draws = iter(x0).__next__, iter(eps_s).__next__
+    expected = ideal.follow(start, t, s, goal, rounds, *draws, evaluate)
     found = node(
         """const q = mixture(world.layouts.far);
            let x = start;

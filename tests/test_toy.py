@@ -113,10 +113,9 @@ def test_an_ensemble_is_sampled_member_by_member():
     net, c = train(members, 12), torch.arange(3).repeat(5)
     alone = [assemble([m], [net.weights_of(e)]) for e, m in enumerate(members)]
     for choices in (dict(), dict(guidance=3.0), dict(guidance=2.0, space="x0", eta=0.0)):
-        together = measures.trajectory(net, members, c, 3, **choices)
-        for e, (one, m) in enumerate(zip(alone, members)):
-            by_itself = measures.trajectory(one, [m], c, 3, **choices)
-            assert torch.allclose(by_itself[:, 0], together[:, e], atol=1e-4), choices
+        together = measures.generate(net, members, c, 3, **choices)
+        for one, m, x in zip(alone, members, together):
+            assert torch.allclose(measures.generate(one, [m], c, 3, **choices)[0], x, atol=1e-4), choices
 
 
 def test_training_repeats_itself_and_moves():
@@ -132,10 +131,10 @@ def test_the_network_of_fake_prompts_is_not_that_of_real_ones():
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    """any_step on little, in a folder of its own, and the networks that it has trained."""
+    """any_step on little, in a folder of its own, and the ensembles that it has trained."""
     monkeypatch.setattr(measures, "SAMPLES", 50)
     monkeypatch.setattr(measures, "REFERENCE", 200)
-    monkeypatch.setattr(training, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(training, "TRAINED", {})
     counted = []
     count = lambda members, *a, **k: counted.append(list(members)) or train(members, *a, **k)  # noqa: E731
     monkeypatch.setattr(training, "train", count)
@@ -169,8 +168,8 @@ def test_a_study_goes_on_where_it_stopped(command):
 def test_the_comparison_draws_its_figures(command, tmp_path):
     run, trained = command
     assert len(run("objectives", "--steps", "2", "--seed", "0")["records"]) == 8 and len(trained) == 7
-    made = {path.name for path in tmp_path.iterdir()} - {"runs"}
-    pictures = {"objectives.png", "samples_between.png", "trajectories.png", "fields.png"}
+    made = {path.name for path in tmp_path.iterdir()}
+    pictures = {"objectives.png", "objectives_between.png", "fields.png"}
     assert made == {"objectives.json"} | pictures
 
 
@@ -283,18 +282,10 @@ def test_perfect_answers_of_flow_matching_are_the_posterior_mean_and_null_prompt
 def test_following_with_nothing_to_say_goes_to_the_norm_of_the_data():
     """Delta = 0 at t = 1: the answer keeps its direction and takes the norm of x0 (Eq. 19), whatever the start."""
 
-    class Mute:
-        def data(self):
-            return torch.tensor([[3.0, 4.0]])
-
-        def noise(self):
-            return torch.zeros(1, 2)
-
-        def evaluate(self, x_s, x0_hat):
-            return x_s, x_s, x_s
-
     start, ones = torch.tensor([[0.6, 0.0]]), torch.ones(1)
-    end = ideal.follow(start, ones, 0.5 * ones, ideal.GOALS["Eq. 19, Delta = 0"], 400, Mute())
+    goal = ideal.GOALS["Eq. 19, Delta = 0"]
+    data, noise = (lambda: torch.tensor([[3.0, 4.0]])), (lambda: torch.zeros(1, 2))
+    end = ideal.follow(start, ones, 0.5 * ones, goal, 400, data, noise, lambda x_s, x0_hat: (x_s, x_s, x_s))
     assert torch.allclose(end, torch.tensor([[5.0, 0.0]]), atol=1e-3)
 
 

@@ -20,8 +20,6 @@ from toy import figures, kept, studies
 from toy.mixture import LAYOUTS
 from toy.training import STEPS, Member, assemble, trained
 
-TRAJECTORIES = ("flow matching", "Self-E", "auxiliary throughout")  # what the figure of paths shows
-
 
 def main() -> None:
     parser = errors.Parser("-m toy.any_step", __doc__.split("\n")[0])
@@ -49,28 +47,17 @@ def main() -> None:
         print(studies.tables(results, measure))
     measure = "off_modes" if args.study == "wrong_labels" else "energy"  # what a judge of single samples sees
     figures.study(results, out / f"{args.study}.png", study.along, measure)
+    if args.study == "objectives":
+        figures.fields(("between", "far"), out / "fields.png")
     if args.study in ("objectives", "peers"):
         members = [Member(layout, seeds[0]) for layout in layouts]
-        draw_samples(args.study, members, args.steps, out)
+        for e, member in enumerate(members):
+            networks = {}
+            for label, (training, sampling) in study.settings.items():
+                net = trained(members, args.steps, training)
+                networks[label] = assemble([member], [net.weights_of(e)]), sampling
+            figures.samples(networks, member, out / f"{args.study}_{member.layout}.png")
     print(f"\n{args.study}.json and its figures in {out}")
-
-
-def draw_samples(name: str, members: list[Member], steps: int, out: Path) -> None:
-    """Samples of each member's networks, which are trained again where runs/toy does not have them; paths and fields."""
-    settings = studies.STUDIES[name].settings
-    nets = {label: trained(members, steps, training) for label, (training, _) in settings.items()}
-    prefix = "" if name == "objectives" else f"{name}_"
-    for e, member in enumerate(members):
-        networks = {
-            label: (assemble([member], [net.weights_of(e)]), settings[label][1])
-            for label, net in nets.items()
-        }
-        figures.samples(networks, member, out / f"{prefix}samples_{member.layout}.png")
-        if name == "objectives" and member.layout == "between":
-            shown = {label: networks[label] for label in TRAJECTORIES}
-            figures.trajectories(shown, member, out / "trajectories.png")
-    if name == "objectives":
-        figures.fields(("between", "far"), out / "fields.png")
 
 
 if __name__ == "__main__":

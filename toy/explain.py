@@ -21,6 +21,8 @@ from toy import kept
 from toy.figures import COLOURS, GREY, plt, save
 
 BLUE, ORANGE, GREEN, RED = COLOURS[:4]
+CENTRED = {"ha": "center", "va": "center"}
+BELOW = {"ha": "center", "va": "top", "fontsize": 9}
 MU = losses.mu_of_length(16)  # the shift of s.12 for the 16 tokens of a laptop picture
 
 # The passes of one training step, in the order of losses.SelfE: (network, its arguments, whether it learns).
@@ -33,19 +35,17 @@ PASSES = (
 # ------------------------------------------------------------------------------------------------------------
 # One training step: a graph whose nodes are tensors, functions of losses.py with their equations, and passes
 # ------------------------------------------------------------------------------------------------------------
-BANDS = (
-    (7.75, "1 Predict", "every sample: noise a picture, predict it back"),
-    (
-        5.6,
+BANDS = {
+    7.75: ("1 Predict", "every sample: noise a picture, predict it back"),
+    5.60: (
         "2 Judge",
-        "only samples with s < t: noise the prediction to level s, ask with the prompt and without it",
+        "only samples with s < t: noise the prediction to level s, ask with the prompt and without",
     ),
-    (
-        3.1,
+    3.10: (
         "3 Learn",
         "s < t: the target is the corrected prediction, mixed with the data, at the data's norm",
     ),
-)
+}
 # The height, then what stands in each column; a dot is an empty place, primes tell apart what is drawn repeatedly.
 GRID = """
 7.05  x0        add_noise      x_t         .                pass0  G            x0_hat
@@ -104,8 +104,7 @@ def node(axis, name: str, x: float, y: float):
         box |= {"boxstyle": "square,pad=0.5"}
     elif text in ("x0_hat", "loss"):
         colour = ORANGE
-    look = {"fontsize": size, "color": colour, "ha": "center", "va": "center"}
-    return axis.text(x, y, text, bbox=box | {"edgecolor": colour}, **look)
+    return axis.text(x, y, text, fontsize=size, color=colour, bbox=box | {"edgecolor": colour}, **CENTRED)
 
 
 def training_step(path: Path) -> None:
@@ -121,28 +120,22 @@ def training_step(path: Path) -> None:
     for names in map(str.split, CHAINS.split("\n")):
         for edge in zip(names[:-1], names[1:]):
             start, end = (nodes[name] for name in edge)
-            look = (
-                {"color": ORANGE, "linewidth": 2.4} if edge in LEARNS else {"color": GREY, "linewidth": 1.3}
-            )
-            ends = {
-                "patchA": start.get_bbox_patch(),
-                "patchB": end.get_bbox_patch(),
-                "shrinkA": 1,
-                "shrinkB": 1,
-            }
+            arrow = {"arrowstyle": "-|>", "color": GREY, "linewidth": 1.3, "shrinkA": 1, "shrinkB": 1}
+            arrow |= {"patchA": start.get_bbox_patch(), "patchB": end.get_bbox_patch()}
+            arrow |= {"color": ORANGE, "linewidth": 2.4} if edge in LEARNS else {}
             a, b = np.array(start.get_position()), np.array(end.get_position())
-            axis.annotate("", b, a, arrowprops={"arrowstyle": "-|>", **look, **ends})
+            axis.annotate("", b, a, arrowprops=arrow)
             if edge in STOPPED:
-                turned = {"rotation": np.degrees(np.arctan2(*(b - a)[::-1])), "ha": "center", "va": "center"}
-                axis.text(*(a + 0.45 * (b - a)), "||", color=RED, fontsize=15, weight="bold", **turned)
-    for y, title, note in BANDS:
+                look = {"color": RED, "fontsize": 15, "weight": "bold", **CENTRED}
+                axis.text(
+                    *(0.55 * a + 0.45 * b), "||", rotation=np.degrees(np.arctan2(*(b - a)[::-1])), **look
+                )
+    for y, (title, note) in BANDS.items():
         axis.text(0.05, y, title, fontsize=12, weight="bold", va="center")
         axis.text(1.55, y, note, fontsize=10, va="center")
         axis.plot([0.05, 13.4], [y + 0.27] * 2, color=GREY, linewidth=0.6, alpha=0.5)
-    axis.text(12.6, 4.8, "= G_null - G_c:\n-Delta points to\nthe prompt's pictures", ha="center", va="bottom")
-    axis.text(
-        12.6, 0.75, f"\u00d7 {losses.time_weight.__name__}(t)\n= 1 / t^2, Eq. 21", ha="center", va="top"
-    )
+    axis.text(12.6, 5.35, "= G_null - G_c:\n-Delta points to\nthe prompt's pictures", **BELOW)
+    axis.text(12.6, 0.75, f"\u00d7 {losses.time_weight.__name__}(t)\n= 1 / t^2, Eq. 21", **BELOW)
     axis.text(9.1, 0.5, "s = t: the data alone", ha="right", va="center")
     meanings = {ORANGE: "carries the gradient", BLUE: "the same network, no gradient"}
     meanings |= {GREEN: "its moving average (EMA)", RED: "|| stop-gradient"}
@@ -163,11 +156,10 @@ def time_pairs(path: Path, n: int = 3000) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.9), sharey=True)
     for axis, (tau, title) in zip(axes, titles.items()):
         t, s = losses.sample_times(z, u, positions, MU, tau)
-        limit = {"color": RED, "linewidth": 1.2, "linestyle": "--", "label": "lower limit of s, (1 - tau) t"}
-        axis.plot([0, 1], [0, 1 - tau], **limit)
+        axis.plot([0, 1], [0, 1 - tau], "--", color=RED, linewidth=1.2, label="lower limit of s, (1 - tau) t")
         label = "half: s uniform below t, self-evaluation"
-        axis.scatter(t[positions], s[positions], s=3, c=ORANGE, linewidths=0, label=label)
-        axis.scatter(t[s == t], s[s == t], s=3, c=BLUE, linewidths=0, label="half: s = t, the data alone")
+        axis.plot(t[positions], s[positions], ".", markersize=2, color=ORANGE, label=label)
+        axis.plot(t[s == t], s[s == t], ".", markersize=2, color=BLUE, label="half: s = t, the data alone")
         axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title=title)
         axis.set_xlabel("t: how noisy the network's input is")
     axes[0].set_ylabel("s: at which noise level\nx0_hat is judged")
@@ -179,34 +171,19 @@ def time_pairs(path: Path, n: int = 3000) -> None:
 # Eq. 17-18: how much of the target is self-evaluation
 # ------------------------------------------------------------------------------------------------------------
 def mixing_weight(path: Path, n: int = 201) -> None:
-    """lambda / (1 + lambda), from losses.lam, over the triangle s <= t, and along four lines of constant s."""
+    """lambda / (1 + lambda) over the triangle s <= t."""
     grid = torch.linspace(0, 1, n, dtype=torch.float64)
     t, s = torch.meshgrid(grid, grid, indexing="xy")
     lam = losses.lam(t, s)
     mix = torch.where(s <= t, lam / (1 + lam), torch.nan)
-    figure, (plane, lines) = plt.subplots(1, 2, figsize=(10, 4.3))
-    shades = plane.contourf(t, s, mix, levels=np.linspace(0, 1, 11), cmap="viridis")
-    plane.plot([0, 1], [0, 1], color=GREY, linewidth=1.5)
-    slanted = {"ha": "center", "va": "bottom", "rotation": 45, "rotation_mode": "anchor"}
-    plane.text(0.33, 0.43, "s = t: mix = 0, the target is the data x0", **slanted)
-    plane.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="t", ylabel="s")
-    plane.set_title("mix = lambda / (1 + lambda): share of x_self in x_tar")
-    figure.colorbar(shades, ax=plane, ticks=np.linspace(0, 1, 6), label="mix")
-    for value in (0.0, 0.25, 0.5, 0.75):
-        times = torch.linspace(value, 1, n, dtype=torch.float64)
-        lam = losses.lam(times, torch.full_like(times, value))
-        lines.plot(times, lam / (1 + lam), label=f"s = {value:g}")
-    lines.plot([1], [1], "o", color=RED)
-    infinite = "t = 1: lambda is infinite, mix = 1;\nx0 sets nothing but the norm (Eq. 19)"
-    lines.annotate(infinite, (1, 1), (0.05, 0.9), color=RED, arrowprops={"arrowstyle": "->", "color": RED})
-    silent = "s = 0: mix = t, but here Delta = 0"
-    lines.annotate(
-        silent, (0.45, 0.45), (0.03, 0.66), color=BLUE, arrowprops={"arrowstyle": "->", "color": BLUE}
-    )
-    lines.set(
-        xlim=(0, 1.03), ylim=(0, 1.05), xlabel="t", ylabel="mix", title="the same along lines of constant s"
-    )
-    lines.legend(loc="lower right")
+    figure, axis = plt.subplots(figsize=(6, 4.5))
+    shades = axis.contourf(t, s, mix, levels=np.linspace(0, 1, 11), cmap="viridis")
+    axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="t", ylabel="s")
+    axis.set_title("mix = lambda / (1 + lambda): share of x_self in x_tar")
+    axis.text(0.45, 0.55, "s = t: mix = 0, the target is the data x0", rotation=45, **CENTRED)
+    axis.text(0.36, 0.03, "s = 0: mix = t, but here Delta = 0", color="white", **CENTRED)
+    axis.text(0.97, 0.45, "t = 1: mix = 1, x0 sets the norm alone", rotation=90, color="black", **CENTRED)
+    figure.colorbar(shades, ax=axis, ticks=np.linspace(0, 1, 6), label="mix")
     save(figure, path)
 
 
@@ -240,21 +217,15 @@ def time_grids(path: Path, budgets: tuple = (4, 2, 1)) -> None:
             axis.plot([t, s], [height] * 2, color=GREY, linewidth=1, linestyle=":", zorder=1)
             axis.plot(t, height, "o", color=BLUE, label="t_k: noise level of the input")
             axis.plot(s, height, "o", color=GREEN, markerfacecolor="white", label="s_k: the second time")
-            axis.text((t + s) / 2, row - 0.09, f"t = {t:.2f}\ns = {s:.2f}", ha="center", va="top", fontsize=9)
+            axis.text((t + s) / 2, row - 0.09, f"t = {t:.2f}\ns = {s:.2f}", **BELOW)
     axis.legend(*(part[:2] for part in axis.get_legend_handles_labels()), loc="upper center", ncol=2)
-    names = {
-        1.0: "s_rule 1: s = t_k,\nthe flow-matching head",
-        0.5: "0.5",
-        0.0: "s_rule 0, the default:\ns = the next time",
-    }
+    names = {0.0: "s_rule 0, the default:\ns = the next time", 0.5: "s_rule 0.5", 1.0: "1: flow\nmatching"}
     for rule, name in names.items():
         t, s = evaluated_times(2, rule)[0]
         axis.plot([t, s], [-1, -1], color=GREEN, linewidth=3, marker="o")
-        axis.text(s, -1.1, name, ha="left" if s == 1 else "center", va="top", fontsize=9, color=GREEN)
-    note = (
-        "where s may lie in the first of two steps (t = 1.00):\nonly the sampler ties s to a time of its grid"
-    )
-    axis.text(0.5, -1, note, va="center", fontsize=9, color=GREEN)
+        axis.text(s, -1.1, name, color=GREEN, **BELOW)
+    axis.text(0.5, -1, "where s may lie in the first of two steps (t = 1.00):", color=GREEN)
+    axis.text(0.5, -1.2, "only the sampler ties s to a time of its grid", color=GREEN)
     save(figure, path)
 
 

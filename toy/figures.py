@@ -20,7 +20,7 @@ from PIL import Image
 
 import losses
 from rng import rng
-from toy.measures import BUDGETS, trajectory
+from toy.measures import BUDGETS, generate
 from toy.mixture import LAYOUTS, Mixture
 from toy.training import Member
 
@@ -88,27 +88,11 @@ def samples(networks: dict, member: Member, path: Path) -> None:
     def draw(axis, label: str, title: str):
         net, choices = networks[label]
         contours(axis, q, frame(q.m))
-        x = trajectory(net, [member], c, int(title[4:]), **choices)[-1, 0]
+        x = generate(net, [member], c, int(title[4:]), **choices)[0]
         axis.scatter(*x.T, s=2.5, c=[COLOURS[k] for k in c], linewidths=0)
 
     note = f"samples of the layout '{member.layout}': contours are the data, colours the three conditions"
     table(draw, list(networks), [f"N = {n}" for n in BUDGETS], path, note)
-
-
-def trajectories(networks: dict, member: Member, path: Path, shown: int = 40) -> None:
-    """The way from noise to samples of condition 0, with the deterministic step; networks as for `samples`."""
-    c = torch.zeros(shown, dtype=torch.int64)
-
-    def draw(axis, label: str, title: str):
-        net, choices = networks[label]
-        x = trajectory(net, [member], c, int(title[4:]), **choices | {"eta": 0.0})[:, 0]
-        contours(axis, member.q, (-2.7, 2.7, -2.7, 2.7))
-        axis.plot(*x.permute(2, 0, 1), color=GREY, linewidth=0.5, alpha=0.7)
-        axis.scatter(*x[0].T, s=4, c=GREY, linewidths=0)
-        axis.scatter(*x[-1].T, s=9, c=COLOURS[0], linewidths=0)
-
-    note = f"from noise (grey dots) to samples of condition 0 (blue dots); layout '{member.layout}', eta = 0"
-    table(draw, list(networks), ["N = 2", "N = 4", "N = 50"], path, note, 2.7)
 
 
 def fields(layouts: list[str], path: Path, times: tuple = (0.05, 0.2, 0.5, 0.8)) -> None:

@@ -49,19 +49,19 @@ def mean_of_answers(x_s: Tensor, s: float, x0_hat: Tensor) -> Tensor:
     return (-distance2 / (2 * s**2)).softmax(-1) @ x0_hat
 
 
-def follow(x0_hat: Tensor, t: Tensor, s: Tensor, goal: tuple, rounds: int, world) -> Tensor:
+def follow(x0_hat: Tensor, t: Tensor, s: Tensor, goal: tuple, rounds: int, data, noise, evaluate) -> Tensor:
     """Predictions x0_hat [B, ...] at times t, s [B] after some rounds towards their target: SelfE's step, no network.
 
-    goal is one of GOALS, not None. world has three methods: data() draws x0 ~ q(x0 | x_t, c), because training meets
-    every x0 that an x_t could have come from; noise() is standard normal like x0_hat; evaluate(x_s, x0_hat) gives
-    G_null, G_c and G_fake. The falling rate averages out what the draws add. toy/pictures.py runs the same rounds.
+    goal is one of GOALS, not None. data() draws x0 ~ q(x0 | x_t, c), because training meets every x0 that an x_t could
+    have come from; noise() is standard normal like x0_hat; evaluate(x_s, x0_hat) gives G_null, G_c and G_fake. The
+    falling rate averages out what the draws add. toy/pictures.py runs the same rounds.
     """
     k, normalised, scale = goal
     lam = losses.lam(t, s)
     for i in range(rounds):
-        x0 = world.data()
-        x_s = losses.add_noise(x0_hat, s, world.noise())
-        Delta = scale * losses.self_evaluation(*world.evaluate(x_s, x0_hat), k)
+        x0 = data()
+        x_s = losses.add_noise(x0_hat, s, noise())
+        Delta = scale * losses.self_evaluation(*evaluate(x_s, x0_hat), k)
         target = losses.implicit_target(x0, losses.pseudo_target(x0_hat, Delta), lam)
         if normalised:
             target = losses.renormalise(target, x0)
@@ -69,37 +69,29 @@ def follow(x0_hat: Tensor, t: Tensor, s: Tensor, goal: tuple, rounds: int, world
     return x0_hat
 
 
-class Plane:
-    """A mixture as the world of `follow`: one x_t for each answer, s the same for all."""
-
-    def __init__(self, q: Mixture, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor, g: np.random.Generator):
-        self.q, self.x_t, self.t, self.s, self.c, self.g = q, x_t, t, s, c, g
-
-    def data(self) -> Tensor:
-        return self.q.posterior_sample(self.x_t, self.t, self.c, self.g)
-
-    def noise(self) -> Tensor:
-        return torch.from_numpy(self.g.standard_normal(self.x_t.shape, dtype=np.float32))
-
-    def evaluate(self, x_s: Tensor, x0_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, c, shape = self.q, self.c, (self.q.C, -1, 2)
-        G_null, G_c = q.posterior_mean(x_s, self.s, q.null(c)), q.posterior_mean(x_s, self.s, c)
-        G_fake = mean_of_answers(x_s.view(shape), float(self.s[0]), x0_hat.view(shape)).view_as(x_s)
-        return G_null, G_c, G_fake
-
-
 def settle(q: Mixture, s: float, goal: tuple | None, seed: int) -> tuple[Tensor, Tensor]:
     """Answers [C, n, 2] at time T that have followed their target to the end, and fresh data [C, n, 2]."""
-    g, n = rng(seed, "toy ideal"), ANSWERS
-    c = torch.arange(q.C).repeat_interleave(n)
-    t, s_all = torch.full((len(c),), T), torch.full((len(c),), s)
-    x0 = q.sample(c, g)
-    x_t = losses.add_noise(x0, t, torch.from_numpy(g.standard_normal((len(c), 2), dtype=np.float32)))
-    data = q.sample(c, g).view(q.C, n, 2)
+    g, shape = rng(seed, "toy ideal"), (q.C, ANSWERS, 2)
+    c = torch.arange(q.C).repeat_interleave(ANSWERS)
+    t, now = torch.full((len(c),), T), torch.full((len(c),), s)
+
+    def noise() -> Tensor:
+        return torch.from_numpy(g.standard_normal((len(c), 2), dtype=np.float32))
+
+    x_t = losses.add_noise(q.sample(c, g), t, noise())
+    fresh = q.sample(c, g)
     x0_hat = q.posterior_mean(x_t, t, c)
+
+    def data() -> Tensor:
+        return q.posterior_sample(x_t, t, c, g)
+
+    def evaluate(x_s: Tensor, x0_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        G_fake = mean_of_answers(x_s.view(shape), s, x0_hat.view(shape)).view_as(x_s)
+        return q.posterior_mean(x_s, now, q.null(c)), q.posterior_mean(x_s, now, c), G_fake
+
     if goal is not None:
-        x0_hat = follow(x0_hat, t, s_all, goal, ROUNDS, Plane(q, x_t, t, s_all, c, g))
-    return x0_hat.view(q.C, n, 2), data
+        x0_hat = follow(x0_hat, t, now, goal, ROUNDS, data, noise, evaluate)
+    return x0_hat.view(shape), fresh.view(shape)
 
 
 def distance(x: Tensor, y: Tensor, s: float, seed: int) -> float:

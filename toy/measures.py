@@ -16,18 +16,16 @@ BUDGETS = (1, 2, 4, 8, 50)  # network evaluations, Tab. 1 and one step
 SAMPLES, REFERENCE = 1000, 4000  # per condition: generated, and fresh data to compare with
 
 
-def trajectory(
-    net: Net, members: list[Member], c: Tensor, steps: int, objective="self_e", **choices
-) -> Tensor:
-    """The way from noise to samples, [steps + 1, E, n, 2], for the conditions c [n] (every member the same).
+def generate(net: Net, members: list[Member], c: Tensor, steps: int, objective="self_e", **choices) -> Tensor:
+    """Samples [E, n, 2] for the conditions c [n] (every member the same). The choices go to sampler.trajectory, or to
+    the sampler of `objective` where it has its own.
 
-    The choices go to sampler.trajectory, or to the sampler of `objective` where it has its own. The noise is a function
-    of the member's seed and the step, so every objective and every choice meets the same.
+    The noise is a function of the member's seed and the step, so every objective and every choice meets the same.
     """
     if len(members) > 1 and choices.get("guidance", 1.0) != 1:
         # Guidance joins two branches in one batch, which an ensemble would deal out to the wrong members.
         alone = [(assemble([m], [net.weights_of(e)]), [m]) for e, m in enumerate(members)]
-        return torch.cat([trajectory(*one, c, steps, objective, **choices) for one in alone], dim=1)
+        return torch.cat([generate(*one, c, steps, objective, **choices) for one in alone])
 
     def noise(k: int) -> Tensor:
         each = [
@@ -39,9 +37,8 @@ def trajectory(
     null = torch.full_like(prompts, members[0].q.C)
     sample = OBJECTIVES[objective].trajectory
     choices["draw_noise"] = lambda k: noise(k + 1)
-    moves = sample(net, noise(0), (prompts,), (null,), steps=steps, **choices)
-    x = torch.stack([noise(0), *(move[1] for move in moves)])
-    return x.view(steps + 1, len(members), len(c), 2)
+    *_, end = sample(net, noise(0), (prompts,), (null,), steps=steps, **choices)
+    return end[1].view(len(members), len(c), 2)
 
 
 def within(x: Tensor) -> float:
@@ -112,7 +109,7 @@ def evaluate(net: Net | None, members: list[Member], labels=True, budgets=BUDGET
         if net is None:
             x = [m.q.sample(c, rng(m.seed, "toy floor", steps)) for m in members]
         else:
-            x = trajectory(net, members, c, steps, **choices)[-1]
+            x = generate(net, members, c, steps, **choices)
         for row, parts, samples in zip(result, truth, x):
             row[str(steps)] = average([part.measure(a) for part, a in zip(parts, samples.split(SAMPLES))])
     return result

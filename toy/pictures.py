@@ -186,36 +186,31 @@ class Perfect:
         posterior = self.world.posterior(x_t, float(t[0]), c)
         x0_hat, asked = posterior @ self.world.x, c < self.world.C
         if self.goal is not None and s[0] < t[0] and asked.any():
-            answers = Answers(self, posterior[asked], float(s[0]), c[asked])
-            x0_hat[asked] = follow(x0_hat[asked], t[asked], s[asked], self.goal, self.rounds, answers)
+            x0_hat[asked] = self.followed(x0_hat[asked], posterior[asked], t[asked], s[asked], c[asked])
         return (x_t - x0_hat) / t[:, None]
 
+    def followed(self, x0_hat: Tensor, posterior: Tensor, t: Tensor, s: Tensor, c: Tensor) -> Tensor:
+        """The predictions after ideal.follow; posterior [B, N] over the pictures."""
+        world, now, null = self.world, float(s[0]), torch.full_like(c, self.world.C)
+        cumulated, others = posterior.cumsum(1), c[:, None] != c[None]
 
-class Answers:
-    """The world of ideal.follow: answers to some x_t, whose posterior over the pictures is known."""
+        def data() -> Tensor:
+            u = torch.from_numpy(self.g.random(len(c), dtype=np.float32)) * cumulated[:, -1]
+            picked = torch.searchsorted(cumulated, u[:, None])[:, 0].clamp_max(len(world.x) - 1)
+            return world.x[picked]
 
-    def __init__(self, perfect: Perfect, posterior: Tensor, s: float, c: Tensor):
-        self.world, self.g, self.s, self.c = perfect.world, perfect.g, s, c
-        self.cumulated = posterior.cumsum(1)
+        def noise() -> Tensor:
+            return torch.from_numpy(self.g.standard_normal(x0_hat.shape, dtype=np.float32))
 
-    def data(self) -> Tensor:
-        u = torch.from_numpy(self.g.random(len(self.c), dtype=np.float32)) * self.cumulated[:, -1]
-        picked = torch.searchsorted(self.cumulated, u[:, None])[:, 0].clamp_max(len(self.world.x) - 1)
-        return self.world.x[picked]
+        def evaluate(x_s: Tensor, x0_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """G_null and G_c exactly; G_fake as if the predictions of a prompt were all that the model draws for it."""
+            if now == 0:  # Eq. 6 at s = 0 is x itself for every prompt: there is nothing to evaluate
+                return x_s, x_s, x_s
+            distance2 = torch.cdist(x_s, (1 - now) * x0_hat).square() / (2 * now**2)
+            G_fake = (-distance2).masked_fill(others, -torch.inf).softmax(1) @ x0_hat
+            return world.mean(x_s, now, null), world.mean(x_s, now, c), G_fake
 
-    def noise(self) -> Tensor:
-        shape = (len(self.c), self.world.x.shape[1])
-        return torch.from_numpy(self.g.standard_normal(shape, dtype=np.float32))
-
-    def evaluate(self, x_s: Tensor, x0_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """G_null and G_c exactly; G_fake as if the answers of one prompt were all that the model draws for it."""
-        if self.s == 0:  # Eq. 6 at s = 0 is x itself for every prompt: there is nothing to evaluate
-            return x_s, x_s, x_s
-        null = torch.full_like(self.c, self.world.C)
-        distance2 = torch.cdist(x_s, (1 - self.s) * x0_hat).square() / (2 * self.s**2)
-        others = self.c[:, None] != self.c[None]
-        G_fake = (-distance2).masked_fill(others, -torch.inf).softmax(1) @ x0_hat
-        return self.world.mean(x_s, self.s, null), self.world.mean(x_s, self.s, self.c), G_fake
+        return follow(x0_hat, t, s, self.goal, self.rounds, data, noise, evaluate)
 
 
 def samples(
@@ -237,11 +232,9 @@ def samples(
 # ------------------------------------------------------------------------------------------------------------
 def right(world: Shapes, label: str, judged: int, key: tuple[int, int], n: int, settings: dict) -> np.ndarray:
     """Whether pictures at n steps are right, [prompts, pictures of each]; key (seed, stream) names all noise."""
-    each = max(1, round(judged / world.C))
+    each, g = max(1, round(judged / world.C)), rng(key[0], "toy pictures", key[1], n)
     c = torch.arange(world.C).repeat_interleave(each)
-    pictures = samples(
-        world, OBJECTIVES[label], ROUNDS, c, n, settings, rng(key[0], "toy pictures", key[1], n)
-    )
+    pictures = samples(world, OBJECTIVES[label], ROUNDS, c, n, settings, g)
     scores = [scorer.score(picture, world.prompts[i]) for picture, i in zip(pictures, c.tolist())]
     return np.array(scores, dtype=float).reshape(world.C, each)
 
@@ -269,17 +262,12 @@ def run(name: str, size: Map, scale: float, seed: int, path: Path) -> dict:
     fresh = machine.provenance(torch.device("cpu")) | {"seconds": 0.0, "worlds": []}
     results = fresh | kept.opened(path, set=name, seed=seed, scale=scale, size=computed)
     for kind, share in itertools.product(size.worlds, size.shares):
-        groups = size.worlds[kind] if size.by_tag else (kind,)
+        groups, here = size.worlds[kind] if size.by_tag else (kind,), {"world": kind, "wrong_captions": share}
         todo = [label for label in OBJECTIVES if not scores_of(results, groups[0], share, label)]
         world = Shapes(name, kind, share, scale, seed) if todo else None
-        if todo and len(todo) == len(OBJECTIVES):
+        if len(todo) == len(OBJECTIVES):
             integral, half = budget(world, seed)
-            about = {
-                "world": kind,
-                "wrong_captions": share,
-                "prompts": world.C,
-                "pictures_a_prompt": world.each,
-            }
+            about = here | {"prompts": world.C, "pictures_a_prompt": world.each}
             about |= {"information": world.information(), "delta_budget": integral, "half_at": half}
             results["worlds"].append(about)
         for label in todo:
@@ -287,13 +275,11 @@ def run(name: str, size: Map, scale: float, seed: int, path: Path) -> dict:
             results["records"] += measure(world, label, size.judged, seed)
             results["seconds"] = round(results["seconds"] + time.perf_counter() - start, 1)
             checkpoint.write_json(path, results)
-        about = next(w for w in results["worlds"] if (w["world"], w["wrong_captions"]) == (kind, share))
+        about = next(about for about in results["worlds"] if here.items() <= about.items())
         print(
-            "\n{world}, {wrong_captions:.0%} of captions wrong: {prompts} prompts of {pictures_a_prompt}".format(
-                **about
-            )
+            f"\n{kind}, {share:.0%} of captions wrong; Delta's budget {about['delta_budget']:.2f}, ", end=""
         )
-        print("pictures; Delta's budget {delta_budget:.2f}, half of it at s > {half_at:.2f}".format(**about))
+        print(f"half of it at s > {about['half_at']:.2f}; {about['pictures_a_prompt']} pictures a prompt")
         for group in groups:
             rows = {label: scores_of(results, group, share, label) for label in OBJECTIVES}
             print(kept.table(group, [f"N = {n}" for n in STEPS], rows), flush=True)
@@ -313,9 +299,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", help="of wrong captions (the world's own)")
     parser.add_argument("--scale", type=float, default=encoders.PIXEL_SCALE, help="of the pictures (2)")
     parser.add_argument("--seed", type=int, default=0, help="the first of three (0)")
-    parser.add_argument(
-        "--out", type=Path, help="folder (toy/results; runs/toy-results with another seed or share)"
-    )
+    parser.add_argument("--out", type=Path, help="folder (toy/results, or runs/toy-results with other flags)")
     args = parser.parse_args()
     parser.check_ranges(args, seed=(0, 2**53), scale=(0.05, 20), shares=(0, 1))
     size, name = MAPS[args.world], "pictures"
@@ -326,21 +310,14 @@ def main() -> None:
     torch.set_num_threads(1)
     results = run(args.world, size, args.scale, args.seed, out / f"{name}.json")
 
-    groups = list(dict.fromkeys(record["world"] for record in results["records"]))
-    panels = {
-        f"{group}, {share:.0%} wrong": {
-            label: (STEPS, np.array(scores_of(results, group, share, label))) for label in OBJECTIVES
-        }
-        for share in size.shares
-        for group in groups
-    }
-    axes = {
-        "xlabel": "network evaluations",
-        "ylabel": "share of right pictures",
-        "xscale": "log",
-        "xticks": STEPS,
-    }
-    figures.curves(panels, out / f"{name}.png", len(groups), **axes)
+    panels = {}
+    for record in results["records"]:
+        group, share, label = (record[key] for key in ("world", "wrong_captions", "objective"))
+        lines = panels.setdefault(f"{group}, {share:.0%} wrong", {})
+        lines[label] = STEPS, np.array(scores_of(results, group, share, label))
+    columns = len(panels) // len(size.shares)
+    choices = {"xlabel": "network evaluations", "ylabel": "right pictures", "xscale": "log", "xticks": STEPS}
+    figures.curves(panels, out / f"{name}.png", columns, **choices)
     print(f"\n{name}.json and {name}.png in {out}; {results['seconds']:.0f} s")
 
 

@@ -19,7 +19,7 @@ from engine import checkpoint, errors, machine
 from toy import kept
 from toy.measures import BUDGETS, evaluate
 from toy.mixture import LAYOUTS
-from toy.training import STEPS, Member, trained
+from toy.training import Member, trained
 
 SEEDS = (0, 1, 2)
 PAPER = {}, {}  # nothing changed: "Self-E"
@@ -184,8 +184,8 @@ STUDIES = {
 }
 
 
-def run(name: str, out: Path, seeds=SEEDS, layouts=(), steps: int = STEPS) -> dict:
-    """Fill OUT/NAME.json, setting by setting, and return it. layouts: () is all of the study's."""
+def run(name: str, out: Path, seeds: tuple, layouts: tuple, steps: int) -> dict:
+    """Fill OUT/NAME.json, setting by setting, and return it."""
     study, path = STUDIES[name], out / f"{name}.json"
     results = kept.opened(path, study=name, question=study.question)
     made_by = machine.provenance(torch.device("cpu"))
@@ -193,7 +193,7 @@ def run(name: str, out: Path, seeds=SEEDS, layouts=(), steps: int = STEPS) -> di
     floor = {
         "floor": (None, {"labels": False} if unlabelled else {})
     }  # fresh data, as if they were generated
-    members = [Member(layout, seed) for layout in layouts or study.layouts for seed in seeds]
+    members = [Member(layout, seed) for layout in layouts for seed in seeds]
     settings = {
         label: {"training": training, "sampling": sampling, "steps": steps}
         for label, (training, sampling) in (floor | study.settings).items()

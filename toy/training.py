@@ -6,9 +6,6 @@
 PAPER below lists every choice of the objective with the paper's value; train takes departures from it.
 """
 
-import hashlib
-import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -19,12 +16,10 @@ from torch.nn.functional import silu
 
 import losses
 import objectives
-from engine import checkpoint
 from peers import imm, variants
 from rng import rng
 from toy.mixture import LAYOUTS, Mixture
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS, BATCH = 2000, 256
 
 
@@ -188,9 +183,8 @@ def train(members: list[Member], steps: int = STEPS, **changes) -> Net:
             raise FloatingPointError(f"the loss is {float(loss)} at step {i}: {o}")
         optimizer.zero_grad()
         (loss * len(members)).backward()  # a mean over the members; each gets its own gradient in full
-        optimizer.param_groups[0]["lr"] = 2e-3 * (
-            min((i + 1) / 100, 1) * (1 - i / steps)
-        )  # warm up, fall to zero
+        warm_up, fall = min((i + 1) / 100, 1), 1 - i / steps
+        optimizer.param_groups[0]["lr"] = 2e-3 * (warm_up * fall)
         optimizer.step()
         with torch.no_grad():
             keep = min(0.999, (1 + i) / (10 + i))
@@ -198,31 +192,12 @@ def train(members: list[Member], steps: int = STEPS, **changes) -> Net:
     return ema
 
 
-# ============================================================================================================
-# Networks that are kept, so that two studies never train the same one twice
-# ============================================================================================================
-RUNS = ROOT / "runs" / "toy"
-CODE = [
-    ROOT / name for name in ("losses.py", "rng.py", "peers/variants.py", "toy/training.py", "toy/mixture.py")
-]
-PEERS = sorted((ROOT / "peers").glob("*.py"))
-
-
-def weights_file(member: Member, steps: int, changes: dict) -> Path:
-    """In RUNS, named by all that makes the network, the text of the code included."""
-    o = PAPER | changes
-    code = CODE if o["objective"] == "self_e" else CODE + PEERS
-    recipe = [member, steps, o, [path.read_text(encoding="utf-8") for path in code]]
-    return RUNS / f"{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]}.pt"
+TRAINED = {}  # studies that cross trainings with choices of the sampler share their networks
 
 
 def trained(members: list[Member], steps: int, changes: dict) -> Net:
-    """The ensemble of `members`, from runs/toy where it is known; the others are trained together and kept."""
-    files = {m: weights_file(m, steps, changes) for m in members}
-    if missing := [m for m in members if not files[m].exists()]:
-        net = train(missing, steps, **changes)
-        RUNS.mkdir(parents=True, exist_ok=True)
-        for e, m in enumerate(missing):
-            with checkpoint.in_one_piece(files[m]) as partial:
-                torch.save(net.weights_of(e), partial)
-    return assemble(members, [torch.load(files[m], weights_only=True) for m in members])
+    """`train`, once in a process for each set of arguments."""
+    key = repr((members, steps, sorted(changes.items())))
+    if key not in TRAINED:
+        TRAINED[key] = train(members, steps, **changes)
+    return TRAINED[key]
