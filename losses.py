@@ -469,9 +469,8 @@ class SelfE(nn.Module):
         x_s_hat = add_noise(x0_hat, s, eps_s).detach()  # [n, ...] Eq. 8; judged without gradient
         G_c, G_null = self.evaluate(x_s_hat, s, c, null, is_null)  # [n, ...]
         G_fake, loss_fake = None, torch.zeros_like(s)
-        if (
-            fake is not None
-        ):  # one pass with gradient serves both Delta (s.6) and the loss of the fake branch (s.8)
+        if fake is not None:
+            # One pass with gradient serves both Delta (s.6) and the loss of the fake branch (s.8)
             V_fake = self.network(x_s_hat, s, s, *fake)
             G_fake = one_step_estimate(x_s_hat, s, V_fake).detach()
             loss_fake = fake_loss(V_fake, x0_hat, eps_s)  # [n] s.8

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "EQUATIONS.md", "SILENCES.md", "LONG_RUN.md"]
-PAGES += [f"{folder}/README.md" for folder in ("engine", "experiments", "results", "results/clean", "toy")]
+PAGES += [f"{folder}/README.md" for folder in ("engine", "experiments", "results", "results/emoji", "results/scenes", "toy")]
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 
 
@@ -84,14 +84,14 @@ def test_each_program_of_a_folder_has_its_line(folder):
 
 def test_the_readme_is_short_and_its_test_line_is_one_line():
     text = TEXTS["README.md"]
-    assert len(text) <= 12_000, len(text)
+    assert len(text) <= 8_000, len(text)
     line = next(line for line in text.splitlines() if "python -m pytest" in line)  # what .ci/run takes
     assert "venv" in line and "pip install" in line and "requirements.txt" in line
 
 
 def test_the_readme_leads_to_every_page():
     links = re.findall(r"\]\(([^)#]+)\)", TEXTS["README.md"])
-    assert set(PAGES) - {"README.md"} <= set(links)
+    assert {page for page in PAGES if page.count("/") < 2} - {"README.md"} <= set(links)
 
 
 def test_the_tests_named_in_the_long_run_exist():
