@@ -159,9 +159,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, rope: Tensor) -> Tensor:
     """Full attention over all tokens, [B, h, N, d/h] each -> [B, N, d]."""
     q, k = rotate(q, rope).to(v.dtype), rotate(k, rope).to(v.dtype)
-    if (
-        q.device.type == "cpu"
-    ):  # for the few tokens of small pictures, plain products beat torch's fused kernel
+    if q.device.type == "cpu":
+        # For the few tokens of small pictures, plain products beat torch's fused kernel
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         out = scores.float().softmax(dim=-1).to(v.dtype) @ v
     else:

@@ -116,7 +116,7 @@ class Recipe:
     dropout: float = 0.1  # share of prompts replaced by ""
     wrong_captions: float = 0.0  # share of samples that carry the caption of another (data.WrongCaptions)
     group: int = (
-        2  # micro-batches are multiples of it: every second sample has s < t (s.13); IMM's groups have 4
+        2  # micro-batches are multiples of it: of two samples one has s < t (s.13); IMM's groups have 4
     )
 
     # --------------------------------------------------------------------------------------------------------
@@ -183,12 +183,12 @@ class Recipe:
         The largest divisor of a process's part of the batch that takes no more memory than micro_batch pictures of the
         first stage, and at least `group`.
         """
-        own = stage.batch_size // world
+        share = stage.batch_size // world
         if self.micro_batch is None:
-            return own
+            return share
         base = self.stages[0].sides[0]
         most = max(self.group, self.micro_batch * base**2 // side**2)
-        return max(m for m in range(self.group, own + 1, self.group) if own % m == 0 and m <= most)
+        return max(m for m in range(self.group, share + 1, self.group) if share % m == 0 and m <= most)
 
     def check_division(self, world: int, micro_batch: int | None = None) -> None:
         """Raise UserError unless every stage's batch divides into `world` processes and equal micro-batches."""

@@ -140,10 +140,8 @@ class IMM(nn.Module):
         """
         t, s, r = times(draws.u_t, draws.u_s, self.k)  # [G]
         t_i, s_i, r_i = (a.repeat_interleave(M) for a in (t, s, r))  # [B]
-        x_t, x_r = (
-            add_noise(x0, t_i, draws.eps),
-            add_noise(x0, r_i, draws.eps),
-        )  # x_r: the DDIM step from x_t to x0
+        x_t = add_noise(x0, t_i, draws.eps)
+        x_r = add_noise(x0, r_i, draws.eps)  # the DDIM step from x_t to x0
         y_t = jump(self.network, x_t, t_i, s_i, c)
         with torch.no_grad():
             y_r = jump(self.network, x_r, r_i, s_i, c)

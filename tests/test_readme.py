@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "EQUATIONS.md", "SILENCES.md", "LONG_RUN.md"]
-PAGES += [f"{folder}/README.md" for folder in ("engine", "experiments", "results", "results/emoji", "results/scenes", "toy")]
+PAGES += [
+    f"{folder}/README.md"
+    for folder in ("engine", "experiments", "results", "results/emoji", "results/scenes", "toy")
+]
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 
 
