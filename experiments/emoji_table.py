@@ -12,6 +12,7 @@ shows prompts fixed by their hashes. Stopped at any time, the same command goes 
 """
 
 import argparse
+import functools
 import itertools
 import math
 import time
@@ -24,7 +25,7 @@ import emoji
 import sample
 from engine import checkpoint, errors, machine
 from experiments import emoji_judge, report, tables
-from experiments.rows import ROWS, SEEDS, guidances, ways
+from experiments.rows import ROWS, SEEDS
 
 KINDS = emoji_judge.KINDS
 # The longest of these captions has seven words.
@@ -73,10 +74,7 @@ class Scores:
 # Search, score
 # ------------------------------------------------------------------------------------------------------------
 def search(loaded: sample.Loaded, scores: Scores, out: Path, args: argparse.Namespace, device) -> dict:
-    """kind -> step count -> the best settings on validation prompts; kept in `out` with every score.
-
-    As in tables.search: first guidance and its space, then at the best of them eta and the rule for s_k.
-    """
+    """kind -> step count -> the best settings on validation prompts; kept in `out` with every score."""
     objective = loaded.config["objective"]
     result = machine.provenance(device) | {
         "train": loaded.config["command"],
@@ -84,26 +82,14 @@ def search(loaded: sample.Loaded, scores: Scores, out: Path, args: argparse.Name
     }
     result = checkpoint.read_json(out) if out.exists() else result | {"kinds": {kind: {} for kind in KINDS}}
 
-    def try_all(settings: list[dict], kind: str, n: int) -> list[dict]:
-        bar = tqdm(settings, desc=f"search: {kind}, {n} steps", leave=False, disable=None)
-        found = [scores(loaded, kind, "validation", args.search_pictures, steps=n, **s)["score"] for s in bar]
-        return [{"settings": s, "score": score} for s, score in zip(settings, found)]
+    def measure(kind: str, n: int, settings: dict) -> dict:
+        found = scores(loaded, kind, "validation", args.search_pictures, steps=n, **settings)
+        return {"score": found["score"]}
 
     for kind, n in itertools.product(KINDS, args.steps):
-        chosen, before = result["kinds"][kind], {}
-        if str(n) in chosen:
-            continue
-        if n >= tables.LONG and chosen:
-            last = chosen[max(chosen, key=int)]["best"]["settings"]
-            before = {name: last[name] for name in ("eta", "s_rule") if name in last}
-        tried = try_all([choice | before for choice in guidances(objective)], kind, n)
-        best = max(tried, key=lambda t: t["score"])
-        if n < tables.LONG:
-            more = [best["settings"] | way for way in ways(objective)]
-            tried += try_all([choice for choice in more if choice != best["settings"]], kind, n)
-            best = max(tried, key=lambda t: t["score"])
-        chosen[str(n)] = {"best": best, "tried": tried}
-        checkpoint.write_json(out, result)
+        if str(n) not in result["kinds"][kind]:
+            tables.tune(result["kinds"][kind], n, functools.partial(measure, kind, n), "score", objective)
+            checkpoint.write_json(out, result)
     return {
         kind: {n: chosen[str(n)]["best"]["settings"] for n in args.steps}
         for kind, chosen in result["kinds"].items()
@@ -200,11 +186,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--report", action="store_true", help="only the page, from what has been measured")
     a("--quick", action="store_true", help="tiny budgets, to check the path")
     args = parser.parse_args(argv)
-    args.prompts, args.pictures, args.search_pictures = (
-        35,
-        280,
-        70,
-    )  # prompts as in toy/emoji_world.py; of each kind
+    # Of each kind; as many prompts as in toy/emoji_world.py
+    args.prompts, args.pictures, args.search_pictures = 35, 280, 70
     if args.quick:
         args.budget, args.prompts, args.pictures, args.search_pictures = QUICK, 2, 2, 2
     parser.check_ranges(args, steps=(1, 10**6), seeds=(0, 2**63 - 1))

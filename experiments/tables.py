@@ -12,11 +12,13 @@ time, by Ctrl-C or SIGTERM, the same command goes on; what is measured stays.
 """
 
 import argparse
+import functools
 import itertools
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -88,11 +90,7 @@ def load(run: Path, device: torch.device, compiled: bool) -> sample.Loaded:
 def search(
     loaded: sample.Loaded, eta: float | str, out: Path, args: argparse.Namespace, device: torch.device
 ) -> dict:
-    """Step count -> the best settings on validation prompts, and the score of every setting tried; kept in `out`.
-
-    First guidance and its space, then at the best of them eta and the rule for s_k. At 50 steps, which cost as much as
-    all the others, eta and the rule are those chosen for the last step count before.
-    """
+    """Step count -> the best settings on validation prompts; every setting tried and its score are kept in `out`."""
     objective, world = loaded.config["objective"], evaluate.world_of(loaded.config)
     asked = evaluate.prompts("validation", args.per_tag, world)
     result = machine.provenance(device) | {"train": loaded.config["command"], "training": loaded.config}
@@ -100,33 +98,44 @@ def search(
     if out.exists():
         result = checkpoint.read_json(out)
 
-    def try_all(settings: list[dict], n: int) -> list[dict]:
-        tried = []
-        for choice in tqdm(settings, desc=f"search at {n} steps", leave=False, disable=None):
-            stream = evaluate.SPLITS.index("validation")
-            found = evaluate.measure(loaded, asked, args.search_images, n, stream=stream, **choice)
-            scores = evaluate.summary(asked, found, args.search_images)
-            tags = {tag: entry["score"] for tag, entry in scores["tags"].items()}
-            tried.append({"settings": choice, "overall": scores["overall"]["score"], "tags": tags})
-        return tried
+    def measure(n: int, settings: dict) -> dict:
+        stream = evaluate.SPLITS.index("validation")
+        found = evaluate.measure(loaded, asked, args.search_images, n, stream=stream, **settings)
+        scores = evaluate.summary(asked, found, args.search_images)
+        tags = {tag: entry["score"] for tag, entry in scores["tags"].items()}
+        return {"overall": scores["overall"]["score"], "tags": tags}
 
     for n in args.steps:
-        if str(n) in result["steps"]:
-            continue
-        began, before = time.perf_counter(), {}
-        if n >= LONG and result["steps"]:
-            last = result["steps"][max(result["steps"], key=int)]["best"]["settings"]
-            before = {name: last[name] for name in ("eta", "s_rule") if name in last}
-        tried = try_all([choice | before for choice in guidances(objective, eta)], n)
-        best = max(tried, key=lambda t: t["overall"])
-        if n < LONG:
-            more = [best["settings"] | way for way in ways(objective, eta)]
-            tried += try_all([choice for choice in more if choice != best["settings"]], n)
-            best = max(tried, key=lambda t: t["overall"])
-        seconds = round(time.perf_counter() - began, 1)
-        result["steps"][str(n)] = {"best": best, "tried": tried, "seconds": seconds}
-        checkpoint.write_json(out, result)
+        if str(n) not in result["steps"]:
+            tune(result["steps"], n, functools.partial(measure, n), "overall", objective, eta)
+            checkpoint.write_json(out, result)
     return {n: result["steps"][str(n)]["best"]["settings"] for n in args.steps}
+
+
+def tune(
+    chosen: dict, n: int, measure: Callable[[dict], dict], key: str, objective: str, eta: float | str = 1.0
+) -> None:
+    """Put into chosen[str(n)] the settings tried at n steps, the best of them, and the seconds that it took.
+
+    measure(settings) gives a record, and record[key] says which is best. First guidance and its space are tried, then
+    at the best of them eta and the rule for s_k. At 50 steps, which cost as much as all the others, eta and the rule
+    are those chosen for the last step count before.
+    """
+    began, before, tried = time.perf_counter(), {}, []
+
+    def try_all(settings: list[dict]) -> dict:
+        for choice in tqdm(settings, desc=f"search at {n} steps", leave=False, disable=None):
+            tried.append({"settings": choice} | measure(choice))
+        return max(tried, key=lambda record: record[key])
+
+    if n >= LONG and chosen:
+        last = chosen[max(chosen, key=int)]["best"]["settings"]
+        before = {name: last[name] for name in ("eta", "s_rule") if name in last}
+    best = try_all([choice | before for choice in guidances(objective, eta)])
+    if n < LONG:
+        more = [best["settings"] | way for way in ways(objective, eta)]
+        best = try_all([choice for choice in more if choice != best["settings"]])
+    chosen[str(n)] = {"best": best, "tried": tried, "seconds": round(time.perf_counter() - began, 1)}
 
 
 # ------------------------------------------------------------------------------------------------------------
