@@ -173,14 +173,6 @@ STUDIES = {
         },
         along="share of wrong labels in training",
     ),
-    "null": Study(
-        "What should a null prompt learn at s < t: the data, or Eq. 19 with Delta = 0?",
-        crossed(
-            {"data": PAPER, "Eq. 19": (dict(null_target="renorm"), {})},
-            {"w 1": {}, "w 3": dict(guidance=3.0)},
-        ),
-        BETWEEN,
-    ),
 }
 
 
