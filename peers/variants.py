@@ -22,7 +22,7 @@ class Variant(losses.SelfE):
 
     lam_scale      multiplies lambda
     lam_time       the second time that lambda sees: a key of LAM_TIMES, or a function of (t, s)
-    null_target    what a null prompt learns at s < t without the auxiliary term (SILENCES.md, note 4):
+    null_target    what a null prompt learns at s < t without the auxiliary term (SILENCES.md, row 4):
                    "data"     x0
                    "renorm"   Eq. 19 with Delta = 0
                    "literal"  Eq. 19 with the answer of the EMA minus that of the trained network, as for any prompt

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "EQUATIONS.md", "SILENCES.md", "LONG_RUN.md"]
+PAGES = ["README.md", "EQUATIONS.md", "SILENCES.md", "DATA.md", "LONG_RUN.md"]
 PAGES += [
     f"{folder}/README.md"
     for folder in ("engine", "experiments", "results", "results/emoji", "results/scenes", "toy")
@@ -48,11 +48,19 @@ def test_the_program_and_its_flags_exist(page, command):
         assert f'"{flag}"' in source, f"{page}: {program} has no {flag}"
 
 
+def anchors(text: str) -> set[str]:
+    """What GitHub calls the headings of a page: small letters, hyphens for spaces, no punctuation."""
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", list(TEXTS))
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", TEXTS[page]):
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", TEXTS[page]):
         if not target.startswith("http"):
-            assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
+            file = (ROOT / page).parent / target if target else ROOT / page
+            assert file.exists(), f"{page}: {target}"
+            assert not anchor or anchor in anchors(file.read_text()), f"{page}: {target}#{anchor}"
 
 
 @pytest.mark.parametrize("page", list(TEXTS))
@@ -62,7 +70,7 @@ def test_named_code_exists(page):
         file = next(
             (f for f in ROOT.glob(f"*/{module}.py") if f.parent.name != "tests"), ROOT / f"{module}.py"
         )
-        if file.exists() and name not in ("py", "safetensors"):
+        if file.exists() and name not in ("py", "png", "safetensors"):
             assert re.search(
                 rf"^\s*(def|class) {name.split('.')[-1]}\b|^\s*{name.split('.')[-1]}\b",
                 file.read_text(),
