@@ -118,12 +118,14 @@ def write_page(doses: dict[str, Rows], out: Path, steps: list[int], tags: list[s
     lines = [HEAD]
     for share, rows in doses.items():
         lines += [f"## {float(share):.0%} of captions wrong"]
+        main = {name: rows[name] for name in GROUPS["main"] if name in rows}
         for tag in tags:
-            lines += ["", f"### {tag}", *scores_of(rows, tag, steps)]
+            lines += ["", f"### {tag}", *scores_of(rows if tag == "overall" else main, tag, steps)]
         lines += ["", "### Differences, paired by seed"]
         for a, b in DIFFERENCES:
             if set(rows.get(a, ())) & set(rows.get(b, ())):
-                lines += differences_of(rows, a, b, tags, steps)
+                parts = tags if {a, b} <= set(main) else ["overall"]
+                lines += differences_of(rows, a, b, parts, steps)
         lines += [""]
     papers = [[row.title, *(f"{x:.3f}" for x in row.paper)] for row in ROWS.values() if row.paper]
     lines += [
