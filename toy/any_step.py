@@ -8,7 +8,7 @@
 
 For N = 1, 2, 4, 8, 50 evaluations of the network it prints the energy distance to fresh data, the share of samples
 between the modes, and the distance of the mass per mode from the truth, averaged over the conditions. "floor" is the
-distance between two samples of the data. mixture.py holds the data, training.py the network, measures.py the distances.
+distance between two samples of the data.
 """
 
 from pathlib import Path
@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from engine import errors
-from toy import figures, kept, studies
+from toy import figures, kept, measures, studies
 from toy.mixture import LAYOUTS
-from toy.training import STEPS, Member, assemble, trained
+from toy.training import STEPS, Member, trained
 
 
 def main() -> None:
@@ -44,20 +44,22 @@ def main() -> None:
     out = kept.folder(args.out, usual=(args.seed, args.layout, args.steps) == (None, None, STEPS))
     results = studies.run(args.study, out, seeds, layouts, args.steps)
     for measure in ("energy", "off_modes", "mass_error"):
-        print(studies.tables(results, measure))
-    measure = "off_modes" if args.study == "wrong_labels" else "energy"  # what a judge of single samples sees
-    figures.study(results, out / f"{args.study}.png", study.along, measure)
+        for layout in layouts:
+            rows = studies.cells(results, layout, measure)
+            print(kept.table(f"{layout}: {measure}", [f"N = {n}" for n in measures.BUDGETS], rows))
+    if study.along:
+        distances = {layout: studies.cells(results, layout, "energy") for layout in layouts}
+        figures.study(distances, out / f"{args.study}.png", study.along)
     if args.study == "objectives":
         figures.fields(("between", "far"), out / "fields.png")
     if args.study in ("objectives", "peers"):
-        members = [Member(layout, seeds[0]) for layout in layouts]
-        for e, member in enumerate(members):
-            networks = {}
-            for label, (training, sampling) in study.settings.items():
-                net = trained(members, args.steps, training)
-                networks[label] = assemble([member], [net.weights_of(e)]), sampling
-            figures.samples(networks, member, out / f"{args.study}_{member.layout}.png")
-    print(f"\n{args.study}.json and its figures in {out}")
+        member = Member(args.layout or "between", seeds[0])
+        networks = {
+            label: (trained([member], args.steps, training), sampling)
+            for label, (training, sampling) in study.settings.items()
+        }
+        figures.samples(networks, member, out / f"{args.study}_{member.layout}.png")
+    print(f"\n{args.study}.json in {out}")
 
 
 if __name__ == "__main__":

@@ -11,36 +11,34 @@ The pictures of training, unmoved, are the whole data set, so posterior means ar
 The rest is toy/pictures.py's: at each step of the sampler the predictions follow their target for some
 rounds. experiments/emoji_judge.py judges, on the test prompts of the trained table; guidance and the rule for
 s_k are chosen on validation prompts, in one grid for all objectives (flow matching stays at s_k = t_k).
-Held-out pairs are not asked: a finite set of pictures has nothing to compose.
+Held-out pairs are not asked: a finite set of pictures has nothing to compose. A run that was stopped goes on by
+the same command.
 
 A warning. So few pictures in so many dimensions are easy to tell apart: from t = 0.6 on the posterior is one
 picture, and what comes of a blend at t = 1 is the picture nearest to it, clear but often the same. A network
 is not that sharp. A smaller --scale keeps blends alive for longer.
 
 Delta's budget: for a prompt c the integral of E||G_null - G_c||^2 over snr is twice the divergence of
-q(picture | c) from q(picture). Its mean over the prompts of a kind is told, in nats.
+q(picture | c) from q(picture). Its mean over the prompts of a kind is printed, in nats.
 """
 
-import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-import data
 import emoji
 import encoders
 from engine import checkpoint, errors, machine
 from experiments import emoji_judge
 from rng import rng
-from toy import pictures
+from toy import kept, pictures
+from toy.pictures import ROUNDS, STEPS
 
-ROOT = Path(__file__).resolve().parents[1]
 SIDE = 32
 OBJECTIVES = ("flow matching", "control, Delta = 0", "classifier only", "k = 0.9")
-STEPS, SEEDS, ROUNDS = (1, 2, 4, 8), (0, 1), 12
+SEEDS = (0, 1)
 PROMPTS, IMAGES = 35, 4  # of a kind at most; pictures of each, with each seed
 
 
@@ -48,105 +46,71 @@ class World(pictures.World):
     """The emoji of training, with some prompts: c is a prompt's number, C the null prompt."""
 
     def __init__(self, source: emoji.Emoji, texts: list[str], scale: float = encoders.PIXEL_SCALE):
-        self.source, self.texts, self.C = source, texts, len(texts)
-        self.shift, self.scale = encoders.PIXEL_SHIFT, scale
-        shown = [source.pictures[pair] for pair in source.pairs]
-        self.x = ((data.to_tensor(shown) - self.shift) * self.scale).flatten(1)
         carriers = source.carriers(source.pairs)
         shares = [[carriers[text].get(pair, 0.0) for pair in source.pairs] for text in texts]
-        weights = torch.tensor([*shares, [1.0] * len(shown)])
-        self.log_weights = (weights / weights.sum(1, keepdim=True)).log()
-
-    def pictures(self, x: Tensor) -> list[np.ndarray]:
-        return data.to_pictures((x / self.scale + self.shift).view(-1, 3, self.source.side, self.source.side))
-
-    def information(self) -> float:
-        """The mean over the prompts of the divergence of q(picture | c) from q(picture), in nats."""
-        told = self.log_weights[: self.C]
-        return float(
-            torch.where(told.isfinite(), told.exp() * (told - self.log_weights[self.C]), 0.0).sum(1).mean()
-        )
+        weights = torch.tensor([*shares, [1.0] * len(source.pairs)])
+        shown = [source.pictures[pair] for pair in source.pairs]
+        super().__init__(shown, weights / weights.sum(1, keepdim=True), scale)
+        self.source, self.texts = source, texts
 
 
 def draw(world: World, judge: emoji_judge.Judge, label: str, n: int, settings: dict, key: tuple) -> dict:
-    """Scores (emoji_judge.summary) of one objective at n steps on a world's prompts; key names the noise."""
-    c = torch.arange(world.C).repeat_interleave(IMAGES)
+    """Scores (emoji_judge.summary) of one objective at n steps on a world's prompts; key (seed, stream) names the noise."""
     g = rng(key[0], "toy emoji", *key[1:], n)
-    verdicts = judge(pictures.samples(world, pictures.OBJECTIVES[label], ROUNDS, c, n, settings, g))
+    verdicts = judge(pictures.samples(world, label, IMAGES, n, settings, g))
     of_prompt = [verdicts[i : i + IMAGES] for i in range(0, len(verdicts), IMAGES)]
     return emoji_judge.summary(world.source, world.texts, of_prompt)
 
 
-def measure(worlds: dict[str, World], judge: emoji_judge.Judge, label: str) -> list[dict]:
-    """The records of one objective and kind of prompt: settings for each step count, scores for each seed."""
-    records = []
-    tries = [s for s in pictures.SETTINGS if label != "flow matching" or s["s_rule"] == 0.0]
-    for n in STEPS:
-        scores = [
-            draw(worlds["validation"], judge, label, n, settings, (0, 1))["score"] for settings in tries
-        ]
-        settings = tries[int(np.argmax(scores))]
-        for seed in SEEDS:
-            scores = draw(worlds["test"], judge, label, n, settings, (seed, 2))
-            records.append({"objective": label, "steps": n, "seed": seed, "settings": settings} | scores)
-    return records
-
-
-def measured(part: Path, *what) -> dict:
-    """`measure`, or what an earlier try has left of it."""
-    if not part.exists():
-        began = time.perf_counter()
-        records = measure(*what)
-        checkpoint.write_json(part, {"records": records, "seconds": round(time.perf_counter() - began, 1)})
-    return checkpoint.read_json(part)
-
-
-def main() -> None:
-    parser = errors.Parser("toy/emoji_world.py", __doc__.split("\n")[0])
-    parser.add_argument("--scale", type=float, default=encoders.PIXEL_SCALE, help="of the pictures")
-    args = parser.parse_args()
-    parser.check_ranges(args, scale=(0.05, 20))
-    torch.set_num_threads(1)
-    run(args.scale)
-
-
-def run(scale: float) -> None:
-    """Measure every kind of prompt and objective; print a table for each kind; write the JSON file."""
-    name = "emoji_world" if scale == encoders.PIXEL_SCALE else f"emoji_world-scale-{scale:g}"
-    parts, kinds, seconds = ROOT / "toy" / "results" / f"{name}-parts", {}, 0.0
+def run(scale: float, path: Path) -> None:
+    """Measure what PATH lacks, which is written after each objective; print a table for each kind of prompt."""
     settings = {"scale": scale, "side": SIDE, "rounds": ROUNDS, "prompts": PROMPTS, "images": IMAGES}
-    checkpoint.keep_settings(parts, settings, "delete it")
+    results = machine.provenance(torch.device("cpu")) | {"seconds": 0.0, "kinds": {}}
+    results |= kept.opened(path, **settings)
     source = emoji.Emoji(SIDE)
     judge = emoji_judge.Judge(source)
     for kind in emoji.KINDS:
-        worlds = {
-            split: World(source, emoji_judge.asked(source, kind, split, PROMPTS), scale)
+        validation, test = (
+            World(source, emoji_judge.asked(source, kind, split, PROMPTS), scale)
             for split in ("validation", "test")
-        }
-        integral, half = pictures.budget(worlds["test"], 0)
-        information = worlds["test"].information()
-        kinds[kind] = {"information": information, "delta_budget": integral, "half_at": half, "records": []}
-        print(
-            f"\n{kind}: Delta's budget {integral:.2f} (twice what the prompts tell: {2 * information:.2f}),"
         )
+        if kind not in results["kinds"]:
+            results["kinds"][kind] = pictures.budget(test) | {"records": []}
+        found = results["kinds"][kind]
         print(
-            f"half of it at s > {half:.2f}\n{'right, variety':20s}" + "".join(f"{n:>9d} steps" for n in STEPS)
+            f"\n{kind}: Delta's budget {found['delta_budget']:.2f} (twice the prompts' information:", end=""
         )
-        for i, label in enumerate(OBJECTIVES):
-            part = measured(parts / f"{kind}-{i}.json", worlds, judge, label)
-            kinds[kind]["records"] += part["records"]
-            seconds += part["seconds"]
-            print(f"{label:20s}" + "".join(f"{cell(part['records'], n):>15s}" for n in STEPS), flush=True)
-    made_by = machine.provenance(torch.device("cpu")) | {"seconds": round(seconds, 1)}
-    checkpoint.write_json(parts.with_name(f"{name}.json"), made_by | settings | {"kinds": kinds})
-    shutil.rmtree(parts)
+        print(f" {2 * found['information']:.2f}), half of it at s > {found['half_at']:.2f}")
+        for label in OBJECTIVES:
+            if label not in [record["objective"] for record in found["records"]]:
+                start = time.perf_counter()
+                found["records"] += pictures.measure(
+                    label,
+                    SEEDS,
+                    lambda n, choice: draw(validation, judge, label, n, choice, (0, 1))["score"],
+                    lambda n, choice, seed: [draw(test, judge, label, n, choice, (seed, 2))],
+                )
+                results["seconds"] = round(results["seconds"] + time.perf_counter() - start, 1)
+                checkpoint.write_json(path, results)
+        for measure in ("right", "variety"):
+            rows = {label: scores(found["records"], label, measure) for label in OBJECTIVES}
+            print(kept.table(measure, [f"N = {n}" for n in STEPS], rows), flush=True)
 
 
-def cell(records: list[dict], n: int) -> str:
-    """The means over seeds of the share of right pictures, and of their variety."""
-    own = [r for r in records if r["steps"] == n]
-    variety = [r["variety"] for r in own if r["variety"] is not None]
-    return f"{np.mean([r['right'] for r in own]):.2f}" + (f" {np.mean(variety):.2f}" if variety else "    -")
+def scores(records: list[dict], label: str, measure: str) -> list[list[float]]:
+    """[steps, seeds]; NaN for the variety of nothing right."""
+    found = [[r[measure] for r in records if (r["objective"], r["steps"]) == (label, n)] for n in STEPS]
+    return [[np.nan if score is None else score for score in seeds] for seeds in found]
+
+
+def main() -> None:
+    parser = errors.Parser("-m toy.emoji_world", __doc__.split("\n")[0])
+    parser.add_argument("--scale", type=float, default=encoders.PIXEL_SCALE, help="of the pictures (2)")
+    args = parser.parse_args()
+    parser.check_ranges(args, scale=(0.05, 20))
+    torch.set_num_threads(1)
+    name = "emoji_world" if args.scale == encoders.PIXEL_SCALE else f"emoji_world-scale-{args.scale:g}"
+    run(args.scale, kept.folder(None, usual=True) / f"{name}.json")
 
 
 if __name__ == "__main__":

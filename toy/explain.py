@@ -46,7 +46,7 @@ BANDS = {
         "s < t: the target is the corrected prediction, mixed with the data, at the data's norm",
     ),
 }
-# The height, then what stands in each column; a dot is an empty place, primes tell apart what is drawn repeatedly.
+# The height, then what stands in each column; a dot is an empty place, primes distinguish what is drawn repeatedly.
 GRID = """
 7.05  x0        add_noise      x_t         .                pass0  G            x0_hat
 6.30  eps
@@ -71,21 +71,20 @@ EQUATIONS = {
     "target_loss": "Eq. 20",
     "data_loss": "Eq. 7",
 }
+# From > to; => carries the gradient, || stops it.
 CHAINS = """
-x0 add_noise x_t pass0 G x0_hat
-eps add_noise
-x0_hat' add_noise' x_s_hat pass1 G' G_c self_evaluation Delta
-x_s_hat pass2 G'' G_null self_evaluation
-Delta' pseudo_target x_self implicit_target x_tar renormalise x_renorm target_loss loss
-x0_hat'' pseudo_target
-lam implicit_target
-x0' implicit_target
-x0' renormalise
-x0_hat" target_loss
-x0'' data_loss loss
+x0 > add_noise > x_t > pass0 => G => x0_hat
+eps > add_noise
+x0_hat' || add_noise' > x_s_hat > pass1 > G' > G_c > self_evaluation > Delta
+x_s_hat > pass2 > G'' > G_null > self_evaluation
+Delta' > pseudo_target > x_self > implicit_target > x_tar > renormalise > x_renorm > target_loss => loss
+x0_hat'' || pseudo_target
+lam > implicit_target
+x0' > implicit_target
+x0' > renormalise
+x0_hat" => target_loss
+x0'' > data_loss > loss
 """
-LEARNS = {("pass0", "G"), ("G", "x0_hat"), ('x0_hat"', "target_loss"), ("target_loss", "loss")}
-STOPPED = {("x0_hat'", "add_noise'"), ("x0_hat''", "pseudo_target")}
 
 
 def node(axis, name: str, x: float, y: float):
@@ -93,8 +92,7 @@ def node(axis, name: str, x: float, y: float):
     text, size, colour = name.rstrip("'\""), 11, GREY
     box = {"facecolor": "none", "linewidth": 1.6, "boxstyle": "round,pad=0.5"}
     if name in EQUATIONS:
-        function = getattr(losses, text)
-        italic = function.__name__.replace("_", "\\_")
+        italic = getattr(losses, text).__name__.replace("_", "\\_")
         text, size = f"$\\it{{{italic}}}$\n{EQUATIONS[name]}", 9
         box |= {"boxstyle": "square,pad=0.3", "linewidth": 0}
     elif name.startswith("pass"):
@@ -107,29 +105,32 @@ def node(axis, name: str, x: float, y: float):
     return axis.text(x, y, text, fontsize=size, color=colour, bbox=box | {"edgecolor": colour}, **CENTRED)
 
 
+def connect(axis, start, end, mark: str) -> None:
+    """An arrow between two nodes, as CHAINS has it."""
+    look = {"arrowstyle": "-|>", "color": GREY, "linewidth": 1.3, "shrinkA": 1, "shrinkB": 1}
+    look |= {"patchA": start.get_bbox_patch(), "patchB": end.get_bbox_patch()}
+    look |= {"color": ORANGE, "linewidth": 2.4} if mark == "=>" else {}
+    a, b = np.array(start.get_position()), np.array(end.get_position())
+    axis.annotate("", b, a, arrowprops=look)
+    if mark == "||":
+        angle = np.degrees(np.arctan2(*(b - a)[::-1]))
+        look = {"color": RED, "fontsize": 15, "weight": "bold", **CENTRED}
+        axis.text(*(0.55 * a + 0.45 * b), "||", rotation=angle, **look)
+
+
 def training_step(path: Path) -> None:
     """Sec. 3, Fig. 2, as losses.SelfE does it, without the auxiliary term."""
     figure, axis = plt.subplots(figsize=(12.6, 7.2))
     axis.set(xlim=(0, 13.5), ylim=(0, 8.1), aspect="equal")
     axis.axis("off")
     nodes = {}
-    for y, *names in map(str.split, GRID.split("\n")[1:-1]):
+    for y, *names in map(str.split, GRID.strip().splitlines()):
         for column, name in enumerate(names):
             if name != ".":
                 nodes[name] = node(axis, name, 0.6 + 1.5 * column, float(y))
-    for names in map(str.split, CHAINS.split("\n")):
-        for edge in zip(names[:-1], names[1:]):
-            start, end = (nodes[name] for name in edge)
-            arrow = {"arrowstyle": "-|>", "color": GREY, "linewidth": 1.3, "shrinkA": 1, "shrinkB": 1}
-            arrow |= {"patchA": start.get_bbox_patch(), "patchB": end.get_bbox_patch()}
-            arrow |= {"color": ORANGE, "linewidth": 2.4} if edge in LEARNS else {}
-            a, b = np.array(start.get_position()), np.array(end.get_position())
-            axis.annotate("", b, a, arrowprops=arrow)
-            if edge in STOPPED:
-                look = {"color": RED, "fontsize": 15, "weight": "bold", **CENTRED}
-                axis.text(
-                    *(0.55 * a + 0.45 * b), "||", rotation=np.degrees(np.arctan2(*(b - a)[::-1])), **look
-                )
+    for words in map(str.split, CHAINS.strip().splitlines()):
+        for start, mark, end in zip(words[::2], words[1::2], words[2::2]):
+            connect(axis, nodes[start], nodes[end], mark)
     for y, (title, note) in BANDS.items():
         axis.text(0.05, y, title, fontsize=12, weight="bold", va="center")
         axis.text(1.55, y, note, fontsize=10, va="center")
@@ -204,8 +205,8 @@ def evaluated_times(steps: int, s_rule: float = 0.0) -> list[tuple[float, float]
 
 def time_grids(path: Path, budgets: tuple = (4, 2, 1)) -> None:
     """One line per number of steps, from noise at the left to data at the right, with (t_k, s_k) of each evaluation."""
-    figure, axis = plt.subplots(figsize=(10.5, 4.8))
-    axis.set(xlim=(1.03, -0.03), ylim=(-1.75, len(budgets) - 0.2), yticks=[], xlabel="time")
+    figure, axis = plt.subplots(figsize=(10.5, 3.6))
+    axis.set(xlim=(1.03, -0.03), ylim=(-0.6, len(budgets) - 0.2), yticks=[], xlabel="time")
     axis.set_xticks(np.linspace(1, 0, 11), ["1\nnoise", *(f"0.{i}" for i in range(9, 0, -1)), "0\ndata"])
     axis.spines[["left", "right", "top"]].set_visible(False)
     for row, steps in enumerate(budgets):
@@ -219,13 +220,6 @@ def time_grids(path: Path, budgets: tuple = (4, 2, 1)) -> None:
             axis.plot(s, height, "o", color=GREEN, markerfacecolor="white", label="s_k: the second time")
             axis.text((t + s) / 2, row - 0.09, f"t = {t:.2f}\ns = {s:.2f}", **BELOW)
     axis.legend(*(part[:2] for part in axis.get_legend_handles_labels()), loc="upper center", ncol=2)
-    names = {0.0: "s_rule 0, the default:\ns = the next time", 0.5: "s_rule 0.5", 1.0: "1: flow\nmatching"}
-    for rule, name in names.items():
-        t, s = evaluated_times(2, rule)[0]
-        axis.plot([t, s], [-1, -1], color=GREEN, linewidth=3, marker="o")
-        axis.text(s, -1.1, name, color=GREEN, **BELOW)
-    axis.text(0.5, -1, "where s may lie in the first of two steps (t = 1.00):", color=GREEN)
-    axis.text(0.5, -1.2, "only the sampler ties s to a time of its grid", color=GREEN)
     save(figure, path)
 
 

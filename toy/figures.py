@@ -3,7 +3,6 @@
 Two kinds are enough: `table` has a drawing in each cell, `curves` has panels of lines with error bars.
 """
 
-import re
 import textwrap
 from collections.abc import Callable
 from io import BytesIO
@@ -70,13 +69,11 @@ def frame(modes: torch.Tensor, margin: float = 0.9) -> tuple[float, float, float
 def contours(axis, q: Mixture, box: tuple, s: float = 0.0, colours: list[str] = COLOURS) -> None:
     """Lines of equal density of q(x_s | c), one colour for each condition; and the window of the axis."""
     xs, ys = torch.linspace(*box[:2], 120), torch.linspace(*box[2:], 120)
-    points = torch.cartesian_prod(xs, ys)
     look = {"linewidths": 0.7, "alpha": 0.8, "linestyles": "solid"}
     for c in reversed(range(q.C)):
-        times, prompt = torch.full((len(points),), s), torch.full((len(points),), c)
-        log_q = q.log_density(points, times, prompt).view(120, 120).T
-        peak = float(log_q.max())
-        axis.contour(xs, ys, log_q, levels=[peak - 4.5, peak - 2.0], colors=[colours[c]], **look)
+        log_q = q.log_density(torch.cartesian_prod(xs, ys), s, c).view(120, 120).T
+        levels = [log_q.max() - 4.5, log_q.max() - 2.0]
+        axis.contour(xs, ys, log_q, levels=levels, colors=[colours[c]], **look)
     axis.set(xlim=box[:2], ylim=box[2:])
 
 
@@ -104,36 +101,31 @@ def fields(layouts: list[str], path: Path, times: tuple = (0.05, 0.2, 0.5, 0.8))
     """
     terms = {"classifier term": 1.0, "auxiliary term": 0.0}  # as k of s.6
 
-    def full(value: float, x: torch.Tensor) -> torch.Tensor:
-        return torch.full((len(x),), value)
-
     def draw(axis, row: str, title: str):
         layout, term = row.split(": ")
         q, g, s = Mixture(**LAYOUTS[layout]), rng(0, "toy fields"), float(title[4:])
-        c = torch.zeros(400, dtype=torch.int64)
-        x0 = q.sample(c, g)
+        x0 = q.sample(torch.zeros(400, dtype=torch.int64), g)
         eps, *eps_s = (torch.from_numpy(g.standard_normal((400, 2), dtype=np.float32)) for _ in (0, *times))
-        x0_hat = q.posterior_mean(losses.add_noise(x0, full(0.8, x0), eps), full(0.8, x0), c)
+        x0_hat = q.posterior_mean(0.2 * x0 + 0.8 * eps, 0.8, 0)
         p = Mixture(x0_hat[None], 0.02)
 
         def Delta(x_s: torch.Tensor) -> torch.Tensor:
-            now, prompt = full(s, x_s), full(0, x_s)
-            G_null, G_c = q.posterior_mean(x_s, now, q.null(prompt)), q.posterior_mean(x_s, now, prompt)
-            return losses.self_evaluation(G_null, G_c, p.posterior_mean(x_s, now, prompt), terms[term])
+            G_null, G_c = q.posterior_mean(x_s, s, q.C), q.posterior_mean(x_s, s, 0)
+            return losses.self_evaluation(G_null, G_c, p.posterior_mean(x_s, s, 0), terms[term])
 
         low, high = float(q.m[:3].min()) - 1.2, float(q.m[:3].max()) + 1.2
         box = ((1 - s) * low - 0.7 * s, (1 - s) * high + 0.7 * s)
         contours(axis, q, box * 2, s, [COLOURS[0], GREY, GREY])
         axis.scatter(*((1 - s) * x0_hat[:120]).T, s=2, c=COLOURS[3], linewidths=0, zorder=3)
         x_s = torch.cartesian_prod(*[torch.linspace(*box, 17)] * 2)
-        log_densities = [each.log_density(x_s, full(s, x_s), full(0, x_s)) for each in (p, q)]
+        log_densities = [each.log_density(x_s, s, 0) for each in (p, q)]
         x_s = x_s[torch.stack([log > log.max() - 7 for log in log_densities]).any(0)]
         move = -(1 - s) * Delta(x_s)  # x_s moves by alpha_s times what x0_hat moves
         longest = (box[1] - box[0]) / 17
         move = move * (longest / move.norm(dim=1, keepdim=True)).clamp(max=1)
         look = {"color": COLOURS[1], "angles": "xy", "scale_units": "xy", "scale": 0.8, "width": 0.008}
         axis.quiver(*x_s.T, *move.T, **look)
-        at_samples = Delta(losses.add_noise(x0_hat, full(s, x0_hat), eps_s[times.index(s)]))
+        at_samples = Delta((1 - s) * x0_hat + s * eps_s[times.index(s)])
         axis.set_title(f"rms {at_samples.square().sum(1).mean().sqrt():.2f}", fontsize=8)
 
     rows = [f"{layout}: {term}" for layout in layouts for term in terms]
@@ -170,39 +162,23 @@ def curves(panels: dict, path: Path, columns: int, **axes_choices) -> None:
     save(figure, path)
 
 
-def study(kept: dict, path: Path, along: str = "", measure: str = "energy") -> None:
-    """What a study has kept: a panel for each layout, a line for each setting against N.
+def study(distances: dict, path: Path, along: str) -> None:
+    """distances: layout -> studies.cells for labels "training, choice"; along names the number in the choices.
 
-    Labels "training, choice" of more settings than colours get a panel for each training. `along` names the number in
-    these choices: then a panel for each layout and N, a line for each training against that number.
+    A panel for each layout and N, a line for each training.
     """
-    cells = {}  # (layout, label) -> [budgets, seeds]
-    for record in kept["records"]:
-        if record["label"] != "floor":
-            values = [record["results"][str(n)][measure] for n in BUDGETS]
-            cells.setdefault((record["layout"], record["label"]), []).append(values)
-    layouts = list(dict.fromkeys(layout for layout, _ in cells))
-    split = len(cells) > len(COLOURS) * len(layouts) and all(", " in label for _, label in cells)
     panels = {}
-    for (layout, label), seeds in cells.items():
-        training, choice = label.rsplit(", ", 1) if split or along else ("", label)
-        values = np.array(seeds).T
-        if not along:
-            title = f"{layout}: {training}" if split else layout
-            panels.setdefault(title, {})[choice] = BUDGETS, values
-            continue
-        for n, row in zip(BUDGETS, values):
-            line = panels.setdefault(f"{layout}, N = {n}", {}).setdefault(training, ([], []))
-            line[0].append(float(re.search(r"[\d.]+", choice)[0]))
-            line[1].append(row)
-    choices = {"ylabel": measure, "yscale": "linear"}
-    if measure == "energy":
-        choices = {"ylabel": "energy distance to the data", "yscale": "log"}
-    if along:
-        xticks = next(iter(next(iter(panels.values())).values()))[0]
-        return curves(panels, path, len(BUDGETS), xlabel=along, xticks=xticks, **choices)
-    columns = len(layouts) if len(layouts) > 1 else len(panels)
-    curves(panels, path, columns, xlabel="network evaluations N", xscale="log", xticks=BUDGETS, **choices)
+    for layout, cells in distances.items():
+        for label, values in cells.items():
+            if label == "floor":
+                continue
+            training, choice = label.rsplit(", ", 1)
+            for n, of_seeds in zip(BUDGETS, values):
+                x, y = panels.setdefault(f"{layout}, N = {n}", {}).setdefault(training, ([], []))
+                x.append(float(choice.split()[-1]))
+                y.append(of_seeds)
+    choices = {"ylabel": "energy distance to the data", "yscale": "log", "xlabel": along, "xticks": x}
+    curves(panels, path, len(BUDGETS), **choices)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ that of flow matching, E[x0 | x_t, c]. The distance is measured between p(x_s | 
 to be equal (Sec. 3.2), and at s = 0.
 """
 
+import itertools
 import time
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def settle(q: Mixture, s: float, goal: tuple | None, seed: int) -> tuple[Tensor,
 
     def evaluate(x_s: Tensor, x0_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         G_fake = mean_of_answers(x_s.view(shape), s, x0_hat.view(shape)).view_as(x_s)
-        return q.posterior_mean(x_s, now, q.null(c)), q.posterior_mean(x_s, now, c), G_fake
+        return q.posterior_mean(x_s, s, q.C), q.posterior_mean(x_s, s, c), G_fake
 
     if goal is not None:
         x0_hat = follow(x0_hat, t, now, goal, ROUNDS, data, noise, evaluate)
@@ -95,7 +96,7 @@ def settle(q: Mixture, s: float, goal: tuple | None, seed: int) -> tuple[Tensor,
 
 
 def distance(x: Tensor, y: Tensor, s: float, seed: int) -> float:
-    """Energy distance after both are noised to s, averaged over conditions."""
+    """Energy distance after both [C, n, 2] are noised to s, averaged over conditions."""
     g = rng(seed, "toy ideal distance")
     x_s, y_s = (
         (1 - s) * a + s * torch.from_numpy(g.standard_normal(a.shape, dtype=np.float32)) for a in (x, y)
@@ -105,36 +106,30 @@ def distance(x: Tensor, y: Tensor, s: float, seed: int) -> float:
 
 def main() -> None:
     parser = errors.Parser("-m toy.ideal", __doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, default=0, help="the first of three seeds (0)")
-    parser.add_argument("--out", type=Path, help="folder (toy/results; runs/toy-results with another --seed)")
-    args = parser.parse_args()
-    parser.check_ranges(args, seed=(0, 2**53))
-    out = kept.folder(args.out, usual=args.seed == 0)
-    seeds = [args.seed + i for i in SEEDS]
+    parser.add_argument("--out", type=Path, help="folder (toy/results)")
+    out = kept.folder(parser.parse_args().out, usual=True)
     torch.set_num_threads(1)
-    start, records, first_seeds = time.perf_counter(), [], {}
+    start, records, first = time.perf_counter(), [], {}
     for layout in LAYOUTS:
-        q, rows = Mixture(**LAYOUTS[layout]), {}
-        for label, goal in GOALS.items():
-            for s in TIMES:
-                settled = [settle(q, s, goal, seed) for seed in seeds]
-                at_0 = [distance(*pair, 0.0, seed) for pair, seed in zip(settled, seeds)]
-                at_s = [distance(*pair, s, seed) for pair, seed in zip(settled, seeds)]
-                for seed, of_x0_hat, of_x_s in zip(seeds, at_0, at_s):
-                    record = {"layout": layout, "label": label, "s": s, "seed": seed}
-                    records.append(record | {"energy_at_0": of_x0_hat, "energy_at_s": of_x_s})
-                rows.setdefault(label, []).extend([at_s, at_0])
-                first_seeds[layout, label, s] = settled[0][0]
+        q, rows = Mixture(**LAYOUTS[layout]), {label: [] for label in GOALS}
+        for (label, goal), s in itertools.product(GOALS.items(), TIMES):
+            for seed in SEEDS:
+                x0_hat, fresh = settle(q, s, goal, seed)
+                first.setdefault((layout, label, s), x0_hat)
+                at_0, at_s = (distance(x0_hat, fresh, each, seed) for each in (0.0, s))
+                record = {"layout": layout, "label": label, "s": s, "seed": seed}
+                records.append(record | {"energy_at_0": at_0, "energy_at_s": at_s})
+            last = records[-len(SEEDS) :]
+            rows[label] += [[record[key] for record in last] for key in ("energy_at_s", "energy_at_0")]
         columns = [f"{what} {s:g}" for s in TIMES for what in ("x_s, s =", "x0_hat,")]
         print(kept.table(f"{layout}: energy distance", columns, rows), flush=True)
-    seconds = round(time.perf_counter() - start, 1)
-    settings = {"seeds": seeds, "t": T, "answers": ANSWERS, "rounds": ROUNDS, "seconds": seconds}
+    settings = {"seeds": SEEDS, "t": T, "answers": ANSWERS, "rounds": ROUNDS}
+    settings |= {"seconds": round(time.perf_counter() - start, 1)}
     made_by = machine.provenance(torch.device("cpu"))
     checkpoint.write_json(out / "ideal.json", made_by | settings | {"records": records})
     note = f"answers x0_hat for condition 0 (grey) at t = {T}; blue: its data; other colours: the other conditions"
-    shown = {key: x0_hat for key, x0_hat in first_seeds.items() if key[0] != "ring"}
-    figures.ideal(shown, out / "ideal.png", note)
-    print(f"\n{out / 'ideal.png'}; {seconds:.0f} s")
+    figures.ideal({key: x for key, x in first.items() if key[0] != "ring"}, out / "ideal.png", note)
+    print(f"\n{out / 'ideal.png'}; {settings['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

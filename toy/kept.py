@@ -27,15 +27,13 @@ def folder(out: Path | None, usual: bool) -> Path:
 
 
 def opened(path: Path, **settings) -> dict:
-    """What PATH holds of an earlier call with the same settings, which then goes on; else the settings and no records.
+    """What PATH holds of an earlier call with the same settings, which then goes on; else the settings alone.
 
     Raises UserError where PATH has other settings, or is another program's.
     """
     settings = json.loads(json.dumps(settings))  # tuples become lists
-    if not path.exists():
-        return settings | {"records": []}
-    kept = checkpoint.read_json(path)
-    if not isinstance(kept, dict) or "records" not in kept or not settings.items() <= kept.items():
+    kept = checkpoint.read_json(path) if path.exists() else settings
+    if not isinstance(kept, dict) or not settings.items() <= kept.items():
         raise errors.UserError(f"{path} holds results of other settings: choose another --out")
     return kept
 

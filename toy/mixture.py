@@ -10,6 +10,8 @@ q(x_t | c), so densities, scores and posterior means are closed forms at every t
 equations to the last digit, and can tell how far a trained network is from the truth.
 
     x0, x_t  [B, 2]      t  [B] in [0, 1]      c  [B] int64, C means the null prompt      K = C * M components
+
+One number will do for t or c where all rows have the same.
 """
 
 import math
@@ -17,6 +19,8 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
+
+from losses import like
 
 
 class Mixture:
@@ -58,12 +62,12 @@ class Mixture:
         z = torch.from_numpy(rng.standard_normal((len(k), 2))).to(shares)
         return mean[row, k] + var[row, k].sqrt()[:, None] * z
 
-    def _log_shares(self, x_t: Tensor, t: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """log of (weight times density of each component) at x_t [B, K], and the components' variances at t [B, K]."""
-        alpha = (1 - t)[:, None]
-        var = alpha**2 * self.v + t[:, None] ** 2
-        distance2 = (x_t[:, None] - alpha[..., None] * self.m).square().sum(-1)
-        return self.table.log()[c] - distance2 / (2 * var) - (2 * math.pi * var).log(), var
+    def _log_shares(self, x_t: Tensor, t: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log of (weight times density of each component) at x_t [B, K], the components' variances there, and t [B, 1]."""
+        t = torch.as_tensor(t, dtype=x_t.dtype).reshape(-1, 1)
+        var = (1 - t) ** 2 * self.v + t**2
+        distance2 = (x_t[:, None] - (1 - t)[..., None] * self.m).square().sum(-1)
+        return self.table.log()[c] - distance2 / (2 * var) - (2 * math.pi * var).log(), var, t
 
     def log_density(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """log q(x_t | c), [B]."""
@@ -71,10 +75,11 @@ class Mixture:
 
     def posterior(self, x_t: Tensor, t: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q(x0 | x_t, c), again a mixture: shares [B, K], means [B, K, 2], variances [B, K]."""
-        log_shares, var = self._log_shares(x_t, t, c)
-        gain = (1 - t)[:, None] * self.v / var  # how much of the deviation in x_t is signal
-        deviation = x_t[:, None] - (1 - t)[:, None, None] * self.m
-        return log_shares.softmax(1), self.m + gain[..., None] * deviation, self.v * t[:, None] ** 2 / var
+        log_shares, var, t = self._log_shares(x_t, t, c)
+        gain = (1 - t) * self.v / var  # how much of the deviation in x_t is signal
+        deviation = x_t[:, None] - (1 - t)[..., None] * self.m
+        means, var = self.m + gain[..., None] * deviation, self.v * t**2 / var
+        return log_shares.softmax(1), means, var.expand(len(x_t), -1)
 
     def posterior_mean(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """E[x0 | x_t, c], [B, 2]: the minimiser of the data loss (Eq. 4, 7)."""
@@ -87,7 +92,7 @@ class Mixture:
 
     def V(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor) -> Tensor:
         """The perfect flow-matching network: the velocity whose Eq. 6 is the posterior mean. It has no use for s."""
-        return (x_t - self.posterior_mean(x_t, t, c)) / t[:, None]
+        return (x_t - self.posterior_mean(x_t, t, c)) / like(t, x_t)
 
     def pushforward(self, a: float, b: Tensor, t: float) -> "Mixture":
         """The distribution of x0_hat = a x_t + b, x_t ~ q(x_t | c): a model simple enough to be solved."""

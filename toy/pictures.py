@@ -1,11 +1,10 @@
 """What does the objective ask for on pictures? Perfect evaluators on a finite set of rendered pictures, no network.
 
-    python -m toy.pictures                 # single and several shapes; 10 to 30 minutes of one core
-    python -m toy.pictures --world scenes  # all six kinds of prompt (data.SETS); hours of one core
-    python -m toy.pictures --scale 0.5     # pictures at another scale than encoders.PIXEL_SCALE
+    python -m toy.pictures                                     # single and several shapes; 10 to 30 minutes of one core
+    python -m toy.pictures --world scenes --shares 0 .15 .3    # all six kinds of prompt (data.SETS); hours of one core
 
 It stands between 2-D (ideal.py) and a trained network. Some thousand pictures are the whole data set, so posterior
-means are exact: E[x0 | x_t, c] is a softmax over the pictures, two matrix products. With a share X of wrong captions
+means are exact: E[x0 | x_t, c] is a softmax over the pictures. With a share X of wrong captions
 
     q(picture | c) = (1 - X) on the pictures of c, in equal parts, + X on all pictures
 
@@ -14,14 +13,14 @@ sampler.py continues from there. experiments/scorer.py judges the pictures. Guid
 objective and step count, on other noise than the scores. A map that was stopped goes on by the same command.
 
 Delta's budget: over snr = ((1-t) / t)^2 the integral of E||G_null - G_c||^2 is 2 I(c; picture) (I-MMSE; Guo, Shamai and
-Verdu 2005), so the information in the captions bounds Delta. It is printed for each world, with the s below which half
-of it lies. Keep at least 100 pictures per prompt. With fewer, the posterior mean is one picture nearly everywhere, and
-every objective seems to solve the task.
+Verdu 2005), so the information in the captions bounds Delta. Keep at least 100 pictures per prompt. With fewer, the
+posterior mean is one picture nearly everywhere, and every objective seems to solve the task.
 """
 
 import itertools
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +49,10 @@ class Map(NamedTuple):
     prompts: int | None = None  # of a tag, at most
     judged: int = 48  # pictures that a score is made of, about, and one a prompt
     by_tag: bool = False  # a score for each tag
+
+    def groups(self, kind: str) -> tuple[str, ...]:
+        """What of a world has a score of its own."""
+        return self.worlds[kind] if self.by_tag else (kind,)
 
 
 MAPS = {
@@ -102,6 +105,9 @@ class World:
         """E[x0 | x_t, c], [B, D]; x_t itself at t = 0."""
         return self.posterior(x_t, t, c) @ self.x if t > 0 else x_t
 
+    def null(self, c: Tensor) -> Tensor:
+        return torch.full_like(c, self.C)
+
     def pictures(self, x: Tensor) -> list[np.ndarray]:
         return data.to_pictures((x / self.scale + self.shift).view(-1, 3, self.side, self.side))
 
@@ -113,9 +119,9 @@ class World:
 
 
 class Shapes(World):
-    """Rendered shapes, the same number for each prompt. prompts, their metadata; share, of wrong captions."""
+    """Rendered shapes, the same number for each prompt. prompts, their metadata; groups, those of each score."""
 
-    def __init__(self, name: str, kind: str, share: float, scale: float, seed: int = 0):
+    def __init__(self, name: str, kind: str, share: float):
         size, source = MAPS[name], data.Shapes(MAPS[name].side, name)
         prompts, wanted = evaluate.prompts("train", None, data.SETS[name]), []
         for tag in size.worlds[kind]:
@@ -124,50 +130,48 @@ class Shapes(World):
             wanted += [of_tag[i] for i in order[: size.prompts]]
         self.each = max(FEWEST, math.ceil(size.pictures / len(wanted)))
         found = {prompt: [] for prompt in sorted(wanted)}
-        for g in itertools.count():
-            scene = source.scene(g, seed)
-            of_prompt = found.get(scene.metadata["prompt"])
-            if of_prompt is not None and len(of_prompt) < self.each:
-                of_prompt.append(scene)
-                if all(len(scenes) == self.each for scenes in found.values()):
-                    break
+        draws = (source.scene(g, 0) for g in itertools.count())
+        while any(len(scenes) < self.each for scenes in found.values()):
+            scene = next(draws)
+            scenes = found.get(scene.metadata["prompt"])
+            if scenes is not None and len(scenes) < self.each:
+                scenes.append(scene)
         self.prompts = [scenes[0].metadata for scenes in found.values()]
-        C = len(self.prompts)
-        N = C * self.each
-        weights = torch.full((C + 1, N), share / N)
-        weights[torch.arange(C).repeat_interleave(self.each), torch.arange(N)] += (1 - share) / self.each
-        weights[C] = 1 / N
-        self.share, self.groups = share, {kind: list(range(C))}
-        if size.by_tag:
-            self.groups = {
-                tag: [i for i, m in enumerate(self.prompts) if m["tag"] == tag] for tag in size.worlds[kind]
-            }
-        super().__init__(
-            [data.render(scene, size.side) for s in found.values() for scene in s], weights, scale
-        )
+        tags = [m["tag"] if size.by_tag else kind for m in self.prompts]
+        self.groups = {tag: [i for i, other in enumerate(tags) if other == tag] for tag in size.groups(kind)}
+        C = len(found)
+        weights = torch.block_diag(*[torch.full((self.each,), 1 / self.each)] * C)
+        everything = torch.full((1, C * self.each), 1 / (C * self.each))
+        weights = torch.cat([(1 - share) * weights + share * everything, everything])
+        pictures = [data.render(scene, size.side) for scenes in found.values() for scene in scenes]
+        super().__init__(pictures, weights, encoders.PIXEL_SCALE)
         self.mu = losses.mu_of_length((size.side // 4) ** 2)  # the laptop model's patches
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Delta's budget: the integral of E||G_null - G_c||^2 over snr, and where in s it lies
 # ------------------------------------------------------------------------------------------------------------
-def budget(world: World, seed: int, samples: int = 300, points: int = 60) -> tuple[float, float]:
-    """(the integral, the s below which half of it lies), by the trapezoidal rule in log snr on fresh noisy data."""
-    g = rng(seed, "toy pictures budget")
+def budget(world: World, samples: int = 300, points: int = 60) -> dict:
+    """delta_budget, the integral; half_at, the s below which half of it lies; and information, half of it exactly.
+
+    By the trapezoidal rule in log snr on fresh noisy data.
+    """
+    g = rng(0, "toy pictures budget")
     c = torch.from_numpy(g.integers(0, world.C, samples))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     x0 = world.x[torch.multinomial(world.log_weights[c].exp(), 1, generator=generator)[:, 0]]
     log_snr, height = np.linspace(math.log(1e-5), math.log(1e4), points), []
     times = 1 / (1 + np.exp(log_snr / 2))
     for s in times:
         x_s = (1 - s) * x0 + s * torch.from_numpy(g.standard_normal(x0.shape, dtype=np.float32))
-        gap = world.mean(x_s, s, torch.full_like(c, world.C)) - world.mean(x_s, s, c)
+        gap = world.mean(x_s, s, world.null(c)) - world.mean(x_s, s, c)
         height.append(float(gap.square().sum(1).mean()))
     height = np.array(height) * np.exp(log_snr)  # d snr = snr d log snr
     pieces = (height[1:] + height[:-1]) / 2 * np.diff(log_snr)
     from_small_s = np.cumsum(pieces[::-1])
     half = int(np.searchsorted(from_small_s, from_small_s[-1] / 2))
-    return float(pieces.sum()), float(times[::-1][half])
+    found = {"information": world.information(), "delta_budget": float(pieces.sum())}
+    return found | {"half_at": float(times[::-1][half])}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -191,7 +195,7 @@ class Perfect:
 
     def followed(self, x0_hat: Tensor, posterior: Tensor, t: Tensor, s: Tensor, c: Tensor) -> Tensor:
         """The predictions after ideal.follow; posterior [B, N] over the pictures."""
-        world, now, null = self.world, float(s[0]), torch.full_like(c, self.world.C)
+        world, now = self.world, float(s[0])
         cumulated, others = posterior.cumsum(1), c[:, None] != c[None]
 
         def data() -> Tensor:
@@ -208,113 +212,123 @@ class Perfect:
                 return x_s, x_s, x_s
             distance2 = torch.cdist(x_s, (1 - now) * x0_hat).square() / (2 * now**2)
             G_fake = (-distance2).masked_fill(others, -torch.inf).softmax(1) @ x0_hat
-            return world.mean(x_s, now, null), world.mean(x_s, now, c), G_fake
+            return world.mean(x_s, now, world.null(c)), world.mean(x_s, now, c), G_fake
 
         return follow(x0_hat, t, s, self.goal, self.rounds, data, noise, evaluate)
 
 
 def samples(
-    world: World, goal: tuple | None, rounds: int, c: Tensor, n: int, settings: dict, g: np.random.Generator
+    world: World, label: str, each: int, n: int, settings: dict, g: np.random.Generator
 ) -> list[np.ndarray]:
-    """Pictures for the prompts c [B] at n steps, by one objective's perfect network."""
+    """Pictures at n steps, `each` for every prompt in turn, by the perfect network of one of OBJECTIVES."""
+    c = torch.arange(world.C).repeat_interleave(each)
 
     def normal(k: int = 0) -> Tensor:
         return torch.from_numpy(g.standard_normal((len(c), world.x.shape[1]), dtype=np.float32))
 
-    V, noise, null = Perfect(world, goal, rounds, g), normal(), torch.full_like(c, world.C)
-    choices = settings | {"s_rule": 1.0} if goal is None else settings  # flow matching knows s = t alone
-    x = sampler.sample(V, noise, (c,), (null,), steps=n, mu=world.mu, eta=1.0, draw_noise=normal, **choices)
-    return world.pictures(x)
+    V, noise = Perfect(world, OBJECTIVES[label], ROUNDS, g), normal()
+    choices = settings | {"s_rule": 1.0} if label == "flow matching" else settings  # it knows s = t alone
+    given = {"steps": n, "mu": world.mu, "eta": 1.0, "draw_noise": normal}
+    return world.pictures(sampler.sample(V, noise, (c,), (world.null(c),), **given, **choices))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The map
 # ------------------------------------------------------------------------------------------------------------
-def right(world: Shapes, label: str, judged: int, key: tuple[int, int], n: int, settings: dict) -> np.ndarray:
-    """Whether pictures at n steps are right, [prompts, pictures of each]; key (seed, stream) names all noise."""
-    each, g = max(1, round(judged / world.C)), rng(key[0], "toy pictures", key[1], n)
-    c = torch.arange(world.C).repeat_interleave(each)
-    pictures = samples(world, OBJECTIVES[label], ROUNDS, c, n, settings, g)
-    scores = [scorer.score(picture, world.prompts[i]) for picture, i in zip(pictures, c.tolist())]
-    return np.array(scores, dtype=float).reshape(world.C, each)
+def measure(label: str, seeds: tuple, validate: Callable, test: Callable) -> list[dict]:
+    """The records of one objective, which toy/emoji_world.py makes in the same way.
 
-
-def measure(world: Shapes, label: str, judged: int, seed: int) -> list[dict]:
-    """The records of one objective in one world: for each step count, seed and group of prompts a score."""
+    For each step count n the settings of the highest validate(n, settings); then, for each seed, what
+    test(n, settings, seed) yields: the scores of each group of prompts.
+    """
     records = []
     tries = [settings for settings in SETTINGS if label != "flow matching" or settings["s_rule"] == 0.0]
     for n in STEPS:
-        chosen = [right(world, label, judged // 2, (seed, 1), n, settings).mean() for settings in tries]
-        settings = tries[int(np.argmax(chosen))]
-        for each in (seed + i for i in SEEDS):
-            scores = right(world, label, judged, (each, 2), n, settings)
-            for group, rows in world.groups.items():
-                record = {"world": group, "wrong_captions": world.share, "objective": label, "steps": n}
-                score = {"seed": each, "score": float(scores[rows].mean()), "settings": settings}
-                records.append(record | score)
+        settings = max(tries, key=lambda choice: validate(n, choice))
+        for seed in seeds:
+            head = {"objective": label, "steps": n, "seed": seed, "settings": settings}
+            records += [head | scores for scores in test(n, settings, seed)]
     return records
 
 
-def run(name: str, size: Map, scale: float, seed: int, path: Path) -> dict:
+def right(world: Shapes, label: str, each: int, n: int, settings: dict, key: tuple[int, int]) -> np.ndarray:
+    """Whether pictures are right, [prompts, each]; key (seed, stream) names all noise."""
+    pictures = samples(world, label, each, n, settings, rng(key[0], "toy pictures", key[1], n))
+    asked = [prompt for prompt in world.prompts for _ in range(each)]
+    return np.array([scorer.score(*pair) for pair in zip(pictures, asked)], dtype=float).reshape(-1, each)
+
+
+def of_shapes(world: Shapes, label: str, share: float, judged: int) -> list[dict]:
+    """The records of one objective in one world."""
+    each, fewer = (max(1, round(count / world.C)) for count in (judged, judged // 2))
+
+    def test(n: int, settings: dict, seed: int):
+        scores = right(world, label, each, n, settings, (seed, 2))
+        for group, rows in world.groups.items():
+            yield {"world": group, "wrong_captions": share, "score": float(scores[rows].mean())}
+
+    return measure(label, SEEDS, lambda n, choice: right(world, label, fewer, n, choice, (0, 1)).mean(), test)
+
+
+def scores_of(results: dict, group: str, share: float) -> dict[str, list]:
+    """{objective: [steps, seeds]} of what has been measured."""
+    found = {}
+    for r in results["records"]:
+        if (r["world"], r["wrong_captions"]) == (group, share):
+            rows = found.setdefault(r["objective"], [[] for _ in STEPS])
+            rows[STEPS.index(r["steps"])].append(r["score"])
+    return found
+
+
+def run(name: str, size: Map, path: Path) -> dict:
     """Measure what PATH lacks, which is written after each objective; print a table for each group of prompts."""
     computed = {"shares": size.shares, "pictures": size.pictures, "judged": size.judged}
     computed |= {"rounds": ROUNDS, "steps": STEPS, "seeds": SEEDS}
-    fresh = machine.provenance(torch.device("cpu")) | {"seconds": 0.0, "worlds": []}
-    results = fresh | kept.opened(path, set=name, seed=seed, scale=scale, size=computed)
+    results = machine.provenance(torch.device("cpu")) | {"seconds": 0.0, "worlds": [], "records": []}
+    results |= kept.opened(path, set=name, size=computed)
     for kind, share in itertools.product(size.worlds, size.shares):
-        groups, here = size.worlds[kind] if size.by_tag else (kind,), {"world": kind, "wrong_captions": share}
-        todo = [label for label in OBJECTIVES if not scores_of(results, groups[0], share, label)]
-        world = Shapes(name, kind, share, scale, seed) if todo else None
-        if len(todo) == len(OBJECTIVES):
-            integral, half = budget(world, seed)
-            about = here | {"prompts": world.C, "pictures_a_prompt": world.each}
-            about |= {"information": world.information(), "delta_budget": integral, "half_at": half}
-            results["worlds"].append(about)
-        for label in todo:
+        here = {"world": kind, "wrong_captions": share}
+        done, world = scores_of(results, size.groups(kind)[0], share), None
+        for label in [label for label in OBJECTIVES if label not in done]:
             start = time.perf_counter()
-            results["records"] += measure(world, label, size.judged, seed)
+            if world is None:
+                world = Shapes(name, kind, share)
+            if not any(here.items() <= about.items() for about in results["worlds"]):
+                about = {"prompts": world.C, "pictures_a_prompt": world.each} | budget(world)
+                results["worlds"].append(here | about)
+            results["records"] += of_shapes(world, label, share, size.judged)
             results["seconds"] = round(results["seconds"] + time.perf_counter() - start, 1)
             checkpoint.write_json(path, results)
         about = next(about for about in results["worlds"] if here.items() <= about.items())
         print(
-            f"\n{kind}, {share:.0%} of captions wrong; Delta's budget {about['delta_budget']:.2f}, ", end=""
+            f"\n{kind}, {share:.0%} of captions wrong; Delta's budget {about['delta_budget']:.2f},", end=" "
         )
         print(f"half of it at s > {about['half_at']:.2f}; {about['pictures_a_prompt']} pictures a prompt")
-        for group in groups:
-            rows = {label: scores_of(results, group, share, label) for label in OBJECTIVES}
-            print(kept.table(group, [f"N = {n}" for n in STEPS], rows), flush=True)
+        for group in size.groups(kind):
+            print(
+                kept.table(group, [f"N = {n}" for n in STEPS], scores_of(results, group, share)), flush=True
+            )
     return results
-
-
-def scores_of(results: dict, group: str, share: float, label: str) -> list[list[float]]:
-    """[steps, seeds], or nothing where it has not been measured."""
-    key = {"world": group, "wrong_captions": share, "objective": label}
-    found = [r for r in results["records"] if key.items() <= r.items()]
-    return [[r["score"] for r in found if r["steps"] == n] for n in STEPS] if found else []
 
 
 def main() -> None:
     parser = errors.Parser("-m toy.pictures", __doc__.split("\n")[0])
     parser.add_argument("--world", default="shapes", choices=list(MAPS), help="of data.SETS (shapes)")
     parser.add_argument("--shares", type=float, nargs="+", help="of wrong captions (the world's own)")
-    parser.add_argument("--scale", type=float, default=encoders.PIXEL_SCALE, help="of the pictures (2)")
-    parser.add_argument("--seed", type=int, default=0, help="the first of three (0)")
-    parser.add_argument("--out", type=Path, help="folder (toy/results, or runs/toy-results with other flags)")
+    parser.add_argument("--out", type=Path, help="folder (toy/results, or runs/toy-results with --shares)")
     args = parser.parse_args()
-    parser.check_ranges(args, seed=(0, 2**53), scale=(0.05, 20), shares=(0, 1))
-    size, name = MAPS[args.world], "pictures"
-    out = kept.folder(args.out, usual=args.seed == 0 and not args.shares)
-    size = size._replace(shares=tuple(args.shares)) if args.shares else size
-    name += f"-{args.world}" if args.world != "shapes" else ""
-    name += f"-scale-{args.scale:g}" if args.scale != encoders.PIXEL_SCALE else ""
+    parser.check_ranges(args, shares=(0, 1))
+    size, name = MAPS[args.world], "pictures" if args.world == "shapes" else f"pictures-{args.world}"
+    out = kept.folder(args.out, usual=not args.shares or tuple(args.shares) == size.shares)
+    size = size._replace(shares=tuple(args.shares or size.shares))
     torch.set_num_threads(1)
-    results = run(args.world, size, args.scale, args.seed, out / f"{name}.json")
+    results = run(args.world, size, out / f"{name}.json")
 
     panels = {}
-    for record in results["records"]:
-        group, share, label = (record[key] for key in ("world", "wrong_captions", "objective"))
-        lines = panels.setdefault(f"{group}, {share:.0%} wrong", {})
-        lines[label] = STEPS, np.array(scores_of(results, group, share, label))
+    for share, kind in itertools.product(size.shares, size.worlds):
+        for group in size.groups(kind):
+            found = scores_of(results, group, share)
+            panels[f"{group}, {share:.0%} wrong"] = {label: (STEPS, rows) for label, rows in found.items()}
     columns = len(panels) // len(size.shares)
     choices = {"xlabel": "network evaluations", "ylabel": "right pictures", "xscale": "log", "xticks": STEPS}
     figures.curves(panels, out / f"{name}.png", columns, **choices)

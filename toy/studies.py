@@ -179,13 +179,10 @@ STUDIES = {
 def run(name: str, out: Path, seeds: tuple, layouts: tuple, steps: int) -> dict:
     """Fill OUT/NAME.json, setting by setting, and return it."""
     study, path = STUDIES[name], out / f"{name}.json"
-    results = kept.opened(path, study=name, question=study.question)
+    results = {"records": []} | kept.opened(path, study=name, question=study.question)
     made_by = machine.provenance(torch.device("cpu"))
-    unlabelled = all(not sampling.get("labels", True) for _, sampling in study.settings.values())
-    floor = {
-        "floor": (None, {"labels": False} if unlabelled else {})
-    }  # fresh data, as if they were generated
-    members = [Member(layout, seed) for layout in layouts for seed in seeds]
+    without_labels = all(not sampling.get("labels", True) for _, sampling in study.settings.values())
+    floor = {"floor": (None, {"labels": False} if without_labels else {})}  # fresh data, as if generated
     settings = {
         label: {"training": training, "sampling": sampling, "steps": steps}
         for label, (training, sampling) in (floor | study.settings).items()
@@ -194,7 +191,8 @@ def run(name: str, out: Path, seeds: tuple, layouts: tuple, steps: int) -> dict:
         raise errors.UserError(f"{path} holds results of other settings: choose another --out")
     done = {(record["label"], record["layout"], record["seed"]) for record in results["records"]}
     for label, setting in settings.items():
-        todo = [m for m in members if (label, *m) not in done]
+        todo = [Member(layout, seed) for layout in layouts for seed in seeds]
+        todo = [member for member in todo if (label, *member) not in done]
         if not todo:
             continue
         start = time.perf_counter()
@@ -210,12 +208,12 @@ def run(name: str, out: Path, seeds: tuple, layouts: tuple, steps: int) -> dict:
     return results
 
 
-def tables(results: dict, measure: str = "energy") -> str:
-    """A line for each setting, a block for each layout."""
-    blocks = {}
+def cells(results: dict, layout: str, measure: str) -> dict[str, list]:
+    """{setting: [budgets, seeds]} of what has been measured."""
+    found = {}
     for record in results["records"]:
-        rows = blocks.setdefault(record["layout"], {}).setdefault(record["label"], [[] for _ in BUDGETS])
-        for cell, n in zip(rows, BUDGETS):
-            cell.append(record["results"][str(n)][measure])
-    columns = [f"N = {n}" for n in BUDGETS]
-    return "\n".join(kept.table(f"{layout}: {measure}", columns, rows) for layout, rows in blocks.items())
+        if record["layout"] == layout:
+            rows = found.setdefault(record["label"], [[] for _ in BUDGETS])
+            for row, n in zip(rows, BUDGETS):
+                row.append(record["results"][str(n)][measure])
+    return found
