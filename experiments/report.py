@@ -1,10 +1,11 @@
 """The page and the figures of what experiments/tables.py has measured, read from its files and nowhere else.
 
 rows = report.read_rows(Path("results/scenes/0"))     # row -> seed -> what tables.score wrote
-report.report(Path("results/scenes"), Path("runs/scenes"))   # table.md, scores.png, samples_TAG.png
+report.report(Path("results/scenes"), Path("runs/scenes"))   # table.md, scores.png, samples.png
 """
 
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,23 +170,53 @@ def draw_scores(doses: dict[str, Rows], path: Path, steps: list[int], tags: list
     plt.close(figure)
 
 
+def draw_pictures(
+    blocks: dict[str, list[list[np.ndarray]]], steps: list[int], captions: list[str], path: Path
+) -> None:
+    """Prompts in rows, and for each model a block of columns, one for each step count (Fig. 3, 4, 6).
+
+    Grey letters on a transparent ground, for light and dark pages.
+    """
+    gap, letters, grey = 1.06, 2.6, {"color": "#808080", "fontsize": 8}
+    width, height = letters + gap * (len(blocks) * (len(steps) + 0.4)), gap * len(captions) + 0.8
+    figure, panel = plt.subplots(figsize=(0.6 * width, 0.6 * height))
+    for r, caption in enumerate(captions):
+        wrapped = textwrap.fill(caption, 22)
+        panel.text(
+            -0.15, gap * r + 0.5, wrapped, horizontalalignment="right", verticalalignment="center", **grey
+        )
+    for b, (title, rows) in enumerate(blocks.items()):
+        left = gap * b * (len(steps) + 0.4)
+        panel.text(left, -0.5, title, **grey, fontweight="bold")
+        for c, n in enumerate(steps):
+            x = left + gap * c
+            panel.text(x + 0.5, -0.1, f"{n} step{'s' * (n > 1)}", horizontalalignment="center", **grey)
+            for r, row in enumerate(rows):
+                extent = (x, x + 1, gap * r + 1, gap * r)
+                panel.imshow(row[c], interpolation="nearest", extent=extent)
+    panel.set(xlim=(-letters, width - letters), ylim=(height - 0.8, -0.8), aspect="equal")
+    panel.axis("off")
+    with checkpoint.in_one_piece(path, shared=True) as partial:
+        figure.savefig(partial, format="png", dpi=200, transparent=True, bbox_inches="tight", pad_inches=0.03)
+    plt.close(figure)
+
+
 def draw_samples(rows: Rows, out: Path, runs: Path, steps: list[int]) -> None:
-    """OUT/samples_TAG.png (Fig. 3, 4, 6), a test prompt of each kind: rows of the main group, step counts across."""
+    """OUT/samples.png: the first test prompt of each kind, drawn by the main rows' first seeds at their settings."""
     shown = {row: runs / f"{row}-{SEEDS[0]}" for row in GROUPS["main"] if SEEDS[0] in rows.get(row, ())}
     if missing := [str(run) for run in shown.values() if not (run / "model.safetensors").exists()]:
-        print(f"no sheets of samples: {', '.join(missing)} not here", file=sys.stderr)
+        print(f"no samples: {', '.join(missing)} not here", file=sys.stderr)
         return
-    loaded = {row: sample.load(run, torch.device("cpu")) for row, run in shown.items()}
-    for metadata in evaluate.prompts("test", 1, evaluate.world_of(next(iter(loaded.values())).config)):
-        pictures = []
-        for row, model in loaded.items():
-            settings = [rows[row][SEEDS[0]]["steps"][str(n)]["settings"] for n in steps]
-            draw = zip(steps, settings)
-            prompt = [metadata["prompt"]]
-            pictures.append([sample.generate(model, prompt, [(0,)], steps=n, **s)[0] for n, s in draw])
-        sheet = sample.sheet(pictures, steps, [ROWS[row].title for row in loaded])
-        with checkpoint.in_one_piece(out / f"samples_{metadata['tag']}.png", shared=True) as partial:
-            sheet.save(partial, format="png")
+    blocks = {}
+    for row, run in shown.items():
+        loaded = sample.load(run, torch.device("cpu"))
+        world = evaluate.world_of(loaded.config)
+        captions = [metadata["prompt"] for metadata in evaluate.prompts("test", 1, world)]
+        keys = [(i,) for i in range(len(captions))]
+        settings = {n: rows[row][SEEDS[0]]["steps"][str(n)]["settings"] for n in steps}
+        columns = [sample.generate(loaded, captions, keys, steps=n, **settings[n]) for n in steps]
+        blocks[ROWS[row].title] = list(zip(*columns))
+    draw_pictures(blocks, steps, captions, out / "samples.png")
 
 
 def report(out: Path, runs: Path) -> None:
@@ -203,5 +234,5 @@ def report(out: Path, runs: Path) -> None:
     tags = ["overall", *(tag for tag in evaluate.COLUMNS if tag in known)]
     write_page(doses, out, steps, tags)
     draw_scores(doses, out / "scores.png", steps, tags)
-    draw_samples(rows, out, runs / share, steps)
-    print(f"wrote {out / 'table.md'}, {out / 'scores.png'} and sheets of samples")
+    draw_samples(rows, out, runs / share, [n for n in steps if n < 10])
+    print(f"wrote {out / 'table.md'}, {out / 'scores.png'}, {out / 'samples.png'}")
