@@ -340,9 +340,9 @@ class ImageFolder:
         state.update(json.dumps([self.keys, self.captions, size, "order 3"]).encode())
         self.fingerprint, self.numbers = state.hexdigest(), len(self.keys)
         count = sum(map(len, self.captions))
-        self.told = f"{folder}: {self.numbers:,} pictures, {count:,} captions{files.told(self.skipped)}"
+        self.told = f"{folder}: {self.numbers:,} pictures, {count:,} captions{files.summary(self.skipped)}"
         if not self.keys:
-            raise DataError(f"{folder}: none of its pictures can be used{files.told(self.skipped)}")
+            raise DataError(f"{folder}: none of its pictures can be used{files.summary(self.skipped)}")
 
     def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
         """(height, width) of sample g."""

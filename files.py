@@ -36,9 +36,9 @@ TEXTS = ("txt", "caption", "json")  # beside a picture; the first that says some
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
 KEYS = ("text", "caption", "prompt")
 KEY_HELP = "of captions in tables and .json (default: text, caption or prompt)"
-NEAR = dict.fromkeys(("zip", "gz", "7z", "rar"), "unpack it") | {  # what people have who have no captions
-    kind: f"call it metadata.{kind}" for kind in ("csv", "jsonl", "json")
-}
+# What people have who have no captions
+NEAR = dict.fromkeys(("zip", "gz", "7z", "rar"), "unpack it")
+NEAR |= {kind: f"call it metadata.{kind}" for kind in ("csv", "jsonl", "json")}
 MAX_PIXELS = 2**26  # 8192 x 8192: a larger picture is refused from its header, before memory is taken for it
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, a warning
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd EXIF data and the like, for each picture
@@ -55,21 +55,14 @@ class Unusable(Exception):
 # ------------------------------------------------------------------------------------------------------------
 # A picture
 # ------------------------------------------------------------------------------------------------------------
-TURNS = {
-    2: "FLIP_LEFT_RIGHT",
-    3: "ROTATE_180",
-    4: "FLIP_TOP_BOTTOM",
-    5: "TRANSPOSE",
-    6: "ROTATE_270",
-    7: "TRANSVERSE",
-    8: "ROTATE_90",
-}
+TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+TURNS = dict(enumerate(TURNS.split(), 2))  # what sets a picture upright, by EXIF's number
 
 
 def orientation(image: Image.Image) -> int:
     """How the camera was held, EXIF's 1 .. 8; 1 where nothing usable is said."""
-    told = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
-    return told if told in TURNS else 1
+    number = image.getexif().get(0x0112, 1) if "exif" in image.info else 1
+    return number if number in TURNS else 1
 
 
 def opened(content: bytes, decode: bool = True) -> Image.Image:
@@ -99,23 +92,15 @@ def upright_size(content: bytes) -> tuple[int, int]:
     return image.size[::-1] if orientation(image) >= 5 else image.size  # 5 and more lie on their side
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """As the camera was held. (ImageOps.exif_transpose writes all EXIF data again, and fails where it is odd.)"""
-    turn = TURNS.get(orientation(image))
-    return image.transpose(Image.Transpose[turn]) if turn else image
-
-
-def over_white(image: Image.Image) -> Image.Image:
-    """A PIL image of any mode -> RGB, what is transparent over white."""
+def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """A PIL image -> uint8 [height, width, 3]: upright, over white, resized to cover (Lanczos), cropped centrally."""
+    # Not ImageOps.exif_transpose, which writes all EXIF data again, and fails where it is odd
+    if turn := TURNS.get(orientation(image)):
+        image = image.transpose(Image.Transpose[turn])
     if "A" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def cover(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """A PIL image -> uint8 [height, width, 3]: upright, over white, resized to cover (Lanczos), cropped centrally."""
-    return np.asarray(ImageOps.fit(over_white(upright(image)), (width, height), Image.Resampling.LANCZOS))
+    return np.asarray(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -140,54 +125,47 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path} is {error}: save it as UTF-8") from error
 
 
-def whole(text: str) -> str:
-    """Text without halves of surrogate pairs, which JSON can carry and no tokenizer takes; each becomes one U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def as_list(value) -> list[str]:
-    """A caption, or a list of them; [""] where all are blank. Raises Unusable for what is no text."""
-    values = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) for text in values):
-        raise Unusable("no caption" if value is None else "its caption is no text")
-    return [text for text in (whole(value).strip() for value in values) if text] or [""]
-
-
-def first_of(readings: list[Callable[[], list[str]]]) -> list[str]:
-    """The captions of the first reading that says something, or [""]. Raises Unusable where none can be read."""
-    found, reasons = [], []
-    for reading in readings:
-        try:
-            found.append(reading())
-        except Unusable as error:
-            reasons.append(error)
-    if not found:
-        raise reasons[0] if reasons else Unusable("no caption")
-    return next((captions for captions in found if captions != [""]), [""])
-
-
-def of_entry(entry, key: str | None) -> list[str]:
-    """The captions in a line of a table or a .json: under `key`, or under one of KEYS. Raises Unusable."""
-    if not isinstance(entry, dict):
-        return as_list(entry)
-    values = [entry[name] for name in ([key] if key else KEYS) if entry.get(name) is not None]
-    if key and not values:
-        raise Unusable(f'no "{key}"')
-    return first_of([functools.partial(as_list, value) for value in values])
-
-
-def of_file(name: str, read: Callable[[str], bytes], key: str | None) -> list[str]:
-    """The captions in a file beside a picture. Raises Unusable."""
-    text = utf8(read(name))
-    return of_entry(from_json(text), key) if ending(name) == "json" else as_list(text.split("\n"))
-
-
 def from_json(text: str):
     """What a JSON text says. Raises Unusable."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Unusable("not valid JSON") from error
+
+
+def well_formed(text: str) -> str:
+    """Text without halves of surrogate pairs, which JSON can carry and no tokenizer takes; each becomes one U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def captions_of(value, key: str | None = None) -> list[str]:
+    """The captions that a line of a table or a JSON text holds: a text, a list of texts, or one of the two under `key`
+    or the first of KEYS that says something; [""] where all are blank. Raises Unusable."""
+    if isinstance(value, dict):
+        values = [value[name] for name in ([key] if key else KEYS) if value.get(name) is not None]
+        if not values:
+            raise Unusable(f'no "{key}"' if key else "no caption")
+        value = next(filter(None, values), "")
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise Unusable("its caption is no text")
+    return [text for text in (well_formed(text).strip() for text in texts) if text] or [""]
+
+
+def captions_in(names: list[str], read: Callable[[str], bytes], key: str | None) -> list[str]:
+    """The captions in the first of some files that says something. Raises Unusable where none can be read."""
+    captions, reason = [], Unusable("no caption")
+    for name in names:
+        try:
+            text = utf8(read(name))
+            captions = captions_of(from_json(text) if ending(name) == "json" else text.split("\n"), key)
+        except Unusable as error:
+            reason = error
+        if captions and captions != [""]:
+            break
+    if not captions:
+        raise reason
+    return captions
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -211,14 +189,15 @@ def entries(name: str, content: bytes, key: str | None) -> list:
     kind = ending(name)
     if kind == "parquet":
         return parquet(name, ("file_name", *([key] if key else KEYS)), io.BytesIO(content)).to_pylist()
+    text = utf8(content)
     if kind == "jsonl":
-        return [line for line in utf8(content).split("\n") if line.strip()]
+        return [line for line in text.split("\n") if line.strip()]
     if kind == "csv":
         try:
-            return list(csv.DictReader(io.StringIO(utf8(content), newline="")))
+            return list(csv.DictReader(io.StringIO(text, newline="")))
         except csv.Error as error:
             raise Unusable(f"not a .csv ({error})") from error
-    table = from_json(utf8(content))
+    table = from_json(text)
     if isinstance(table, dict) and "file_name" not in table:
         return [{"file_name": n} | (v if isinstance(v, dict) else {"text": v}) for n, v in table.items()]
     return table if isinstance(table, list) else [table]
@@ -234,8 +213,7 @@ def read_table(name: str, content: bytes, key: str | None, names: list[str]) -> 
     for number, entry in enumerate(entries(name, content, key), 1):
         what = f"{name}, entry {number}"
         try:
-            if isinstance(entry, str):
-                entry = from_json(entry)
+            entry = from_json(entry) if isinstance(entry, str) else entry
             if not isinstance(entry, dict):
                 raise Unusable("not an object with file_name and text")
             if not isinstance(entry.get("file_name"), str):
@@ -245,11 +223,11 @@ def read_table(name: str, content: bytes, key: str | None, names: list[str]) -> 
             what = known.get(unicodedata.normalize("NFC", what), what)
             if None in entry:
                 raise Unusable("more columns than its header: a caption with a comma stands in quotes")
-            found = of_entry(entry, key)
+            found = captions_of(entry, key)
             captions.setdefault(what, []).extend(found)
         except Unusable as error:
             left_out[what] = str(error)
-    return {name: as_list(lines) for name, lines in captions.items()}, left_out
+    return {picture: captions_of(lines) for picture, lines in captions.items()}, left_out
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -260,14 +238,10 @@ def ending(name: str) -> str:
     return name.rpartition(".")[2].lower()
 
 
-def is_table(name: str) -> bool:
-    return name.rpartition("/")[2].lower() in TABLES
-
-
-def key_of(name: str) -> str:
-    """As WebDataset cuts names: "v1.0/a.mask.png" -> "v1.0/a". Files of one key belong together."""
-    folder, slash, last = name.rpartition("/")
-    return folder + slash + last.partition(".")[0]
+def table_kind(name: str) -> int | None:
+    """The place of a table's name in TABLES, None for other files."""
+    name = posixpath.basename(name).lower()
+    return TABLES.index(name) if name in TABLES else None
 
 
 def not_for_training(names: list[str]) -> set[str]:
@@ -289,18 +263,19 @@ def pair(names: list[str], read: Callable[[str], bytes], key: str | None = None)
     captions, left_out, tables, groups = {}, {}, {}, {}
     elsewhere = not_for_training(names)
     for name in names:
+        folder, base = posixpath.split(name)
         if ending(name) not in (*PICTURES, *TEXTS, "jsonl", "csv", "parquet"):
             continue
         if any(part.startswith(".") for part in name.split("/")):  # such as macOS's ._a.txt
             left_out[name] = "hidden"
         elif name in elsewhere:
             left_out[name] = "not for training"
-        elif is_table(name):
-            tables.setdefault(posixpath.dirname(name), []).append(name)
-        else:
-            groups.setdefault(key_of(name), []).append(name)
-    for folder, some in tables.items():
-        name, *others = sorted(some, key=lambda n: TABLES.index(n.rpartition("/")[2].lower()))
+        elif table_kind(name) is not None:
+            tables.setdefault(folder, []).append(name)
+        else:  # as WebDataset cuts names: v1.0/a.mask.png belongs to v1.0/a
+            groups.setdefault((folder, base.partition(".")[0]), []).append(name)
+    for some in tables.values():
+        name, *others = sorted(some, key=table_kind)
         left_out |= {other: f"beside {name}" for other in others}
         try:
             found, wrong = read_table(name, read(name), key, names)
@@ -308,23 +283,22 @@ def pair(names: list[str], read: Callable[[str], bytes], key: str | None = None)
             found, wrong = {}, {name: str(error)}
         captions |= found
         left_out |= wrong
-    for group in groups.values():
+    for (folder, _), group in groups.items():
         pictures = [name for name in group if ending(name) in PICTURES and name not in captions]
         texts = sorted((n for n in group if ending(n) in TEXTS), key=lambda n: TEXTS.index(ending(n)))
-        if any(not folder or group[0].startswith(folder + "/") for folder in tables):
+        if any(f"{folder}/".startswith(f"{above}/") or not above for above in tables):
             found, wrong = {}, dict.fromkeys(pictures, "in no line of the table")
         elif pictures:
-            found, wrong = read_beside(pictures, texts, read, key)
+            found, wrong = pair_beside(pictures, texts, read, key)
         else:
             found, wrong = {}, {text: "without a picture" for text in texts if ending(text) != "json"}
         captions |= found
-        for name, why in wrong.items():
-            left_out.setdefault(name, why)
+        left_out |= {name: why for name, why in wrong.items() if name not in left_out}
     return captions, left_out
 
 
-def read_beside(pictures: list[str], texts: list[str], read: Callable, key: str | None) -> tuple[dict, dict]:
-    """The same as of `pair`, for the pictures and texts of one key: a.b.png has a.b.png.txt or a.b.txt."""
+def pair_beside(pictures: list[str], texts: list[str], read: Callable, key: str | None) -> tuple[dict, dict]:
+    """The same as of `pair`, for the pictures and texts of one group: a.b.png has a.b.png.txt or a.b.txt."""
     captions, left_out, taken = {}, {}, set()
     for name in pictures:
         beside = [text for text in texts if text.rpartition(".")[0] in (name, name.rpartition(".")[0])]
@@ -334,7 +308,7 @@ def read_beside(pictures: list[str], texts: list[str], read: Callable, key: str 
             if beside and taken.issuperset(beside):
                 raise Unusable("second picture for one caption")
             taken.update(beside)
-            captions[name] = first_of([functools.partial(of_file, text, read, key) for text in beside])
+            captions[name] = captions_in(beside, read, key)
         except Unusable as error:
             left_out[name] = str(error)
     return captions, left_out
@@ -354,32 +328,30 @@ class Found(NamedTuple):
 def walk(folder: Path) -> list[str]:
     """The files of a folder and of all below, by their names from there, in alphabetical order."""
     seen, names = set(), []
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, some in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(place)) in seen:  # a link that leads back
             folders.clear()
             continue
         seen.add(real)
-        names += [os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/") for name in files]
+        names += [Path(place, name).relative_to(folder).as_posix() for name in some]
     return sorted(names)
 
 
 def find(place: Path, key: str | None = None) -> Found:
     """The pictures of a folder with all below, or of a .parquet. Raises DataError where there are none with captions."""
+    if table_kind(place.name) is not None:
+        place = place.parent
     if not place.exists():
         raise DataError(f"no such folder: {place}")
-    if is_table(place.name):
-        place = place.parent
-    folder, names = (place, walk(place)) if place.is_dir() else (place.parent, [place.name])
     if place.is_file() and ending(place.name) != "parquet":
         raise DataError(f"{place} is a file: name the folder that it lies in, a .tar or a .parquet")
+    folder, names = (place, walk(place)) if place.is_dir() else (place.parent, [place.name])
 
     @functools.lru_cache(maxsize=1)
     def column(name: str):
         table = parquet(folder / name, ("image",))
         if not table.num_columns:
-            raise DataError(
-                f"{folder / name} has no column image; a table of captions is called metadata.parquet"
-            )
+            raise DataError(f"{folder / name} has no column image; a table of captions is metadata.parquet")
         return table["image"]
 
     def read(name: str) -> bytes:
@@ -395,30 +367,26 @@ def find(place: Path, key: str | None = None) -> Found:
             raise Unusable(f"cannot be read ({error.strerror})") from error
 
     captions, left_out = pair(names, read, key)
-    for name in filter(os.path.isabs, captions):
-        left_out.pop(os.path.relpath(name, folder), None)  # which a table calls by its whole path
+    for name in filter(os.path.isabs, captions):  # as a table may call pictures
+        left_out.pop(os.path.relpath(name, folder), None)
     for name in names:
-        if ending(name) != "parquet" or is_table(name) or name in left_out:
+        if ending(name) != "parquet" or table_kind(name) is not None or name in left_out:
             continue
         for row, entry in enumerate(parquet(folder / name, (key,) if key else KEYS).to_pylist()):
             try:
-                captions[f"{name}/{row}"] = of_entry(entry, key)
+                captions[f"{name}/{row}"] = captions_of(entry, key)
             except Unusable as error:
                 left_out[f"{name}/{row}"] = str(error)
-    if captions:
-        return Found(captions, read, left_out)
-    near = [f" ({n}: {NEAR[ending(n)]})" for n in names if ending(n) in NEAR and not is_table(n)]
-    if not any(ending(name) in PICTURES for name in names):
-        raise DataError(
-            f"{place} holds no pictures (.{', .'.join(PICTURES)}){''.join(near[:1])}{told(left_out)}"
-        )
-    raise DataError(
-        f'{place} has no captions: give it a metadata.jsonl with one line {{"file_name": ..., "text": ...}} per '
-        f"picture, or a .txt beside each picture{''.join(near[:1])}{told(left_out)}"
-    )
+    if not captions:
+        missing = "captions: give each picture a .txt, or the folder a metadata.jsonl"
+        if not any(ending(name) in PICTURES for name in names):
+            missing = f"pictures (.{', .'.join(PICTURES)})"
+        near = [f" ({n}: {NEAR[ending(n)]})" for n in names if ending(n) in NEAR and table_kind(n) is None]
+        raise DataError(f"{place} holds no {missing}{''.join(near[:1])}{summary(left_out)}")
+    return Found(captions, read, left_out)
 
 
-def told(left_out: dict[str, str]) -> str:
+def summary(left_out: dict[str, str]) -> str:
     """ "; left out: 3 no caption (a.png, b.png, c.png), 1 hidden (._a.txt)", or nothing."""
     reasons = {}
     for name, reason in dict(left_out).items():  # a copy, as threads that read may be adding to it
@@ -427,7 +395,7 @@ def told(left_out: dict[str, str]) -> str:
         f"{len(names):,} {reason} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for reason, names in sorted(reasons.items(), key=lambda item: -len(item[1]))
     ]
-    return "; left out: " + ", ".join(parts[:8] + ["..."] * (len(parts) > 8)) if parts else ""
+    return "; left out: " + ", ".join(parts) if parts else ""
 
 
 def printable(name: str) -> str:

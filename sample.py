@@ -261,7 +261,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.error(f"--out-dir must name a folder, not {args.out_dir}")
     if not args.prompt:
         parser.error("give at least one --prompt, or --prompts FILE")
-    args.prompt = list(map(files.whole, args.prompt))  # the shell may hand over what is not UTF-8
+    args.prompt = list(map(files.well_formed, args.prompt))  # the shell may hand over what is not UTF-8
     numbers = {"images": (1, 10**6), "scale": (0, 64), "seed": (0, 2**63 - 1)}
     parser.check_ranges(args, steps=(1, 10**6), guidance=(0, 100), **numbers)
     return args

@@ -33,7 +33,7 @@ def read_prompts(path: Path) -> list[dict]:
             continue
         try:
             metadata = json.loads(line)
-            found.append(metadata | {"prompt": files.whole(metadata["prompt"])})
+            found.append(metadata | {"prompt": files.well_formed(metadata["prompt"])})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise errors.UserError(
                 f'{path}, line {number} is no JSON object with a "prompt", as evaluation_metadata.jsonl has'

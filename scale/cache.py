@@ -201,7 +201,7 @@ class CachedShards:
                 tuple(file.get_tensor(prefix + name) for name in ("tokens", "pooled"))
                 for prefix in ("", "fake_")
             )
-        self.told = f"{folder}: {sum(counts):,} encoded pictures with captions{files.told(self.skipped)}"
+        self.told = f"{folder}: {sum(counts):,} encoded pictures with captions{files.summary(self.skipped)}"
 
     def check(self, text: str, txt_len: int, autoencoder: str) -> None:
         """Raise DataError unless the encoders of these names are those that the cache was made with."""

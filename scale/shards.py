@@ -148,7 +148,7 @@ def scan(tar: Path, caption_key: str | None = None) -> tuple[np.ndarray, list[by
             at, count = at + len(texts[-1]), count + len(own)
     if not rows:
         raise DataError(
-            f"{tar} holds no picture that can be used{files.told(left_out)}; a caption goes in a .txt or, as "
+            f"{tar} holds no picture that can be used{files.summary(left_out)}; a caption goes in a .txt or, as "
             '"caption" or "text", in a .json of the same name'
         )
     return np.array(rows, ROW), texts, count, left_out
@@ -365,7 +365,7 @@ class Shards:
         rows, self.skipped, self.broken = self.index.rows, self.index.skipped, set()
         self.numbers, tars, captions = len(rows), len(self.index.tars), self.index.captions
         self.told = f"{self.name}: {self.numbers:,} pictures in {tars:,} tars, {captions:,} captions"
-        self.told += files.told(self.skipped)
+        self.told += files.summary(self.skipped)
         if self.numbers < batch_size:
             raise DataError(f"{self.told}; one batch has {batch_size}: lower the batch size or add shards")
         self.sides, bucket = choose_buckets(rows, bucket_sides(side, multiple), batch_size)
@@ -454,7 +454,7 @@ def pack(folder: str, out: str | Path, per_shard: int = 1000, caption_key: str |
         except Unusable as error:
             found.left_out[name] = str(error)
     if not kinds:
-        raise DataError(f"{folder}: none of its pictures can be packed{files.told(found.left_out)}")
+        raise DataError(f"{folder}: none of its pictures can be packed{files.summary(found.left_out)}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}-") as place:
         partial = Path(place, "tars")
@@ -468,7 +468,7 @@ def pack(folder: str, out: str | Path, per_shard: int = 1000, caption_key: str |
                         member.size = len(content)
                         archive.addfile(member, io.BytesIO(content))
         os.replace(partial, out)
-    return f"packed {len(kinds):,} pictures of {folder}{files.told(found.left_out)}"
+    return f"packed {len(kinds):,} pictures of {folder}{files.summary(found.left_out)}"
 
 
 def main() -> None:

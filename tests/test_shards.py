@@ -133,7 +133,7 @@ def test_ways_to_name_tars(way, tmp_path):
     )
     assert (
         source.skipped == left_out
-        and ("2 pictures in 2 tars, 2 captions" + files.told(left_out)) in source.told
+        and ("2 pictures in 2 tars, 2 captions" + files.summary(left_out)) in source.told
     )
 
 
