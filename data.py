@@ -41,6 +41,8 @@ class Source(Protocol):
     """What the loop asks of a data set, such as Shapes and ImageFolder below, emoji.Emoji and scale/'s.
 
     `sample` must be safe to call from several threads. All samples of one iteration must have one size.
+    WrongCaptions asks for more: samples have the numbers 0 .. numbers - 1, in whatever order g meets them; number(g,
+    seed) is that of sample g, caption(number, seed) a caption of it.
     """
 
     name: str
@@ -195,10 +197,6 @@ def holds(relation: str, a: tuple, b: tuple) -> bool:
     return sign * (b[axis] - a[axis]) > (a[2] + b[2]) / 2
 
 
-def with_article(shape: str, color: str | None) -> str:
-    return f"a {color} {shape}" if color else f"a {shape}"
-
-
 def prompt_metadata(
     tag: str, shapes: list[str], colors: list[str | None], count: int = 1, relation: str = ""
 ) -> dict:
@@ -209,14 +207,10 @@ def prompt_metadata(
         prompt = "a photo of " + " ".join([COUNTS[count], *filter(None, colors), many])
         exclude = {"exclude": [{"class": shapes[0], "count": count + 1}]}
         return {"tag": tag, "include": items, **exclude, "prompt": prompt}
-    first = with_article(shapes[0], colors[0])
-    if tag in ("single_object", "colors"):
-        return {"tag": tag, "include": items, "prompt": f"a photo of {first}"}
-    second = with_article(shapes[1], colors[1])
     if tag == "position":  # the reference first: "a dog right of a cat" is [cat, dog right of object 0]
         items = [items[1], items[0] | {"position": [relation, 0]}]
-        return {"tag": tag, "include": items, "prompt": f"a photo of {first} {relation} {second}"}
-    return {"tag": tag, "include": items, "prompt": f"a photo of {first} and {second}"}
+    named = [f"a {color} {shape}" if color else f"a {shape}" for shape, color in zip(shapes, colors)]
+    return {"tag": tag, "include": items, "prompt": "a photo of " + f" {relation or 'and'} ".join(named)}
 
 
 SPLIT = 1009  # a number for which also the tags with few prompts (counting 15, two_object 20) have some in each lot
@@ -244,15 +238,13 @@ def draw_prompt(random: np.random.Generator, tag: str, world: World) -> tuple[di
         colors = [world.colors[i] for i in random.permutation(len(world.colors))[:2]]
     if tag == "counting":
         count = 2 + int(random.integers(len(COUNTS)))
-        told = colors[:1] if world.counted_colors and random.random() < 0.5 else [None]
-        return prompt_metadata(tag, shapes[:1], told, count), shapes[:1] * count, colors[:1] * count, ""
+        named = colors[:1] if world.counted_colors and random.random() < 0.5 else [None]
+        return prompt_metadata(tag, shapes[:1], named, count), shapes[:1] * count, colors[:1] * count, ""
     relation = RELATIONS[random.integers(len(RELATIONS))] if tag == "position" else ""
-    told = list(colors)  # which colours the prompt tells
-    if tag in ("single_object", "two_object"):
-        told = [None] * n
+    named = [None] * n if tag in ("single_object", "two_object") else colors  # which colours the prompt tells
     if tag == "position":  # GenEval tells none; training also tells one or both, so that prompts can be mixed
-        told = [c if random.random() < 0.5 else None for c in colors]
-    return prompt_metadata(tag, shapes, told, relation=relation), shapes, colors, relation
+        named = [c if random.random() < 0.5 else None for c in colors]
+    return prompt_metadata(tag, shapes, named, relation=relation), shapes, colors, relation
 
 
 def draw_scene(random: np.random.Generator, size: int, tag: str, world: World) -> Scene:
@@ -308,23 +300,14 @@ class ImageFolder:
     """The captioned pictures of a folder (files.py), cropped square to size x size and held in memory.
 
     Sample g is picture number g mod n of epoch g div n, in an order shuffled by (seed, epoch); of several captions it
-    draws one. A picture that cannot be read is left out, counted and named. Raises DataError when none is left, or when
-    they do not fit into the memory.
+    draws one. A picture that cannot be read is left out, counted and named. Raises DataError when none is left.
     """
 
     def __init__(self, folder: str | Path, size: int, caption_key: str | None = None):
         self.name, self.size, self.buckets = str(folder), size, {(size, size): 1.0}
         found = files.find(Path(folder), caption_key)
-        self.skipped = found.left_out
-        self.captions: list[list[str]] = []
-        self.keys: list[str] = []
-        try:
-            self.pictures = np.empty((len(found.captions), size, size, 3), np.uint8)
-        except MemoryError as error:
-            raise DataError(
-                f"{folder}: {len(found.captions)} pictures of {size} x {size} are more than the memory holds: put them "
-                f"in tars, which are read as they are needed (python -m scale.shards {folder} TARS)"
-            ) from error
+        self.skipped, self.captions, self.keys = found.left_out, [], []
+        self.pictures = np.empty((len(found.captions), size, size, 3), np.uint8)
         state = hashlib.sha256()
         bar = {"desc": f"reading {folder}", "unit": " pictures", "leave": False, "disable": None}
         for name in tqdm(sorted(found.captions), **bar):
@@ -337,12 +320,12 @@ class ImageFolder:
             self.captions.append(found.captions[name])
             self.keys.append(name)
             state.update(content)
+        if not self.keys:
+            raise DataError(f"{folder}: none of its pictures can be used{files.summary(self.skipped)}")
         state.update(json.dumps([self.keys, self.captions, size, "order 3"]).encode())
         self.fingerprint, self.numbers = state.hexdigest(), len(self.keys)
         count = sum(map(len, self.captions))
-        self.told = f"{folder}: {self.numbers:,} pictures, {count:,} captions{files.summary(self.skipped)}"
-        if not self.keys:
-            raise DataError(f"{folder}: none of its pictures can be used{files.summary(self.skipped)}")
+        self.summary = f"{folder}: {self.numbers:,} pictures, {count:,} captions{files.summary(self.skipped)}"
 
     def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
         """(height, width) of sample g."""
@@ -368,9 +351,8 @@ class ImageFolder:
 
 def draw_caption(captions: list[str], g: int, seed: int) -> str:
     """The caption of sample g: one of its picture's, as (seed, g) has it."""
-    return (
-        captions[int(rng(seed, "caption", g).integers(len(captions)))] if len(captions) > 1 else captions[0]
-    )
+    number = rng(seed, "caption", g).integers(len(captions)) if len(captions) > 1 else 0
+    return captions[int(number)]
 
 
 # ============================================================================================================
@@ -382,17 +364,6 @@ def draw_caption(captions: list[str], g: int, seed: int) -> str:
 # can be set.
 
 
-class Numbered(Source, Protocol):
-    """What WrongCaptions asks of a source besides: its samples have the numbers 0 .. numbers - 1, in whatever order g
-    meets them."""
-
-    numbers: int
-
-    def number(self, g: int, seed: int = 0) -> int: ...
-
-    def caption(self, number: int, seed: int = 0) -> str: ...
-
-
 class WrongCaptions:
     """A source whose samples carry, each with probability `share`, the caption of another sample.
 
@@ -400,15 +371,13 @@ class WrongCaptions:
     (Another sample's caption may say the same.) Raises DataError when all captions of the source are alike.
     """
 
-    def __init__(self, source: Numbered, share: float):
+    def __init__(self, source: Source, share: float):
         self.source, self.share, self.name = source, share, source.name
         self.buckets, self.skipped = source.buckets, source.skipped
         self.fingerprint = f"{source.fingerprint}, {share:g} of the captions wrong"
         first = source.caption(0)
         if all(source.caption(number) == first for number in range(1, source.numbers)):
-            raise DataError(
-                f"{self.name}: all captions are alike, so --wrong-captions has nothing to swap: leave it out"
-            )
+            raise DataError(f"{self.name}: all captions are alike: --wrong-captions has nothing to swap")
 
     def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
         return self.source.bucket(g, seed)
@@ -429,9 +398,13 @@ class WrongCaptions:
 # ============================================================================================================
 
 
-def label_grid(
-    rows: list[list[np.ndarray]], columns: list[str], captions: list[str], scale: int = 1
-) -> Image.Image:
+def enlarged(picture: np.ndarray, scale: int) -> Image.Image:
+    """A uint8 picture [H, W, 3], each pixel as `scale` x `scale`."""
+    height, width = picture.shape[:2]
+    return Image.fromarray(picture).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+
+
+def label_grid(rows: list[list[np.ndarray]], columns: list[str], captions: list[str], scale=1) -> Image.Image:
     """A sheet: one row per caption, one column per label; rows[r][c] is a uint8 picture, enlarged `scale` times.
 
     Pictures may differ in size. A caption is one line, of no more letters than the sheet has pixels.
@@ -446,9 +419,7 @@ def label_grid(
         pen.text((pad + c * (w + pad), 3), label, fill="black", font=font_of(label))
     for pictures, caption, height in zip(rows, captions, heights):
         for c, picture in enumerate(pictures):
-            enlarged = Image.fromarray(picture)
-            enlarged = enlarged.resize([scale * side for side in enlarged.size], Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (pad + c * (w + pad), y))
+            sheet.paste(enlarged(picture, scale), (pad + c * (w + pad), y))
         text = " ".join(caption.split())[:width]
         pen.text((pad, y + height), text, fill="black", font=font_of(text))
         y += height + line + pad

@@ -37,7 +37,7 @@ TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
 KEYS = ("text", "caption", "prompt")
 KEY_HELP = "of captions in tables and .json (default: text, caption or prompt)"
 # What people have who have no captions
-NEAR = dict.fromkeys(("zip", "gz", "7z", "rar"), "unpack it")
+NEAR = dict.fromkeys(("zip", "gz", "tgz", "7z", "rar"), "unpack it")
 NEAR |= {kind: f"call it metadata.{kind}" for kind in ("csv", "jsonl", "json")}
 MAX_PIXELS = 2**26  # 8192 x 8192: a larger picture is refused from its header, before memory is taken for it
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, a warning

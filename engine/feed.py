@@ -14,7 +14,7 @@ run where the network runs, when the batch is due.
 
 import itertools
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +30,7 @@ import encoders
 import files
 from engine import checkpoint, errors
 from engine.processes import Ranks
+from files import DataError
 from recipe import Recipe, Stage
 from rng import rng
 from scale import cache, shards
@@ -42,7 +43,7 @@ def check_sides(sides: tuple[int, ...], multiple: int) -> None:
     """Raise DataError for a side that is no multiple of the auto-encoder's factor times the patch."""
     for side in sides:
         if side % multiple:
-            raise data.DataError(f"the side of the pictures must be a multiple of {multiple}, not {side}")
+            raise DataError(f"the side of the pictures must be a multiple of {multiple}, not {side}")
 
 
 class Reading(NamedTuple):
@@ -53,25 +54,17 @@ class Reading(NamedTuple):
     caption_key: str | None = None  # where captions stand in tables and .json
 
 
-def open_source(
-    names: tuple[str, ...],
-    stage: Stage,
-    multiple: int,
-    reading: Reading = Reading(),
-    wrong_captions: float = 0.0,
-):
-    """The samples of a stage, whose sides take turns, batch by batch.
+def open_source(names: tuple[str, ...], stage: Stage, multiple: int, reading=Reading(), wrong_captions=0.0):
+    """The samples of a stage, whose sides take turns, batch by batch. Raises DataError.
 
-    `multiple` is what the sides of a picture must be multiples of: the auto-encoder's factor times the patch;
-    `wrong_captions` the share of samples with the caption of another (data.WrongCaptions). Raises DataError.
+    multiple        what the sides of a picture must be multiples of: the auto-encoder's factor times the patch
+    wrong_captions  the share of samples with the caption of another (data.WrongCaptions)
     """
     check_sides(stage.sides, multiple)
     parts = [open_side(names, side, stage.batch_size, multiple, reading) for side in stage.sides]
     if wrong_captions:
-        if not all(hasattr(part, "caption") for part in parts):
-            raise data.DataError(
-                f"--wrong-captions swaps those of a folder, tars or built-in shapes; {parts[0].name} keeps its own"
-            )
+        if isinstance(parts[0], cache.CachedShards):
+            raise DataError(f"{parts[0].name} keeps its own captions: --wrong-captions is for pictures")
         parts = [data.WrongCaptions(part, wrong_captions) for part in parts]
     return parts[0] if len(parts) == 1 else Mixed(parts, stage.batch_size)
 
@@ -82,28 +75,25 @@ def open_side(names: tuple[str, ...], side: int, batch_size: int, multiple: int,
         return data.Shapes(side, names[0])
     if names[0] in emoji.SETS:
         return emoji.Emoji(side, names[0])
-    caches = [name for name in names if cache.is_cache(name)]
-    tars = [name for name in names if name not in caches and shards.find_tars(name)[0]]
-    if len(names) > 1 and len(names) not in (len(caches), len(tars)):
-        odd = next(name for name in names if name not in (tars or caches))
-        raise data.DataError(
-            f"--data takes one folder, several tars or several caches; {odd} is not like the others"
+    specs = {name: spec for name in names if (spec := cache.spec_of(name))}
+    tars = [name for name in names if name not in specs and shards.find_tars(name)[0]]
+    if len(names) > 1 and len(names) not in (len(specs), len(tars)):
+        odd = next(name for name in names if name not in (tars or specs))
+        raise DataError(
+            f"--data takes a folder, several tars or several caches; {odd} is not like the others"
         )
     if tars:
         where = {"index": reading.index, "caption_key": reading.caption_key}
         return shards.Shards(names, side, batch_size, multiple=multiple, **where)
-    if not caches:
+    if not specs:
         return data.ImageFolder(names[0], side, reading.caption_key)
-    fitting = [name for name in caches if cache.side_of(name) == side]  # others may be for other batches
+    fitting = [name for name in specs if specs[name]["side"] == side]  # others may be for other batches
     if not fitting:
-        raise data.DataError(f"none of {', '.join(names)} was cached with --side {side}")
+        raise DataError(f"none of {', '.join(names)} was cached with --side {side}")
     source = cache.CachedShards(fitting[-1], batch_size)
-    wrong = [f"{h}x{w}" for h, w in source.buckets if h % multiple or w % multiple]
-    if wrong:
-        raise data.DataError(
-            f"{source.name} holds pictures of {', '.join(wrong)}, and sides must be multiples of {multiple}: "
-            f"cache again with --multiple {multiple}"
-        )
+    for h, w in source.buckets:
+        if h % multiple or w % multiple:
+            raise DataError(f"{source.name} has pictures of {h}x{w}: cache again with --multiple {multiple}")
     return source
 
 
@@ -117,15 +107,10 @@ class Mixed:
         self.sources, self.batch_size = sources, batch_size
         self.name = " + ".join(source.name for source in sources)
         self.fingerprint = " ".join(source.fingerprint for source in sources)
-        self.buckets = {}
+        shares = Counter()
         for source in sources:
-            for bucket, share in source.buckets.items():
-                self.buckets[bucket] = self.buckets.get(bucket, 0.0) + share / len(sources)
-
-    @property
-    def skipped(self) -> dict[str, str]:
-        # Copies, because threads that read may be adding to them.
-        return {key: reason for source in self.sources for key, reason in dict(source.skipped).items()}
+            shares.update({bucket: share / len(sources) for bucket, share in source.buckets.items()})
+        self.buckets = dict(shares)
 
     def locate(self, g: int):
         """(the source of g, g's index in it)"""
@@ -134,12 +119,12 @@ class Mixed:
         return self.sources[which], turn * self.batch_size + place
 
     def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
-        source, own = self.locate(g)
-        return source.bucket(own, seed)
+        source, index = self.locate(g)
+        return source.bucket(index, seed)
 
     def sample(self, g: int, seed: int = 0):
-        source, own = self.locate(g)
-        return source.sample(own, seed)
+        source, index = self.locate(g)
+        return source.sample(index, seed)
 
 
 def parts_of(source) -> list:
@@ -175,8 +160,8 @@ class Fetched(NamedTuple):
 class Codec(NamedTuple):
     """How samples become the tensors of a batch, and where these live."""
 
-    text: object  # the frozen encoders; both may be None when all sources are caches
-    autoencoder: object
+    text: encoders.TextEncoder | None  # the frozen encoders; None where all sources are caches
+    autoencoder: encoders.Pixels | encoders.KLAutoencoder | None
     device: torch.device
     patch: int = 1  # of the network
     channels: int = 3  # of a latent, or of a picture where there is no auto-encoder
@@ -188,17 +173,17 @@ def open_codec(plan: Recipe, size: dict, device: torch.device, draws: bool) -> t
 
     Where caches serve, the encoders are None unless this process draws pictures.
     """
-    cached = all(map(cache.is_cache, plan.data))
+    cached = all(map(cache.spec_of, plan.data))
     text = autoencoder = None
     if not cached or draws:
         text = encoders.text_encoder(plan.text, plan.txt_len, device)
         autoencoder = encoders.autoencoder(plan.autoencoder, device)
     if cached:
-        settled, factor = cache.cached_sizes(Path(plan.data[0]))
+        sizes, factor = cache.cached_sizes(Path(plan.data[0]))
     else:
-        settled = {"channels": autoencoder.channels, "txt_dim": text.d_txt, "vec_dim": text.d_vec}
+        sizes = {"channels": autoencoder.channels, "txt_dim": text.d_txt, "vec_dim": text.d_vec}
         factor = autoencoder.factor
-    sizes = size | settled
+    sizes = size | sizes
     return Codec(text, autoencoder, device, sizes["patch"], sizes["channels"], factor), sizes
 
 
@@ -234,10 +219,7 @@ class Feed:
             if isinstance(part, cache.CachedShards):  # now, not at the iteration that needs it
                 part.check(plan.text, plan.txt_len, plan.autoencoder)
                 if plan.aux_from < 1 and not part.fake:
-                    raise data.DataError(
-                        f"{part.name} was cached without --fake, which the auxiliary term needs: cache again, or "
-                        "train with --aux-from 1"
-                    )
+                    raise DataError(f"{part.name} was cached without --fake: cache again, or --aux-from 1")
 
     def parts(self) -> list:
         """Every source of a single side, of all stages to come."""
@@ -245,13 +227,12 @@ class Feed:
 
     def tell(self) -> list[str]:
         """A line on each source of files: its pictures and captions, what is left out and why, what is cut."""
-        lines = []
+        lines, text = [], self.codec.text
         for part in self.parts():
-            line = getattr(part, "told", "")
-            if isinstance(part, data.ImageFolder) and self.codec.text:
-                cut = sum(self.codec.text.cuts(caption) for own in part.captions for caption in own)
-                limit = f"; {cut:,} captions are longer than --txt-len {self.codec.text.txt_len} reads"
-                line += limit if cut else ""
+            line = getattr(part, "summary", "")
+            if isinstance(part, data.ImageFolder) and text:
+                cut = sum(map(text.cuts, itertools.chain.from_iterable(part.captions)))
+                line += f"; {cut:,} captions are longer than --txt-len {text.txt_len} reads" if cut else ""
             lines.append(line)
         return list(dict.fromkeys(filter(None, lines)))
 
@@ -262,8 +243,7 @@ class Feed:
         return dict(sorted(largest.buckets.items(), key=lambda item: -item[1]))
 
     def fingerprints(self) -> dict[str, str]:
-        """What the samples of each stage to come follow from, besides the seed:
-        a resumed run must find it unchanged."""
+        """What the samples of each stage to come follow from but the seed: a resumed run must find it unchanged."""
         return {
             str(number): f"{source.fingerprint} in batches of {self.plan.stages[number].batch_size}"
             for number, source in self.sources.items()
@@ -280,10 +260,10 @@ class Feed:
     def indices(self, step: int) -> list[list[int]]:
         """The global indices of this process's micro-batches of an iteration: a run of consecutive integers each."""
         stage: Stage = self.plan.stage(step)
-        own = stage.batch_size // self.ranks.world
+        share = stage.batch_size // self.ranks.world
         micro = self.plan.micro_batch_of(stage, self.plan.side(step), self.ranks.world)
-        first = self.plan.first(step) + self.ranks.rank * own
-        return [list(range(first + m, first + m + micro)) for m in range(0, own, micro)]
+        first = self.plan.first(step) + self.ranks.rank * share
+        return [list(range(first + m, first + m + micro)) for m in range(0, share, micro)]
 
     def fetch(self, step: int, index: list[int]) -> Fetched:
         """Read one micro-batch; runs on a thread."""
@@ -330,18 +310,15 @@ class Feed:
         """Every micro-batch from iteration `start` to the end of the run, read ahead by `workers` threads."""
         jobs = ((step, index) for step in range(start, self.plan.steps) for index in self.indices(step))
         with ThreadPoolExecutor(self.reading.workers) as pool:
-            ahead = deque(
-                (step, pool.submit(self.fetch, step, index))
-                for step, index in itertools.islice(jobs, 2 * self.reading.workers)
-            )
+            submitted = ((step, pool.submit(self.fetch, step, index)) for step, index in jobs)
+            ahead = deque(itertools.islice(submitted, 2 * self.reading.workers))
             try:
                 while ahead:
                     step, future = ahead.popleft()
                     began = time.perf_counter()
                     fetched = future.result()
                     self.waited += time.perf_counter() - began
-                    for next_step, index in itertools.islice(jobs, 1):
-                        ahead.append((next_step, pool.submit(self.fetch, next_step, index)))
+                    ahead.extend(itertools.islice(submitted, 1))
                     yield self.encode(fetched, self.source(step))
             finally:
                 for _, future in ahead:
@@ -360,13 +337,7 @@ def main() -> None:
     a("--index", metavar="DIR", type=errors.name, help="folder of the index of tars (default: beside them)")
     a("--workers", metavar="N", type=int, default=1, help="processes that index tars (default: 1)")
     a("--side", metavar="N", type=int, default=16, help="of the pictures, in pixels (default: 16)")
-    a(
-        "--multiple",
-        metavar="N",
-        type=int,
-        default=4,
-        help="of which sides are multiples; 16 for 2b (default: 4)",
-    )
+    a("--multiple", metavar="N", type=int, default=4, help="that sides are of; 16 for 2b (default: 4)")
     a("--seed", metavar="N", type=int, default=0, help="which pictures (default: 0)")
     a("--out", type=errors.file_to_write, default="data.png", help="the sheet to write (default: data.png)")
     args = parser.parse_args()
@@ -379,20 +350,19 @@ def main() -> None:
     source = open_source(tuple(args.data), Stage(0, (args.side,), 1), args.multiple, reading)
     if isinstance(source, cache.CachedShards):
         parser.error(f"{source.name} is a cache of latents: look at its tars")
-    print(getattr(source, "told", f"{source.name}: without end"))
+    print(getattr(source, "summary", f"{source.name}: without end"))
     for name, why in source.skipped.items():
         print(f"  {files.printable(name)}: {why}")
     for (height, width), share in source.buckets.items():
         print(f"  {height:4} x {width:<4} {100 * share:6.2f}%")
-    samples = [source.sample(g, args.seed) for g in range(24)]
+    samples, scale = [source.sample(g, args.seed) for g in range(24)], max(1, 256 // args.side)
     columns = [samples[i : i + 6] for i in range(0, 24, 6)]
-    scale = max(1, 256 // args.side)
     sheets = [data.label_grid([[s.picture] for s in c], [""], [s.caption for s in c], scale) for c in columns]
-    whole = Image.new("RGB", (sum(s.width for s in sheets), max(s.height for s in sheets)), "white")
-    for i, sheet in enumerate(sheets):
-        whole.paste(sheet, (sum(s.width for s in sheets[:i]), 0))
+    sheet = Image.new("RGB", (sum(s.width for s in sheets), max(s.height for s in sheets)), "white")
+    for i, column in enumerate(sheets):
+        sheet.paste(column, (sum(s.width for s in sheets[:i]), 0))
     with checkpoint.in_one_piece(args.out) as partial:
-        whole.save(partial, format="PNG")
+        sheet.save(partial, format="PNG")
     print(f"wrote {args.out}")
 
 

@@ -68,24 +68,20 @@ class Settings(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------
 # Making one
 # ------------------------------------------------------------------------------------------------------------
-def make(names, out: Path, side: int, encoders: tuple, settings: Settings = Settings(), part=(0, 1)) -> None:
+def make(names, out: Path, side: int, frozen: tuple, settings: Settings = Settings(), part=(0, 1)) -> None:
     """Encode the pictures and captions of tars into the folder `out`; what is complete there is left as it is.
 
-    encoders are the frozen (text encoder, auto-encoder). part (i, n) makes every n-th shard from the i-th on, so that n
+    frozen are the text encoder and the auto-encoder. part (i, n) makes every n-th shard from the i-th on, so that n
     processes can share the work. A picture that cannot be decoded is replaced as in Shards, and its shard remembers it.
     Raises DataError when `out` holds a cache made from other tars or with other settings.
     """
-    text, autoencoder = encoders
+    text, autoencoder = frozen
     if settings.multiple % autoencoder.factor:
-        raise DataError(
-            f"--multiple {settings.multiple} is not one of {autoencoder.factor}, as it needs to be"
-        )
+        raise DataError(f"--multiple must be one of {autoencoder.factor}, not {settings.multiple}")
     where = {"multiple": settings.multiple, "index": settings.index, "caption_key": settings.caption_key}
     source = shards.Shards(names, side, settings.batch_size, **where)
-    print(source.told)
-    spec = {
-        name: getattr(settings, name) for name in ("multiple", "batch_size", "tokens", "fake", "per_shard")
-    }
+    print(source.summary)
+    spec = {key: getattr(settings, key) for key in ("multiple", "batch_size", "tokens", "fake", "per_shard")}
     spec |= {"text": text.name, "txt_len": text.txt_len, "autoencoder": autoencoder.name, "format": 1}
     spec |= {"side": side, "source": source.fingerprint}
     spec["buckets"] = [[h, w, len(members)] for (h, w), members in zip(source.sides, source.members)]
@@ -104,10 +100,10 @@ def make(names, out: Path, side: int, encoders: tuple, settings: Settings = Sett
             latents, captions, texts = [], [], []
             for first in range(0, len(rows), settings.encode_batch):
                 some = rows[first : first + settings.encode_batch]
-                pictures, told, keys = zip(*pool.map(functools.partial(source.picture, k), some))
+                pictures, of_each, keys = zip(*pool.map(functools.partial(source.picture, k), some))
                 latents.append(autoencoder.encode(data.to_tensor(pictures)).cpu())
-                captions += [caption for caption, *_ in told]
-                texts += [json.dumps([caption, key]).encode() for (caption, *_), key in zip(told, keys)]
+                captions += [caption for caption, *_ in of_each]
+                texts += [json.dumps([caption, key]).encode() for (caption, *_), key in zip(of_each, keys)]
                 bar.update(len(some))
             tensors = encode_text(text, captions, settings.encode_batch, dtype, settings.fake)
             tensors["latent"] = torch.cat(latents)
@@ -123,13 +119,12 @@ def begin(out: Path, spec: dict) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "cache.json").exists():
         return checkpoint.write_json(out / "cache.json", spec, shared=True)  # all parts write it
-    if not is_cache(out):
-        raise DataError(f"{out / 'cache.json'} is not that of a cache: choose another folder")
-    stored = checkpoint.read_json(out / "cache.json")
-    for name in [name for name in spec if stored.get(name) != spec[name]][:1]:
-        told = f"{name} {stored.get(name)!r}, not {spec[name]!r}"
-        told = "other tars" if name in ("source", "buckets") else told
-        raise DataError(f"{out} is a cache made with {told}: choose another folder, or the same settings")
+    stored = spec_of(out)
+    for name in spec:
+        if stored.get(name) != spec[name]:
+            other = f"{name} {stored.get(name)!r}, not {spec[name]!r}"
+            other = "other tars" if name in ("source", "buckets") else other
+            raise DataError(f"{out} was made with {other}: choose another folder, or the same settings")
 
 
 def shard_plan(out: Path, spec: dict) -> Iterator[tuple[Path, int, range]]:
@@ -169,53 +164,41 @@ class CachedShards:
     """
 
     def __init__(self, folder: str | Path, batch_size: int):
-        self.name, self.batch_size = str(folder), batch_size
-        if not is_cache(folder):
-            raise DataError(f"{folder} holds no cache.json: python -m scale.cache makes a cache")
-        self.spec = checkpoint.read_json(Path(folder) / "cache.json")
-        self.side, self.fake, self.fingerprint = (self.spec[name] for name in ("side", "fake", "source"))
-        plan = list(shard_plan(Path(folder), self.spec))
-        missing = [path for path, _, _ in plan if not path.exists()]
-        if missing:
-            raise DataError(
-                f"{folder} lacks {len(missing)} of {len(plan)} shards, first {missing[0].name}: "
-                "run its python -m scale.cache command again, it goes on where it stopped"
-            )
-        *sides, counts = zip(*self.spec["buckets"])
-        self.sides = list(zip(*sides))
+        self.name, folder = str(folder), Path(folder)
+        self.spec = spec_of(folder)
+        if not self.spec:
+            raise DataError(f"{folder} holds no cache.json of a cache: python -m scale.cache makes one")
+        self.fake, self.fingerprint = self.spec["fake"], self.spec["source"]
+        plan = list(shard_plan(folder, self.spec))
+        if missing := [path.name for path, _, _ in plan if not path.exists()]:
+            lacks = f"lacks {len(missing)} of {len(plan)} shards, first {missing[0]}"
+            raise DataError(f"{folder} {lacks}: run its python -m scale.cache command again")
+        self.sides = [(height, width) for height, width, _ in self.spec["buckets"]]
+        counts = [count for *_, count in self.spec["buckets"]]
         if min(counts) < batch_size:
             height, width = self.sides[counts.index(min(counts))]
-            raise DataError(
-                f"bucket {height}x{width} of {folder} has {min(counts)} pictures, fewer than a batch of "
-                f"{batch_size}: lower it, or cache with --batch-size {batch_size}"
-            )
+            smallest = f"has {min(counts)} pictures of {height}x{width}, fewer than a batch of {batch_size}"
+            raise DataError(f"{folder} {smallest}: lower it, or cache with --batch-size {batch_size}")
         self.buckets = {side: count / sum(counts) for side, count in zip(self.sides, counts)}
-        self.blocks = shards.Blocks(counts, batch_size, self.side)
+        self.blocks = shards.Blocks(counts, batch_size, self.spec["side"])
         self.skipped, self.paths = {}, [[] for _ in counts]
         for path, k, _ in plan:
             self.paths[k].append(path)
             with opened(path) as file:
                 self.skipped |= json.loads(file.metadata()["skipped"])
-        with opened(Path(folder) / "null.safetensors") as file:
-            self.null, self.null_fake = (
-                tuple(file.get_tensor(prefix + name) for name in ("tokens", "pooled"))
-                for prefix in ("", "fake_")
-            )
-        self.told = f"{folder}: {sum(counts):,} encoded pictures with captions{files.summary(self.skipped)}"
+        with opened(folder / "null.safetensors") as file:
+            self.null = file.get_tensor("tokens"), file.get_tensor("pooled")
+            self.null_fake = file.get_tensor("fake_tokens"), file.get_tensor("fake_pooled")
+        self.summary = (
+            f"{folder}: {sum(counts):,} encoded pictures with captions{files.summary(self.skipped)}"
+        )
 
     def check(self, text: str, txt_len: int, autoencoder: str) -> None:
         """Raise DataError unless the encoders of these names are those that the cache was made with."""
-        asked = {
-            "text": encoders.canonical(text),
-            "txt_len": txt_len,
-            "autoencoder": encoders.canonical(autoencoder),
-        }
-        for name, value in asked.items():
+        asked = {"text": encoders.canonical(text), "txt_len": txt_len}
+        for name, value in (asked | {"autoencoder": encoders.canonical(autoencoder)}).items():
             if self.spec[name] != value:
-                raise DataError(
-                    f"{self.name} was encoded with {name} {self.spec[name]!r}, not {value!r}: "
-                    "use the same encoders, or cache again"
-                )
+                raise DataError(f"{self.name} was encoded with {name} {self.spec[name]!r}, not {value!r}")
 
     def bucket(self, g: int, seed: int = 0) -> tuple[int, int]:
         """(height, width) in pixels of sample g, and of its whole block; nothing is read."""
@@ -244,21 +227,16 @@ def opened(path: Path):
         raise DataError(f"{path} is damaged or missing ({error}): remove it and cache again") from error
 
 
-def is_cache(folder: str | Path) -> bool:
-    """Whether a folder is a cache, and not another program's that has a cache.json too."""
+def spec_of(folder: str | Path) -> dict:
+    """What cache.json says of a cache; {} where there is none, or another program's."""
     path = Path(folder) / "cache.json"
     spec = checkpoint.read_json(path) if path.is_file() else {}
-    return isinstance(spec, dict) and "buckets" in spec
-
-
-def side_of(folder: str | Path) -> int:
-    """The side that a cache was made with."""
-    return checkpoint.read_json(Path(folder) / "cache.json")["side"]
+    return spec if isinstance(spec, dict) and "buckets" in spec else {}
 
 
 def cached_sizes(folder: Path) -> tuple[dict, int]:
     """What a cache says of the encoders without loading them: ({channels, txt_dim, vec_dim} for model.SIZES, factor)."""
-    spec = checkpoint.read_json(folder / "cache.json")
+    spec = spec_of(folder)
     with opened(next(shard_plan(folder, spec))[0]) as file:
         latent, tokens, pooled = (file.get_slice(name).get_shape() for name in ("latent", "tokens", "pooled"))
     sizes = {"channels": latent[1], "txt_dim": tokens[-1], "vec_dim": pooled[-1]}
@@ -283,7 +261,7 @@ def collate(samples: list[CachedSample], dropped: list[bool], null: tuple, null_
 # The command
 # ------------------------------------------------------------------------------------------------------------
 def share(text: str) -> tuple[int, int]:
-    """ "0/8" -> (0, 8)"""
+    """An argparse type: "0/8" -> (0, 8)."""
     i, n = map(int, text.split("/"))
     if not 0 <= i < n:
         raise ValueError(text)
@@ -321,14 +299,11 @@ def main() -> None:
     parser.check_ranges(args, side=(1, 2**13), txt_len=(1, 2**12), batch_size=some, multiple=(1, 2**13))
     parser.check_ranges(args, per_shard=some, encode_batch=some)
     device = machine.pick_device(args.device)
-    both = (
-        encoders.text_encoder(args.text, args.txt_len, device),
-        encoders.autoencoder(args.autoencoder, device),
-    )
+    text = encoders.text_encoder(args.text, args.txt_len, device)
+    autoencoder = encoders.autoencoder(args.autoencoder, device)
     settings = Settings(**{name: getattr(args, name) for name in Settings._fields})
-    make(args.tars, args.out, args.side, both, settings, args.part)
-    plan = shard_plan(args.out, checkpoint.read_json(args.out / "cache.json"))
-    missing = [path for path, _, _ in plan if not path.exists()]
+    make(args.tars, args.out, args.side, (text, autoencoder), settings, args.part)
+    missing = [path for path, *_ in shard_plan(args.out, spec_of(args.out)) if not path.exists()]
     print(f"{args.out}: " + (f"{len(missing)} shards are left to the other parts" if missing else "complete"))
 
 

@@ -25,7 +25,6 @@ A tar that cannot be read (truncated, compressed, without captions) is an error 
 cannot be used is left out, counted and named. Every failure that a user can fix is a DataError.
 """
 
-import contextlib
 import functools
 import hashlib
 import io
@@ -40,6 +39,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -68,15 +68,8 @@ PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how gzip, bz
 # bucketing needs to know; and a checksum of these texts and of the picture's first bytes, by which other content of the
 # same length is noticed.
 ROW = np.dtype(
-    [
-        ("offset", "<i8"),
-        ("size", "<i8"),
-        ("width", "<i4"),
-        ("height", "<i4"),
-        ("text_offset", "<i8"),
-        ("text_size", "<i4"),
-        ("check", "<u4"),
-    ]
+    [("offset", "<i8"), ("size", "<i8"), ("width", "<i4"), ("height", "<i4")]
+    + [("text_offset", "<i8"), ("text_size", "<i4"), ("check", "<u4")]
 )
 
 
@@ -96,33 +89,25 @@ def read_at(file, offset: int, size: int) -> bytes:
     return file.read(size)
 
 
-def members(tar: Path, file) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-    """(name -> (offset, size) of the files in a tar, what is left out). Raises DataError naming the tar."""
-    places, left_out = {}, {}
+def members(tar: Path, file) -> dict[str, tuple[int, int]]:
+    """name -> (offset, size) of the files in a tar. Raises DataError naming the tar."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                place = member.offset_data, member.size
-                if member.isreg() and places.setdefault(member.name.removeprefix("./"), place) != place:
-                    left_out[f"{member.name} at byte {member.offset}"] = "second file of its name"
+            found = {m.name.removeprefix("./"): (m.offset_data, m.size) for m in archive if m.isreg()}
             end = archive.offset
     except (tarfile.TarError, ValueError, OverflowError, OSError) as error:
         if read_at(file, 0, 8).startswith(PACKED):
             raise DataError(f"{tar} is compressed, so no sample can be read by itself: gunzip it") from error
         raise DataError(f"{tar} is truncated or not a tar ({error}): fetch or make it again") from error
     if read_at(file, end, 512) != bytes(512):  # tarfile takes a tar cut between two members for a whole one
-        raise DataError(
-            f"{tar} is truncated or damaged at byte {end}, it has no end mark: fetch or make it again"
-        )
-    if any(chunk.strip(b"\0") for chunk in iter(functools.partial(file.read, 2**20), b"")):
-        left_out[f"{tar.name} from byte {end} on"] = "behind a tar's end mark, such as a second tar"
-    return places, left_out
+        raise DataError(f"{tar} is truncated or damaged at byte {end}: fetch or make it again")
+    return found
 
 
 def scan(tar: Path, caption_key: str | None = None) -> tuple[np.ndarray, list[bytes], int, dict[str, str]]:
     """Read a tar: (index rows, their texts, how many captions, left out name -> reason). Raises DataError."""
     with open(tar, "rb") as file:
-        places, left_out = members(tar, file)
+        places = members(tar, file)
 
         def read(name: str, most: int = sys.maxsize) -> bytes:
             if name not in places:
@@ -130,10 +115,9 @@ def scan(tar: Path, caption_key: str | None = None) -> tuple[np.ndarray, list[by
             offset, size = places[name]
             return read_at(file, offset, min(size, most))
 
-        captions, more = files.pair(list(places), read, caption_key)
-        left_out |= more
+        found, left_out = files.pair(list(places), read, caption_key)
         rows, texts, at, count = [], [], 0, 0
-        for name, own in captions.items():
+        for name, captions in found.items():
             try:
                 head = read(name, HEAD)
                 try:
@@ -143,14 +127,11 @@ def scan(tar: Path, caption_key: str | None = None) -> tuple[np.ndarray, list[by
             except Unusable as error:
                 left_out[name] = str(error)
                 continue
-            texts.append(json.dumps([f"{tar.stem}/{name.rpartition('.')[0]}", *own]).encode())
+            texts.append(json.dumps([f"{tar.stem}/{name.rpartition('.')[0]}", *captions]).encode())
             rows.append((*places[name], *size, at, len(texts[-1]), zlib.crc32(texts[-1], zlib.crc32(head))))
-            at, count = at + len(texts[-1]), count + len(own)
+            at, count = at + len(texts[-1]), count + len(captions)
     if not rows:
-        raise DataError(
-            f"{tar} holds no picture that can be used{files.summary(left_out)}; a caption goes in a .txt or, as "
-            '"caption" or "text", in a .json of the same name'
-        )
+        raise DataError(f"{tar} holds no picture with a caption that can be used{files.summary(left_out)}")
     return np.array(rows, ROW), texts, count, left_out
 
 
@@ -168,15 +149,15 @@ def index_of(tar: Path, place: Path, caption_key: str | None) -> tuple[np.ndarra
         with np.load(index, allow_pickle=False) as stored:
             if str(stored["stamp"]) == stamp:
                 return stored["rows"], int(stored["captions"]), json.loads(str(stored["left_out"]))
-    rows, own, captions, left_out = scan(tar, caption_key)
+    rows, lines, captions, left_out = scan(tar, caption_key)
     try:
         with in_one_piece(texts, shared=True) as partial:
-            partial.write_bytes(b"".join(own))
+            partial.write_bytes(b"".join(lines))
         with in_one_piece(index, shared=True) as partial, open(partial, "wb") as file:
             np.savez(file, stamp=stamp, rows=rows, captions=captions, left_out=json.dumps(left_out))
     except OSError as error:  # no permission, or a file system that can only be read
         raise DataError(
-            f"cannot write {index} ({error.strerror}): name a folder that can be (--index)"
+            f"cannot write {index} ({error.strerror}): --index names a folder that can"
         ) from error
     return rows, captions, left_out
 
@@ -193,24 +174,22 @@ def find_tars(name: str) -> tuple[dict[str, Path], dict[str, str]]:
 
     NAME is a tar, a range of them, or a folder with tars in it or below; of anything else there are none.
     """
-    tars, packed, pictures = {}, {}, {}
+    tars, beside = {}, {}
     if Path(name).is_dir():
         for below in files.walk(Path(name)):
             if below.endswith(".tar") and not below.rpartition("/")[2].startswith("."):
                 tars[below.replace("/", "-")] = Path(name, below)
             elif TAR.search(below):
-                packed[below] = "compressed"
+                beside[below] = "compressed"
             elif files.ending(below) in files.PICTURES:
-                pictures[below] = "beside the tars"
-        if packed and not tars and not pictures:
-            return {below: Path(name, below) for below in packed}, {}
+                beside[below] = "beside the tars"
     elif match := RANGE.fullmatch(name):
         before, first, last, after = match.groups()
         names = [f"{before}{n:0{len(first)}}{after}" for n in range(int(first), int(last) + 1)]
         tars = {Path(n).name: Path(n) for n in names if TAR.search(n)}
     elif TAR.search(name):
         tars = {Path(name).name: Path(name)}
-    return tars, packed | pictures
+    return tars, beside
 
 
 def read_index(
@@ -226,10 +205,8 @@ def read_index(
         found, beside = find_tars(name)
         if again := tars.keys() & found.keys():
             raise DataError(f"two tars are called {min(again)}: give one of them another name")
-        if not found and not Path(name).exists():
-            raise DataError(f"no such folder: {name}")
         if not found:
-            raise DataError(f"{name} holds no .tar: python -m scale.shards makes some of pictures")
+            raise DataError(f"{name} holds no .tar" if Path(name).exists() else f"no such folder: {name}")
         tars |= found
         skipped |= beside
     if folder is not None:
@@ -238,11 +215,9 @@ def read_index(
     if caption_key:  # an index of its own, as another run may be reading the other one
         places = [place.with_name(f"{place.name}.{quote(caption_key, safe='')}") for place in places]
     one = functools.partial(index_of, caption_key=caption_key)
-    with contextlib.ExitStack() as stack:
-        each = map
-        if workers > 1:
-            each = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn"))).map
-        parts = each(one, tars.values(), places)
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else nullcontext()
+    with pool:
+        parts = (pool.map if workers > 1 else map)(one, tars.values(), places)
         parts = list(tqdm(parts, total=len(tars), desc="indexing", unit=" tars", leave=False, disable=None))
     for label, (_, _, left_out) in zip(tars, parts):
         skipped |= {f"{label.removesuffix('.tar')}/{name}": why for name, why in left_out.items()}
@@ -261,7 +236,7 @@ def bucket_sides(side: int, multiple: int = 16) -> list[tuple[int, int]]:
     """The buckets of a stage, (height, width) from tallest to widest: multiples of `multiple`, areas near side^2.
 
     For each width from the square's to sqrt(WIDEST) times it, the height that comes nearest to the area; and each of
-    them turned. side 256 has 13, side 512 has 27.
+    them turned. side 256 has 13, side 512 has 27. Raises DataError for a side that is no multiple.
     """
     n = side // multiple
     if n < 1 or side % multiple:
@@ -310,9 +285,8 @@ class Blocks:
     def order(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The blocks of an epoch: ([blocks] their bucket, [blocks] their number in that bucket's stream)."""
         first, end = self.before(epoch), self.before(epoch + 1)
-        bucket = rng(seed, "blocks", self.side, epoch).permutation(
-            np.repeat(np.arange(len(first)), end - first)
-        )
+        bucket = np.repeat(np.arange(len(first)), end - first)
+        bucket = rng(seed, "blocks", self.side, epoch).permutation(bucket)
         number = np.empty_like(bucket)
         for k in range(len(first)):
             number[bucket == k] = np.arange(first[k], end[k])
@@ -354,26 +328,23 @@ class Shards:
     multiple    of which all sides are multiples: the auto-encoder's factor times the patch, 16 for FLUX
     index       the folder of the index, by default beside the tars
     caption_key of captions in tables and .json, if not one of files.KEYS
-
-    buckets     (height, width) of those in use -> share of the samples
     """
 
     def __init__(self, names, side: int, batch_size: int, *, multiple=16, index=None, caption_key=None):
-        self.name = str(names) if isinstance(names, (str, Path)) else " ".join(names)
-        self.side, self.batch_size = side, batch_size
+        self.name = str(names) if isinstance(names, (str, Path)) else " ".join(map(str, names))
         self.index = read_index(names, index, caption_key)
-        rows, self.skipped, self.broken = self.index.rows, self.index.skipped, set()
-        self.numbers, tars, captions = len(rows), len(self.index.tars), self.index.captions
-        self.told = f"{self.name}: {self.numbers:,} pictures in {tars:,} tars, {captions:,} captions"
-        self.told += files.summary(self.skipped)
+        rows, tars, captions = self.index.rows, self.index.tars, self.index.captions
+        self.numbers, self.skipped, self.broken = len(rows), self.index.skipped, set()
+        self.summary = f"{self.name}: {len(rows):,} pictures in {len(tars):,} tars, {captions:,} captions"
+        self.summary += files.summary(self.skipped)
         if self.numbers < batch_size:
-            raise DataError(f"{self.told}; one batch has {batch_size}: lower the batch size or add shards")
+            raise DataError(f"{self.summary}; one batch has {batch_size}: lower the batch size or add shards")
         self.sides, bucket = choose_buckets(rows, bucket_sides(side, multiple), batch_size)
         self.members = [np.flatnonzero(bucket == k) for k in range(len(self.sides))]
         counts = [len(members) for members in self.members]
         self.buckets = {sides: count / len(rows) for sides, count in zip(self.sides, counts)}
         self.blocks = Blocks(counts, batch_size, side)
-        order = ["order 3", [tar.name for tar in self.index.tars], [*zip(self.sides, counts)]]
+        order = ["order 3", [tar.name for tar in tars], [*zip(self.sides, counts)]]
         state = hashlib.sha256(json.dumps(order).encode())  # all that the order of samples follows from
         for part in (self.index.shard, rows):
             state.update(part.tobytes())
@@ -388,6 +359,19 @@ class Shards:
         row = self.index.rows[n]
         with open(self.index.texts[self.index.shard[n]], "rb") as file:
             return json.loads(read_at(file, row["text_offset"], row["text_size"]))
+
+    def content(self, n: int) -> bytes:
+        """The file of picture n. Raises DataError where its tar has become shorter.
+
+        The tar is opened for each: threads and forked processes share no position, and no number of tars exhausts the
+        file descriptors.
+        """
+        tar, row = self.index.tars[self.index.shard[n]], self.index.rows[n]
+        with open(tar, "rb") as file:
+            content = read_at(file, row["offset"], row["size"])
+        if len(content) != row["size"]:
+            raise DataError(f"{tar} has become shorter since it was indexed: fetch or make it again")
+        return content
 
     def from_here(self, k: int, i: int) -> Iterator[int]:
         """Picture i of bucket k, and the next ones in the order of the tars, which stand for it where it is broken: a
@@ -405,19 +389,6 @@ class Shards:
                 self.broken.add(n)
                 self.skipped[key] = str(error)
         raise DataError(f"{self.name}: no picture of bucket {self.sides[k]} can be decoded")
-
-    def content(self, n: int) -> bytes:
-        """The file of picture n.
-
-        The tar is opened for each: no file position is shared between threads or forked processes, and no number of
-        tars exhausts the file descriptors.
-        """
-        tar, row = self.index.tars[self.index.shard[n]], self.index.rows[n]
-        with open(tar, "rb") as file:
-            content = read_at(file, row["offset"], row["size"])
-        if len(content) != row["size"]:
-            raise DataError(f"{tar} has become shorter since it was indexed: fetch or make it again")
-        return content
 
     def sample(self, g: int, seed: int = 0) -> data.Sample:
         """Sample g of the sequence that belongs to `seed`."""
@@ -459,9 +430,9 @@ def pack(folder: str, out: str | Path, per_shard: int = 1000, caption_key: str |
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}-") as place:
         partial = Path(place, "tars")
         partial.mkdir()
-        for shard in range(-(-len(kinds) // per_shard)):
+        for shard, first in enumerate(range(0, len(kinds), per_shard)):
             with tarfile.open(partial / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
-                for i, name in enumerate(list(kinds)[shard * per_shard : (shard + 1) * per_shard]):
+                for i, name in enumerate(list(kinds)[first : first + per_shard]):
                     entry = json.dumps({"caption": found.captions[name], "file_name": name})
                     for kind, content in ((kinds[name], found.read(name)), ("json", entry.encode())):
                         member = tarfile.TarInfo(f"{shard:05d}{i:04d}.{kind}")

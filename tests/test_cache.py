@@ -1,14 +1,12 @@
 """Caches of encoded shards: whole or absent, the same sequence as their tars, refused where they do not fit."""
 
-import sys
-
 import pytest
 import torch
+from programs import refused, run
 from test_shards import SIZES, half_a_picture, picture, write_shards, write_tar
 
 import data
 import encoders
-from engine import errors
 from scale import cache, shards
 
 
@@ -62,10 +60,9 @@ def test_bf16_tokens_and_no_fake_prompts(tmp_path, folder):
 
 def test_a_broken_picture_is_replaced_in_the_cache_as_without_it(tmp_path):
     """Also when its replacement lies in another shard of the cache, and whichever part meets it first."""
-    members = {
-        f"{i}.png": half_a_picture((64, 64)) if i in (1, 4, 5) else picture((64, 64)) for i in range(6)
-    }
-    write_tar(tmp_path / "t" / "a.tar", members | {f"{i}.txt": b"x\ny" for i in range(6)})
+    pictures = {f"{i}.png": picture((64, 64)) for i in range(6)}
+    pictures |= {f"{i}.png": half_a_picture((64, 64)) for i in (1, 4, 5)}
+    write_tar(tmp_path / "t" / "a.tar", pictures | {f"{i}.txt": b"x\ny" for i in range(6)})
     encode(tmp_path / "t", tmp_path / "c", batch_size=3, per_shard=2)
     for part in (2, 1, 0):
         encode(tmp_path / "t", tmp_path / "parts", batch_size=3, per_shard=2, part=(part, 3))
@@ -73,10 +70,10 @@ def test_a_broken_picture_is_replaced_in_the_cache_as_without_it(tmp_path):
     source, cached = shards.Shards(tmp_path / "t", 64, 3), cache.CachedShards(tmp_path / "c", 3)
     assert [cached.sample(g).key for g in range(18)] == [source.sample(g).key for g in range(18)]
     assert cached.skipped == source.skipped and sorted(cached.skipped) == ["a/1", "a/4", "a/5"]
-    assert "6 encoded pictures" in cached.told and "3 broken picture (a/1, a/4, a/5)" in cached.told
+    assert "6 encoded pictures" in cached.summary and "3 broken picture (a/1, a/4, a/5)" in cached.summary
     samples, (tokens, _) = [cached.sample(g) for g in range(18)], encoders.text_encoder("words", 8)(["x"])
     assert all(s.caption == "x" and torch.equal(s.tokens, tokens[0]) for s in samples)  # the first of several
-    with pytest.raises(data.DataError, match="64x64 of .* has 6 pictures, fewer than a batch of 8"):
+    with pytest.raises(data.DataError, match="has 6 pictures of 64x64, fewer than a batch of 8"):
         cache.CachedShards(tmp_path / "c", 8)
 
 
@@ -84,23 +81,20 @@ def test_a_cache_refuses_other_settings_other_tars_and_damage(tmp_path):
     write_shards(tmp_path / "t", SIZES[:12])
     encode(tmp_path / "t", tmp_path / "c")
     before = contents(tmp_path / "c")
-    for options, complaint in (
-        ({"txt_len": 9}, "txt_len 8, not 9"),
-        ({"fake": False}, "fake True, not False"),
-        ({"per_shard": 5}, "per_shard 4, not 5"),
-    ):
-        with pytest.raises(data.DataError, match=complaint):
+
+    def refuses(said, **options):
+        with pytest.raises(data.DataError, match=said):
             encode(tmp_path / "t", tmp_path / "c", **options)
+        assert contents(tmp_path / "c") == before
+
+    refuses("txt_len 8, not 9", txt_len=9)
+    refuses("fake True, not False", fake=False)
+    refuses("per_shard 4, not 5", per_shard=5)
     write_shards(tmp_path / "t", SIZES[:13])
-    with pytest.raises(data.DataError, match="made with other tars"):
-        encode(tmp_path / "t", tmp_path / "c")
+    refuses("made with other tars")
     write_shards(tmp_path / "t", SIZES[:12])
     (tmp_path / "t" / "00001.tar").rename(tmp_path / "t" / "1.tar")  # the same counts
-    with pytest.raises(data.DataError, match="made with other tars"):
-        encode(tmp_path / "t", tmp_path / "c")
-    assert contents(tmp_path / "c") == before
-    with pytest.raises(data.DataError, match="txt_len 8, not 16"):
-        cache.CachedShards(tmp_path / "c", 4).check("words", 16, "pixels")
+    refuses("made with other tars")
     (tmp_path / "c" / "64x64_00001.safetensors").write_bytes(before["64x64_00001.safetensors"][:-9])
     with pytest.raises(data.DataError, match="64x64_00001.safetensors is damaged"):
         cache.CachedShards(tmp_path / "c", 4)
@@ -110,25 +104,20 @@ def test_a_cache_refuses_other_settings_other_tars_and_damage(tmp_path):
 
 def test_another_program_s_cache_json_is_left_alone(tmp_path, folder):
     (tmp_path / "cache.json").write_text('{"theirs": 1}')
-    assert not cache.is_cache(tmp_path)
-    with pytest.raises(errors.UserError, match="choose another folder"):
+    assert not cache.spec_of(tmp_path)
+    with pytest.raises(data.DataError, match="choose another folder"):
         encode(folder, tmp_path)
     assert (tmp_path / "cache.json").read_text() == '{"theirs": 1}'
-
-
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["cache.py", *map(str, arguments)])
-    errors.run(cache.main)
 
 
 QUICK = ["--side", 32, "--text", "words", "--device", "cpu", "--autoencoder", "pixels", "--per-shard", 32]
 
 
 def test_parts_as_a_user_would(tmp_path, folder, monkeypatch, capsys):
-    arguments = [folder / "{00000..00002}.tar", tmp_path / "cache", *QUICK, "--batch-size", 2]
-    run(monkeypatch, *arguments, "--part", "1/2")
+    words = [folder / "{00000..00002}.tar", tmp_path / "cache", *QUICK, "--batch-size", 2]
+    run(monkeypatch, cache, *words, "--part", "1/2")
     assert "cache: 1 shards are left to the other parts" in capsys.readouterr().out
-    run(monkeypatch, *arguments)
+    run(monkeypatch, cache, *words)
     assert "cache: complete" in capsys.readouterr().out
     assert cache.CachedShards(tmp_path / "cache", 2).sample(0).latent.shape == (3, 32, 32)
 
@@ -143,8 +132,5 @@ def test_parts_as_a_user_would(tmp_path, folder, monkeypatch, capsys):
     ],
 )
 def test_what_the_user_can_mend_is_one_line(tmp_path, folder, monkeypatch, capsys, arguments, complaint):
-    with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, folder, tmp_path / "new", *arguments)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith("cache.py: ") and error.count("\n") == 1
-    assert complaint in error and not list(tmp_path.iterdir())
+    assert complaint in refused(monkeypatch, capsys, cache, folder, tmp_path / "new", *arguments)
+    assert not list(tmp_path.iterdir())

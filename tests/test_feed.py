@@ -1,15 +1,14 @@
-"""What the loop is fed with: one sequence whatever the number of processes,
-threads or stops, from every kind of source."""
+"""What the loop is fed with: one sequence whatever the number of processes, threads or stops, from any source."""
 
 import functools
 import itertools
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from programs import run
 
 import data
 import encoders
@@ -30,38 +29,44 @@ def plan_of(*stages, steps=6, **changes):
     return recipe.replace(recipe.RECIPES["laptop"], steps=steps, stages=stages, txt_len=12, **changes)
 
 
-def feed_of(plan, **arguments):
-    ranks = Ranks(arguments.pop("world", 1), arguments.pop("rank", 0))
-    reading = feed.Reading(
-        **{name: arguments.pop(name) for name in ("workers", "index") if name in arguments}
-    )
-    return feed.Feed(
-        plan, DRAW, 3, feed.Codec(TEXT, PIXELS, DEVICE, patch=4), ranks, reading=reading, **arguments
-    )
+def feed_of(plan, codec=None, world=1, rank=0, start=0, **reading):
+    codec = codec or feed.Codec(TEXT, PIXELS, DEVICE, patch=4)
+    return feed.Feed(plan, DRAW, 3, codec, Ranks(world, rank), start, feed.Reading(**reading))
+
+
+NO_ENCODERS = feed.Codec(None, None, DEVICE, patch=4)  # as with caches
+
+
+def open_source(name, side=16, batch_size=4, multiple=4):
+    return feed.open_source((str(name),), recipe.Stage(0, (side,), batch_size), multiple)
+
+
+def make_cache(tars, name, side=16, **settings):
+    settings = cache.Settings(**{"batch_size": 4, "tokens": "fp32", "multiple": 4} | settings)
+    cache.make(tars / "tars", tars / name, side, (TEXT, PIXELS), settings)
 
 
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory):
-    """Sixteen pictures, ten of them wide, in tar shards."""
+    """Sixteen pictures, ten of them wide, as pictures/, tars/, cache16/ and cache32/."""
     folder = tmp_path_factory.mktemp("feed")
     (folder / "pictures").mkdir()
     random = np.random.default_rng(0)
     for i in range(16):
-        height, width = (32, 64) if i < 10 else (40, 40)
-        Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(
-            folder / "pictures" / f"{i}.png"
-        )
+        picture = random.integers(0, 255, (32, 64, 3) if i < 10 else (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(folder / "pictures" / f"{i}.png")
         (folder / "pictures" / f"{i}.txt").write_text(f"picture number {i}")
     shards.pack(folder / "pictures", folder / "tars", per_shard=5)
     for side in (16, 32):
-        cache.make(
-            folder / "tars",
-            folder / f"cache{side}",
-            side,
-            (TEXT, PIXELS),
-            cache.Settings(batch_size=4, fake=True, tokens="fp32", multiple=4, per_shard=4),
-        )
+        make_cache(folder, f"cache{side}", side, fake=True, per_shard=4)
     return folder
+
+
+def equal(a, b) -> bool:
+    """Whether two tuples of tensors are the same, or both None."""
+    if a is None or b is None:
+        return a is b
+    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_the_sequence_is_the_same_on_any_number_of_processes_and_threads():
@@ -70,15 +75,13 @@ def test_the_sequence_is_the_same_on_any_number_of_processes_and_threads():
     assert len(set(alone)) == len(alone) == 3 * 8 + 3 * 16
     for world in (2, 4):
         parts = [feed_of(plan, world=world, rank=rank, workers=3) for rank in range(world)]
-        streams = [part.stream(0) for part in parts]
-        together = []
+        streams, together = [part.stream(0) for part in parts], []
         for step in range(plan.steps):
             for stream, part in zip(streams, parts):
                 for _ in part.indices(step):
                     together += next(stream).keys
         assert together == alone
-    later = [key for batch in feed_of(plan, start=4).stream(4) for key in batch.keys]
-    assert later == alone[3 * 8 + 16 :]
+    assert [key for batch in feed_of(plan, start=4).stream(4) for key in batch.keys] == alone[3 * 8 + 16 :]
 
 
 def test_a_batch_holds_what_the_indices_say():
@@ -90,17 +93,10 @@ def test_a_batch_holds_what_the_indices_say():
         samples = [source.sample(g, 3) for g in index]
         prompts = ["" if rng(3, "dropout", g).random() < 0.5 else s.caption for g, s in zip(index, samples)]
         assert torch.equal(batch.x0, PIXELS.encode(data.to_tensor([s.picture for s in samples])))
-        assert all(torch.equal(a, b) for a, b in zip(batch.c, TEXT(prompts)))
-        assert all(torch.equal(a[0], b[0]) for a, b in zip(batch.null, TEXT([""])))
+        assert equal(batch.c, TEXT(prompts)) and equal(batch.null, TEXT(["", ""]))
         assert batch.is_null.tolist() == [p == "" for p in prompts]
-        expected = DRAW(3, step, index, (3, 24, 24))
-        assert all(torch.equal(a, b) for a, b in zip(batch.draws, expected))
-        assert (batch.fake is not None) == (step == 2)
-        if batch.fake:
-            assert all(
-                torch.equal(a, b)
-                for a, b in zip(batch.fake, TEXT([encoders.fake_prompt(p) for p in prompts]))
-            )
+        assert equal(batch.draws, DRAW(3, step, index, (3, 24, 24)))
+        assert equal(batch.fake, TEXT([encoders.fake_prompt(p) for p in prompts]) if step == 2 else None)
 
 
 def test_an_empty_caption_is_a_null_prompt(tmp_path):
@@ -111,22 +107,15 @@ def test_an_empty_caption_is_a_null_prompt(tmp_path):
         (tmp_path / name).with_suffix(".txt").write_text(caption)
     (batch,) = feed_of(plan_of((0, (24,), 4), data=(str(tmp_path),), steps=1, dropout=0.0)).stream(0)
     assert sorted(batch.keys) == sorted(captions)
-    assert dict(zip(batch.keys, batch.is_null.tolist())) == {
-        "0.png": False,
-        "1.png": True,
-        "2.png": False,
-        "3.png": True,
-    }
+    assert batch.is_null.tolist() == [key in ("1.png", "3.png") for key in batch.keys]
     for c, null in zip(batch.c, batch.null):
         assert [torch.equal(a, b) for a, b in zip(c, null)] == batch.is_null.tolist()
 
 
 def test_larger_pictures_come_in_smaller_micro_batches():
     """A micro-batch of 8 at side 16 has the pixels of 2 at side 32."""
-    shapes = [
-        tuple(batch.x0.shape)
-        for batch in feed_of(plan_of((0, (16, 32), 16), micro_batch=8, steps=4)).stream(0)
-    ]
+    plan = plan_of((0, (16, 32), 16), micro_batch=8, steps=4)
+    shapes = [tuple(batch.x0.shape) for batch in feed_of(plan).stream(0)]
     assert shapes == 2 * (2 * [(8, 3, 16, 16)] + 8 * [(2, 3, 32, 32)])
 
 
@@ -138,32 +127,31 @@ def test_the_side_that_the_plan_tells_is_that_of_the_pictures():
     assert sides == [plan.side(step) for step in range(4)] == [16, 16, 32, 16]
 
 
-def test_shards_come_in_buckets_and_their_draws_have_the_pictures_shape(tars):
+def test_shards_come_in_buckets_and_their_draws_have_the_pictures_shape(tars, tmp_path):
     plan = plan_of((0, (16,), 4), (0.5, (16, 32), 4), data=(str(tars / "tars"),), micro_batch=2, steps=12)
     shapes = {}
-    for number, batch in enumerate(feed_of(plan).stream(0)):
+    for number, batch in enumerate(feed_of(plan, index=str(tmp_path)).stream(0)):
         assert batch.draws.eps.shape == batch.x0.shape
         shapes.setdefault(number // 2, set()).add(tuple(batch.x0.shape[2:]))
     assert all(len(some) == 1 for some in shapes.values())  # one bucket an iteration
+    assert len(list(tmp_path.iterdir())) == 8  # the index of four tars
     first, second = ({next(iter(shapes[step])) for step in steps} for steps in (range(6), range(6, 12)))
     assert all(100 < h * w < 300 for h, w in first) and len(first) == 2
     assert any(h * w > 700 for h, w in second) and any(h * w < 300 for h, w in second)
 
 
 def test_caches_feed_what_their_tars_feed(tars):
-    kinds = {"tars": (str(tars / "tars"),), "caches": (str(tars / "cache32"), str(tars / "cache16"))}
-    batches = {}
-    for kind, names in kinds.items():
-        plan = plan_of((0, (16, 32), 4), data=names, steps=8, aux_from=0.5, dropout=0.3, micro_batch=4)
-        text, pixels = (TEXT, PIXELS) if kind == "tars" else (None, None)
-        batches[kind] = list(feed.Feed(plan, DRAW, 3, feed.Codec(text, pixels, DEVICE, patch=4)).stream(0))
-    for a, b in zip(batches["tars"], batches["caches"], strict=True):
-        assert a.keys == b.keys and torch.equal(a.is_null, b.is_null)
-        assert torch.equal(a.x0, b.x0) and all(torch.equal(x, y) for x, y in zip(a.draws, b.draws))
-        for x, y in zip((a.c, a.null, a.fake), (b.c, b.null, b.fake)):
-            assert (x is None) == (y is None) and all(
-                p.dtype == q.dtype and torch.equal(p, q) for p, q in zip(x or (), y or ())
-            )
+    changes = {"steps": 8, "aux_from": 0.5, "dropout": 0.3, "micro_batch": 4}
+    tar, cached = (
+        list(feed_of(plan_of((0, (16, 32), 4), data=names, **changes), codec).stream(0))
+        for names, codec in (
+            ((str(tars / "tars"),), None),
+            ((str(tars / "cache32"), str(tars / "cache16")), NO_ENCODERS),
+        )
+    )
+    for a, b in zip(tar, cached, strict=True):
+        assert a.keys == b.keys and equal((a.x0, a.is_null), (b.x0, b.is_null)) and equal(a.draws, b.draws)
+        assert equal(a.c, b.c) and equal(a.null, b.null) and equal(a.fake, b.fake)
 
 
 @pytest.mark.parametrize(
@@ -187,9 +175,9 @@ def test_sides_take_turns_by_whole_batches(tars):
     sources = [shards.Shards(tars / "tars", side, 4, multiple=4) for side in (16, 32)]
     for g in range(48):
         (turn, which), place = divmod(g // 4, 2), g % 4
-        own = sources[which].sample(4 * turn + place, 2)
-        assert mixed.sample(g, 2).key == own.key and mixed.sample(g, 2).picture.shape == own.picture.shape
-        assert mixed.bucket(g, 2) == own.picture.shape[:2]
+        expected, found = sources[which].sample(4 * turn + place, 2), mixed.sample(g, 2)
+        assert found.key == expected.key and found.picture.shape == expected.picture.shape
+        assert mixed.bucket(g, 2) == expected.picture.shape[:2]
 
 
 def test_the_shapes_that_a_model_will_draw(tars):
@@ -221,76 +209,48 @@ def test_a_look_at_data(tars, tmp_path, monkeypatch, capsys):
     for name in ("lost", "found"):
         (tmp_path / f"{name}.txt").write_text(name)
     Image.new("RGB", (20, 20)).save(tmp_path / "found.png")
-    for place, told in ((tmp_path, "lost.png: broken picture"), (tars / "tars", "16 pictures in 4 tars")):
-        monkeypatch.setattr(
-            sys, "argv", ["feed.py", "--data", str(place), "--out", str(tmp_path / "sheet.png")]
-        )
-        feed.main()
-        assert told in capsys.readouterr().out and Image.open(tmp_path / "sheet.png").width > 1000
+    for place, said in ((tmp_path, "lost.png: broken picture"), (tars / "tars", "16 pictures in 4 tars")):
+        run(monkeypatch, feed, "--data", place, "--out", tmp_path / "sheet.png")
+        assert said in capsys.readouterr().out and Image.open(tmp_path / "sheet.png").width > 1000
 
 
-@pytest.mark.parametrize(
-    "changes, said",
-    [
-        (dict(txt_len=11), "txt_len"),
-        (dict(text="flux"), "text 'words'"),
-        (dict(autoencoder="flux"), "autoencoder"),
-    ],
-)
-def test_a_cache_of_other_encoders_is_refused_at_the_start(tars, changes, said):
+@pytest.mark.parametrize("changes", [{"txt_len": 11}, {"text": "flux"}, {"autoencoder": "flux"}], ids=str)
+def test_a_cache_of_other_encoders_is_refused_at_the_start(tars, changes):
     plan = recipe.replace(plan_of((0, (16,), 4), data=(str(tars / "cache16"),)), **changes)
-    with pytest.raises(data.DataError, match=said):
-        feed.Feed(plan, DRAW, 3, feed.Codec(None, None, DEVICE, patch=4))
+    with pytest.raises(data.DataError, match=f"was encoded with {next(iter(changes))}"):
+        feed_of(plan, NO_ENCODERS)
 
 
 def test_a_cache_without_fake_prompts_is_refused_at_the_start(tars):
     """Where the auxiliary term will join, however late; where it never does, such a cache is enough."""
-    cache.make(
-        tars / "tars",
-        tars / "plain",
-        16,
-        (TEXT, PIXELS),
-        cache.Settings(batch_size=4, tokens="fp32", multiple=4),
-    )
+    make_cache(tars, "plain")
     plan = plan_of((0, (16,), 4), data=(str(tars / "plain"),), aux_from=0.9)
     with pytest.raises(data.DataError, match="without --fake"):
-        feed.Feed(plan, DRAW, 3, feed.Codec(None, None, DEVICE, patch=4))
-    plan = recipe.replace(plan, aux_from=1.0)
-    assert (
-        len(list(feed.Feed(plan, DRAW, 3, feed.Codec(None, None, DEVICE, patch=4)).stream(0))) == plan.steps
-    )
+        feed_of(plan, NO_ENCODERS)
+    assert len(list(feed_of(recipe.replace(plan, aux_from=1.0), NO_ENCODERS).stream(0))) == plan.steps
 
 
 def test_only_the_caches_of_a_stages_sides_are_opened(tars):
     """A cache for the larger pictures of a later stage may be made for that stage's smaller batch."""
+    make_cache(tars, "cache16whole", batch_size=12)
     plan = plan_of((0, (16,), 12), data=(str(tars / "cache16whole"), str(tars / "cache32")))
-    cache.make(
-        tars / "tars",
-        tars / "cache16whole",
-        16,
-        (TEXT, PIXELS),
-        cache.Settings(batch_size=12, tokens="fp32", multiple=4),
-    )
-    assert len(next(feed.Feed(plan, DRAW, 3, feed.Codec(None, None, DEVICE, patch=4)).stream(0)).keys) == 12
+    assert len(next(feed_of(plan, NO_ENCODERS).stream(0)).keys) == 12
     with pytest.raises(data.DataError, match="fewer than a batch of 12"):
-        feed.open_source(plan.data, recipe.Stage(0, (32,), 12), 4)
+        open_source(tars / "cache32", 32, 12)
+
+
+def test_a_cache_whose_sides_do_not_fit_the_patch_is_refused(tars):
+    make_cache(tars, "odd", multiple=1)
+    with pytest.raises(data.DataError, match="--multiple 8"):
+        open_source(tars / "odd", multiple=8)
 
 
 def test_what_the_order_follows_from_is_in_the_fingerprint(tars):
     """Another side, batch or multiple is another sequence; the cache made with the same three is the same one."""
-    same = {
-        feed.open_source((str(tars / name),), recipe.Stage(0, (16,), 4), 4).fingerprint
-        for name in ("tars", "cache16")
-    }
-    others = {
-        shards.Shards(tars / "tars", side, batch, multiple=multiple).fingerprint
-        for side, batch, multiple in ((32, 4, 4), (16, 12, 4), (16, 4, 8))
-    }
-    assert (
-        len(same) == 1
-        and len(others | same) == 4
-        and data.Shapes(16).fingerprint != data.Shapes(24).fingerprint
-    )
+    same = {open_source(tars / name).fingerprint for name in ("tars", "cache16")}
+    others = {open_source(tars / "tars", *how).fingerprint for how in ((32, 4, 4), (16, 12, 4), (16, 4, 8))}
+    assert len(same) == 1 and len(others | same) == 4
+    assert data.Shapes(16).fingerprint != data.Shapes(24).fingerprint
 
 
 def test_another_batch_is_another_sequence_of_iterations():
@@ -301,42 +261,23 @@ def test_another_batch_is_another_sequence_of_iterations():
 
 def test_other_content_under_the_same_names_is_noticed(tars, tmp_path):
     """Resuming would go on with other samples, a cache would keep the old ones."""
-    before, folder = shards.Shards(tars / "tars", 16, 4, multiple=4).fingerprint, tmp_path / "tars"
-    for where in (b"picture number 7", b"IDAT"):  # in a caption, in a picture
-        shutil.copytree(tars / "tars", folder, ignore=shutil.ignore_patterns("*.index"))
+    found = {open_source(tars / "tars").fingerprint}
+    for i, where in enumerate((b"picture number 7", b"IDAT")):  # in a caption, in a picture
+        folder = shutil.copytree(
+            tars / "tars", tmp_path / f"tars{i}", ignore=shutil.ignore_patterns("*.index")
+        )
         content = {tar: bytearray(tar.read_bytes()) for tar in folder.glob("*.tar")}
         tar = next(tar for tar in content if where in content[tar])
         content[tar][content[tar].index(where) + 10] ^= 1
         tar.write_bytes(content[tar])
-        assert shards.Shards(folder, 16, 4, multiple=4).fingerprint != before
-        shutil.rmtree(folder)
-    pictures = tmp_path / "pictures"
-    shutil.copytree(tars / "pictures", pictures)
-    found = [data.ImageFolder(pictures, side).fingerprint for side in (16, 16, 24)]
-    assert found[0] == found[1]
+        found.add(open_source(folder).fingerprint)
+    pictures = shutil.copytree(tars / "pictures", tmp_path / "pictures")
+    found |= {data.ImageFolder(pictures, side).fingerprint for side in (16, 16, 24)}
     (pictures / "7.txt").write_text("picture number 8")
-    found.append(data.ImageFolder(pictures, 16).fingerprint)
+    found.add(data.ImageFolder(pictures, 16).fingerprint)
     Image.new("RGB", (40, 40)).save(pictures / "3.png")
-    found.append(data.ImageFolder(pictures, 16).fingerprint)
-    assert len(set(found)) == 4
-
-
-def test_a_cache_whose_sides_do_not_fit_the_patch_is_refused(tars):
-    cache.make(
-        tars / "tars",
-        tars / "odd",
-        16,
-        (TEXT, PIXELS),
-        cache.Settings(batch_size=4, tokens="fp32", multiple=1),
-    )
-    with pytest.raises(data.DataError, match="--multiple 8"):
-        feed.open_source((str(tars / "odd"),), recipe.Stage(0, (16,), 4), 8)
-
-
-def test_an_index_elsewhere_is_found(tars, tmp_path):
-    plan = plan_of((0, (16,), 4), data=(str(tars / "tars"),))
-    feed_of(plan, index=str(tmp_path / "index"))
-    assert len(list((tmp_path / "index").iterdir())) == 8
+    found.add(data.ImageFolder(pictures, 16).fingerprint)
+    assert len(found) == 3 + 4
 
 
 def test_an_error_on_a_thread_reaches_the_loop(monkeypatch):

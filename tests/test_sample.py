@@ -1,23 +1,20 @@
 """sample.py: pictures in the shapes that a model was trained on, files that tell how they were made, and what is refused."""
 
-import io
-import sys
-import tarfile
-
 import numpy as np
+import programs
 import pytest
 import torch
 from PIL import Image
+from test_shards import picture, write_tar
 
 import losses
 import recipe
 import sample
 import sampler
 import train
-from engine import checkpoint, errors, feed, watch
+from engine import checkpoint, feed, watch
 
 CPU = torch.device("cpu")
-QUICK = ["--batch-size", "4", "--device", "cpu", "--precision", "fp32", "--no-compile", "--save-every", "0"]
 WIDE, SQUARE = (12, 20), (16, 16)
 
 
@@ -25,21 +22,11 @@ WIDE, SQUARE = (12, 20), (16, 16)
 def run(tmp_path_factory):
     """Two iterations on a tar of 10 wide and 6 square pictures, with a grid."""
     folder = tmp_path_factory.mktemp("sample")
-    with tarfile.open(folder / "0.tar", "w") as archive:
-        for i in range(16):
-            picture = io.BytesIO()
-            Image.new("RGB", (40, 24) if i < 10 else (24, 24), (10 * i, 0, 0)).save(picture, "PNG")
-            for name, content in ((f"{i}.png", picture.getvalue()), (f"{i}.txt", f"number\n{i}".encode())):
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
+    pictures = {f"{i}.png": picture((40, 24) if i < 10 else (24, 24), (10 * i, 0, 0)) for i in range(16)}
+    write_tar(folder / "0.tar", pictures | {f"{i}.txt": f"number\n{i}".encode() for i in range(16)})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sys,
-            "argv",
-            ["train.py", "--data", str(folder / "0.tar"), "--out", str(folder / "r"), "--steps", "2", *QUICK],
-        )
-        train.main()
+        words = ["--data", folder / "0.tar", "--out", folder / "r", "--steps", 2, *programs.QUICK[:-2]]
+        programs.run(patch, train, *words, "--save-every", 0)
     return folder / "r"
 
 
@@ -47,22 +34,21 @@ def test_a_run_on_buckets_names_them_and_draws_them(run):
     config = checkpoint.read_json(run / "config.json")
     assert config["buckets"] == [[*WIDE, 10 / 16], [*SQUARE, 6 / 16]] and config["side"] == 16
     source = feed.open_source((str(run.parent / "0.tar"),), recipe.Stage(0, (16,), 4), 4)
-    shapes = list(watch.grid_prompts(source).values())
+    shapes = watch.grid_prompts(source)
     drawn = reversed([source.sample(g, 0) for g in range(64)])
     first = {s.caption: s.picture.shape[:2] for s in drawn}  # of each caption the first
-    assert shapes == [first[caption] for caption in watch.grid_prompts(source)] and set(shapes) == {
+    assert shapes == {caption: first[caption] for caption in shapes} and set(shapes.values()) == {
         WIDE,
         SQUARE,
     }
-    scale = (
-        96 // shapes[0][1]
-    )  # five columns as wide as the widest, a row as high as its pictures and its caption
+    scale = 96 // next(iter(shapes.values()))[1]
+    # Five columns as wide as the widest, a row as high as its pictures and its caption
+    size = 5 * (scale * 20 + 6) + 6, sum(scale * h + 21 for h, _ in shapes.values()) + 24
     for grid in (run / "grids").iterdir():
-        with Image.open(grid) as image:
-            assert image.size == (5 * (scale * 20 + 6) + 6, sum(scale * h + 21 for h, _ in shapes) + 24)
+        assert Image.open(grid).size == size
     loaded = sample.load(run / "model.safetensors", CPU)
-    (picture,) = sample.generate(loaded, ["number 3"], [(0,)])
-    assert loaded.shape == picture.shape[:2] == WIDE
+    (drawing,) = sample.generate(loaded, ["number 3"], [(0,)])
+    assert loaded.shape == drawing.shape[:2] == WIDE
 
 
 def test_a_run_without_buckets_is_square(run, tmp_path):
@@ -93,53 +79,36 @@ def test_each_picture_is_the_samplers_own_whatever_stands_beside_it(run):
     assert np.abs(found[0].astype(int) - other[0]).max() > 1
 
 
-def call(monkeypatch, run, *arguments):
-    words = ["--checkpoint", run, "--prompt", "number 3", *arguments, "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, words)])
-    errors.run(sample.main)
+def words(run, *arguments):
+    return ["--checkpoint", run, "--prompt", "number 3", *arguments, "--device", "cpu"]
 
 
 def test_one_file_a_picture_and_what_each_tells(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.txt").write_text("une tasse de café\n\n")
-    words = [
-        "--prompts",
-        tmp_path / "prompts.txt",
-        "--images",
-        2,
-        "--steps",
-        1,
-        2,
-        "--seed",
-        7,
-        "--shape",
-        "8x12",
-    ]
-    call(monkeypatch, run, *words, "--guidance", 2, "--negative", "grün 緑", "--out-dir", tmp_path / "a/b")
+    asked = ["--prompts", tmp_path / "prompts.txt", "--images", 2, "--steps", 1, 2, "--seed", 7]
+    asked += ["--shape", "8x12", "--guidance", 2, "--negative", "grün 緑", "--out-dir", tmp_path / "a/b"]
+    programs.run(monkeypatch, sample, *words(run, *asked))
     assert "wrote 8 pictures in" in capsys.readouterr().out
-    found = {}
-    for path in (tmp_path / "a/b").iterdir():
-        with Image.open(path) as image:
-            assert image.size == (12, 8)
-            found[path.name] = dict(image.text)
-    assert len(found) == 8
-    told = found["0003-une-tasse-de-café-2-steps-seed-7.png"]
-    assert told["prompt"] == "une tasse de café" and told["negative"] == "grün 緑" and told["image"] == "1"
-    assert (told["steps"], told["seed"], told["guidance"], told["checkpoint"]) == ("2", "7", "2.0", str(run))
-    assert float(told["mu"]) == losses.mu_of_length(2 * 3)
+    found = {path.name: Image.open(path) for path in (tmp_path / "a/b").iterdir()}
+    assert len(found) == 8 and {image.size for image in found.values()} == {(12, 8)}
+    said = found["0003-une-tasse-de-café-2-steps-seed-7.png"].text
+    assert float(said["mu"]) == losses.mu_of_length(2 * 3)
+    expected = {"prompt": "une tasse de café", "negative": "grün 緑", "image": "1", "steps": "2", "seed": "7"}
+    expected |= {"guidance": "2.0", "checkpoint": str(run)}
+    assert {name: said[name] for name in expected} == expected
 
 
 def test_nothing_is_overwritten(run, tmp_path, monkeypatch, capsys):
-    for word in ("a.png", "a.png", "a.png"):
-        call(monkeypatch, run, "--out", tmp_path / word)
-    call(monkeypatch, run, "--out", tmp_path / "a.png", "--steps", 1, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-2.png", "a-3.png", "a-4.png", "a.png"]
-    assert "a-4.png" in capsys.readouterr().out
-    with Image.open(tmp_path / "a.png") as one, Image.open(tmp_path / "a-4.png") as sheet:
+    for steps in ([2], [2], [1, 2]):
+        programs.run(monkeypatch, sample, *words(run, "--out", tmp_path / "a.png", "--steps", *steps))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-2.png", "a-3.png", "a.png"]
+    assert "a-3.png" in capsys.readouterr().out
+    with Image.open(tmp_path / "a.png") as one, Image.open(tmp_path / "a-3.png") as sheet:
         assert one.size == (200, 120) and sheet.text["steps"] == "1 2"
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "asked, said",
     [
         (["--shape", "13x16"], "multiples of 4, not 13x16"),
         (["--shape", "16"], "HEIGHTxWIDTH"),
@@ -152,12 +121,10 @@ def test_nothing_is_overwritten(run, tmp_path, monkeypatch, capsys):
     ],
     ids=str,
 )
-def test_what_is_refused(run, tmp_path, monkeypatch, capsys, words, said):
+def test_what_is_refused(run, tmp_path, monkeypatch, capsys, asked, said):
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit) as stopped:
-        call(monkeypatch, run, *(str(word).format(tmp_path) for word in words))
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and said in error and error.count("\n") == 1
+    asked = [str(word).format(tmp_path) for word in asked]
+    assert said in programs.refused(monkeypatch, capsys, sample, *words(run, *asked))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -166,17 +133,15 @@ def test_prompts_share_their_noises_and_what_is_not_read_is_said(run, tmp_path, 
     asked, right = [], sample.generate
 
     def generate(loaded, prompts, keys, **how):
-        asked.append((prompts, keys))
+        asked.extend(zip(prompts, keys))
         return right(loaded, prompts, keys, **how)
 
     monkeypatch.setattr(sample, "generate", generate)
     read = checkpoint.read_json(run / "config.json")["txt_len"] - 1
-    whole, cut = (" ".join(["red"] * n) for n in (read, read + 1))
-    more = ["--prompt", cut, "--images", 2, "--steps", 1, "--out", tmp_path / "x.png"]
-    call(monkeypatch, run, "--prompt", whole, *more)
-    prompts = [prompt for batch, _ in asked for prompt in batch]
-    keys = [key for _, batch in asked for key in batch]
-    found = {p: [key for q, key in zip(prompts, keys) if q == p] for p in (whole, cut)}
-    assert found[whole] == found[cut] and len(set(found[cut])) == 2
-    told = capsys.readouterr().err
-    assert told.count("is not read") == 1 and told.strip().endswith(f": {cut}")
+    full, cut = (" ".join(["red"] * n) for n in (read, read + 1))
+    more = ["--prompt", full, "--prompt", cut, "--images", 2, "--steps", 1, "--out", tmp_path / "x.png"]
+    programs.run(monkeypatch, sample, *words(run, *more))
+    assert {key for prompt, key in asked if prompt == full} == {key for prompt, key in asked if prompt == cut}
+    assert len(set(asked)) == len(asked) == 3 * 2
+    said = capsys.readouterr().err
+    assert said.count("is not read") == 1 and said.strip().endswith(f": {cut}")

@@ -1,9 +1,10 @@
 """Wrong captions as a property of data: how many, whose, always the same ones, in every kind of source."""
 
+import functools
 import json
-import sys
 
 import numpy as np
+import programs
 import pytest
 from PIL import Image
 from test_shards import half_a_picture, write_tar
@@ -16,7 +17,6 @@ import train
 from engine import errors, feed
 from scale import cache, shards
 
-QUICK = ["--batch-size", "4", "--device", "cpu", "--precision", "fp32", "--no-compile", "--grid-every", "0"]
 N = 60  # pictures in the folder
 
 
@@ -26,8 +26,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "pictures").mkdir()
     for i in range(N):
-        picture = np.full((16, 16, 3), 4 * i, np.uint8)
-        Image.fromarray(picture).save(folder / "pictures" / f"{i:02}.png")
+        (folder / "pictures" / f"{i:02}.png").write_bytes(png((16, 16), (4 * i,) * 3))
         (folder / "pictures" / f"{i:02}.txt").write_text(f"number {i}")
     shards.pack(folder / "pictures", folder / "tars", per_shard=25)
     return folder
@@ -37,7 +36,7 @@ def open_source(name, share, side=16, batch_size=4):
     return feed.open_source((str(name),), recipe.Stage(0, (side,), batch_size), 4, wrong_captions=share)
 
 
-def told_and_shown(source, count, seed=0):
+def captions_and_pictures(source, count, seed=0):
     """(the number in the caption, the number of the picture) of the samples g = 0 .. count - 1."""
     samples = [source.sample(g, seed) for g in range(count)]
     return [(int(s.caption.split()[1]), int(s.picture[0, 0, 0]) // 4) for s in samples]
@@ -46,40 +45,44 @@ def told_and_shown(source, count, seed=0):
 @pytest.mark.parametrize("kind", ["pictures", "tars"])
 def test_a_share_of_captions_is_swapped_the_same_in_every_epoch_and_nothing_else(folder, kind):
     plain, wrong = open_source(folder / kind, 0.0), open_source(folder / kind, 0.4)
-    told = {}
-    for caption, picture in told_and_shown(wrong, 5 * N):
-        assert told.setdefault(picture, caption) == caption
-    swapped = [picture for picture, caption in told.items() if picture != caption]
-    assert len(told) == N and 0.15 * N < len(swapped) < 0.65 * N  # five standard deviations of a binomial
-    assert {picture: caption for caption, picture in told_and_shown(wrong, N, seed=1)} != told
-    assert all(caption != picture for caption, picture in told_and_shown(open_source(folder / kind, 1.0), N))
-    for g in range(N):
-        assert np.array_equal(plain.sample(g, 3).picture, wrong.sample(g, 3).picture)
-        assert plain.sample(g, 3).key == wrong.sample(g, 3).key and plain.bucket(g, 3) == wrong.bucket(g, 3)
-    assert plain.numbers == N and plain.skipped == wrong.skipped
+    found = {}
+    for caption, picture in captions_and_pictures(wrong, 5 * N):
+        assert found.setdefault(picture, caption) == caption
+    swapped = [picture for picture, caption in found.items() if picture != caption]
+    assert len(found) == N and 0.15 * N < len(swapped) < 0.65 * N  # five standard deviations of a binomial
+    assert {picture: caption for caption, picture in captions_and_pictures(wrong, N, seed=1)} != found
+    every = captions_and_pictures(open_source(folder / kind, 1.0), N)
+    assert all(caption != picture for caption, picture in every)
+    for a, b in ((plain.sample(g, 3), wrong.sample(g, 3)) for g in range(N)):
+        assert np.array_equal(a.picture, b.picture) and a.key == b.key
+    assert plain.bucket(7, 3) == wrong.bucket(7, 3) and plain.numbers == N and plain.skipped == wrong.skipped
     assert len({open_source(folder / kind, share).fingerprint for share in (0.0, 0.4, 0.41)}) == 3
 
 
 def test_the_share_is_what_was_asked_for_in_the_built_in_shapes():
-    """Of 4,000 samples the share whose caption is not that of their scene: X
-    times the chance that another's says otherwise."""
-    plain, wrong = data.Shapes(16, "one-shape"), open_source("one-shape", 0.3)
-    captions = [plain.sample(g, 5).caption for g in range(4000)]
-    changed = np.mean([wrong.sample(g, 5).caption != caption for g, caption in enumerate(captions)])
-    shares = np.unique(captions, return_counts=True)[1] / 4000
+    """Of 2,000 samples the share whose caption is not that of their scene: X times the chance that another's says
+    otherwise."""
+    n, plain, wrong = 2000, data.Shapes(16, "one-shape"), open_source("one-shape", 0.3)
+    captions, swapped = ([source.sample(g, 5).caption for g in range(n)] for source in (plain, wrong))
+    shares = np.unique(captions, return_counts=True)[1] / n
     expected = 0.3 * (1 - np.sum(shares**2))
-    assert abs(changed - expected) < 4 * (expected * (1 - expected) / 4000) ** 0.5
-    assert {wrong.sample(g, 5).caption for g in range(4000)} == set(captions)  # only captions of the data
+    changed = np.mean([a != b for a, b in zip(captions, swapped)])
+    assert abs(changed - expected) < 4 * (expected * (1 - expected) / n) ** 0.5
+    assert set(swapped) == set(captions)  # only captions of the data
+
+
+def captions_by_key(source, count):
+    """The caption of each key, which must be one, in the samples g = 0 .. count - 1."""
+    found = {}
+    for sample in map(source.sample, range(count)):
+        assert found.setdefault(sample.key, sample.caption) == sample.caption
+    return found
 
 
 def test_two_resolutions_of_one_data_set_agree(folder):
-    source = feed.open_source(
-        (str(folder / "pictures"),), recipe.Stage(0, (16, 32), 4), 4, wrong_captions=0.5
-    )
-    told = {}
-    for g in range(8 * N):
-        sample = source.sample(g, 0)
-        assert told.setdefault(sample.key, sample.caption) == sample.caption
+    stage = recipe.Stage(0, (16, 32), 4)
+    source = feed.open_source((str(folder / "pictures"),), stage, 4, wrong_captions=0.5)
+    assert len(captions_by_key(source, 8 * N)) == N
 
 
 def test_a_broken_picture_is_replaced_with_its_substitutes_own_caption(tmp_path):
@@ -87,11 +90,7 @@ def test_a_broken_picture_is_replaced_with_its_substitutes_own_caption(tmp_path)
     members = {f"{i}.png": half_a_picture((64, 64)) if i == 3 else png((64, 64), (i, 0, 0)) for i in range(8)}
     write_tar(tmp_path / "tars/0.tar", members | {f"{i}.txt": f"number {i}".encode() for i in range(8)})
     source = open_source(tmp_path / "tars", 0.5)
-    told = {}
-    for g in range(32):
-        sample = source.sample(g, 0)
-        assert told.setdefault(sample.key, sample.caption) == sample.caption
-    assert len(source.skipped) == 1 and len(told) == 7
+    assert len(captions_by_key(source, 32)) == 7 and len(source.skipped) == 1
 
 
 def test_nothing_to_swap_is_an_error(tmp_path):
@@ -112,12 +111,9 @@ def test_a_cache_is_refused(folder, tmp_path):
 
 
 def test_a_run_knows_its_share_and_goes_on_with_no_other(tmp_path, monkeypatch):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        train.main()
-
+    run = functools.partial(programs.run, monkeypatch, train)
     out = tmp_path / "run"
-    run("--steps", 2, "--out", out, "--wrong-captions", 0.4, *QUICK)
+    run("--steps", 2, "--out", out, "--wrong-captions", 0.4, *programs.QUICK)
     assert json.loads((out / "config.json").read_text())["wrong_captions"] == 0.4
     state = next((out / "state").iterdir())
     assert "0.4 of the captions wrong" in (state / "state.json").read_text()
