@@ -241,8 +241,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         help="enlarge pixels so many times; 0 picks it (default: 0)",
     )
     a = parser.add_argument_group("how (what has no default here: the checkpoint's own)").add_argument
-    steps = "evaluations of the network; several give a sheet (default: 2)"
-    a("--steps", metavar="N", type=int, nargs="+", default=[2], help=steps)
+    steps = "evaluations of the network; several give a sheet (default: 2; without prompts 1 2 4 8)"
+    a("--steps", metavar="N", type=int, nargs="+", help=steps)
     a("--guidance", metavar="X", type=float, help="scale of energy-preserving guidance; 1 is off")
     a("--negative", metavar="PROMPT", default="", help="what guidance leads away from (default: no prompt)")
     eta, rule = fraction_or_name({"renoise": "renoise"}), fraction_or_name(S_RULES)
@@ -251,6 +251,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--space", choices=("v", "x0"), help="what keeps its norm under guidance: velocity or prediction")
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     args = parser.parse_args(argv)
+    if not args.prompt and not args.prompts:
+        args.prompts = args.checkpoint / "prompts.txt"  # an included checkpoint brings a few
+        args.steps = args.steps or [1, 2, 4, 8]
+        if not args.prompts.is_file():
+            parser.error("give at least one --prompt, or --prompts FILE")
+    args.steps = args.steps or [2]
     if args.prompts:
         if not args.prompts.is_file():
             parser.error(f"no such prompt file: {args.prompts}")
@@ -260,7 +266,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     if args.out_dir and args.out_dir.is_file():
         parser.error(f"--out-dir must name a folder, not {args.out_dir}")
     if not args.prompt:
-        parser.error("give at least one --prompt, or --prompts FILE")
+        parser.error(f"{args.prompts} is empty")
     args.prompt = list(map(files.well_formed, args.prompt))  # the shell may hand over what is not UTF-8
     numbers = {"images": (1, 10**6), "scale": (0, 64), "seed": (0, 2**63 - 1)}
     parser.check_ranges(args, steps=(1, 10**6), guidance=(0, 100), **numbers)

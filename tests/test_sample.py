@@ -98,6 +98,16 @@ def test_one_file_a_picture_and_what_each_tells(run, tmp_path, monkeypatch, caps
     assert {name: said[name] for name in expected} == expected
 
 
+def test_without_prompts_a_checkpoint_draws_its_own(run, tmp_path, monkeypatch, capsys):
+    asked = ["--checkpoint", run, "--device", "cpu", "--out", tmp_path / "a.png"]
+    assert "at least one --prompt" in programs.refused(monkeypatch, capsys, sample, *asked)
+    (run / "prompts.txt").write_text("number 1\nnumber 2\n")
+    programs.run(monkeypatch, sample, *asked)
+    (run / "prompts.txt").unlink()
+    text = Image.open(tmp_path / "a.png").text
+    assert text["prompt"] == "number 1\nnumber 2" and text["steps"] == "1 2 4 8"
+
+
 def test_nothing_is_overwritten(run, tmp_path, monkeypatch, capsys):
     for steps in ([2], [2], [1, 2]):
         programs.run(monkeypatch, sample, *words(run, "--out", tmp_path / "a.png", "--steps", *steps))
