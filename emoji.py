@@ -45,7 +45,7 @@ from PIL import Image
 
 import data
 import files
-from engine import checkpoint, errors
+from engine import checkpoint
 from rng import rng
 
 TILES = Path(__file__).parent / "emoji-tiles" / "tiles.npz"
@@ -194,7 +194,7 @@ def read(path: Path) -> tuple[np.ndarray, list[Concept]]:
     if not path.exists():
         prepare(path)
     try:
-        with np.load(errors.regular(path, data.DataError)) as file:
+        with np.load(path) as file:
             tiles, concepts, packages = (
                 file["tiles"],
                 str(file["concepts"]),

@@ -20,30 +20,21 @@ import losses
 import sampler
 from peers import imm, meanflow, shortcut, tim, variants
 
-# Choices of one objective or of some, as argparse takes them. Numbers carry their range: (type, least, most).
+# Choices of one objective or of some, as argparse takes them, and the least and the most of numbers.
 FLAGS = {
     "target": dict(default="renorm", choices=("renorm", "tar", "sum"), help="Eq. 20, Eq. 18 or Eq. 16"),
     "delta_scale": dict(default=1.0, range=(0, 100), help="times the self-evaluation; 0 is the control"),
     "null_branch": dict(
-        default="online",
-        choices=("online", "ema"),
-        help="which network sees the null prompt: the trained one (S.2)",
+        default="online", choices=("online", "ema"), help="sees the null prompt (S.2: online)"
     ),
     "aux_from": dict(
-        default=None,
-        type=float,
-        range=(0, 1),
-        help="share of the run after which the auxiliary term joins; 1 is never",
+        default=None, range=(0, 1), help="share of the run before the auxiliary term; 1 is never"
     ),
-    "k": dict(
-        default=0.9, range=(0, 1), help="share of the classifier term in Delta beside the auxiliary term"
-    ),
-    "imm_k": dict(default=imm.K, range=(1, 20), help="IMM's steps of the range of times, as a power of two"),
+    "k": dict(default=0.9, range=(0, 1), help="share of the classifier term beside the auxiliary term"),
+    "imm_k": dict(default=imm.K, range=(1, 20), type=int, help="IMM's steps of time, as a power of two"),
     "train_guidance": dict(default=1.0, range=(0.01, 100), help="scale of guidance in the target; 1 is off"),
     "derivative": dict(
-        default="difference",
-        choices=tuple(meanflow.DERIVATIVES),
-        help="in MeanFlow's target: a finite difference or exact, which does not compile",
+        default="difference", choices=tuple(meanflow.DERIVATIVES), help="forward: exact, and not compiled"
     ),
     "loss_power": dict(default=1.0, range=(0, 1), help="errors are divided by their own power P; 0 is off"),
 }
@@ -55,22 +46,17 @@ class Objective(NamedTuple):
     build: Callable  # (network, ema, the flags of train.py) -> the module
     below: float  # the share of samples with s < t,
     evaluations: float  # and the passes without gradient that each of them takes
-    guided: float = (
-        0.0  # such passes more for guidance in the target (--train-guidance), per sample of the batch
-    )
+    guided: float = 0.0  # such passes more for guidance in the target, per sample of the batch
     group: int = 2  # batch and micro-batch are multiples of it
     flags: tuple[str, ...] = ()  # its own, of FLAGS
-    # The rules for s_k that make sense (sampler.py), its default first
-    s_rules: tuple[float, ...] = (0.0, 0.5, 1.0)
+    s_rules: tuple[float, ...] = (0.0, 0.5, 1.0)  # for s_k that make sense (sampler.py), its default first
     time_factor: float = (
-        1000.0  # of the time features (model.sinusoid); 1 for peers/, as in their authors' code
+        1000.0  # of the time features (model.sinusoid); 1 for peers/, as their authors have it
     )
-    derives: bool = (
-        False  # the target holds a time derivative of the network: exact, or a difference that needs fp32
-    )
+    derives: bool = False  # the target holds a time derivative of the network: exact, or a difference in fp32
     own_draw: Callable | None = None  # instead of losses.draw
     trajectory: Callable = sampler.trajectory  # from noise to data
-    choices: tuple[str, ...] = ("guidance", "eta", "s_rule", "space", "mu")  # what it can be told
+    choices: tuple[str, ...] = ("guidance", "eta", "s_rule", "space", "mu")  # that its sampler takes
 
     def draw(self, *arguments, **more):
         """The random numbers of a micro-batch; arguments as for losses.draw, but for the share of s = t."""
@@ -102,25 +88,16 @@ def mean_flow(network, ema, flags, improved: bool) -> meanflow.MeanFlow:
     return meanflow.MeanFlow(network, flags.train_guidance, improved, flags.derivative, flags.loss_power)
 
 
-SELF_E = Objective(
-    self_e, below=0.5, evaluations=2, flags=("target", "k", "delta_scale", "null_branch", "aux_from")
-)
+SELF_E = Objective(self_e, 0.5, 2, flags=("target", "k", "delta_scale", "null_branch", "aux_from"))
 VARIANTS = {  # Self-E with something exchanged: questions of experiments/rows.py
     "self_e_literal_null": SELF_E._replace(build=variant(null_target="literal")),
     "self_e_quarter_lambda": SELF_E._replace(build=variant(lam_scale=0.25)),
     "self_e_middle_lambda": SELF_E._replace(build=variant(lam_time="middle")),
-    "self_e_mostly_equal": SELF_E._replace(
-        below=0.25, group=4
-    ),  # three quarters of the batch learn from data alone
+    "self_e_mostly_equal": SELF_E._replace(below=0.25, group=4),  # three quarters learn from data alone
 }
 PUSHFORWARD = dict(trajectory=functools.partial(imm.trajectory, start=1.0), choices=("guidance",))
-MEANFLOW = dict(
-    **PUSHFORWARD,
-    flags=("train_guidance", "derivative", "loss_power"),
-    guided=2.0,
-    time_factor=1.0,
-    derives=True,
-)
+DERIVES = dict(**PUSHFORWARD, guided=2.0, time_factor=1.0, derives=True)
+MEANFLOW = dict(**DERIVES, flags=("train_guidance", "derivative", "loss_power"))
 
 OBJECTIVES = {
     "self_e": SELF_E,
@@ -146,16 +123,13 @@ OBJECTIVES = {
         trajectory=shortcut.trajectory,
         choices=("guidance",),
     ),
-    "meanflow": Objective(
-        functools.partial(mean_flow, improved=False), below=0.25, evaluations=2, group=4, **MEANFLOW
-    ),
-    "improved_meanflow": Objective(
-        functools.partial(mean_flow, improved=True), below=0.5, evaluations=3, **MEANFLOW
-    ),
+    "meanflow": Objective(functools.partial(mean_flow, improved=False), 0.25, 2, group=4, **MEANFLOW),
+    "improved_meanflow": Objective(functools.partial(mean_flow, improved=True), 0.5, 3, **MEANFLOW),
     "tim": Objective(
         lambda network, ema, flags: tim.TiM(network, ema, flags.train_guidance, flags.loss_power),
         below=0.5,
         evaluations=2,
-        **MEANFLOW | {"flags": ("train_guidance", "loss_power")},
+        flags=("train_guidance", "loss_power"),
+        **DERIVES,
     ),
 } | VARIANTS

@@ -26,26 +26,14 @@ RECIPE += ("micro_batch", "wrong_captions", "optimizer")
 FIXED = ("size", "objective", *objectives.FLAGS, "text", "txt_len", "autoencoder", "wrong_captions")
 FIXED += ("optimizer", "init", "seed", "caption_key")
 OF_A_CALL = ("out", "resume", "device", "dry_run", "patience")
-# The least and the most of whole numbers: what becomes memory has a bound, so that a slip of the keyboard ends in a line
-# and not in a machine without memory.
-RANGES = {
-    "steps": (1, 10**9),
-    "batch_size": (2, 2**20),
-    "micro_batch": (2, 2**20),
-    "side": (1, 2**13),
-    "txt_len": (1, 2**12),
-    "log_every": (1, 10**9),
-    "keep": (1, 10**6),
-    "workers": (1, 1024),
-    "seed": (0, 2**63 - 1),
-    "recompute": (0, 10**6),
-    "grid_every": (0, 10**9),
-    "save_every": (0, 10**9),
-    "milestone_every": (0, 10**9),
-    "wrong_captions": (0, 1),
-    "lr": (1e-30, 1),
-    "patience": (1, 10**6),
-}
+# The least and the most of numbers: what becomes memory has a bound, so that a slip of the keyboard ends in a line.
+RANGES = dict.fromkeys(("steps", "log_every"), (1, 10**9))
+RANGES |= dict.fromkeys(("grid_every", "save_every", "milestone_every"), (0, 10**9))
+RANGES |= dict.fromkeys(("batch_size", "micro_batch"), (2, 2**20))
+RANGES |= dict.fromkeys(("keep", "patience"), (1, 10**6))
+RANGES |= {"side": (1, 2**13), "txt_len": (1, 2**12), "workers": (1, 1024), "recompute": (0, 10**6)}
+RANGES |= {"seed": (0, 2**63 - 1), "lr": (1e-30, 1), "wrong_captions": (0, 1)}
+RANGES |= {name: flag["range"] for name, flag in objectives.FLAGS.items() if "range" in flag}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -54,10 +42,7 @@ RANGES = {
 def the_run(parser: argparse.ArgumentParser) -> None:
     a = parser.add_argument_group("the run").add_argument
     data = "one-shape, scenes, emoji, emoji-all, a folder of captioned pictures or of tars, tars, or caches"
-    index, wrong = (
-        "folder of the index of tar shards",
-        "share of samples with the caption of another; 0 is off",
-    )
+    wrong = "share of samples with the caption of another; 0 is off"
     a("--size", default="laptop", choices=list(SIZES), help="model and recipe")
     a("--data", metavar="DIR", type=errors.name, nargs="+", action="extend", help=data)
     a("--caption-key", metavar="NAME", help=files.KEY_HELP)
@@ -66,7 +51,7 @@ def the_run(parser: argparse.ArgumentParser) -> None:
     a("--init", metavar="DIR", type=errors.name, help="begin with the weights of another run or checkpoint")
     a("--resume", action="store_true", help="go on from the last state in --out, with its flags")
     a("--dry-run", action="store_true", help="print the plan, memory and price of the run and end")
-    a("--index", metavar="DIR", type=errors.name, help=f"{index} (default: beside the tars)")
+    a("--index", metavar="DIR", type=errors.name, help="folder of the index of tars (default: beside them)")
     a("--seed", metavar="N", type=int, default=0, help="of everything random")
 
 
@@ -74,12 +59,7 @@ def the_recipe(parser: argparse.ArgumentParser) -> None:
     a = parser.add_argument_group("the recipe").add_argument
     optimizer = "adam (S.2), or muon for the blocks' matrices"
     a("--steps", metavar="N", type=int, help="iterations")
-    a(
-        "--batch-size",
-        metavar="N",
-        type=int,
-        help="pictures an iteration, over all processes and in all stages",
-    )
+    a("--batch-size", metavar="N", type=int, help="pictures an iteration, over all processes")
     a("--lr", metavar="X", type=float, help="peak learning rate")
     a("--optimizer", default="adam", choices=list(optimizers.OPTIMIZERS), help=optimizer)
     a("--side", metavar="N", type=int, help="side of the pictures in pixels, in all stages")
@@ -93,57 +73,36 @@ def the_objective(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(name for name in OBJECTIVES if name not in VARIANTS)
     a("--objective", metavar="NAME", default="self_e", choices=list(OBJECTIVES), help=names)
     for name, flag in objectives.FLAGS.items():
-        flag = {key: value for key, value in flag.items() if key != "range"}
-        if "choices" not in flag:
-            flag |= {"metavar": "X", "type": flag.get("type", type(flag["default"]))}
-        a(f"--{name.replace('_', '-')}", **flag)
+        number = {} if "choices" in flag else {"metavar": "X", "type": float}
+        a(f"--{name.replace('_', '-')}", **number | {key: flag[key] for key in flag if key != "range"})
 
 
 def the_machine(parser: argparse.ArgumentParser) -> None:
     a = parser.add_argument_group("the machine").add_argument
     precision = "inside the network (auto: the faster; fp32 where an objective takes finite differences)"
-    grids = "iterations between picture grids; 0 is off (default: ten a run, and an early one)"
-    saves = "iterations between states; 0 is only at the end (default: five a run, every half hour)"
     yes_or_no = argparse.BooleanOptionalAction
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (auto: the best there is)")
     a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help=precision)
     a("--compile", action=yes_or_no, help="torch.compile each block (default: where it works and pays)")
-    a(
-        "--micro-batch",
-        metavar="N",
-        type=int,
-        help="pictures a process computes at once, at the first stage's side",
-    )
+    a("--micro-batch", metavar="N", type=int, help="pictures a process computes at once, at the first side")
     a("--recompute", metavar="N", type=int, default=0, help="blocks that recompute their activations")
     a("--zero", action=yes_or_no, default=False, help="spread Adam's moments over the processes (ZeRO-1)")
     a("--workers", metavar="N", type=int, default=1, help="threads that read data ahead")
-    a(
-        "--patience",
-        metavar="N",
-        type=int,
-        default=300,
-        help="seconds to wait for the other processes at the start",
-    )
+    a("--patience", metavar="N", type=int, default=300, help="seconds to wait for the other processes")
     a = parser.add_argument_group("what is written").add_argument
+    grids = "iterations between picture grids; 0 is off (default: ten a run, and an early one)"
+    saves = "iterations between states; 0 is only at the end (default: five a run, every half hour)"
     a("--log-every", metavar="N", type=int, default=20, help="iterations between lines of metrics.jsonl")
     a("--grid-every", metavar="N", type=int, help=grids)
     a("--save-every", metavar="N", type=int, help=saves)
     a("--keep", metavar="N", type=int, default=2, help="newest states to keep")
-    a(
-        "--milestone-every",
-        metavar="N",
-        type=int,
-        default=0,
-        help="keep states at multiples of N for good; 0 is off",
-    )
+    a("--milestone-every", metavar="N", type=int, default=0, help="keep multiples of N for good; 0 is off")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags; with --resume, those not given are taken from the run that goes on. Raises UserError."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = errors.Parser(
-        "train.py", "Train Self-E. What has no default here has it in recipe.py, by --size."
-    )
+    what = "Train Self-E. What has no default here has it in recipe.py, by --size."
+    parser = errors.Parser("train.py", what)
     for table in (the_run, the_recipe, the_objective, the_machine):
         table(parser)
     args = parser.parse_args(argv)
@@ -151,88 +110,67 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         saved = checkpoint.read_config(Path(args.out)).get("arguments")
         if not isinstance(saved, dict):
             raise errors.UserError(f"{args.out}/config.json is not that of a run that train.py began")
-        begun = parser.parse_args([*as_flags(saved), "--resume", "--out", args.out])
+        parser.set_defaults(**saved)
+        begun = parser.parse_args(["--out", args.out])
         if args.data:  # in the place of the run's own, not beside them
-            saved = saved | {"data": None}
-        args = parser.parse_args([*as_flags(saved), *argv])
+            parser.set_defaults(data=None)
+        args = parser.parse_args(argv)
         for name in FIXED:
             now, then = (getattr(plan_of(a) if name in RECIPE else a, name) for a in (args, begun))
             if now != then:
                 raise errors.UserError(
-                    f"{args.out} was begun with --{name.replace('_', '-')} {then}, not {now}: leave that out, or begin "
-                    f"a new run with these weights (--init {args.out} --out NEW)"
+                    f"{args.out} was begun with {flag_of(name)} {then}, not {now}: leave that out, or begin a new run "
+                    f"with these weights (--init {args.out} --out NEW)"
                 )
     elif args.init:
-        of_init(args)
+        take_from_init(args)
     check(parser, args)
     return args
 
 
-def as_flags(arguments: dict) -> list[str]:
-    """The flags in config.json as they would be typed."""
-    words = []
-    for name, value in arguments.items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
-        elif value is not None:
-            words += [flag, *map(str, value if isinstance(value, list) else [value])]
-    return words
+def flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
-def of_init(args: argparse.Namespace) -> None:
-    """A new run takes side, text length and encoders of the weights that it begins with, unless told others."""
-    config, taken = checkpoint.read_config(Path(args.init)), []
-    stages = recipe.RECIPES[args.size].stages
-    for name, key in (
-        ("side", "side"),
-        ("txt_len", "txt_len"),
-        ("text", "text_encoder"),
-        ("autoencoder", "autoencoder"),
-    ):
-        several = name == "side" and len(stages[-1].sides) > 1  # a recipe of several sides keeps them
-        if getattr(args, name) is None and not several:
-            setattr(args, name, config[key])
-            taken.append(f"--{name.replace('_', '-')} {config[key]}")
+def take_from_init(args: argparse.Namespace) -> None:
+    """A new run has the side, text length and encoders of the weights that it begins with, unless others are given."""
+    config, keys = checkpoint.read_config(Path(args.init)), {"txt_len": "txt_len", "text": "text_encoder"}
+    keys |= {"autoencoder": "autoencoder"}
+    if len(recipe.RECIPES[args.size].stages[-1].sides) == 1:  # a recipe of several sides keeps them
+        keys |= {"side": "side"}
+    taken = {name: config[key] for name, key in keys.items() if getattr(args, name) is None}
+    vars(args).update(taken)
     if taken and Ranks.of_environment().is_first:
-        print(f"from {args.init}: its weights, and {' '.join(taken)}")
+        flags = [f"{flag_of(name)} {value}" for name, value in taken.items()]
+        print(f"from {args.init}: its weights, and {' '.join(flags)}")
 
 
 def check(parser: errors.Parser, args: argparse.Namespace) -> None:
     """Raise UserError for a number out of its range, or for flags that do not go together."""
-    own = {name: flag["range"] for name, flag in objectives.FLAGS.items() if "range" in flag}
-    parser.check_ranges(args, **RANGES, **own)
-    for name in ("batch_size", "micro_batch"):
-        if (getattr(args, name) or 2) % 2:
-            parser.error(f"--{name.replace('_', '-')} must be even: every second sample has s < t (s.13)")
+    parser.check_ranges(args, **RANGES)
     if args.zero and args.optimizer == "muon":
         parser.error("--zero spreads the moments of Adam; it does not go with --optimizer muon")
     if args.derivative == "forward":
         if args.compile:
-            parser.error(
-                "--derivative forward does not go with --compile: compiled blocks have no forward derivative"
-            )
+            parser.error("--derivative forward does not compile: leave out --compile")
         args.compile = False
     objective = OBJECTIVES[args.objective]
     if objective.derives and args.derivative == "difference" and args.precision == "bf16":
-        parser.error(
-            "a finite difference drowns in bf16's rounding: --precision fp32, or --derivative forward"
-        )
+        parser.error("a finite difference drowns in bf16: --precision fp32, or --derivative forward")
     changed = [name for name, flag in objectives.FLAGS.items() if getattr(args, name) != flag["default"]]
     for name in changed:
-        flag = f"--{name.replace('_', '-')}"
         if name not in objective.flags and (name, args.aux_from) != ("aux_from", 1):
-            owners = [other for other, it in OBJECTIVES.items() if name in it.flags]
-            parser.error(f"{flag} is a choice of {' and '.join(owners)}; {args.objective} has none of it")
+            others = [other for other, it in OBJECTIVES.items() if name in it.flags and other not in VARIANTS]
+            parser.error(f"{flag_of(name)} is for {' and '.join(others)}; {args.objective} has none of it")
     if "k" in changed and not plan_of(args).aux_from < 1:
         parser.error("--k weighs the auxiliary term, which never joins here: give --aux-from too")
 
 
-def refuse(flags: list[str], own: tuple[str, ...]) -> None:
-    """Raise UserError for one of `own` among flags that are meant for train.py, in full or cut short."""
-    for word in flags:
+def refuse(words: list[str], flags: tuple[str, ...]) -> None:
+    """Raise UserError for one of `flags` among the words of a command line for train.py, in full or cut short."""
+    for word in words:
         name = word.partition("=")[0]
-        if found := [flag for flag in own if name.startswith("-") and flag.startswith(name)]:
+        if found := [flag for flag in flags if name.startswith("-") and flag.startswith(name)]:
             raise errors.UserError(f"{found[0]} is this program's to choose: leave out {word}")
 
 
@@ -255,31 +193,30 @@ def sizes_of(args: argparse.Namespace) -> dict:
     return SIZES[args.size] | ({"time_factor": factor} if factor != 1000 else {})  # FLUX's is Denoiser's own
 
 
-def precision_of(args: argparse.Namespace, device: torch.device, ranks) -> torch.dtype:
-    """What --precision says; "auto" is measured once, by rank 0, and kept when the run is resumed.
-
-    It is fp32 where the objective takes a finite difference, which bf16 would drown in rounding.
-    """
+def precision_of(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> torch.dtype:
+    """What --precision says; "auto" is measured once, and kept when the run is resumed. It is fp32 where the objective
+    takes a finite difference, which bf16 would drown in rounding."""
     if args.precision != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
     if args.resume:
         return getattr(torch, checkpoint.read_config(Path(args.out))["precision"])
     if OBJECTIVES[args.objective].derives and args.derivative == "difference":
         return torch.float32
-    return ranks.choose(lambda: machine.pick_precision(device))
+    return ranks.gather(machine.pick_precision(device))[0]
 
 
 def config_of(args: argparse.Namespace, plan: recipe.Recipe, sizes: dict, precision, device) -> dict:
     """What config.json says of a run, but for the size of its pictures: what sampling needs, and how it was made."""
-    own = {name: getattr(args, name) for name in objectives.FLAGS if name != "aux_from"}
-    # A run may be resumed from another folder
-    data = args.data and [os.path.abspath(n) if os.path.exists(n) or "{" in n else n for n in args.data]
+    arguments = {name: value for name, value in vars(args).items() if name not in OF_A_CALL}
+    if args.data:  # a run may be resumed from another folder
+        full = [os.path.abspath(name) if os.path.exists(name) or "{" in name else name for name in args.data]
+        arguments["data"] = full
     return {
         "format": 1,
         "size": args.size,
         "model": sizes,
         "objective": args.objective,
-        **own,
+        **{name: getattr(args, name) for name in objectives.FLAGS if name != "aux_from"},
         "aux_from": plan.aux_from,
         "text_encoder": encoders.canonical(plan.text),
         "txt_len": plan.txt_len,
@@ -298,6 +235,5 @@ def config_of(args: argparse.Namespace, plan: recipe.Recipe, sizes: dict, precis
         "precision": str(precision).removeprefix("torch."),
         "machine": machine.describe(device),
         "command": " ".join(["python train.py", *sys.argv[1:]]),
-        "arguments": {name: value for name, value in vars(args).items() if name not in OF_A_CALL}
-        | {"data": data},
+        "arguments": arguments,
     }

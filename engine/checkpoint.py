@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import re
+import reprlib
 import shutil
 import sys
 import uuid
@@ -23,7 +24,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -39,7 +40,7 @@ class CheckpointError(errors.UserError):
 # Files in one piece
 # ------------------------------------------------------------------------------------------------------------
 def to_disk(path: Path) -> None:
-    """Wait until a file or folder is on the disk, so that a power cut after the rename finds it whole."""
+    """Wait until a file or folder is on the disk, so that a power cut after the rename finds all of it."""
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -52,16 +53,17 @@ def to_disk(path: Path) -> None:
 def in_one_piece(path: Path, shared: bool = False):
     """A path beside `path` to write a file to, renamed to it when the block ends well and removed when it does not.
 
-    `shared` is for a file that several processes may write at the same time: each has a partial file of its own, and
-    the last rename wins. Otherwise the name is fixed, and what a killed process left there is written over.
+    `shared` is for a file that several processes may write at the same time: each has its own partial file, and the
+    last rename wins. Otherwise the name is fixed, and what a killed process left there is written over.
     """
-    own = f".{uuid.uuid4().hex}" if shared else ""
-    partial = path.with_name(f"{path.name}{own}.partial")
+    unique = f".{uuid.uuid4().hex}" if shared else ""
+    partial = path.with_name(f"{path.name}{unique}.partial")
     try:
         partial.unlink(missing_ok=True)  # of a process that was killed; its mode may be another
         partial.touch()
-        # As the user's umask has it; safetensors' files can be read by their owner alone
-        mode = partial.stat().st_mode
+        mode = (
+            partial.stat().st_mode
+        )  # as the user's umask has it; safetensors' files only their owner can read
         yield partial
         partial.chmod(mode)
         to_disk(partial)
@@ -85,9 +87,7 @@ def keep_settings(folder: Path, settings: dict, otherwise: str) -> None:
     """
     path, settings = folder / "settings.json", json.loads(json.dumps(settings))  # tuples become lists
     if path.exists() and read_json(path) != settings:
-        raise errors.UserError(
-            f"{folder} was begun with other settings ({path}); repeat them, or {otherwise}"
-        )
+        raise errors.UserError(f"{path} has other settings: repeat them, or {otherwise}")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, settings, shared=True)
 
@@ -95,14 +95,14 @@ def keep_settings(folder: Path, settings: dict, otherwise: str) -> None:
 def read_json(path: Path):
     """The value in a JSON file. Raises CheckpointError when it is missing or not JSON."""
     try:
-        return json.loads(errors.regular(path, CheckpointError).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; is {path.parent} the folder of a run?") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); the checkpoint is damaged") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: it is not valid JSON ({error})") from error
 
 
-# What sampling reads of config.json, and the kind of each entry; engine/arguments.py writes it.
+# What sampling reads of config.json, and the kind of each entry, or its words; engine/arguments.py writes it.
 CONFIG = {
     "model": dict,
     "precision": ("float32", "bfloat16"),
@@ -123,95 +123,81 @@ STATE = {"step": int, "seed": int, "elapsed": float, "steps": int, "data": dict}
 def read_checked(path: Path, kinds: dict) -> dict:
     """A JSON object that has these entries, each of its kind. Raises CheckpointError."""
     found = read_json(path)
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds no JSON object: it is damaged, or another program's")
     for name, kind in kinds.items():
-        if name not in found:
-            raise CheckpointError(f"{path} lacks {name}: it is damaged, or another program's")
-        value = found[name]
-        if isinstance(kind, tuple):  # one of these words
-            right = value in kind
-        else:
-            right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-        if not right:
-            raise CheckpointError(f"{path}: {name} cannot be {errors.shortened(repr(value))}")
+        value = found.get(name) if isinstance(found, dict) else None
+        types = (int, float) if kind is float else kind
+        if value not in kind if isinstance(kind, tuple) else value is None or not isinstance(value, types):
+            raise CheckpointError(
+                f"{path}: {name} cannot be {reprlib.repr(value)}: it is damaged, or another program's"
+            )
     return found
 
 
 def read_config(folder: Path) -> dict:
     """What config.json says of a model. Raises CheckpointError."""
-    if folder.is_file():
-        raise CheckpointError(f"{folder} is a file: name the folder that holds it, {folder.parent}")
     if not folder.is_dir():
         raise CheckpointError(f"no such checkpoint folder: {folder}")
     return read_checked(folder / "config.json", CONFIG)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Weights
+# ------------------------------------------------------------------------------------------------------------
 def save_weights(path: Path, module: nn.Module) -> None:
     """The state dict of a module as safetensors, written in one piece."""
+    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}
     with in_one_piece(path) as partial:
-        save_file(
-            {name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()},
-            partial,
-        )
+        save_file(weights, partial)
 
 
 def read_weights(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, as `dtype`. Raises CheckpointError when it is missing, damaged, or holds what
-    is no number of that type."""
-    with reading(path):
-        weights = load_file(path)
-    for name, tensor in weights.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{path} holds {tensor.dtype} in {name!r}: these are no weights of a model")
-        # A copy: what is read is a mapping of the file, which may change under a network that lives long
-        weights[name] = tensor.to(dtype, copy=True)
-        if not weights[name].isfinite().all():
-            damaged = (
-                "it is damaged" if dtype == torch.float32 else f"it is damaged, or too large for {dtype}"
-            )
-            raise CheckpointError(f"{path} holds numbers that are not finite, first in {name!r}: {damaged}")
-    return weights
-
-
-@contextlib.contextmanager
-def reading(path: Path):
-    """Turn what safetensors raises over a missing or damaged file into a CheckpointError."""
+    is no finite number of that type."""
     try:
-        errors.regular(path, CheckpointError)
-        yield
+        weights = load_file(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; is {path.parent} the folder of a run?") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file ({error})") from error
+    for name, tensor in weights.items():
+        # A copy: what is read is a mapping of the file, which may change under a network that lives long
+        weights[name] = tensor.to(dtype, copy=True)
+        if not tensor.is_floating_point() or not weights[name].isfinite().all():
+            raise CheckpointError(f"{path}: {name!r} holds what is no finite number of {dtype}")
+    return weights
 
 
 def load_weights(path: Path, module: nn.Module) -> None:
     """Load safetensors into a module, every tensor of the same name and shape, finite, whatever the precision.
 
-    A module on the meta device, which has no memory yet, takes that of the tensors read. Raises CheckpointError, before
-    anything but the file's header is read where that shows another model.
+    A module on the meta device, which has no memory yet, takes that of the tensors read. Raises CheckpointError.
     """
-    own = module.state_dict()
-    with reading(path), safe_open(path, framework="pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    wrong = [n for n in own if shapes.get(n) != tuple(own[n].shape)] + [n for n in shapes if n not in own]
-    if wrong:
-        raise CheckpointError(
-            f"{path} holds a model of another shape than its config.json says: {len(wrong)} tensors "
-            f"differ, first {wrong[0]!r}"
-        )
-    state = read_weights(path)
-    module.load_state_dict(state, assign=next(iter(own.values())).is_meta)
+    try:
+        module.load_state_dict(read_weights(path), assign=next(module.parameters()).is_meta)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()[:200]
+        raise CheckpointError(f"{path} holds another model than its config.json says ({first})") from error
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The folder of a run
+# ------------------------------------------------------------------------------------------------------------
+def complete_states(run: Path) -> list[Path]:
+    """The complete training states of a run, oldest first."""
+    named = [path for path in (run / "state").glob("step_*") if re.fullmatch("step_[0-9]{8,}", path.name)]
+    return sorted(named, key=step_of)  # not by name: 100,000,000 has a digit more
+
+
+def step_of(state: Path) -> int:
+    """The iterations behind a state, from its folder's name."""
+    return int(state.name.removeprefix("step_"))
 
 
 def check_folder(run: Path, resume: bool) -> None:
     """Raise CheckpointError unless a run can lie in the folder: asked at once, not after the data is read."""
     there = next(path for path in (run, *run.absolute().parents) if path.exists() or path.is_symlink())
     if not there.is_dir():
-        raise CheckpointError(
-            f"{run} cannot be a folder: {there} is a file or a broken link; choose another --out"
-        )
+        raise CheckpointError(f"{run} cannot be a folder: {there} is a file; choose another --out")
     for path in (there, run / "state"):
         if path.exists() and not os.access(path, os.W_OK | os.X_OK):
             raise CheckpointError(f"{path} cannot be written by this user: choose another --out")
@@ -222,44 +208,18 @@ def check_folder(run: Path, resume: bool) -> None:
         raise CheckpointError(f"{run} already holds a run; add --resume to go on, or choose another --out")
     if not resume and (run / "model.safetensors").exists():
         raise CheckpointError(
-            f"{run} already holds a model, without a state to resume: choose another --out, with --init {run} to begin "
-            "with its weights"
+            f"{run} already holds a model, without a state to resume: choose another --out, with --init {run} to "
+            "begin with its weights"
         )
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The training state
-# ------------------------------------------------------------------------------------------------------------
-def complete_states(run: Path) -> list[Path]:
-    """The complete training states of a run, oldest first."""
-    return sorted(
-        (p for p in (run / "state").glob("step_*") if re.fullmatch(r"step_[0-9]{8,}", p.name) and p.is_dir()),
-        key=step_of,
-    )  # not by name: 100,000,000 has a digit more
-
-
-def step_of(state: Path) -> int:
-    """The iterations behind a state, from its folder's name."""
-    return int(state.name.removeprefix("step_"))
-
-
-def publish(run: Path, folder: Path) -> None:
-    """Make the model of a state that of the run: RUN/model.safetensors and RUN/config.json."""
-    write_json(run / "config.json", read_json(folder / "config.json"))
-    with in_one_piece(run / "model.safetensors") as copy:
-        copy.unlink(missing_ok=True)
-        try:
-            os.link(folder / "model.safetensors", copy)  # the same bytes under two names
-        except OSError:  # a file system without hard links
-            shutil.copyfile(folder / "model.safetensors", copy)
-
-
 @contextlib.contextmanager
-def locked(run: Path):
-    """Nobody else trains in this folder while the block lasts. Raises CheckpointError when somebody does.
+def taken(run: Path, resume: bool, states: list[Path]):
+    """The folder is this run's alone while the block lasts. Raises CheckpointError where it is another's.
 
     The lock goes with the process, however it ends. Windows and some network file systems have none.
     """
+    (run / "grids").mkdir(parents=True, exist_ok=True)
     with open(run / "lock", "a") as file:
         try:
             import fcntl
@@ -270,12 +230,43 @@ def locked(run: Path):
                 f"another process is training in {run}: wait for it, or choose another --out"
             ) from error
         except (ImportError, OSError) as error:
-            print(
-                f"{run} cannot be locked ({error}): see to it that nothing else trains there", file=sys.stderr
-            )
+            print(f"{run} cannot be locked ({error}): see that nothing else trains there", file=sys.stderr)
+        check_folder(run, resume)  # again: reading the data may have taken long
+        if resume and complete_states(run) != states:
+            raise CheckpointError(f"another process has trained in {run} meanwhile: start again")
         yield
 
 
+def publish(run: Path, state: Path) -> None:
+    """Make the model of a state that of the run: RUN/model.safetensors and RUN/config.json."""
+    write_json(run / "config.json", read_json(state / "config.json"))
+    with in_one_piece(run / "model.safetensors") as copy:
+        copy.unlink(missing_ok=True)
+        try:
+            os.link(state / "model.safetensors", copy)  # the same bytes under two names
+        except OSError:  # a file system without hard links
+            shutil.copyfile(state / "model.safetensors", copy)
+
+
+def set_back(run: Path, states: list[Path]) -> None:
+    """Let a run's folder say what it said at its last state; a process killed while it saved may not have got so far.
+
+    metrics.jsonl forgets later iterations, which a resumed run will report again, and half a line of a killed process.
+    """
+    step, metrics, kept = step_of(states[-1]) if states else 0, run / "metrics.jsonl", []
+    for line in metrics.read_bytes().splitlines() if metrics.exists() else ():
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + b"\n")
+    with in_one_piece(metrics) as partial:
+        partial.write_bytes(b"".join(kept))
+    if states:
+        publish(run, states[-1])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The training state
+# ------------------------------------------------------------------------------------------------------------
 def save_state(run: Path, network, ema, optimizer, config: dict, state: dict, args) -> Path:
     """Write RUN/state/step_N, RUN/model.safetensors and RUN/config.json, then remove older states. Returns the state's
     folder.
@@ -304,52 +295,35 @@ def save_state(run: Path, network, ema, optimizer, config: dict, state: dict, ar
             os.replace(partial, folder)
             to_disk(folder.parent)
         publish(run, folder)
-    # Torch wraps a full disk in its own, in_one_piece in ours
-    except (OSError, CheckpointError, RuntimeError) as error:
+    except (OSError, CheckpointError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
-        last = [p.name for p in complete_states(run)][-1:]
+        last = [state.name for state in complete_states(run)][-1:]
         way_on = f"the last complete state is {last[0]}, --resume goes on from it" if last else "start again"
         raise CheckpointError(
             f"cannot save iteration {step} in {run} ({str(error).splitlines()[0]}); {way_on}; make room if the disk is full"
         ) from error
     for old in complete_states(run)[: -args.keep]:
         if not args.milestone_every or step_of(old) % args.milestone_every:
-            # A half-deleted state must not pass for a complete one
-            gone = old.with_name(old.name + ".partial")
-            # What cannot be deleted now, as on NFS while it is read, is swept by a later save
-            with contextlib.suppress(OSError):
+            gone = old.with_name(old.name + ".partial")  # half-deleted, it must not pass for a complete one
+            with contextlib.suppress(OSError):  # as on NFS while it is read; a later save sweeps it
                 os.replace(old, gone)
                 shutil.rmtree(gone)
     return folder
 
 
-@contextlib.contextmanager
-def taken(run: Path, resume: bool, states: list[Path]):
-    """The folder is this run's alone while the block lasts. Raises CheckpointError where it is another's."""
-    (run / "grids").mkdir(parents=True, exist_ok=True)
-    with locked(run):
-        check_folder(run, resume)  # again: reading the data may have taken long
-        if resume and complete_states(run) != states:
-            raise CheckpointError(f"another process has trained in {run} meanwhile: start again")
-        yield
-
-
 def load_init(folder: Path, network: nn.Module, codec) -> None:
     """Load another run's moving average into a new network. Raises CheckpointError for one of another model or encoder."""
     config = read_config(folder)
-    for name, spec in (("text_encoder", codec.text), ("autoencoder", codec.autoencoder)):
-        if spec is not None and config[name] != spec.name:
-            raise CheckpointError(
-                f"--init {folder}: it was trained with the {name} {config[name]}, not {spec.name}: begin without --init, "
-                "or choose that one"
-            )
-    # What the shapes of weights do not show: how heads see places, and the scale of times (objectives.py).
     axes, factor = config["model"]["axes"], config["model"].get("time_factor", 1000)
-    if (tuple(axes), factor) != (network.axes, network.time_factor):
-        raise CheckpointError(
-            f"--init {folder}: it was trained with axes {axes} and time factor {factor:g}, and this model has "
-            f"{list(network.axes)} and {network.time_factor:g}: begin without --init, or with a run of the same kind"
-        )
+    # What the shapes of weights do not show: encoders, how heads see places, the scale of times (objectives.py).
+    pairs = [("axes", list(axes), list(network.axes)), ("time factor", factor, network.time_factor)]
+    encoders = {"text_encoder": codec.text, "autoencoder": codec.autoencoder}
+    pairs += [(name, config[name], encoder.name) for name, encoder in encoders.items() if encoder]
+    for name, theirs, ours in pairs:
+        if theirs != ours:
+            raise CheckpointError(
+                f"--init {folder} was trained with the {name} {theirs}, not {ours}: choose that, or leave out --init"
+            )
     load_weights(folder / "model.safetensors", network)
 
 
@@ -367,22 +341,16 @@ def load_state(states: list[Path], network: nn.Module, ema: nn.Module, optimizer
         begun = {"objective": read_config(folder)["objective"]} | state
         for name, now in continuity.items():
             if begun[name] != now:
-                what = (
-                    "other data, another --side or another --batch-size"
-                    if name == "data"
-                    else f"--{name} {begun[name]}"
-                )
+                data = "other data, another --side or another --batch-size"
                 raise CheckpointError(
-                    f"{run} was begun with {what}: the samples would not be the next ones. Restore that, or begin a new "
-                    f"run with these weights (--init {run} --out NEW)"
+                    f"{run} was begun with {data if name == 'data' else f'--{name} {begun[name]}'}: restore that, or "
+                    f"begin a new run with these weights (--init {run} --out NEW)"
                 )
         load_weights(folder / "network.safetensors", network)
         load_weights(folder / "model.safetensors", ema)
         load_optimizer(folder / "adam.pt", optimizer, next(network.parameters()).is_cuda)
     except (CheckpointError, OSError) as error:
-        older = (
-            f"delete {folder} to go on from {states[-2].name}" if len(states) > 1 else "there is no older one"
-        )
+        older = f"delete {folder} to go on from {states[-2].name}" if states[1:] else "there is no older one"
         raise CheckpointError(f"{error}; {older}") from error
     return state
 
@@ -393,12 +361,12 @@ def load_optimizer(path: Path, optimizer, on_gpu: bool) -> None:
         with warnings.catch_warnings():  # of a file that torch did not write
             warnings.simplefilter("ignore")
             # On a CPU the moments would stay the mapping of a file that is going to be deleted
-            adam = torch.load(path, map_location="cpu", weights_only=True, mmap=on_gpu)
-        optimizer.load_state_dict(checked(adam, optimizer))
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=on_gpu)
+        optimizer.load_state_dict(checked(saved, optimizer))
     except Exception as error:  # a damaged file makes torch's reader raise almost anything
         if errors.out_of_memory(error):
             raise
-        reason = errors.shortened(str(error).strip().partition("\n")[0])[:200]
+        reason = str(error).strip().partition("\n")[0][:200]
         raise CheckpointError(f"{path} is not the optimizer's state of this model ({reason})") from error
     # ZeRO-1 leaves Adam's count on the CPU, where the fused update does not look for it (pytorch issue 124133)
     for p, kept in getattr(optimizer, "optim", optimizer).state.items():
@@ -419,11 +387,9 @@ def checked(saved: dict, optimizer) -> dict:
     its parameter. Raises ValueError, or what a saved state of another form makes Python raise.
     """
     if hasattr(optimizer, "parts"):  # Muon and Adam
-        return {
-            "parts": [checked(part, own) for part, own in zip(saved["parts"], optimizer.parts, strict=True)]
-        }
-    own = optimizer.param_groups
-    parameters = [p for group in own for p in group["params"]]
+        pairs = zip(saved["parts"], optimizer.parts, strict=True)
+        return {"parts": [checked(part, its_optimizer) for part, its_optimizer in pairs]}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     if len(set(numbers)) != len(parameters) or set(saved["state"]) not in (set(), set(numbers)):
         raise ValueError("not one entry for each parameter")
@@ -432,46 +398,12 @@ def checked(saved: dict, optimizer) -> dict:
         if set(entry) not in KEPT:
             raise ValueError(f"parameter {number} has {', '.join(map(str, entry))}")
         for name, tensor in entry.items():
-            expected = () if name == "step" else tuple(p.shape)
-            if tuple(tensor.shape) != expected or tensor.dtype != torch.float32:
-                raise ValueError(
-                    f"{name} of parameter {number} is {tensor.dtype} {list(tensor.shape)}, not float32 "
-                    f"{list(expected)}"
-                )
-            if not tensor.isfinite().all():
-                raise ValueError(f"{name} of parameter {number} is not finite")
-    groups = [
-        group | {"params": theirs["params"]} for group, theirs in zip(own, saved["param_groups"], strict=True)
-    ]
+            shape = () if name == "step" else p.shape
+            if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.isfinite().all():
+                raise ValueError(f"{name} of parameter {number} is not {list(shape)} finite float32 numbers")
+    groups = zip(optimizer.param_groups, saved["param_groups"], strict=True)
+    groups = [ours | {"params": theirs["params"]} for ours, theirs in groups]
     return {"state": saved["state"], "param_groups": groups}
-
-
-def set_back(run: Path, states: list[Path]) -> None:
-    """Let a run's folder say what it said at its last state; a process killed while it saved may not have got so far."""
-    cut_metrics(run / "metrics.jsonl", step_of(states[-1]) if states else 0)
-    if states:
-        publish(run, states[-1])
-
-
-def cut_metrics(path: Path, step: int) -> None:
-    """Forget what metrics.jsonl says of iterations after `step`: a resumed run will say it again.
-
-    Forget also what is no record: the end of the last line of a process that was killed while it wrote. More than one
-    such line is damage, and is told.
-    """
-    if not errors.regular(path, CheckpointError).exists():
-        return
-    kept, strange = [], 0
-    for line in path.read_bytes().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + b"\n")
-        except (ValueError, KeyError, TypeError, RecursionError):
-            strange += 1
-    if strange > 1:
-        print(f"{path}: {strange} lines are no records of a run; they are left out", file=sys.stderr)
-    with in_one_piece(path) as partial:
-        partial.write_bytes(b"".join(kept))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -481,37 +413,31 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def export(source: Path, out: Path, dtype: torch.dtype, lines: int = 200) -> None:
-    """Copy what sample.py needs of a run or state, its weights as `dtype`, and at most `lines` lines of its metrics.
+    """Copy what sample.py needs of a run or state, its weights as `dtype`, and about `lines` lines of its metrics.
 
     fp16 halves the file and keeps 11 bits of every weight; the model still computes in what sample.py chooses. Raises
     CheckpointError when `source` holds no model, and when `out` holds one.
     """
     config, weights = read_config(source), read_weights(source / "model.safetensors", dtype)
     metrics = source / "metrics.jsonl"
-    rows = metrics.read_bytes().splitlines() if metrics.exists() else []
+    rows = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
     if (out / "model.safetensors").exists() or (out / "state").exists():
-        raise CheckpointError(
-            f"{out} holds a model already: choose another folder, or it would be overwritten"
-        )
+        raise CheckpointError(f"{out} holds a model already: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", config)
     if rows:
-        kept = rows[:: max(1, -(-len(rows) // lines))]
-        with in_one_piece(out / "metrics.jsonl") as partial:
-            partial.write_bytes(b"\n".join(dict.fromkeys([*kept, *rows[-1:]])) + b"\n")
+        with in_one_piece(out / "metrics.jsonl") as partial:  # the last row, and every so many before it
+            partial.write_bytes(b"".join(rows[:: -(len(rows) // lines + 1)][::-1]))
     with in_one_piece(out / "model.safetensors") as partial:  # the last: with it the folder is a model
         save_file(weights, partial)
 
 
 def main() -> None:
-    parser = errors.Parser(
-        "engine/checkpoint.py RUN OUT", "Copy a model out of a run: weights, config and metrics."
-    )
+    what = "Copy a model out of a run: weights, config and metrics."
+    parser = errors.Parser("-m engine.checkpoint RUN OUT", what)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run, or one of its states")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
-    parser.add_argument(
-        "--dtype", choices=list(DTYPES), default="fp32", help="of the weights (default: fp32)"
-    )
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the weights")
     args = parser.parse_args()
     export(args.run, args.out, DTYPES[args.dtype])
     print(f"wrote {args.out}: {(args.out / 'model.safetensors').stat().st_size / 1e6:.1f} MB of weights")

@@ -39,49 +39,39 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def matmul_seconds(device: torch.device, dtype: torch.dtype, side: int = 768, repeats: int = 5) -> float:
+def matmul_seconds(device: torch.device, dtype: torch.dtype, side: int, repeats: int = 7) -> float:
     """The best time of one side x side matrix product, in seconds."""
-    a = torch.randn(side, side, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(repeats + 2):
+    a, seconds = torch.randn(side, side, device=device).to(dtype), []
+    for _ in range(repeats):
         start = time.perf_counter()
         float((a @ a)[0, 0])  # reading a value waits for the device
-        best = min(best, time.perf_counter() - start)
-    return best
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The best rate of a large matrix product here, in FLOP/s: what a training
-    step's own rate is measured against (MFU)."""
+    """The best rate of a large matrix product here, in FLOP/s: what a training step's own is measured against (MFU)."""
     side = 8192 if device.type == "cuda" else 1024
-    if device.type == "cpu" and matmul_seconds(device, dtype, 256, 1) > 0.005:
+    if device.type == "cpu" and matmul_seconds(device, dtype, 256, 3) > 0.005:
         side = 256  # a type that this processor has no instructions for: the large product would take seconds
     return 2 * side**3 / matmul_seconds(device, dtype, side)
 
 
-def allow_shapes(n: int) -> None:
-    """Let torch.compile keep n versions of a function, one for each picture
-    size it meets, instead of giving up after 8."""
-    config = torch._dynamo.config
-    # Its name before torch 2.6
-    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    setattr(config, name, max(n, getattr(config, name)))
-    name = f"accumulated_{name}"
-    setattr(config, name, max(4 * n, getattr(config, name)))
-
-
 def pick_precision(device: torch.device) -> torch.dtype:
-    """bf16 on CUDA chips that have it, and on CPUs whose bf16 matrix product is
-    clearly faster (AMX, AVX512-BF16); else fp32."""
+    """bf16 on CUDA chips that have it, and on CPUs that multiply it clearly faster (AMX, AVX512-BF16); else fp32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type != "cpu":
-        return torch.float32
-    small = {dtype: matmul_seconds(device, dtype, 256, 1) for dtype in (torch.bfloat16, torch.float32)}
-    if small[torch.bfloat16] > 4 * small[torch.float32]:
-        return torch.float32  # no instructions for it: the large product would take many seconds
-    large = {dtype: matmul_seconds(device, dtype) for dtype in small}
-    return torch.bfloat16 if 1.5 * large[torch.bfloat16] < large[torch.float32] else torch.float32
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        rate = {dtype: peak_flops(device, dtype) for dtype in (torch.bfloat16, torch.float32)}
+        faster = device.type == "cpu" and rate[torch.bfloat16] > 1.5 * rate[torch.float32]
+    return torch.bfloat16 if faster else torch.float32
+
+
+def allow_shapes(n: int) -> None:
+    """Let torch.compile keep n versions of a function, one for each picture size it meets, instead of 8."""
+    config = torch._dynamo.config
+    config.cache_size_limit = max(n, config.cache_size_limit)
+    config.accumulated_cache_size_limit = max(4 * n, config.accumulated_cache_size_limit)
 
 
 def compile_works(device: torch.device) -> tuple[bool, str]:
@@ -94,9 +84,7 @@ def compile_works(device: torch.device) -> tuple[bool, str]:
     try:
         x = torch.ones(8, device=device, requires_grad=True)
         torch.compile(lambda a: (a.sin() * a).sum())(x).backward()
-    except (
-        Exception
-    ) as error:  # whatever the compiler stack raises, the answer is "no", and the caller prints it
+    except Exception as error:  # whatever the compiler raises: the answer is "no", and the caller prints it
         torch._dynamo.reset()
         return False, str(error).strip().splitlines()[0][:120]
     return True, ""
@@ -105,9 +93,8 @@ def compile_works(device: torch.device) -> tuple[bool, str]:
 def keep_freed_memory() -> None:
     """Linux: let malloc keep freed blocks instead of handing them back to the kernel after every tensor.
 
-    glibc maps each large tensor afresh and unmaps it when it is freed, so every step pays for zeroed pages again.
-    Keeping them made a training step of the laptop model about three times faster in eager mode. Does nothing
-    elsewhere.
+    glibc maps each large tensor afresh, so every step pays for zeroed pages again. Keeping them made a step of the
+    laptop model about three times faster in eager mode.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -123,25 +110,20 @@ def describe(device: torch.device) -> str:
         p = torch.cuda.get_device_properties(device)
         chip = f"{torch.cuda.device_count()} x {p.name}, {p.total_memory / 2**30:.0f} GiB"
     else:
-        chip = f"{processor_name()}, {torch.get_num_threads()} threads" + (
-            " and MPS" if device.type == "mps" else ""
-        )
+        chip = f"{processor_name()}, {torch.get_num_threads()} threads{' and MPS' * (device.type == 'mps')}"
     return f"{chip}; torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
 
 
 def commit() -> str:
     """The commit this code is at, with "+" when a program differs from it; "unknown" outside a git clone."""
-    here = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        options = dict(cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        return subprocess.run(["git", *words], **options).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=10", "HEAD") + (
-            "+" if git("status", "--porcelain", "-uno", "--", "*.py") else ""
-        )
+        changed = git("status", "--porcelain", "-uno", "--", ":/*.py")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -164,8 +146,7 @@ def provenance(device: torch.device) -> dict[str, str]:
 def processor_name() -> str:
     """The processor's name as the operating system gives it."""
     if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()

@@ -40,21 +40,9 @@ class Meter:
     An iteration's micro-batches are `add`ed, and then counted by `keep` or forgotten by `drop`.
     """
 
-    NAMES = (
-        "n",
-        "loss",
-        "below",
-        "log_lambda",
-        "evaluated",
-        "mix",
-        "delta_norm",
-        "fakes",
-        "fake_loss",
-        *(f"{kind}_t{b}" for b in range(BINS) for kind in ("n", "loss")),
-        "flops",
-        "iterations",
-        "grad_norm",
-    )
+    NAMES = "n loss below log_lambda evaluated mix delta_norm fakes fake_loss".split()
+    NAMES += [f"{kind}_t{b}" for b in range(BINS) for kind in ("n", "loss")]
+    NAMES += ["flops", "iterations", "grad_norm"]
 
     def __init__(self, device: torch.device):
         dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -68,25 +56,19 @@ class Meter:
         give lam and delta_norm besides, one value per sample with s < t, and with the auxiliary term fake_loss.
         """
         t, s, loss = stats["t"], stats["s"], stats["loss"]
-        zero, below = torch.zeros((), device=t.device), s < t
-        lam = stats.get("lam", t[:0]).clamp_min(
-            1e-12
-        )  # that of the training, whatever an objective makes of Eq. 17
-        row = [zero + len(t), loss.sum(), below.sum(), lam.log().sum()]
         evaluated, fakes = stats.get("delta_norm", t[:0]), stats.get("fake_loss", t[:0])
-        row += [
-            zero + len(evaluated),
-            (lam / (1 + lam)).sum(),
-            evaluated.sum(),
-            zero + len(fakes),
-            fakes.sum(),
-        ]
+        lam = stats.get("lam", t[:0]).clamp_min(1e-12)
+        row = [len(t), loss.sum(), (s < t).sum(), lam.log().sum()]
+        row += [len(evaluated), (lam / (1 + lam)).sum(), evaluated.sum(), len(fakes), fakes.sum()]
         for b in range(BINS):
             inside = (t >= b / BINS) & ((t < (b + 1) / BINS) | (b == BINS - 1))
             row += [inside.sum(), torch.where(inside, loss, 0.0).sum()]
-        # `keep` fills in the other two
-        row += [torch.full((), flops, dtype=self.sums.dtype, device=t.device), zero, zero]
-        self.pending += torch.stack([value.to(self.sums.dtype) for value in row])
+        row += [flops, 0, 0]  # `keep` fills in the other two
+        # A full tensor, where a number would have to be copied to the device, and waited for
+        sums = self.sums
+        self.pending += torch.stack(
+            [sums.new_full((), x) if isinstance(x, (int, float)) else x.to(sums) for x in row]
+        )
 
     def keep(self, grad_norm: Tensor) -> None:
         """Count the iteration."""
@@ -107,7 +89,7 @@ class Meter:
         """
         seconds = time.perf_counter() - self.began
         wait, self.waited_before = waited - self.waited_before, waited
-        sums = torch.cat([self.sums, torch.tensor([wait], dtype=self.sums.dtype, device=self.sums.device)])
+        sums = torch.cat([self.sums, self.sums.new_tensor([wait])])
         if world > 1:
             dist.all_reduce(sums)
         *values, wait = sums.tolist()

@@ -62,9 +62,8 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_lerp_(buffers, gradients, 1 - MOMENTUM)
                 # Nesterov: with this gradient counted once more
                 ahead = torch.stack(torch._foreach_lerp(gradients, buffers, MOMENTUM))
-                # An orthogonal matrix has the root mean square 1 / sqrt(max)
-                size = 0.2 * math.sqrt(max(shape))
                 moves = orthogonal(ahead, self.precision)
+                size = 0.2 * math.sqrt(max(shape))  # their root mean square is 1 / sqrt(max)
                 for p, move in zip(matrices, moves, strict=True):
                     p.add_(move, alpha=-group["lr"] * size)
 
@@ -89,7 +88,7 @@ class MuonAndAdam:
 
     @property
     def state(self) -> dict:
-        return {p: own for part in self.parts for p, own in part.state.items()}
+        return {p: kept for part in self.parts for p, kept in part.state.items()}
 
     def step(self) -> None:
         for part in self.parts:
@@ -103,8 +102,8 @@ class MuonAndAdam:
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state: dict) -> None:
-        for part, own in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(own)
+        for part, kept in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(kept)
 
 
 def build(name: str, network: nn.Module, lr: float, betas: tuple[float, float], zero: bool = False):
@@ -121,6 +120,5 @@ def build(name: str, network: nn.Module, lr: float, betas: tuple[float, float], 
 
 def moments(name: str, network: nn.Module) -> int:
     """How many numbers the optimizer keeps of `network`: Adam two of each parameter, Muon one of those it moves."""
-    return sum(
-        p.numel() * (1 if name == "muon" and is_muons(own, p) else 2) for own, p in network.named_parameters()
-    )
+    alone = [name == "muon" and is_muons(*named) for named in network.named_parameters()]
+    return sum(p.numel() * (1 if one else 2) for p, one in zip(network.parameters(), alone))

@@ -29,16 +29,16 @@ ASSUMED_MFU = 0.40
 # Operations
 # ------------------------------------------------------------------------------------------------------------
 def forward_flops(size: dict, image_tokens: int, text_tokens: int) -> float:
-    """Floating-point operations of one forward pass for one sample (a multiply-add is two), from the entries of
-    `SIZES`.
+    """Floating-point operations of one forward pass for one sample (a multiply-add is two); `size` is that of SIZES.
 
     Counted layer by layer, because "6 N per token" is wrong here: the weights of a modulation act once per sample, and
-    those of a double block once per token of their own stream.
+    those of a double block once per token of one stream.
     """
     d, N = size["width"], image_tokens + text_tokens
     blocks = size["double"] + size["single"]
-    # qkv 3, proj 1, MLP 8; a single block's two linears, 7 + 5, are as many
-    per_token = blocks * 12 * d**2 * N
+    per_token = (
+        blocks * 12 * d**2 * N
+    )  # qkv 3, proj 1, MLP 8; a single block's two linears, 7 + 5, are as many
     per_sample = (size["double"] * 12 + size["single"] * 3 + 2) * d**2  # modulations
     ends = (2 * size["channels"] * size["patch"] ** 2 * image_tokens + size["txt_dim"] * text_tokens) * d
     embedders = (2 * 256 + size["vec_dim"] + 3 * d) * d
@@ -55,16 +55,19 @@ def run_flops(
     size: dict, plan: Recipe, objective: str, factor: int, start: int = 0, guided: bool = False
 ) -> float:
     """Operations of a run from iteration `start` to its end, recomputation and frozen encoders not counted."""
-    total, joins = 0.0, min(plan.steps, math.ceil(plan.aux_from * plan.steps))
-    marks = sorted({start, *plan.begins(), joins})
+    total, marks = 0.0, sorted({start, *plan.begins(), joins(plan)})
+    marks = marks[marks.index(start) :]
     for begin, end in zip(marks, marks[1:]):
-        if begin < start:
-            continue
         stage, forwards = plan.stage(begin), OBJECTIVES[objective].forwards(plan.aux(begin), guided)
         tokens = [image_tokens(size, side, factor) for side in stage.sides]  # the sides take turns
         each = sum(forward_flops(size, n, plan.txt_len) for n in tokens) / len(tokens)
         total += (end - begin) * stage.batch_size * forwards * each
     return total
+
+
+def joins(plan: Recipe) -> int:
+    """The first iteration with the auxiliary term; the end of the run where it has none."""
+    return min(plan.steps, math.ceil(plan.aux_from * plan.steps))
 
 
 def state_bytes(parameters: int, moments: int, world: int) -> dict[str, float]:
@@ -94,8 +97,7 @@ def tell(args: argparse.Namespace, plan: Recipe, size: dict, factor: int, world:
         f"EMA {plan.ema:g}; {plan.dropout:.0%} of prompts dropped{wrong}"
     )
     if "aux_from" in OBJECTIVES[args.objective].flags:
-        joins = f"auxiliary term from iteration {math.ceil(plan.aux_from * plan.steps):,}"
-        aux = joins if plan.aux_from < 1 else "no auxiliary term"
+        aux = f"auxiliary term from iteration {joins(plan):,}" if plan.aux_from < 1 else "no auxiliary term"
         print(f"  tau from 0 to 1 over {round(plan.tau_until * plan.steps):,} iterations; {aux}")
 
 
@@ -121,8 +123,7 @@ def dry_run(args: argparse.Namespace, plan: Recipe, world: int) -> None:
         network = model.Denoiser(**size)
     parameters, moments = model.count_parameters(size), optimizers.moments(plan.optimizer, network)
     state = state_bytes(parameters, moments, world if args.zero else 1)
-    names = {"optimizer": optimizers.OPTIMIZERS[plan.optimizer]}
-    parts = ", ".join(f"{names.get(name, name)} {held / gib:.2f}" for name, held in state.items())
+    parts = ", ".join(f"{name} {held / gib:.2f}" for name, held in state.items())
     frozen = "; T5-XXL, CLIP and the VAE take 9.3 GiB more, with a cache on the first process only"
     print(
         f"memory of each process: {sum(state.values()) / gib:.2f} GiB of state ({parts}), and activations "
@@ -132,7 +133,12 @@ def dry_run(args: argparse.Namespace, plan: Recipe, world: int) -> None:
     on_disk = 4 * (2 * parameters + moments) / gib
     print(f"each saved state: {on_disk:.2f} GiB on disk; {args.keep} are kept{milestones}")
     for name in plan.data:
-        tell_data(name)
+        if (
+            name not in (*data.SETS, *emoji.SETS)
+            and not Path(name).exists()
+            and not shards.find_tars(name)[0]
+        ):
+            raise data.DataError(f"no such folder: {name}")
     tell_price(run_flops(size, plan, args.objective, factor, start, args.train_guidance != 1), start)
 
 
@@ -144,19 +150,5 @@ def tell_price(flops: float, start: int) -> None:
         f"{flops:.2e} FLOP from iteration {start:,} on, {time} at {ASSUMED_MFU:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s "
         "(an assumption; bench.py measures it)"
     )
-    if hours > 24:
-        for n in (1, 8, 16, 32, 64, 128):
-            print(f"{n:6} GPU{'s:' if n > 1 else ': '} {hours / n / 24:8.1f} days")
-
-
-def tell_data(name: str) -> None:
-    """Print how large tars or a cache are."""
-    if name in data.SETS or name in emoji.SETS:
-        return
-    found = {"tars": list(shards.find_tars(name)[0].values())}
-    if not found["tars"] and not Path(name).exists():
-        raise data.DataError(f"no such folder: {name}")
-    found["cached shards"] = list(Path(name).glob("*x*_*.safetensors"))
-    for kind, some in found.items():
-        if some:
-            print(f"{name}: {len(some)} {kind}, {sum(file.stat().st_size for file in some) / 2**30:.2f} GiB")
+    for n in (1, 8, 16, 32, 64, 128) if hours > 24 else ():
+        print(f"{n:6} GPU{'s:' if n > 1 else ': '} {hours / n / 24:8.1f} days")

@@ -11,7 +11,6 @@ Every method of Ranks but `is_first` must be called by all processes together.
 import contextlib
 import datetime
 import os
-import re
 import signal
 import sys
 import threading
@@ -31,15 +30,8 @@ class Ranks(NamedTuple):
 
     @classmethod
     def of_environment(cls) -> "Ranks":
-        """What torchrun says. Raises UserError where something else has set it."""
-        told = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
-        world, rank = (int(text) if re.fullmatch("[0-9]{1,9}", text) else -1 for text in told)
-        if not 0 <= rank < world:
-            raise errors.UserError(
-                f"there is no process of RANK {told[1]!r} among WORLD_SIZE {told[0]!r}: start them "
-                "with torchrun, or a single one without these variables"
-            )
-        return cls(world, rank)
+        """What torchrun says; one process without it."""
+        return cls(int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)))
 
     @property
     def is_first(self) -> bool:
@@ -48,35 +40,29 @@ class Ranks(NamedTuple):
     @contextlib.contextmanager
     def connected(self, device: torch.device, patience: float):
         """The processes can talk while the block lasts. They have `patience` seconds to meet; raises UserError then."""
-        if self.world > 1:
-            place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-            others = f"the other {self.world - 1} of {self.world} processes at {place}"
-            waiting = threading.Timer(
-                5,
-                print,
-                [f"process {self.rank} waits for {others}, {patience:g} s at most"],
-                {"file": sys.stderr},
-            )
-            waiting.start()
-            # Saving and drawing keep the others waiting, for less than that
-            hour = datetime.timedelta(hours=1)
-            try:
-                store, rank, world = next(
-                    dist.rendezvous("env://", timeout=datetime.timedelta(seconds=patience))
-                )
-                store.set_timeout(hour)
-                backend = "nccl" if device.type == "cuda" else "gloo"
-                dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=hour)
-            except (ValueError, dist.DistError) as error:  # no such address, or a process that never came
-                raise errors.UserError(
-                    f"process {self.rank} did not meet {others} within {patience:g} s "
-                    f"({str(error).splitlines()[0]}): start all of them with torchrun"
-                ) from error
-            finally:
-                waiting.cancel()
+        if self.world == 1:
+            yield
+            return
+        place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        others = f"the other {self.world - 1} of {self.world} processes at {place}"
+        line = f"process {self.rank} waits for {others}, {patience:g} s at most"
+        waiting = threading.Timer(5, print, [line], {"file": sys.stderr})
+        waiting.start()
+        limit, hour = (datetime.timedelta(seconds=n) for n in (patience, 3600))
+        try:
+            store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+            store.set_timeout(hour)  # saving and drawing keep the others waiting, for less than that
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=hour)
+        except (ValueError, dist.DistError) as error:  # no such address, or a process that never came
+            raise errors.UserError(
+                f"process {self.rank} did not meet {others} within {patience:g} s "
+                f"({str(error).splitlines()[0]}): start all of them with torchrun"
+            ) from error
+        finally:
+            waiting.cancel()
         yield
-        if self.world > 1:  # not after an error: the others may be waiting in a reduction, and so would this
-            dist.destroy_process_group()
+        dist.destroy_process_group()  # not after an error: the others may be waiting, and so would this
 
     def gather(self, what) -> list:
         """`what` of every process, in the order of their ranks."""
@@ -87,29 +73,21 @@ class Ranks(NamedTuple):
 
     def agree(self, what: dict) -> None:
         """Raise UserError unless all processes say the same: one that resumed elsewhere would drift apart unnoticed."""
-        everyone = self.gather(what)
-        for rank, other in enumerate(everyone):
+        first, *others = self.gather(what)
+        for rank, other in enumerate(others, 1):
             for name in what:
-                if other[name] != everyone[0][name]:
+                if other[name] != first[name]:
                     raise errors.UserError(
-                        f"process {rank} has {name} {other[name]}, process 0 has {everyone[0][name]}: "
+                        f"process {rank} has {name} {other[name]}, process 0 has {first[name]}: "
                         "do all of them see the same --out and --data, and the same code?"
                     )
 
     def any(self, *flags: torch.Tensor) -> list[bool]:
-        """Whether each flag (a 0-d tensor on the run's device) is set on any
-        process: all must skip, stop and save alike."""
-        told = torch.stack([flag.float() for flag in flags])
+        """Whether each flag (0-d, on the run's device) is set on any process: all must skip, stop and save alike."""
+        found = torch.stack([flag.float() for flag in flags])
         if self.world > 1:
-            dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        return [bool(flag) for flag in told.tolist()]
-
-    def choose(self, decide):
-        """What `decide()` says on rank 0."""
-        chosen = [decide()] if self.is_first else [None]
-        if self.world > 1:
-            dist.broadcast_object_list(chosen, src=0)
-        return chosen[0]
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in found.tolist()]
 
     @contextlib.contextmanager
     def first_alone(self):
@@ -127,20 +105,13 @@ class Ranks(NamedTuple):
 
 class StopSignal:
     """Becomes true at the first SIGINT, SIGTERM or SIGHUP (a closed terminal; nohup has it ignored). A second Ctrl-C
-    ends the process as usual.
-
-    A further SIGTERM does not, because launchers and schedulers may send one after the other, and it would cut the
-    saving short; they have SIGKILL for what takes too long.
-    """
+    ends the process as usual; a second SIGTERM does not, because launchers send several, and have SIGKILL."""
 
     def __init__(self):
         self.name, self.number = "", 0
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if (
-            hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
-        ):  # Windows has none
-            numbers.append(signal.SIGHUP)
-        for number in numbers:
+        hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
+        closes = hang_up and signal.getsignal(hang_up) != signal.SIG_IGN
+        for number in (signal.SIGINT, signal.SIGTERM, *[hang_up] * bool(closes)):
             signal.signal(number, self.receive)
 
     def receive(self, number, frame) -> None:
@@ -150,18 +121,16 @@ class StopSignal:
 
     @contextlib.contextmanager
     def held(self):
-        """Block SIGINT in this thread, so that programs started meanwhile inherit the block: a terminal sends Ctrl-C to
-        the C++ compiler as well, which would end in its traceback. Any iteration may compile: one with pictures of a
-        new size, the first with the auxiliary term. This process still notices the signal and stops after the
-        iteration."""
-        can = hasattr(signal, "pthread_sigmask")  # not on Windows
-        if can:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        """Block SIGINT in this thread, and so in programs started meanwhile: a terminal sends Ctrl-C to the compiler as
+        well, and any iteration may compile. This process still notices the signal, and stops after the iteration."""
+        if not hasattr(signal, "pthread_sigmask"):  # Windows
+            yield
+            return
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             yield
         finally:
-            if can:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def __bool__(self) -> bool:
         return self.name != ""

@@ -42,18 +42,17 @@ class Run(NamedTuple):
 
     def what_all_must_share(self) -> dict:
         """What every process must have found alike."""
-        flags = {f"--{name.replace('_', '-')}": value for name, value in vars(self.args).items()}
-        for name in ("--data", "--index", "--workers", "--device"):
-            del flags[name]
-        found = {"iteration": self.start, "recipe": self.plan, "precision": self.config["precision"]}
-        return found | {"data": self.feed.fingerprints()} | flags
+        apart = ("data", "index", "workers", "device")
+        flags = {name: value for name, value in vars(self.args).items() if name not in apart}
+        found = {"iteration": self.start, "recipe": self.plan, "data": self.feed.fingerprints()}
+        return flags | found | {"precision": self.config["precision"]}
 
     def continuity(self) -> dict:
         """What the next samples follow from: a run that is resumed must find it unchanged."""
         fixed = {"seed": self.args.seed, "data": self.feed.fingerprints(), "objective": self.args.objective}
-        return fixed | (
-            {"steps": self.plan.steps} if len(self.plan.stages) > 1 else {}
-        )  # they move the stages
+        if len(self.plan.stages) > 1:  # the number of iterations moves them
+            fixed["steps"] = self.plan.steps
+        return fixed
 
     def pictures_of_stage(self, step: int) -> dict:
         """What config.json says of the pictures that a checkpoint draws from iteration `step` on: the stage's largest."""
@@ -64,9 +63,9 @@ class Run(NamedTuple):
 
     def compile(self, network: model.Denoiser, ema: model.Denoiser) -> str:
         """torch.compile the blocks of both networks where it works and pays; returns what was done, in words."""
-        buckets = sum(len(source.buckets) for source in self.feed.sources.values())
         if self.args.compile is False:
             return "eager (--no-compile)"
+        buckets = sum(len(source.buckets) for source in self.feed.sources.values())
         if self.args.compile is None and self.codec.device.type == "cpu" and buckets > 4:
             return f"eager ({buckets} picture sizes: compiling would take longer than it saves)"
         works, why_not = machine.compile_works(self.codec.device)
@@ -82,17 +81,12 @@ class Run(NamedTuple):
         """How to call a program on this run's folder, to be pasted into a shell."""
         inside = Path(sys.executable).is_relative_to(Path.cwd())
         python = os.path.relpath(sys.executable) if inside else "python"
-        folder = f"./{self.folder}" if str(self.folder).startswith("-") else str(self.folder)
-        return f"{python} {program} {shlex.quote(folder)}"
+        return f"{python} {program} {shlex.quote(str(self.folder))}"
 
 
 def rehearse(run: Run, network: model.Denoiser, objective: torch.nn.Module, optimizer) -> None:
-    """The forward and backward pass of every stage to come, at its largest pictures, with the auxiliary term if it has
-    it.
-
-    Before the first iteration of a run on a GPU: what does not fit into its memory fails now, not after days. Nothing
-    is learned from it. Raises UserError with what to do.
-    """
+    """The forward and backward pass of every stage to come, at its largest pictures, before the first iteration on a GPU:
+    what does not fit into its memory fails now, not after days. Nothing is learned. Raises UserError with what to do."""
     plan, codec, moments = run.plan, run.codec, None
     if not getattr(optimizer, "optim", optimizer).state:  # those of a new run come with its first update
         spread = run.ranks.world if run.args.zero else 1
@@ -102,13 +96,13 @@ def rehearse(run: Run, network: model.Denoiser, objective: torch.nn.Module, opti
         for side in stage.sides:
             B = plan.micro_batch_of(stage, side, run.ranks.world)
             shape = (codec.channels, side // codec.factor, side // codec.factor)
-            x0 = torch.zeros(B, *shape, device=codec.device)
-            tokens = torch.zeros(B, plan.txt_len, network.txt_in.in_features, device=codec.device)
-            c = tokens, torch.zeros(B, network.vector_in.in_layer.in_features, device=codec.device)
             draws = run.feed.draw(0, 0, list(range(B)), shape, device=codec.device)
-            no_null = torch.zeros(B, dtype=torch.bool, device=codec.device)
             try:
-                objective(x0, c, c, c, no_null, draws, 1.0, 0.0, aux)[0].backward()
+                with codec.device:
+                    pooled = torch.zeros(B, network.vector_in.in_layer.in_features)
+                    c = torch.zeros(B, plan.txt_len, network.txt_in.in_features), pooled
+                    x0, is_null = torch.zeros(B, *shape), torch.zeros(B, dtype=torch.bool)
+                objective(x0, c, c, c, is_null, draws, 1.0, 0.0, aux)[0].backward()
             except torch.OutOfMemoryError as error:
                 term = " with the auxiliary term" if aux else ""
                 raise errors.UserError(

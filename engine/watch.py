@@ -45,8 +45,7 @@ def grid_prompts(source, n: int = 8) -> dict[str, tuple[int, int]]:
 
 def draw_grid(loaded: sample.Loaded, prompts: dict, stop: Callable[[], bool]) -> Image.Image:
     """The sheet of pictures: prompts in rows, step counts in columns, one noise per row. Raises sample.Stopped."""
-    keys, shapes = [(i,) for i in range(len(prompts))], list(prompts.values())
-    how = {"shapes": shapes, "stop": stop}
+    keys, how = [(i,) for i in range(len(prompts))], {"shapes": list(prompts.values()), "stop": stop}
     columns = [sample.generate(loaded, list(prompts), keys, steps=n, **how) for n in sample.STEP_COUNTS]
     return sample.sheet([list(row) for row in zip(*columns)], sample.STEP_COUNTS, list(prompts))
 
@@ -58,36 +57,27 @@ class Watch:
     """
 
     def __init__(self, run: Run, precision: torch.dtype, state: dict, closing: contextlib.ExitStack):
-        self.run, first = run, run.ranks.is_first
+        self.run, self.is_first = run, run.ranks.is_first
         self.skipped = (
             run.feed.skipped()
-        )  # told with the plan; what is read from here on is told when it is found
-        self.prompts = grid_prompts(run.feed.source(run.start)) if first else {}
+        )  # reported with the plan; what is found from here on, when it is found
+        self.prompts = grid_prompts(run.feed.source(run.start)) if self.is_first else {}
         self.meter = monitor.Meter(run.codec.device)
         self.peak = machine.peak_flops(run.codec.device, precision)
         self.began, self.elapsed_before = time.perf_counter(), state.get("elapsed", 0.0)
         self.nonfinite = state.get("nonfinite", 0)  # updates left out so far
         self.first_loss, self.last_loss = state.get("first_loss"), None  # of the records
-        if first:
-            price.tell(run.args, run.plan, run.config["model"], run.codec.factor, run.ranks.world, run.start)
-            for line in run.feed.tell():
-                print("  " + line)
-            print(f"  on {run.config['machine']}, in {run.config['precision']}", flush=True)
-        self.log_file = monitor.Log(run.folder, run.start) if first else None
-        self.screen = errors.Screen(sys.stderr)
-        self.bar = tqdm(
-            total=run.plan.steps,
-            initial=run.start,
-            disable=not first,
-            unit="it",
-            dynamic_ncols=True,
-            file=self.screen,
-            smoothing=0.05,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-        )  # a log of days stays readable
-        for close in (self.bar.close, *([self.log_file.close] if first else [])):
-            closing.callback(close)
         self.in_a_row, self.failure = 0, ""
+        if self.is_first:
+            price.tell(run.args, run.plan, run.config["model"], run.codec.factor, run.ranks.world, run.start)
+            for line in (*run.feed.tell(), f"on {run.config['machine']}, in {run.config['precision']}"):
+                print("  " + line, flush=True)
+            self.log_file = monitor.Log(run.folder, run.start)
+            closing.callback(self.log_file.close)
+        often = 0.5 if sys.stderr.isatty() else 30  # seconds: a log of days stays readable
+        looks = dict(unit="it", dynamic_ncols=True, smoothing=0.05, mininterval=often)
+        self.bar = tqdm(total=run.plan.steps, initial=run.start, disable=not self.is_first, **looks)
+        closing.callback(self.bar.close)
 
     def elapsed(self) -> float:
         """Seconds of training, those before the last stop included."""
@@ -99,8 +89,8 @@ class Watch:
         return {"step": step, "steps": self.run.plan.steps} | self.run.continuity() | counts
 
     def say(self, text: str) -> None:
-        if self.run.ranks.is_first:
-            self.bar.write(text, file=self.screen)
+        if self.is_first:
+            self.bar.write(text, file=sys.stderr)
 
     # --------------------------------------------------------------------------------------------------------
     # Every iteration
@@ -120,29 +110,22 @@ class Watch:
     def left_out(self, step: int, loss: float, norm: float, keys: list[str]) -> bool:
         """Say which samples led to a loss or gradient that is not finite; true where that came too often in a row.
 
-        The samples of the processes whose own loss is not finite, or of all where only the gradient is not.
+        The samples of the processes whose loss is not finite, or of all where only the gradient is not.
         """
-        run = self.run
         self.nonfinite, self.in_a_row = self.nonfinite + 1, self.in_a_row + 1
         self.meter.drop()
-        everyone = run.ranks.gather((math.isfinite(loss), keys))
-        suspects = [key for finite, own in everyone if not finite for key in own]
-        suspects = suspects or [key for _, own in everyone for key in own]
-        if self.log_file:
-            self.log_file.write(
-                {"step": step, "update_left_out": True, "grad_norm": str(norm), "keys": suspects}
-            )
-            print(
-                f"iteration {step}: no finite gradient (loss {loss}, norm {norm}); its update is left out",
-                file=self.screen,
-            )
+        everyone = self.run.ranks.gather((math.isfinite(loss), keys))
+        suspects = [key for finite, some in everyone if not finite for key in some]
+        suspects = suspects or [key for _, some in everyone for key in some]
+        if self.is_first:
+            record = {"step": step, "update_left_out": True, "grad_norm": str(norm), "keys": suspects}
+            self.log_file.write(record)
+        self.say(f"iteration {step}: no finite gradient (loss {loss}, norm {norm}); its update is left out")
         if self.in_a_row == PATIENCE:
-            more = " ..." if len(suspects) > 8 else ""
             self.failure = (
-                f"no finite gradient in {self.in_a_row} iterations in a row, last with {', '.join(suspects[:8])}{more} "
-                f"(all are in {run.folder / 'metrics.jsonl'}); the weights from before them are saved. --resume goes "
-                "on "
-                "behind them, with a lower --lr if need be; without these samples it would be a new run"
+                f"no finite gradient in {PATIENCE} iterations in a row, last with {', '.join(suspects[:8])} (all are in "
+                f"{self.run.folder / 'metrics.jsonl'}); the weights from before them are saved, and --resume goes on "
+                "behind them, with a lower --lr if need be"
             )
         return bool(self.failure)
 
@@ -157,31 +140,32 @@ class Watch:
             return
         record = self.meter.record(run.ranks.world, self.peak, run.feed.waited)
         new = {key: why for key, why in run.feed.skipped().items() if key not in self.skipped}
-        for found in run.ranks.gather(new):  # told once, whichever process met it
+        for found in run.ranks.gather(new):  # each once, whichever process met it
             for key in found.keys() - self.skipped.keys():
                 self.say(f"left out {files.printable(key)}: {found[key]}")
             self.skipped |= found
-        if self.log_file and record:
+        if self.is_first and record:
             self.last_loss = record["loss"]
             self.first_loss = self.first_loss or self.last_loss
             record["skipped"] = len(self.skipped)
             record["images_per_s"] = record["iterations_per_s"] * run.plan.stage(last).batch_size
-            plan = {"lr": run.plan.learning_rate(last), "tau": run.plan.tau(last), "aux": run.plan.aux(last)}
-            self.log_file.write(
-                {"step": step, **record, **plan, "nonfinite": self.nonfinite, "elapsed": self.elapsed()}
-            )
+            record |= {
+                "lr": run.plan.learning_rate(last),
+                "tau": run.plan.tau(last),
+                "aux": run.plan.aux(last),
+            }
+            record |= {"nonfinite": self.nonfinite, "elapsed": self.elapsed()}
+            self.log_file.write({"step": step} | record)
             self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['images_per_s']:.0f} images/s")
 
     def draw(self, step: int, ema: model.Denoiser) -> None:
         """Draw and keep a picture grid of the moving average; a signal to stop ends it without one."""
-        if not self.run.ranks.is_first:
+        if not self.is_first:
             return
         run, pause = self.run, time.perf_counter()
         loaded = sample.Loaded(ema, run.config, run.codec.text, run.codec.autoencoder)
         try:
-            with torch.compiler.set_stance(
-                "force_eager"
-            ):  # sampling's batch shapes are not worth compiling for
+            with torch.compiler.set_stance("force_eager"):  # these batch shapes are not worth compiling for
                 sheet = draw_grid(loaded, self.prompts, lambda: bool(run.stop))
             (run.folder / "grids").mkdir(exist_ok=True)  # somebody may have tidied up
             sheet.save(run.folder / "grids" / f"step_{step:06d}.png")
@@ -190,7 +174,7 @@ class Watch:
             pass  # the run is about to end; its grid can be drawn again
         except (
             OSError
-        ) as error:  # a picture is not worth the run; where the disk is full, saving a state says so
+        ) as error:  # a picture is not worth the run; a full disk is reported with the next state
             self.say(f"  the picture grid of iteration {step} was not written: {error}")
         self.meter.began += time.perf_counter() - pause
 
@@ -198,29 +182,24 @@ class Watch:
         """Say how to go on, or how to make pictures. Raises UserError for a run that failed; a run that was stopped ends
         the process with 128 and the signal's number."""
         self.bar.close()
-        run = self.run
+        run, ratio = self.run, (self.last_loss or 0) / (self.first_loss or 1)
         if self.failure:
             raise errors.UserError(self.failure)
         if step < run.plan.steps:
-            if run.ranks.is_first:
-                print(
-                    f"stopped by {run.stop.name or 'a signal to another process'} after iteration {step}; the state is "
-                    f"saved. To go on:\n  {run.command('train.py --resume --out')}"
-                )
+            if self.is_first:
+                by = run.stop.name or "a signal to another process"
+                print(f"stopped by {by} after iteration {step}; the state is saved. To go on:")
+                print(f"  {run.command('train.py --resume --out')}")
             sys.exit(128 + (run.stop.number or signal.SIGTERM))
-        if self.last_loss and self.last_loss > DIVERGED * self.first_loss:
+        if ratio > DIVERGED:
             raise errors.UserError(
-                f"the loss ended at {self.last_loss:.3g}, {self.last_loss / self.first_loss:.0f} times what it was at "
-                f"first: the run has diverged, and {run.folder} draws nothing; begin again with a lower --lr"
+                f"the loss ended at {ratio:.0f} times what it was at first: the run has diverged, and {run.folder} draws "
+                "nothing; begin again with a lower --lr"
             )
-        if run.ranks.is_first:
+        if self.is_first:
             if run.start == step:
                 print(f"{run.folder} has its {step:,} iterations; --steps N makes more")
             prompt = " ".join(next(iter(self.prompts)).split())
-            plain = re.fullmatch(r"[\w ,.'-]*", prompt)
-            shown = f'"{prompt}"' if plain else shlex.quote(prompt)  # what the shell would read
-            shown = ("=" if prompt.startswith("-") else " ") + shown
-            print(
-                f"done: {run.folder}. To make pictures:\n  {run.command('sample.py --checkpoint')} "
-                f"--steps 1 2 4 8 50 --prompt{shown}"
-            )
+            shown = f'"{prompt}"' if re.fullmatch(r"[\w ,.'-]*", prompt) else shlex.quote(prompt)
+            program = run.command("sample.py --checkpoint")
+            print(f"done: {run.folder}. To make pictures:\n  {program} --steps 1 2 4 8 50 --prompt {shown}")

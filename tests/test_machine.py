@@ -14,24 +14,20 @@ def test_devices():
             machine.pick_device(name)
 
 
-@pytest.mark.parametrize(
-    "small, large, expected",
-    [
-        ((1, 1), (1, 2), torch.bfloat16),
-        ((1, 1), (1, 1.2), torch.float32),
-        ((3, 1), (1, 4), torch.bfloat16),
-        ((100, 1), None, torch.float32),
-    ],
-)
-def test_the_faster_precision_is_picked(small, large, expected, monkeypatch):
-    """bf16 where its large product is clearly faster; a type without instructions is seen by a small product alone."""
-    times = {256: small, 768: large}
+@pytest.mark.parametrize("rate, picked", [(2.0, torch.bfloat16), (1.2, torch.float32), (0.01, torch.float32)])
+def test_the_faster_precision_is_picked(rate, picked, monkeypatch):
+    monkeypatch.setattr(machine, "peak_flops", lambda _, dtype: rate if dtype is torch.bfloat16 else 1.0)
+    assert machine.pick_precision(torch.device("cpu")) is picked
 
-    def seconds(device, dtype, side=768, repeats=5):
-        return times[side][dtype is torch.float32]
 
-    monkeypatch.setattr(machine, "matmul_seconds", seconds)
-    assert machine.pick_precision(torch.device("cpu")) is expected
+def test_a_type_without_instructions_is_measured_by_a_small_product(monkeypatch):
+    """The large one would take many seconds."""
+    monkeypatch.setattr(machine, "matmul_seconds", lambda device, dtype, side, repeats=7: side**3 / 1e9)
+    assert machine.peak_flops(torch.device("cpu"), torch.bfloat16) == pytest.approx(2e9)
+    sides = []
+    monkeypatch.setattr(machine, "matmul_seconds", lambda *a: sides.append(a[2]) or 1.0)
+    machine.peak_flops(torch.device("cpu"), torch.bfloat16)
+    assert max(sides) == 256
 
 
 def test_kept_memory_changes_no_result():

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -20,14 +21,13 @@ import pytest
 import torch
 from PIL import Image
 from programs import last, refused, run, same, tensors
-from ranks import SMALL, finish, start
+from ranks import SMALL, TRAIN, finish, printed, start
 from ranks import train as run_train
 
-import encoders
 import sample
 import train
 from engine import checkpoint, errors, machine, processes
-from scale import cache, shards
+from scale import shards
 
 ROOT = Path(__file__).parent.parent
 
@@ -102,97 +102,64 @@ def test_zero_spreads_adam_and_changes_nothing(runs):
         assert alike(runs / "two", runs / "zero")
 
 
-def pictures_in_tars(folder: Path, sizes: list[tuple[int, int]], per_shard: int, broken: int = 0) -> Path:
-    """Noise, packed into tars; of the first `broken` ones only decoding finds that they cannot be read."""
-    noise, pictures = np.random.default_rng(0), folder / "pictures"
-    pictures.mkdir()
-    for i, size in enumerate(sizes):
-        path = pictures / f"{i}.png"
-        Image.fromarray(noise.integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
-        (pictures / f"{i}.txt").write_text(f"picture number {i}")
-        if i < broken:
-            path.write_bytes(path.read_bytes()[:60] + bytes(path.stat().st_size - 60))
-    shards.pack(pictures, folder / "tars", per_shard=per_shard)
-    return folder / "tars"
-
-
-@pytest.mark.slow
-def test_shards_and_their_cache_train_alike(tmp_path):
-    """The same batches in three shapes, from tars and from their cache, on one and two processes, with a stop between."""
-    tars = pictures_in_tars(tmp_path, [(16, 32), (32, 16), (20, 20)] * 8, 10)
-    both = encoders.text_encoder("words", 14, "cpu"), encoders.autoencoder("pixels", "cpu")
-    cache.make(tars, tmp_path / "cache", 16, both, cache.Settings(batch_size=4, tokens="fp32", multiple=4))
-    flags = [*SMALL, "--side", "16", "--steps", "6"]
-    run_train(1, "--data", tars, "--out", tmp_path / "one", *flags)
-    run_train(2, "--data", tars, "--out", tmp_path / "two", *flags)
-    run_train(1, "--data", tmp_path / "cache", "--out", tmp_path / "cached", *flags, "--save-every", "3")
-    assert alike(tmp_path / "one", tmp_path / "two") and alike(tmp_path / "one", tmp_path / "cached")
-    shutil.rmtree(last(tmp_path / "cached"))
-    run_train(1, "--resume", "--out", tmp_path / "cached", "--device", "cpu")
-    assert alike(tmp_path / "one", tmp_path / "cached")
-
-
 @pytest.mark.slow
 def test_what_is_skipped_is_counted_once_on_any_number_of_processes(tmp_path):
-    tars = pictures_in_tars(tmp_path, [(16, 16)] * 12, 12, broken=3)
+    """Noise in tars; of the first three pictures only decoding finds that they cannot be read."""
+    noise, pictures = np.random.default_rng(0), tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(12):
+        path = pictures / f"{i}.png"
+        Image.fromarray(noise.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(path)
+        (pictures / f"{i}.txt").write_text(f"picture number {i}")
+        if i < 3:
+            path.write_bytes(path.read_bytes()[:60] + bytes(path.stat().st_size - 60))
+    shards.pack(pictures, tmp_path / "tars", per_shard=12)
     for world in (1, 2):
-        results = run_train(world, "--steps", 12, "--data", tars, "--out", tmp_path / f"run{world}", *SMALL)
-        told = "".join(error for _, _, error in results)
-        assert told.count("left out 00000/") == told.count(": broken picture") == 3
+        flags = ["--steps", 12, "--data", tmp_path / "tars", "--out", tmp_path / f"run{world}", *SMALL]
+        lines = "".join(error for _, _, error in run_train(world, *flags))
+        assert lines.count("left out 00000/") == lines.count(": broken picture") == 3
         assert records(tmp_path / f"run{world}")[-1]["skipped"] == 3
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "words, complaint",
     [
-        (["--seed", "3"], "begun with --seed 0"),
-        (["--batch-size", "16"], "another --batch-size"),
-        (["--data", "{pictures}"], "other data"),
+        ("--seed 3", "begun with --seed 0"),
+        ("--batch-size 16", "another --batch-size"),
+        ("--data {}", "other data"),
     ],
 )
-def test_a_resumed_run_refuses_another_sequence_of_samples(runs, tmp_path, flags, said, monkeypatch, capsys):
+def test_a_resumed_run_refuses_another_sequence_of_samples(
+    runs, tmp_path, words, complaint, monkeypatch, capsys
+):
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("nothing")
     before = (runs / "one/metrics.jsonl").read_bytes()
-    flags = [flag.format(pictures=tmp_path) for flag in flags]
-    assert said in refused(monkeypatch, capsys, train, "--resume", "--out", runs / "one", *flags)
+    flags = words.format(tmp_path).split()
+    assert complaint in refused(monkeypatch, capsys, train, "--resume", "--out", runs / "one", *flags)
     assert (runs / "one/metrics.jsonl").read_bytes() == before
 
 
 def test_processes_that_do_not_agree_refuse_to_start(tmp_path):
-    script = (
-        "import os, sys, train\nfrom engine import errors\n"
-        "if os.environ['RANK'] == '1': sys.argv += ['--lr', '0.001']\nerrors.run(train.main)\n"
-    )
+    script = "import os, sys\nif os.environ['RANK'] == '1': sys.argv += ['--lr', '0.001']\n" + TRAIN
     results = finish(start(2, "--steps", 2, "--out", tmp_path / "r", *SMALL, script=script))
     assert all(code == 2 and "process 1 has recipe" in error for code, _, error in results)
     assert not checkpoint.complete_states(tmp_path / "r")
 
 
-@pytest.mark.parametrize(
-    "variables",
-    [{"WORLD_SIZE": "two"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "0"}, {"RANK": "1"}, {"RANK": "-1"}],
-    ids=str,
-)
-def test_an_environment_that_torchrun_did_not_make(variables, monkeypatch):
-    for name in ("WORLD_SIZE", "RANK"):
-        monkeypatch.delenv(name, raising=False)
-    assert processes.Ranks.of_environment() == processes.Ranks(1, 0)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(errors.UserError, match="torchrun"):
-        processes.Ranks.of_environment()
-
-
-@pytest.mark.parametrize("variables", [{}, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}], ids=str)
-def test_processes_without_a_place_to_meet(variables, monkeypatch):
+@pytest.mark.parametrize("address", [{}, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}], ids=str)
+def test_processes_that_do_not_meet_say_so_and_give_up(address, monkeypatch, capsys):
+    """No address, or nobody there; who waits for whom is said while they wait."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items() | {("WORLD_SIZE", "2"), ("RANK", "0")}:
+    for name, value in address.items() | {("WORLD_SIZE", "2"), ("RANK", "1")}:
         monkeypatch.setenv(name, value)
-    alone = processes.Ranks(2, 0).connected(torch.device("cpu"), 1)
-    with pytest.raises(errors.UserError, match="did not meet"), alone:
-        pass
+    timer = threading.Timer
+    monkeypatch.setattr(processes.threading, "Timer", lambda seconds, *a: timer(0, *a))
+    with pytest.raises(errors.UserError, match="process 1 did not meet the other 1 of 2 processes"):
+        with processes.Ranks.of_environment().connected(torch.device("cpu"), 1):
+            pass
+    assert "process 1 waits for" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -200,7 +167,7 @@ def test_the_compiler_recomputation_bf16_and_zero_under_ddp(tmp_path):
     """Two compiled processes with recomputation, bf16 and ZeRO make the run of one plain one, to bf16's rounding."""
     flags = "--steps 3 --batch-size 4 --device cpu --precision bf16 --grid-every 0 --log-every 1".split()
     run_train(1, "--out", tmp_path / "plain", *flags, "--no-compile")
-    script = "import train\nfrom engine import errors\ntrain.EAGER_STEPS = 0\nerrors.run(train.main)\n"
+    script = TRAIN.replace("errors.run", "train.EAGER_STEPS = 0\nerrors.run")
     run_train(2, "--out", tmp_path / "all", *flags, "--compile", "--recompute", 3, "--zero", script=script)
     assert losses_of(tmp_path / "plain") == pytest.approx(losses_of(tmp_path / "all"), rel=0.02)
 
@@ -221,28 +188,29 @@ def test_torchrun_itself(tmp_path):
 def killed_and_resumed(out: Path, steps: int, kills: int, seed: int) -> list[str]:
     """Train, killed `kills` times at random moments and resumed; what each kill found on the disk."""
     moments, found = random.Random(seed), []
-    flags = [*SMALL, "--save-every", "1", "--keep", "2"]
-    for kill in range(kills + 1):
-        begun = checkpoint.complete_states(out)
+    for _ in range(kills):
+        begun, kill_at = checkpoint.complete_states(out), None
         if not begun and (out / "config.json").exists():
             shutil.rmtree(out)  # killed before its first state: begin again, as the message says
-        how = ["--resume", "--device", "cpu"] if begun else ["--steps", steps, *flags]
-        (process,) = start(1, "--out", out, *how)
-        if kill == kills:
-            code, _, error = finish([process])[0]
-            assert code == 0, error
-            return found
-        deadline = None
-        while process.poll() is None and (deadline is None or time.monotonic() < deadline):
+        (process,) = start(1, *run_flags(out, steps))
+        while process.exitcode is None and (kill_at is None or time.monotonic() < kill_at):
             states = checkpoint.complete_states(out)
-            if deadline is None and states and states != begun:  # it works and saves: anything from now on
-                deadline = time.monotonic() + moments.uniform(0, 0.3)
+            if kill_at is None and states and states != begun:  # it works and saves: anything from now on
+                kill_at = time.monotonic() + moments.uniform(0, 0.3)
             time.sleep(0.001)
         process.kill()
-        process.communicate()
+        process.join()
         states = checkpoint.complete_states(out)
         saving = ", in the middle of a save" if list((out / "state").glob("*.partial")) else ""
         found.append((states[-1].name if states else "no state") + saving)
+    run_train(1, *run_flags(out, steps))
+    return found
+
+
+def run_flags(out: Path, steps: int) -> list:
+    if checkpoint.complete_states(out):
+        return ["--out", out, "--resume", "--device", "cpu"]
+    return ["--out", out, "--steps", steps, *SMALL, "--save-every", "1", "--keep", "2"]
 
 
 @pytest.mark.slow
@@ -250,19 +218,19 @@ def test_killed_five_times_it_ends_where_it_would_have(tmp_path):
     run_train(1, "--steps", 24, "--out", tmp_path / "whole", *SMALL)
     found = killed_and_resumed(tmp_path / "killed", 24, 5, seed=1)
     assert len(found) == 5 and same(tmp_path / "whole", tmp_path / "killed")
-    told = [record["step"] for record in records(tmp_path / "killed")]
-    assert told == list(range(1, 25))  # each iteration told once, although some were done twice
+    steps = [record["step"] for record in records(tmp_path / "killed")]
+    assert steps == list(range(1, 25))  # each iteration once, although some were done twice
 
 
-@pytest.mark.parametrize("world, number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
+@pytest.mark.parametrize("world, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_a_signal_saves_within_one_iteration(tmp_path, world, number):
     out = tmp_path / "r"
     started = start(world, "--steps", 100000, "--out", out, *SMALL, "--save-every", 0)
     while not (out / "metrics.jsonl").exists() or len(records(out)) < 3:
-        assert started[0].poll() is None, started[0].read()[1]
+        assert started[0].exitcode is None, printed(started[0])
         time.sleep(0.02)
     before = len(records(out))
-    started[-1].send_signal(number)  # to one process only: all must stop alike
+    os.kill(started[-1].pid, number)  # to one process only: all must stop alike
     results = finish(started)
     assert [code for code, _, _ in results] == [128 + number] * world, results[0][2]
     assert f"python train.py --resume --out {out}" in results[0][1]
@@ -272,17 +240,16 @@ def test_a_signal_saves_within_one_iteration(tmp_path, world, number):
 
 def test_sigterm_while_pictures_are_drawn(tmp_path, monkeypatch, capsys):
     """The signal comes between two evaluations of the network: no further one is made, and the state is saved."""
-    real, calls = sample.generate, []
+    generate, calls = sample.generate, []
+
+    def count(*_):
+        calls.append(None)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
 
     def interrupted(loaded, *a, **k):
-        hook = loaded.network.register_forward_pre_hook(lambda *_: calls.append(None))
-        second = loaded.network.register_forward_hook(
-            lambda *_: signal.raise_signal(signal.SIGTERM) if len(calls) == 3 else None
-        )
-        try:
-            return real(loaded, *a, **k)
-        finally:
-            hook.remove(), second.remove()
+        with loaded.network.register_forward_hook(count):
+            return generate(loaded, *a, **k)
 
     monkeypatch.setattr(sample, "generate", interrupted)
     with pytest.raises(SystemExit):
@@ -322,106 +289,86 @@ def test_a_closed_terminal_stops_a_run_unless_it_is_to_survive(ignored, handlers
 def test_ctrl_c_while_compiling_waits_for_the_compiler(tmp_path):
     """A terminal sends Ctrl-C to every process of the command, compilers too; here all of them are built anew."""
     flags = "--steps 1000 --batch-size 4 --device cpu --precision fp32 --grid-every 0 --compile".split()
-    process = subprocess.Popen(
-        [sys.executable, "train.py", "--out", str(tmp_path / "run"), *flags],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
-    )
+    command = [sys.executable, "train.py", "--out", str(tmp_path / "run"), *flags]
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, **options)
     try:
         while not list(tmp_path.glob("cache/**/*.cpp")):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)
-        printed, complaints = process.communicate(timeout=600)
+        output, complaints = process.communicate(timeout=600)
     finally:
         process.kill()
-    assert process.returncode == 130 and "stopped by SIGINT after iteration" in printed, complaints[-3000:]
+    assert process.returncode == 130 and "stopped by SIGINT after iteration" in output, complaints[-3000:]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a limit on the size of files")
 def test_a_full_disk_leaves_the_last_state_whole(tmp_path):
     """From the second save on files may grow to 1 MB only: it fails as on a full disk."""
-    script = (
-        "import resource, sys, train\n"
-        "from engine import checkpoint, errors\n"
-        "save = checkpoint.save_state\n"
+    limited = (
+        "import resource\nfrom engine import checkpoint\nsave = checkpoint.save_state\n"
         "def limited(*a):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, ((10**9 if a[-2]['step'] < 4 else 10**6), 10**9))\n"
         "    return save(*a)\n"
         "checkpoint.save_state = limited\n"
-        "errors.run(train.main)\n"
     )
     flags = ["--steps", 6, *SMALL, "--save-every", 2]
-    code, _, error = finish(start(1, "--out", tmp_path / "r", *flags, script=script))[0]
+    code, _, error = finish(start(1, "--out", tmp_path / "r", *flags, script=limited + TRAIN))[0]
     (line,) = [line for line in error.splitlines() if "cannot save" in line]
     assert code == 2 and "step_00000002" in line and "make room" in line
     assert [p.name for p in (tmp_path / "r/state").iterdir()] == ["step_00000002"]
     assert not list((tmp_path / "r").rglob("*.partial"))
     run_train(1, "--resume", "--out", tmp_path / "r", "--device", "cpu")
-    run_train(1, "--out", tmp_path / "whole", *flags)
-    assert same(tmp_path / "r", tmp_path / "whole")
+    assert last(tmp_path / "r").name == "step_00000006"
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Numbers that are not finite
 # ------------------------------------------------------------------------------------------------------------
-POISON = (
-    "import os, sys, torch, losses, train\n"
-    "from engine import errors\n"
-    "forward = losses.SelfE.forward\n"
-    "calls = [0]\n"
-    "def poisoned(self, x0, *a, **k):\n"
-    "    calls[0] += 1\n"
-    "    bad = calls[0] == 3 and os.environ['RANK'] == '1'\n"
-    "    return forward(self, x0 * float('nan') if bad else x0, *a, **k)\n"
-    "losses.SelfE.forward = poisoned\n"
-    "errors.run(train.main)\n"
-)
+POISON = """
+import os, losses
+forward, calls = losses.SelfE.forward, [0]
+def poisoned(self, x0, *a, **k):
+    calls[0] += 1
+    bad = calls[0] == 3 and os.environ["RANK"] == "1"
+    return forward(self, x0 * float("nan") if bad else x0, *a, **k)
+losses.SelfE.forward = poisoned
+"""
 
 
 def test_one_bad_sample_on_one_process_leaves_the_update_out_on_all(tmp_path):
     flags = ["--steps", 4, "--out", tmp_path / "r", *SMALL, "--save-every", 1, "--keep", 9]
-    results = finish(start(2, *flags, script=POISON))
+    results = finish(start(2, *flags, script=POISON + TRAIN))
     assert [code for code, _, _ in results] == [0, 0], results[0][2]
     two, three, four = (tensors(tmp_path / f"r/state/step_0000000{n}") for n in (2, 3, 4))
-    assert all(
-        torch.equal(two[key], three[key]) for key in two
-    )  # weights, average, moments, Adam's own count
+    assert all(torch.equal(two[key], three[key]) for key in two)  # weights, average, moments, Adam's count
     assert any(not torch.equal(three[key], four[key]) for key in three)
     assert all(value.isfinite().all() for value in four.values())
-    (told,) = [record for record in records(tmp_path / "r") if record.get("update_left_out")]
-    assert told["step"] == 3 and told["keys"] == ["shapes-0-10", "shapes-0-11"]  # the second process's half
+    (left_out,) = [record for record in records(tmp_path / "r") if record.get("update_left_out")]
+    assert left_out["step"] == 3 and left_out["keys"] == [
+        "shapes-0-10",
+        "shapes-0-11",
+    ]  # the second process's half
     assert records(tmp_path / "r")[-1]["nonfinite"] == 1 and "update is left out" in results[0][2]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="Kill a training run at random moments, resume it, and compare its end."
-    )
+    parser = argparse.ArgumentParser(description="Kill a run at random moments, resume it, compare its end.")
     parser.add_argument("--times", type=int, default=50)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         run_train(1, "--steps", args.steps, "--out", Path(folder) / "whole", *SMALL)
         found = killed_and_resumed(Path(folder) / "killed", args.steps, args.times, args.seed)
         equal = same(Path(folder) / "whole", Path(folder) / "killed")
-    report = machine.provenance(torch.device("cpu")) | {
-        "seed": args.seed,
-        "iterations": args.steps,
-        "kills": len(found),
-        "in_the_middle_of_a_save": sum("save" in f for f in found),
-        "found": found,
-        "same_end_bit_for_bit": equal,
-        "seconds": round(time.perf_counter() - began, 1),
-    }
-    print(json.dumps({k: v for k, v in report.items() if k != "found"}, indent=1))
+    report = machine.provenance(torch.device("cpu")) | {"seed": args.seed, "iterations": args.steps}
+    report |= {"kills": len(found), "in_the_middle_of_a_save": sum("save" in state for state in found)}
+    report |= {"found": found, "same_end_bit_for_bit": equal}
+    print(json.dumps(report, indent=1))
     if args.out:
         checkpoint.write_json(args.out, report)
     sys.exit(0 if equal else 1)
