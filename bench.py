@@ -102,13 +102,12 @@ def networks(size: dict, device: torch.device, precision: torch.dtype, args: arg
 
 def made_up_batch(size: dict, shape: tuple[int, ...], text_tokens: int, device: torch.device) -> tuple:
     """x0 of this shape, c, null, fake and is_null as an objective takes them: noise for pictures and prompts."""
-
-    def prompts() -> tuple:
-        tokens = torch.randn(shape[0], text_tokens, size["txt_dim"], device=device)
-        return tokens, torch.randn(shape[0], size["vec_dim"], device=device)
-
-    is_null = torch.zeros(shape[0], dtype=torch.bool, device=device)
-    return torch.randn(shape, device=device), prompts(), prompts(), prompts(), is_null
+    with device:
+        prompts = [
+            (torch.randn(shape[0], text_tokens, size["txt_dim"]), torch.randn(shape[0], size["vec_dim"]))
+            for _ in range(3)
+        ]
+        return torch.randn(shape), *prompts, torch.zeros(shape[0], dtype=torch.bool)
 
 
 def kinds(names: list[str]) -> dict[str, tuple[str, list[str], bool]]:
@@ -128,11 +127,10 @@ class Step:
 
     def __init__(self, kind: tuple, networks: tuple, optimizer: torch.optim.Optimizer, batch: tuple):
         name, flags, aux = kind
-        self.network, self.ema = networks
-        x0, self.optimizer = batch[0], optimizer
+        (self.network, self.ema), self.optimizer, x0 = networks, optimizer, batch[0]
         self.device, objective = x0.device, OBJECTIVES[name]
         self.objective = objective.build(*networks, arguments.parse(["--objective", name, *flags]))
-        mu = losses.mu_of_length(x0[0, 0].numel() // self.network.patch**2)
+        mu = losses.mu_of_length(self.network.tokens(x0))
         draws = objective.draw(0, 0, list(range(len(x0))), x0.shape[1:], device=self.device)
         self.inputs = (*batch, draws, 1.0, mu, aux)
 
@@ -162,14 +160,17 @@ class Step:
             before, last = last, now(self.device)
             parts[part] += last - before
 
-        def left(network, inputs, out):
+        def enter(network, inputs):
+            lap("targets and loss")
+
+        def leave(network, inputs, out):
             samples.append(len(out) * (3 if out.requires_grad else 1))
             lap("forward" if out.requires_grad else "evaluations")
 
         with contextlib.ExitStack() as hooks:
             for network in (self.network, self.ema):
-                hooks.enter_context(network.register_forward_pre_hook(lambda *_: lap("targets and loss")))
-                hooks.enter_context(network.register_forward_hook(left))
+                hooks.enter_context(network.register_forward_pre_hook(enter))
+                hooks.enter_context(network.register_forward_hook(leave))
             self(lap)
         return parts, sum(samples) / len(self.inputs[0])
 
@@ -191,11 +192,10 @@ def measure(steps: dict[str, Step], picture_flops: float, repeats: int) -> dict:
     def matrix_product():
         rates.append(machine.peak_flops(device, precision))
 
-    seconds = in_turns(steps | {"matrix product": matrix_product}, device, repeats)
-    apart = [{name: step.taken_apart() for name, step in steps.items()} for _ in range(repeats)]
-    rows = {}
-    for name in steps:
-        typical, passes = median(seconds[name]), apart[0][name][1]
+    seconds, rows = in_turns(steps | {"matrix product": matrix_product}, device, repeats), {}
+    for name, step in steps.items():
+        apart = [step.taken_apart() for _ in range(repeats)]
+        typical, passes = median(seconds[name]), apart[0][1]
         rate = passes * batch * picture_flops / typical
         rows[name] = {
             "seconds": typical,
@@ -204,7 +204,7 @@ def measure(steps: dict[str, Step], picture_flops: float, repeats: int) -> dict:
             "passes": passes,
             "tflops": rate / 1e12,
             "mfu": rate / max(rates),
-            "parts": {part: median(turn[name][0][part] for turn in apart) for part in PARTS},
+            "parts": {part: median(parts[part] for parts, _ in apart) for part in PARTS},
         } | memory[name]
     return {"peak_tflops": max(rates) / 1e12, "rows": rows}
 
@@ -238,10 +238,9 @@ def both_ways(network: model.Denoiser, flux: nn.Module, batch: tuple) -> dict[st
     x, (txt, vec), *_ = batch
     device, p, precision = x.device, network.patch, network.precision
     t = torch.rand(len(x), device=device)
-    tokens = rearrange(x, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=p, pw=p)
     rows, columns = (torch.arange(float(side // p)) for side in x.shape[2:])
     theirs = {
-        "hidden_states": tokens,
+        "hidden_states": rearrange(x, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=p, pw=p),
         "encoder_hidden_states": txt,
         "pooled_projections": vec,
         "timestep": t,
@@ -268,15 +267,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = errors.Parser("bench.py", "Measure a training step of each objective on this machine.")
     a = parser.add_argument
     names, papers = list(OBJECTIVES), [name for name in OBJECTIVES if name not in VARIANTS]
-    a("--size", default="laptop", choices=list(model.SIZES), help="which model (default: laptop)")
+    a("--size", default="laptop", choices=list(model.SIZES), help="which model")
     a("--blocks", metavar="N", type=int, nargs=2, help="double and single blocks instead of the size's own")
-    a("--batch", metavar="N", type=int, default=32, help="pictures a step (default: 32)")
+    a("--batch", metavar="N", type=int, default=32, help="pictures a step")
     a("--side", metavar="N", type=int, help="side of the pictures in pixels (default: the recipe's)")
-    a("--objectives", metavar="NAME", nargs="+", choices=names, default=papers, help="(all but variants)")
+    a("--objectives", metavar="NAME", nargs="+", choices=names, default=papers, help="(default: all papers')")
     a("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="(default: the faster)")
     a("--compile", action="store_true", help="torch.compile each block")
-    a("--recompute", metavar="N", type=int, default=0, help="blocks that recompute activations (default: 0)")
-    a("--repeats", metavar="N", type=int, default=7, help="measured rounds (default: 7)")
+    a("--recompute", metavar="N", type=int, default=0, help="blocks that recompute activations")
+    a("--repeats", metavar="N", type=int, default=7, help="measured rounds")
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     a("--out", metavar="FILE", type=errors.file_to_write, help="write the figures as JSON")
     args = parser.parse_args()
@@ -286,10 +285,9 @@ def parse_arguments() -> argparse.Namespace:
     args.side = args.side or plan.stages[0].sides[0]
     args.blocks = args.blocks or [size["double"], size["single"]]
     group = math.lcm(*(OBJECTIVES[name].group for name in args.objectives))
-    if args.batch % group:
-        parser.error(f"--batch must be a multiple of {group} for these objectives")
-    if args.side % (size["patch"] * plan.factor()):
-        parser.error(f"--side must be a multiple of {size['patch'] * plan.factor()}")
+    for name, unit in (("batch", group), ("side", size["patch"] * plan.factor())):
+        if getattr(args, name) % unit:
+            parser.error(f"--{name} must be a multiple of {unit}")
     if not any(args.blocks):
         parser.error("--blocks: there must be a block")
     return args
@@ -327,19 +325,17 @@ def main() -> None:
     named = {"fp32": torch.float32, "bf16": torch.bfloat16}
     precision = named.get(args.precision) or machine.pick_precision(device)
     size = model.SIZES[args.size] | dict(zip(("double", "single"), args.blocks))
-    shape = (args.batch, size["channels"], args.side // plan.factor(), args.side // plan.factor())
-    tokens = shape[2] * shape[3] // size["patch"] ** 2
+    side = args.side // plan.factor()
+    tokens = (side // size["patch"]) ** 2
 
     network, ema = networks(size, device, precision, args)
     # The weights do move: a last layer that stays zero hands back zeros, which a GPU multiplies faster.
     adam = optimizers.build("adam", network, 1e-4, plan.betas)
-    batch = made_up_batch(size, shape, plan.txt_len, device)
-    chosen = kinds(args.objectives)
-    steps = {name: Step(kind, (network, ema), adam, batch) for name, kind in chosen.items()}
-    own = {name: value for name, value in vars(args).items() if name not in ("device", "out")}
-    own |= {"precision": str(precision).removeprefix("torch.")}
-    own |= {"image_tokens": tokens, "text_tokens": plan.txt_len}
-    report = machine.provenance(device) | own
+    batch = made_up_batch(size, (args.batch, size["channels"], side, side), plan.txt_len, device)
+    steps = {name: Step(kind, (network, ema), adam, batch) for name, kind in kinds(args.objectives).items()}
+    settings = {name: value for name, value in vars(args).items() if name not in ("device", "out")}
+    settings |= {"precision": str(precision).removeprefix("torch.")}
+    report = machine.provenance(device) | settings | {"image_tokens": tokens, "text_tokens": plan.txt_len}
     report |= measure(steps, price.forward_flops(size, tokens, plan.txt_len), args.repeats)
 
     del steps, ema, adam  # they make room for the other network

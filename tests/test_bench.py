@@ -7,15 +7,15 @@ import itertools
 import json
 import sys
 import types
+from collections import Counter
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from programs import refused, run
 
 import bench
 import model
-from engine import errors, price
+from engine import price
 from objectives import OBJECTIVES
 
 TINY = dict(
@@ -42,17 +42,6 @@ def test_a_step_makes_the_passes_that_its_objective_names(label):
     name, flags, aux = KINDS[label]
     objective = OBJECTIVES[name]
     assert made(label).taken_apart()[1] == objective.forwards(aux, guided=bool(flags))
-
-
-@pytest.mark.parametrize("label", ["flow_matching", "self_e", "self_e, aux", "meanflow, guided"])
-def test_operations_are_those_that_torch_counts(label):
-    """Forward and backward pass. Torch's are fewer by the gradients that no input asks for: of patches, text, times."""
-    size = model.SIZES["laptop"]
-    step = made(label, size, (8, 3, 16, 16))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        step.loss().backward()
-    ours = step.taken_apart()[1] * 8 * price.forward_flops(size, 16, TEXT)
-    assert 0.97 * ours < counter.get_total_flops() <= ours
 
 
 def test_what_a_backward_pass_needs_is_counted_once_and_without_weights():
@@ -98,17 +87,7 @@ def test_each_second_belongs_to_one_part(label, evaluations, monkeypatch):
     forwards = 2 if label.endswith("aux") else 1
     parts = {"forward": forwards, "evaluations": evaluations, "targets and loss": forwards + evaluations + 1}
     parts |= {"backward": 1, "clipping": 1, "Adam": 1, "EMA": 1}
-    found = step.taken_apart()[0]
-    assert {part: found[part] for part in bench.PARTS} == parts and sum(parts.values()) == sum(found.values())
-
-
-def test_a_step_trains_and_the_average_follows():
-    step = made("self_e")
-    before = step.network.img_in.weight.detach().clone()
-    for _ in range(2):  # gradients reach the first layer once the last is no longer zero
-        step()
-    moved, average = step.network.img_in.weight - before, step.ema.img_in.weight - before
-    assert 0 < average.norm() < 0.01 * moved.norm()
+    assert step.taken_apart()[0] == Counter(parts)
 
 
 def test_diffusers_network_is_ours_without_the_gap_and_both_go_both_ways():
@@ -129,9 +108,7 @@ def test_diffusers_network_is_ours_without_the_gap_and_both_go_both_ways():
 # ------------------------------------------------------------------------------------------------------------
 # The command
 # ------------------------------------------------------------------------------------------------------------
-def run(monkeypatch, *flags) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--device", "cpu", "--precision", "fp32", *map(str, flags)])
-    errors.run(bench.main)
+FLAGS = ["--device", "cpu", "--precision", "fp32"]
 
 
 @pytest.mark.parametrize("diffusers", [True, False])
@@ -140,7 +117,8 @@ def test_as_a_user_runs_it(diffusers, tmp_path, monkeypatch, capsys):
     if not diffusers:
         monkeypatch.setitem(sys.modules, "diffusers", None)
     out = tmp_path / "bench.json"
-    run(monkeypatch, "--batch", 4, "--repeats", 2, "--side", 8, "--objectives", "self_e", "--out", out)
+    words = ["--batch", 4, "--repeats", 2, "--side", 8, "--objectives", "self_e", "--out", out]
+    run(monkeypatch, bench, *FLAGS, *words)
     report, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert {"command", "commit", "hardware", "date"} <= set(report) and report["blocks"] == [1, 2]
     assert (report["image_tokens"], report["text_tokens"], report["precision"]) == (4, 14, "float32")
@@ -157,20 +135,13 @@ def test_as_a_user_runs_it(diffusers, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flags, complaint",
     [
-        (["--batch", 12], "multiple of 8"),  # shortcut models learn from an eighth
-        (["--batch", 2**62], "--batch"),
-        (["--side", 18], "multiple of 4"),
-        (["--side", 2**40], "--side"),
-        (["--blocks", 0, 0], "a block"),
-        (["--blocks", 10**15, 0], "--blocks"),
-        (["--repeats", 0], "--repeats"),
-        (["--objectives", "telepathy"], "telepathy"),
-        (["--out", "."], "--out"),
-        (["--out", "/nowhere/at/all.json"], "--out"),
+        ("--batch 12", "multiple of 8"),  # shortcut models learn from an eighth
+        ("--side 18", "multiple of 4"),
+        (f"--side {2**40}", "--side"),
+        ("--blocks 0 0", "a block"),
+        ("--objectives telepathy", "telepathy"),
+        ("--out /nowhere/at/all.json", "--out"),
     ],
 )
 def test_bad_input_is_one_line(flags, complaint, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, *flags)
-    said = capsys.readouterr().err.strip()
-    assert stopped.value.code == 2 and complaint in said and "\n" not in said
+    assert complaint in refused(monkeypatch, capsys, bench, *FLAGS, *flags.split())
