@@ -37,27 +37,18 @@ def test_every_equation_is_in_the_table_once():
 
 @pytest.mark.parametrize("number, module, name", [(r[0], r[2], r[3]) for r in ROWS], ids=[r[0] for r in ROWS])
 def test_the_function_stands_under_the_banner(number, module, name):
-    """The nearest banner above the function, or its own docstring, has the number."""
-    above = (
-        (ROOT / f"{module}.py")
-        .read_text()
-        .splitlines()[: inspect.getsourcelines(function_of(module, name))[1] - 1]
-    )
-    first = max(i for i, line in enumerate(above) if re.match(r"# Eq\. ", line))
-    banner = list(itertools.takewhile(lambda line: line.startswith("#"), above[first:]))
+    """The nearest banner above the function, or its docstring, has the number."""
+    function = function_of(module, name)
+    above = (ROOT / f"{module}.py").read_text().splitlines()[: inspect.getsourcelines(function)[1] - 1]
+    first = max(i for i, line in enumerate(above) if line.startswith("# Eq. "))
     while above[first - 1].startswith("# ") and not above[first - 1].startswith("# ---"):
         first -= 1
-        banner.insert(0, above[first])
-    said = "\n".join([*banner, function_of(module, name).__doc__])
-    spans = re.findall(r"s\.(\d+)\s*(?:to|-)\s*s\.(\d+)", said)
-    within = number.startswith("s.") and any(int(a) <= int(number[2:]) <= int(b) for a, b in spans)
-    assert within or re.search(rf"(?<![\d.]){re.escape(number)}(?![\d.])", said), (
-        f"no {number} above {module}.{name}"
-    )
-
-
-def test_the_rows_of_one_function_share_its_name():
-    assert all(callable(function_of(module, name)) for _, _, module, name, _ in ROWS)
+    banner = itertools.takewhile(lambda line: line.startswith("#"), above[first:])
+    text = "\n".join([*banner, function.__doc__])
+    spans = re.findall(r"s\.(\d+)\s*(?:to|-)\s*s\.(\d+)", text)
+    numbers = {f"s.{n}" for a, b in spans for n in range(int(a), int(b) + 1)}
+    numbers |= set(re.findall(r"(?<![\d.])(?:s\.)?\d+(?!\d|\.\d)", text))
+    assert number in numbers, f"no {number} above {module}.{name}"
 
 
 # A wrong function: everything floating point that the right one returns, a tenth too large and a little more.

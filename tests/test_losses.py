@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import losses
-import model
 from peers import variants
 
 F64 = torch.float64
@@ -57,11 +56,9 @@ def test_lambda_at_the_end_of_time(dtype):
     lam = losses.lam(t, s)
     assert lam.isfinite().all()
     close(lam / (1 + lam), torch.tensor([0, 1, 1, 0, 1], dtype=dtype), 1e-6)
-    t, s = (g.flatten().to(dtype) for g in torch.meshgrid(*[torch.linspace(0, 1, 65)] * 2, indexing="ij"))
-    t, s = t[(s < t) & (t < 1)], s[(s < t) & (t < 1)]
-    torch.testing.assert_close(
-        losses.lam(t, s).double(), paper_lam(t.double(), s.double()), rtol=1e-5, atol=0
-    )
+    t, s = torch.tril_indices(64, 64, -1).to(dtype) / 64  # all s < t < 1 of a grid
+    expected = paper_lam(t.double(), s.double())
+    torch.testing.assert_close(losses.lam(t, s).double(), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("norm", [0.0, 1.0, 50.0, 1e4])
@@ -168,42 +165,6 @@ def test_the_statistics_are_those_of_the_step(aux):
     assert stats["loss"].shape == (B,) and not any(value.requires_grad for value in stats.values())
 
 
-@pytest.mark.parametrize("aux", [False, True])
-@pytest.mark.parametrize("size", [2, 4])
-def test_micro_batches_add_up_to_the_batch(size, aux):
-    """Loss and gradient of the whole batch are the means over equal micro-batches of it."""
-    whole, parts = networks(), networks()
-    loss, _ = batch().step(losses.SelfE(*whole), aux)
-    loss.backward()
-    values = []
-    for start in range(0, B, size):
-        part, _ = batch(samples=range(start, start + size)).step(losses.SelfE(*parts), aux)
-        (part * size / B).backward()
-        values.append(part.detach())
-    close(torch.stack(values).mean(), loss.detach())
-    close(parts[0].theta.grad, whole[0].theta.grad)
-
-
-def test_the_step_runs_the_denoiser_itself():
-    """Pictures through model.Denoiser in fp32 with the auxiliary term: a finite loss, a gradient for every weight."""
-    config = dict(
-        width=32, heads=2, double=1, single=1, axes=(4, 6, 6), channels=3, patch=2, txt_dim=6, vec_dim=5
-    )
-    torch.manual_seed(0)
-    network, ema = model.Denoiser(**config), model.Denoiser(**config).requires_grad_(False)
-    for p in (*network.parameters(), *ema.parameters()):
-        nn.init.normal_(p, std=0.2)
-    prompts = [(torch.randn(4, 5, 6), torch.randn(4, 5)) for _ in range(3)]
-    draws = losses.draw(0, 0, [0, 1, 2, 3], (3, 4, 8))
-    loss, _ = losses.SelfE(network, ema)(
-        torch.randn(4, 3, 4, 8), *prompts, torch.zeros(4).bool(), draws, 1.0, 0.0, True
-    )
-    loss.backward()
-    assert loss.isfinite() and loss.dim() == 0
-    assert all(p.grad is not None and p.grad.any() for p in network.parameters())
-    assert all(p.grad is None for p in ema.parameters())
-
-
 # ============================================================================================================
 # S.2: the distribution of (t, s), and the numbers behind it
 # ============================================================================================================
@@ -272,7 +233,7 @@ def test_every_n_samples_have_their_share_at_the_same_places(p_equal, n, places)
         assert losses.below_positions(list(range(start, start + n)), p_equal).tolist() == places
 
 
-@pytest.mark.parametrize("cuts", [[12], [2, 10], [4, 4, 4], [6, 2, 4], [1] * 12], ids=str)
+@pytest.mark.parametrize("cuts", [[2, 10], [6, 2, 4], [1] * 12], ids=str)
 def test_draws_do_not_depend_on_how_the_batch_is_cut(cuts):
     """Global samples 8..19 in one piece or in pieces (ranks, micro-batches): the same numbers, the same positions."""
     whole = losses.draw(9, 4, list(range(8, 20)), (2, 3))

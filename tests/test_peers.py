@@ -1,19 +1,20 @@
 """The objectives of peers/ in the loop: times, derivatives, cost, resuming, sampling, bad input.
 
-Their fixed points and whole steps are lines of toy/identities.py, run by tests/test_toy.py.
+Their fixed points and whole steps, times included, are lines of toy/identities.py, run by tests/test_toy.py.
 """
 
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
+import programs
 import pytest
 import torch
 from programs import TINY, last, run, same
+from ranks import TRAIN
 from ranks import train as processes
 from safetensors.torch import load_file
 
-import losses
 import model
 import objectives
 import sample
@@ -22,62 +23,8 @@ from engine import arguments, errors, machine
 from engine.processes import Ranks
 from peers import imm, meanflow, shortcut, tim
 
-QUICK = "--batch-size 8 --device cpu --precision fp32 --no-compile --grid-every 0".split()
+QUICK = ["--batch-size", 8, *programs.QUICK[2:]]
 NAMES = ("shortcut", "meanflow", "improved_meanflow", "tim")
-
-
-def drawn(name: str, n: int = 20000) -> losses.Draws:
-    return objectives.OBJECTIVES[name].draw(0, 0, list(range(n)), (1,))
-
-
-def logit(a: torch.Tensor) -> torch.Tensor:
-    return (a / (1 - a)).log()
-
-
-def gap_of_distributions(values: torch.Tensor, cumulative) -> float:
-    """Kolmogorov-Smirnov: the largest distance between the empirical distribution and `cumulative`."""
-    values = values.sort().values.double()
-    return float((cumulative(values) - (torch.arange(len(values)) + 0.5) / len(values)).abs().max())
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Times
-# ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "name, module, mean, std, share, at_zero",
-    [
-        ("meanflow", meanflow, -0.4, 1.0, 0.25, 0),
-        ("improved_meanflow", meanflow, -0.4, 1.0, 0.5, 0),
-        ("tim", tim, 0.0, 1.6, 0.5, 0.1),
-    ],
-)
-def test_both_times_are_logistic_normals_in_order(name, module, mean, std, share, at_zero):
-    draws = drawn(name)
-    t, r = module.times(draws.z, draws.u, draws.below)
-    below = r < t
-    assert below.float().mean().item() == pytest.approx(share, abs=0.005) and (r <= t).all()
-    assert (r == 0).float().mean().item() == pytest.approx(at_zero, abs=0.02)
-
-    def larger(x):  # of two independent ones
-        return torch.special.ndtr((logit(x) - mean) / std) ** 2
-
-    def smaller(x):
-        return 1 - (1 - torch.special.ndtr((logit(x) - mean) / std)) ** 2
-
-    own = r[below & (r > 0)]
-    assert gap_of_distributions(t, larger) < 1.95 / len(t) ** 0.5  # exceeded once in a thousand draws
-    assert gap_of_distributions(own, smaller) < 1.95 / len(own) ** 0.5
-
-
-def test_shortcuts_lie_on_the_grid_of_their_length():
-    draws = drawn("shortcut", 16000)
-    t, d = shortcut.times(draws.z, draws.u, draws.below)
-    others = torch.ones(len(t), dtype=torch.bool).index_fill(0, draws.below, False)
-    assert len(draws.below) == len(t) // 8 and (d[others] == 1 / 128).all()
-    counts = [int((d[draws.below] == 2.0**-k).sum()) for k in range(7)]
-    assert sum(counts) == len(draws.below) and min(counts) > 200  # 286 each in the mean
-    assert torch.equal(t / d, (t / d).round()) and (t - d >= 0).all() and (t <= 1).all()
-    assert gap_of_distributions(t[others] - 1 / 256, lambda x: x) < 1.95 / 14000**0.5 + 1 / 256  # uniform
 
 
 def test_other_numbers_of_steps_are_told_a_learned_length():
@@ -115,7 +62,7 @@ def some_inputs(n: int) -> tuple:
     return x, v, t, r, (torch.randn(n, 6, 256, generator=g), torch.randn(n, 256, generator=g))
 
 
-def test_the_finite_difference_is_close_to_the_exact_derivative_but_for_fluxs_time_features(capsys):
+def test_the_finite_difference_is_close_to_the_exact_derivative_but_for_fluxs_time_features():
     """On the transformer. With 1000 t in the features the two have nothing to do with each other."""
     x, v, t, r, c = some_inputs(4)
     off = {}
@@ -123,42 +70,26 @@ def test_the_finite_difference_is_close_to_the_exact_derivative_but_for_fluxs_ti
         V = network(factor)
         exact = meanflow.path_derivative(V, x, v, t, r, c)
         off[factor] = float((tim.path_difference(V, x, v, t, r, c) - exact).norm() / exact.norm())
-    with capsys.disabled():
-        print(
-            f"\nrelative error of the finite difference: {off[1.0]:.1e}; with FLUX's features {off[1000.0]:.1e}"
-        )
-    assert off[1.0] < 0.01 and off[1000.0] > 0.3
+    assert off[1.0] < 0.01 and off[1000.0] > 0.3, off
     assert all(objectives.OBJECTIVES[name].time_factor == 1 for name in NAMES)
 
 
-def test_bf16_drowns_the_finite_difference_so_auto_takes_fp32_for_it(monkeypatch, tmp_path):
+def test_bf16_drowns_the_finite_difference_so_auto_takes_fp32_for_it(monkeypatch):
     x, v, t, r, c = some_inputs(4)
     V = network(1.0)
     exact = meanflow.path_derivative(V, x, v, t, r, c)
     V.precision = torch.bfloat16
-    off = {
-        f: float((f(V, x, v, t, r, c) - exact).norm() / exact.norm()) for f in meanflow.DERIVATIVES.values()
-    }
+    off = {f: (f(V, x, v, t, r, c) - exact).norm() / exact.norm() for f in meanflow.DERIVATIVES.values()}
     assert off[tim.path_difference] > 0.2 and off[meanflow.path_derivative] < 0.1, off
 
     monkeypatch.setattr(machine, "pick_precision", lambda device: torch.bfloat16)
-    chosen = {}
-    for flags in (
-        ["self_e"],
-        ["shortcut"],
-        ["tim"],
-        ["meanflow"],
-        ["improved_meanflow"],
-        ["meanflow", "--derivative", "forward"],
-    ):
-        args = arguments.parse(["--objective", *flags])
-        picked = arguments.precision_of(args, torch.device("cpu"), Ranks())
-        chosen[" ".join(flags)] = str(picked).removeprefix("torch.")
-    assert [flags for flags, precision in chosen.items() if precision == "float32"] == [
-        "tim",
-        "meanflow",
-        "improved_meanflow",
-    ]
+    names = ("self_e", "shortcut", "tim", "meanflow", "improved_meanflow", "meanflow --derivative forward")
+    every = {name: arguments.parse(["--objective", *name.split()]) for name in names}
+    chosen = {
+        name: arguments.precision_of(args, torch.device("cpu"), Ranks()) for name, args in every.items()
+    }
+    found = [name for name, precision in chosen.items() if precision == torch.float32]
+    assert found == ["tim", "meanflow", "improved_meanflow"]
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
@@ -191,20 +122,8 @@ def test_the_price_is_what_is_evaluated(name, guidance):
 def test_each_trains_resumes_and_samples(name, tmp_path, monkeypatch):
     monkeypatch.setitem(model.SIZES, "laptop", TINY)
     guided, whole, parts = ["--train-guidance", 2] * (name != "imm"), tmp_path / "whole", tmp_path / "parts"
-    run(
-        monkeypatch,
-        train,
-        "--objective",
-        name,
-        *guided,
-        "--steps",
-        4,
-        "--out",
-        whole,
-        *QUICK,
-        "--save-every",
-        2,
-    )
+    words = ["--objective", name, *guided, "--steps", 4, "--out", whole, *QUICK, "--save-every", 2]
+    run(monkeypatch, train, *words)
     shutil.copytree(whole, parts)
     shutil.rmtree(last(parts))  # as if stopped after two iterations
     run(monkeypatch, train, "--resume", "--out", parts, "--device", "cpu")
@@ -228,24 +147,13 @@ def test_two_processes_and_the_compiler_change_nothing(name, tmp_path):
         "--steps 3 --batch-size 16 --grid-every 0 --device cpu --precision fp32 --train-guidance 2".split()
     )
     flags += ["--objective", name]
+    soon = TRAIN.replace("errors.run", "train.EAGER_STEPS = 1\nerrors.run")
     processes(1, "--out", tmp_path / "one", *flags, "--no-compile")
     processes(2, "--out", tmp_path / "two", *flags, "--no-compile")
-    processes(
-        1,
-        "--out",
-        tmp_path / "compiled",
-        *flags,
-        "--compile",
-        program="train",
-        script="import train; train.EAGER_STEPS = 1; from engine import errors; errors.run(train.main)",
-    )
-    one, two, compiled = (
-        load_file(tmp_path / run / "model.safetensors") for run in ("one", "two", "compiled")
-    )
-    for other in (two, compiled):
-        assert (
-            max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-4
-        )  # Adam moved them by 1e-2
+    processes(1, "--out", tmp_path / "compiled", *flags, "--compile", script=soon)
+    one, *others = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two", "compiled"))
+    for other in others:  # Adam moved them by 1e-2
+        assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-4
 
 
 def test_the_flags_reach_the_objectives():

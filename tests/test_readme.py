@@ -17,16 +17,11 @@ TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 
 
 def commands() -> list[tuple[str, str]]:
-    """(page, command) of every line that runs a program of ours, in code blocks
-    and in `...`; continued lines are joined."""
+    """(page, command) of every line that runs a program, in code blocks and in `...`; continued lines are joined."""
     found = []
     for page, text in TEXTS.items():
         text = text.replace("\\\n", " ")
-        lines = [
-            line.strip()
-            for line in text.splitlines()
-            if line.startswith("    ") or line.startswith("python ")
-        ]
+        lines = [line.strip() for line in text.splitlines() if line.startswith(("    ", "python "))]
         lines += re.findall(r"`((?:python|torchrun) [^`]+)`", text)
         found += [(page, line) for line in lines if re.search(r"(?:python|torchrun) .*\w\.py", line)]
     return found
@@ -36,13 +31,9 @@ def commands() -> list[tuple[str, str]]:
 def test_the_program_and_its_flags_exist(page, command):
     command = re.sub(r"-m pytest( -\w)* ", "", command.split("#")[0].split("&&")[-1])
     program = re.search(r"(?:\S*python|torchrun\b.*?) ([\w/]+\.py)", command)[1]
-    assert (ROOT / program).exists(), (
-        f"{page}: no {program}"
-    )  # one way everywhere: from the repository's folder
-    sources = (
-        [ROOT / program, ROOT / "engine" / "arguments.py"] if program == "train.py" else [ROOT / program]
-    )
-    source = "".join(path.read_text() for path in sources if path.exists())
+    source = (ROOT / program).read_text()  # seen from the repository's folder, in every page
+    if program == "train.py":
+        source += (ROOT / "engine/arguments.py").read_text()
     command = re.sub(r'"--budget=([^"]*)"', "--budget", command)  # flags of train.py, for tables.py
     for flag in re.findall(r"(?<=\s)(--[a-z][\w-]*)", command.split(program)[1]):
         assert f'"{flag}"' in source, f"{page}: {program} has no {flag}"
@@ -67,15 +58,11 @@ def test_links_lead_somewhere(page):
 def test_named_code_exists(page):
     """`module.name` in the text is a name in that module."""
     for module, name in set(re.findall(r"`(\w+)\.([A-Za-z_][\w.]*)`", TEXTS[page])):
-        file = next(
-            (f for f in ROOT.glob(f"*/{module}.py") if f.parent.name != "tests"), ROOT / f"{module}.py"
-        )
+        inside = [file for file in ROOT.glob(f"*/{module}.py") if file.parent.name != "tests"]
+        file, last = (inside or [ROOT / f"{module}.py"])[0], name.split(".")[-1]
         if file.exists() and name not in ("py", "png", "safetensors"):
-            assert re.search(
-                rf"^\s*(def|class) {name.split('.')[-1]}\b|^\s*{name.split('.')[-1]}\b",
-                file.read_text(),
-                re.M,
-            ), f"{page}: {module}.{name}"
+            defined = re.search(rf"^\s*((def|class) )?{last}\b", file.read_text(), re.M)
+            assert defined, f"{page}: {module}.{name}"
 
 
 @pytest.mark.parametrize("page", list(TEXTS))
@@ -88,9 +75,8 @@ def test_named_files_exist(page):
 @pytest.mark.parametrize("folder", ["engine", "experiments", "toy"])
 def test_each_program_of_a_folder_has_its_line(folder):
     listed = re.findall(r"^\| `([\w/]+\.py)` \|", TEXTS[f"{folder}/README.md"], re.M)
-    assert sorted(listed) == sorted(
-        str(path.relative_to(ROOT / folder)) for path in (ROOT / folder).rglob("*.py")
-    )
+    there = [str(path.relative_to(ROOT / folder)) for path in (ROOT / folder).rglob("*.py")]
+    assert sorted(listed) == sorted(there)
 
 
 def test_the_readme_is_short_and_its_test_line_is_one_line():
@@ -118,13 +104,8 @@ PROGRAMS += ["bench.py", "scale/cache.py", "toy/any_step.py", "toy/explain.py"]
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_fits_a_screen(program, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [program, "--help"])
-    monkeypatch.setattr(
-        sys, "path", ["", *sys.path]
-    )  # a program puts the project's folder in the first place
+    monkeypatch.setattr(sys, "path", ["", *sys.path])  # a program puts its folder in the first place
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / program), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
-    assert end.value.code == 0 and len(lines) <= 64 and max(map(len, lines)) <= 130, (
-        len(lines),
-        max(map(len, lines)),
-    )
+    assert end.value.code == 0 and len(lines) <= 64 and max(map(len, lines)) <= 130

@@ -27,16 +27,14 @@ def test_every_part_of_the_key_counts():
 
 
 def test_global_random_state_is_neither_read_nor_changed():
-    torch.manual_seed(0)
-    np.random.seed(0)
-    first = randomness.normal(5, "noise", [(1, 1)], (3,))
-    torch_next, numpy_next = torch.rand(1), np.random.rand()
-    torch.manual_seed(1)
-    np.random.seed(1)
-    assert torch.equal(randomness.normal(5, "noise", [(1, 1)], (3,)), first)
-    torch.manual_seed(0)
-    np.random.seed(0)
-    assert torch.equal(torch.rand(1), torch_next) and np.random.rand() == numpy_next
+    states = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        before = torch.get_rng_state(), np.random.get_state()[1].copy()
+        states.append(randomness.normal(5, "noise", [(1, 1)], (3,)))
+        assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
+    assert torch.equal(*states)
 
 
 def test_the_numbers_themselves():
@@ -48,14 +46,12 @@ def test_the_numbers_themselves():
 
 
 def test_normals_have_the_normal_law_and_neighbours_are_independent():
-    """A Kolmogorov-Smirnov test at the 0.1% level within and across rows, moments, correlations of adjacent keys."""
+    """A Kolmogorov-Smirnov test at the 0.1% level within and across rows, and correlations of adjacent keys."""
     x = randomness.normal(0, "noise", [(step, i) for step in range(20) for i in range(100)], (10,)).double()
-    for sample in (x.flatten(), x[:, 0]):
-        F = 0.5 * (1 + torch.erf(sample.sort().values / math.sqrt(2)))
+    for values in (x.flatten(), x[:, 0]):
+        F = 0.5 * (1 + torch.erf(values.sort().values / math.sqrt(2)))
         n = len(F)
         distance = max((torch.arange(1, n + 1) / n - F).max(), (F - torch.arange(n) / n).max())
         assert distance < 1.95 / n**0.5
     n = x.numel()
-    assert abs(x.mean()) < 4 / n**0.5 and abs(x.var() - 1) < 4 * (2 / n) ** 0.5
-    assert abs((x**4).mean() - 3) < 4 * (96 / n) ** 0.5
     assert abs((x[1:] * x[:-1]).mean()) < 4 / n**0.5 and abs((x[:, 1:] * x[:, :-1]).mean()) < 4 / n**0.5
