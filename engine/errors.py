@@ -41,7 +41,7 @@ def file_to_write(text: str) -> Path:
     """The type of flags that name a file to write: what cannot be one is refused now, not after the work."""
     path = Path(name(text))
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"must name a file in a folder that exists, and is yours, not {text}")
+        raise argparse.ArgumentTypeError(f"must name a file in a folder that exists, not {text}")
     return path
 
 
