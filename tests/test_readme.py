@@ -3,9 +3,13 @@
 import re
 import runpy
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+
+import losses
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "EQUATIONS.md", "SILENCES.md", "DATA.md", "LONG_RUN.md"]
@@ -84,6 +88,33 @@ def test_the_readme_is_short_and_its_test_line_is_one_line():
     assert len(text) <= 8_000, len(text)
     line = next(line for line in text.splitlines() if "python -m pytest" in line)  # what .ci/run takes
     assert "venv" in line and "pip install" in line and "requirements.txt" in line
+
+
+def test_the_readmes_training_step_is_that_of_losses():
+    """The block is run as it stands, but for sample_times(...), on samples with s < t alone."""
+    block = TEXTS["README.md"].split("## One training step")[1].split("\n\nThese")[0]
+    block = textwrap.dedent(block).replace("sample_times(...)", "times")
+    g = torch.Generator().manual_seed(0)
+    x0, eps, eps_s, shift = (torch.randn(6, 2, generator=g) for _ in range(4))
+    z, u = torch.randn(6, generator=g), torch.rand(6, generator=g)
+    network = lambda x, t, s, c: torch.sin(x) + (t + 2 * s + c)[:, None]  # noqa: E731
+    ema = lambda x, t, s, c: torch.cos(x) * (t + c)[:, None] + shift  # noqa: E731
+    c, null, everywhere = (torch.full((6,), 0.3),), (torch.zeros(6),), torch.arange(6)
+    names = vars(losses) | dict(
+        x0=x0, eps=eps, eps_s=eps_s, network=network, ema=ema, c=c, null=null, mean=torch.mean
+    )
+    names["times"] = losses.sample_times(z, u, everywhere, mu=0.4, tau=0.8)
+    exec(block, names)
+    draws = losses.Draws(z, u, eps, eps_s, everywhere)
+    objective = losses.SelfE(Function(network), Function(ema))
+    total, _ = objective(x0, c, null, None, torch.zeros(6, dtype=torch.bool), draws, tau=0.8, mu=0.4)
+    torch.testing.assert_close(names["loss"] / 2, total)
+
+
+class Function(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
 
 
 def test_the_readme_leads_to_every_page():
