@@ -31,7 +31,6 @@ import hashlib
 import os
 import re
 import unicodedata
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -135,19 +134,7 @@ def split_words(prompt: str) -> list[str]:
 
     NFKC first, so that composed and decomposed letters, full-width and plain ones are one word.
     """
-    return WORD.findall(unicodedata.normalize("NFKC", stream_safe(prompt)).lower())
-
-
-def stream_safe(prompt: str) -> str:
-    """Without the marks beyond 30 on one letter (Unicode's annex 15), over which NFKC would take quadratic time."""
-    if prompt.isascii():
-        return prompt
-    kept, marks = [], 0
-    for letter in prompt:
-        marks = marks + 1 if unicodedata.combining(letter) else 0
-        if marks <= 30:
-            kept.append(letter)
-    return "".join(kept)
+    return WORD.findall(unicodedata.normalize("NFKC", prompt).lower())
 
 
 @functools.lru_cache(maxsize=65536)
@@ -215,19 +202,18 @@ class WordVectors(TextEncoder):
 # Where a frozen network comes from
 # ------------------------------------------------------------------------------------------------------------
 def locate(place: str) -> tuple[str, str]:
-    """A folder or Hugging Face name -> (folder or repository, folder inside the repository, may be empty)."""
+    """A folder or Hugging Face name -> (folder or repository, folder inside the repository, may be empty).
+
+    Raises EncoderError for a folder that is not there.
+    """
     place = place.strip()
     folder = os.path.expanduser(place)
     if place and os.path.isdir(folder):
         return os.path.abspath(folder), ""
-    if not place:
-        raise EncoderError(
-            "the name of an encoder is empty: a folder or a Hugging Face name follows the colon"
-        )
-    if place[0] in "./~" or "\\" in place:
-        raise EncoderError(f"no such folder to load an encoder from: {place}")
-    owner_name, inside = place.split("/")[:2], place.split("/")[2:]
-    return "/".join(owner_name), "/".join(inside)
+    if not place or place[0] in "./~" or "\\" in place:
+        raise EncoderError(f'no such folder to load an encoder from: "{place}"')
+    parts = place.split("/")
+    return "/".join(parts[:2]), "/".join(parts[2:])
 
 
 def canonical(name: str) -> str:
@@ -243,16 +229,6 @@ def canonical(name: str) -> str:
     return kind + ":" + ",".join("/".join(filter(None, locate(place))) for place in places.split(","))
 
 
-def check_folder(folder: str) -> None:
-    """Raise EncoderError unless a local folder holds a config.json and safetensors weights."""
-    if not os.path.isfile(os.path.join(folder, "config.json")):
-        raise EncoderError(f"{folder} holds no config.json: give the folder that save_pretrained wrote")
-    if not any(Path(folder).glob("*.safetensors")):
-        raise EncoderError(
-            f"{folder} holds no .safetensors; .bin is not loaded, as it can run code: save it again"
-        )
-
-
 def load(what: str, place: str, from_pretrained, **arguments):
     """from_pretrained(...) for a place as in `locate`, any failure of it as an EncoderError of one line."""
     root, inside = locate(place)
@@ -262,6 +238,15 @@ def load(what: str, place: str, from_pretrained, **arguments):
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         kind = "folder" if os.path.isdir(root) else "Hugging Face name (and there is no such folder here)"
         raise EncoderError(f"cannot load the {what} from the {kind} {place}: {reason}") from error
+
+
+def load_network(
+    what: str, place: str, model_class, device, **arguments
+) -> tuple[torch.nn.Module, list[str]]:
+    """(a frozen network, the names of weights that its file lacks, which are now random). Raises EncoderError."""
+    arguments |= {"use_safetensors": True, "output_loading_info": True}  # .bin can run code
+    network, info = load(what, place, model_class.from_pretrained, **arguments)
+    return network.eval().requires_grad_(False).to(device), list(info["missing_keys"])
 
 
 def precision(device: torch.device | str) -> torch.dtype:
@@ -292,15 +277,12 @@ class FrozenTransformer:
     def __init__(self, place: str, device: torch.device | str):
         import transformers
 
-        root, inside = locate(place)
-        if os.path.isdir(root):
-            check_folder(root)
         config = load("text encoder", place, transformers.AutoConfig.from_pretrained)
         part = TEXT_PART.get(config.model_type)
         if part is None and (hasattr(config, "text_config") or config.is_encoder_decoder):
             raise EncoderError(f"{place} is a {config.model_type} model: use a text encoder (T5, CLIP, BERT)")
-        load_tokenizer = transformers.AutoTokenizer.from_pretrained
-        self.tokenizer = load("tokenizer", tokenizer_place(place), load_tokenizer, config=config)
+        from_pretrained = transformers.AutoTokenizer.from_pretrained
+        self.tokenizer = load("tokenizer", tokenizer_place(place), from_pretrained, config=config)
         # Without vocabulary files some versions of transformers make an empty tokenizer, to which all words are alike.
         if self.tokenizer("red circle")["input_ids"] == self.tokenizer("fake image")["input_ids"]:
             raise EncoderError(f"the tokenizer of {place} tells no words apart: its vocabulary is missing")
@@ -310,20 +292,14 @@ class FrozenTransformer:
         self.tokenizer.truncation_side = self.tokenizer.padding_side = "right"
 
         dtype = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-        model_class = getattr(transformers, part or "AutoModel")
-        arguments = {dtype: precision(device), "use_safetensors": True, "output_loading_info": True}
-        model, info = load("text encoder", place, model_class.from_pretrained, **arguments)
-        # Weights that the file lacks are filled with random numbers. A pooler may be missing (masked language models
-        # are saved without one) and is then not used; anything else would be noise in every state.
-        missing = [key for key in info["missing_keys"] if not key.endswith("position_ids")]
+        model_class, of_device = getattr(transformers, part or "AutoModel"), {dtype: precision(device)}
+        self.model, missing = load_network("text encoder", place, model_class, device, **of_device)
+        # A pooler may be missing (masked language models are saved without one) and is then not used.
         self.has_pooler = not any("pooler" in key for key in missing)
-        lost = [key for key in missing if "pooler" not in key]
-        if lost:
+        if lost := [key for key in missing if not key.endswith("position_ids") and "pooler" not in key]:
             raise EncoderError(f"{place} lacks {len(lost)} weights of its model, such as {lost[0]}")
-        self.place, self.device = place, device
-        self.model = model.eval().requires_grad_(False).to(device)
-        self.width = model.config.hidden_size
-        positions = getattr(model.config, "max_position_embeddings", 10**9)
+        self.device, self.width = device, self.model.config.hidden_size
+        positions = getattr(self.model.config, "max_position_embeddings", 10**9)
         self.limit = min(self.tokenizer.model_max_length, positions)
         # FLUX lets T5 and CLIP see the padding, and so does this; BERT and its kin read padding only behind a mask.
         self.masked = part is None
@@ -343,12 +319,9 @@ class FrozenTransformer:
 
 def tokenizer_place(place: str) -> str:
     """The tokenizer lies with its model or, in a pipeline's repository, beside it: text_encoder_2 -> tokenizer_2."""
-    root, inside = locate(place)
-    parent, _, last = (inside or root).replace(os.sep, "/").rpartition("/")
-    beside = "/".join([*([parent] if parent else []), "tokenizer" + last.removeprefix("text_encoder")])
-    if not last.startswith("text_encoder") or (not inside and not os.path.isdir(beside)):
-        return place
-    return f"{root}/{beside}" if inside else beside
+    beside = re.sub(r"text_encoder(_\d)?$", r"tokenizer\1", place.strip().rstrip("/"))
+    _, inside = locate(place)
+    return beside if inside or os.path.isdir(os.path.expanduser(beside)) else place
 
 
 class HuggingFaceText(TextEncoder):
@@ -361,9 +334,8 @@ class HuggingFaceText(TextEncoder):
         self.name, self.txt_len = canonical(name), txt_len
         self.of_tokens = FrozenTransformer(places[0], device)
         self.of_pooled = FrozenTransformer(places[1], device) if len(places) == 2 else self.of_tokens
-        if txt_len > self.of_tokens.limit:
-            limit = self.of_tokens.limit
-            raise EncoderError(f"{places[0]} reads at most {limit} tokens: txt_len {txt_len} is too long")
+        if txt_len > (most := self.of_tokens.limit):
+            raise EncoderError(f"{places[0]} reads at most {most} tokens: txt_len {txt_len} is too long")
         self.d_txt, self.d_vec = self.of_tokens.width, self.of_pooled.width
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -407,16 +379,13 @@ class KLAutoencoder:
         except ImportError as error:
             raise EncoderError(f"auto-encoder {name!r} needs diffusers: pip install diffusers") from error
         place = (FLUX_VAE if name == "flux" else name).removeprefix("kl:")
-        root, inside = locate(place)
-        if os.path.isdir(root):
-            check_folder(root)
-        arguments = {"torch_dtype": precision(device), "use_safetensors": True, "output_loading_info": True}
-        arguments["low_cpu_mem_usage"] = False  # True needs the accelerate package
-        vae, info = load("auto-encoder", place, diffusers.AutoencoderKL.from_pretrained, **arguments)
-        if lost := list(info["missing_keys"]):
-            raise EncoderError(f"{place} lacks {len(lost)} weights of an auto-encoder, such as {lost[0]}")
         self.name, self.device, self.dtype = canonical(name), device, precision(device)
-        self.vae = vae.eval().requires_grad_(False).to(device)
+        # low_cpu_mem_usage=True needs the accelerate package
+        arguments = {"torch_dtype": self.dtype, "low_cpu_mem_usage": False}
+        vae, lost = load_network("auto-encoder", place, diffusers.AutoencoderKL, device, **arguments)
+        if lost:
+            raise EncoderError(f"{place} lacks {len(lost)} weights of an auto-encoder, such as {lost[0]}")
+        self.vae = vae
         self.channels = vae.config.latent_channels
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # each level but the last halves the side
         self.shift, self.scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
@@ -424,8 +393,6 @@ class KLAutoencoder:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> [B, channels, H/factor, W/factor] in fp32; H and W multiples of factor."""
-        if any(side % self.factor for side in images.shape[-2:]):
-            raise EncoderError(f"sides must be multiples of {self.factor}, not {tuple(images.shape[-2:])}")
         z = self.vae.encode(images.to(self.device, self.dtype)).latent_dist.mode()
         return (z.float() - self.shift) * self.scale
 
