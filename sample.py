@@ -5,12 +5,13 @@
     python sample.py --checkpoint runs/tars --prompts prompts.txt --shape 192x336 --out-dir pictures/
 
 One prompt at one step count gives that picture; more give a labelled sheet, prompts in rows and steps in columns. Each
-PNG tells in its text how it was made (exiftool, or Image.open(path).text). The
-same seed gives the same picture, whatever else is sampled with it, up to rounding: matrix products of another batch
-size may differ in the last digit, which occasionally changes a value by one of its 256 steps.
+PNG tells in its text how it was made (exiftool, or Image.open(path).text). The same seed gives the same picture,
+whatever else is sampled with it, up to rounding: matrix products of another batch size may differ in the last digit,
+which occasionally changes a value by one of its 256 steps.
 """
 
 import argparse
+import contextlib
 import itertools
 import re
 import sys
@@ -29,6 +30,7 @@ import losses
 import model
 import objectives
 from engine import checkpoint, errors, machine
+from engine.checkpoint import CheckpointError
 from rng import normal
 
 STEP_COUNTS = (1, 2, 4, 8, 50)  # of picture grids and tables
@@ -65,7 +67,7 @@ def load(folder: Path, device: torch.device, precision: torch.dtype | None = Non
     if folder.name == "model.safetensors":
         folder = folder.parent
     if not folder.is_dir():
-        raise checkpoint.CheckpointError(f"no such checkpoint folder: {folder}")
+        raise CheckpointError(f"no such checkpoint folder: {folder}")
     config = checkpoint.read_config(folder)
     if precision is None:
         precision = torch.float32 if device.type == "cpu" else getattr(torch, config["precision"])
@@ -73,15 +75,13 @@ def load(folder: Path, device: torch.device, precision: torch.dtype | None = Non
         with torch.device("meta"):  # no memory is taken before the weights' file is seen to hold this model
             network = model.Denoiser(**config["model"], precision=precision)
     except (TypeError, ValueError) as error:
-        raise checkpoint.CheckpointError(
-            f"{folder / 'config.json'} does not describe a model ({error})"
-        ) from error
+        raise CheckpointError(f"{folder / 'config.json'} does not describe a model ({error})") from error
     checkpoint.load_weights(folder / "model.safetensors", network)
     text = encoders.text_encoder(config["text_encoder"], config["txt_len"], device)
     autoencoder = encoders.autoencoder(config["autoencoder"], device)
     loaded = Loaded(network.to(device).eval().requires_grad_(False), config, text, autoencoder)
     if any(side % loaded.unit for side in (config["side"], *loaded.shape)):
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             f"{folder / 'config.json'}: side and buckets must be multiples of {loaded.unit}"
         )
     return loaded
@@ -97,26 +97,23 @@ def choose(config: dict, *, guidance=None, eta=None, s_rule=None, space=None) ->
     Raises UserError for what the model has not learned: flow matching anything but s_k = t_k; an objective with a
     sampler of its own any choice but guidance.
     """
-    objective = objectives.OBJECTIVES[config["objective"]]
-    asked = {"guidance": guidance, "eta": eta, "s_rule": s_rule, "space": space}
-    own = {"guidance": "guidance", "eta": "eta", "s_rule": "s_rule", "space": "guidance_space"}
-    chosen = {name: config[own[name]] if value is None else value for name, value in asked.items()}
+    objective, name = objectives.OBJECTIVES[config["objective"]], config["objective"]
+    guidance = config["guidance"] if guidance is None else guidance
     if "eta" not in objective.choices:
         if (eta, s_rule, space) != (None, None, None):
-            raise errors.UserError(
-                f"{config['objective']} has a sampler of its own: --eta, --s-rule and --space do "
-                "not "
-                "apply to it"
-            )
-        return {"guidance": chosen["guidance"]}
+            raise errors.UserError(f"{name} has its own sampler, without --eta, --s-rule and --space")
+        return {"guidance": guidance}
     if objective.s_rules == (1.0,):
         if s_rule not in (None, 1):
-            raise errors.UserError(
-                f"a {config['objective'].replace('_', '-')} model has never seen s < t; "
-                "it is sampled with --s-rule same"
-            )
-        chosen["s_rule"] = 1.0
-    return chosen | {"mu": config["mu"]}
+            raise errors.UserError(f"a {name} model has never seen s < t: it is sampled with --s-rule same")
+        s_rule = 1.0
+    return {
+        "guidance": guidance,
+        "eta": config["eta"] if eta is None else eta,
+        "s_rule": config["s_rule"] if s_rule is None else s_rule,
+        "space": space or config["guidance_space"],
+        "mu": config["mu"],
+    }
 
 
 def mu_of(loaded: Loaded, shape: tuple[int, int]) -> float:
@@ -183,9 +180,7 @@ def draw_batch(
     return data.to_pictures(loaded.autoencoder.decode(x))
 
 
-def sheet(
-    rows: list[list[np.ndarray]], counts: Sequence[int], captions: list[str], scale: int = 0
-) -> Image.Image:
+def sheet(rows: list, counts: Sequence[int], captions: list[str], scale: int = 0) -> Image.Image:
     """Captions in rows, step counts in columns; pixels enlarged `scale` times, or (0) until a picture is about 96 wide."""
     labels = [f"{n} step{'s' if n > 1 else ''}" for n in counts]
     return data.label_grid(rows, labels, captions, scale or max(1, 96 // rows[0][0].shape[1]))
@@ -198,27 +193,20 @@ def fraction_or_name(names: dict):
     """An argparse type: a number in [0, 1] or one of `names`."""
 
     def parse(text: str):
-        if text in names:
-            return names[text]
-        try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if not 0 <= value <= 1:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is neither a number from 0 to 1 nor one of {', '.join(names)}"
-            )
-        return value
+        with contextlib.suppress(ValueError):
+            value = names[text] if text in names else float(text)
+            if text in names or 0 <= value <= 1:
+                return value
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1 or one of {', '.join(names)}")
 
     return parse
 
 
 def shape_of(text: str) -> tuple[int, int]:
     """An argparse type: "192x336" -> (192, 336)."""
-    match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, such as 192x336")
-    return int(match[1]), int(match[2])
+    if match := re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text):
+        return int(match[1]), int(match[2])
+    raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, such as 192x336")
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -233,13 +221,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--seed", metavar="N", type=int, default=0, help="same seed, same picture (default: 0)")
     a("--out", metavar="FILE", type=errors.file_to_write, default="samples.png", help="a PNG")
     a("--out-dir", metavar="DIR", type=Path, help="one PNG a picture, in this folder, instead of a sheet")
-    a(
-        "--scale",
-        metavar="N",
-        type=int,
-        default=0,
-        help="enlarge pixels so many times; 0 picks it (default: 0)",
-    )
+    a("--scale", metavar="N", type=int, default=0, help="enlarge pixels N times; 0 picks N (default: 0)")
     a = parser.add_argument_group("how (what has no default here: the checkpoint's own)").add_argument
     steps = "evaluations of the network; several give a sheet (default: 2; without prompts 1 2 4 8)"
     a("--steps", metavar="N", type=int, nargs="+", help=steps)
@@ -275,34 +257,26 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def check_request(args: argparse.Namespace, loaded: Loaded, shape: tuple[int, int], scale: int) -> None:
     """Raise UserError for what this model does not make; say which prompts it does not read to their end."""
-    if any(side % loaded.unit for side in shape):
-        raise errors.UserError(
-            f"--shape must have sides that are multiples of {loaded.unit}, not {shape[0]}x{shape[1]}"
-        )
+    height, width = shape
+    if height % loaded.unit or width % loaded.unit:
+        raise errors.UserError(f"--shape must be of multiples of {loaded.unit}, not {height}x{width}")
     if args.negative and choose(loaded.config, guidance=args.guidance)["guidance"] == 1:
-        raise errors.UserError(
-            "--negative is what guidance leads away from: it needs a --guidance other than 1"
-        )
-    for prompt in filter(loaded.text.cuts, [*args.prompt, args.negative]):
-        print(
-            f"the end of this prompt is not read, as the model was trained with --txt-len {loaded.text.txt_len}: "
-            + files.printable(prompt[:80]),
-            file=sys.stderr,
-        )
-    pixels = len(args.prompt) * args.images * len(args.steps) * shape[0] * shape[1] * scale**2
+        raise errors.UserError("--negative is what guidance leads away from: give a --guidance other than 1")
+    pixels = len(args.prompt) * args.images * len(args.steps) * height * width * scale**2
     if not args.out_dir and pixels > SHEET:
-        raise errors.UserError(
-            f"a sheet of {pixels / 1e6:,.0f} million pixels is more than a viewer can open: fewer prompts, --images or "
-            f"--steps, a smaller --scale than {scale}, or --out-dir"
-        )
+        size = f"a sheet of {pixels / 1e6:,.0f} million pixels is more than a viewer opens"
+        raise errors.UserError(f"{size}: fewer prompts, --images or --steps, a smaller --scale, or --out-dir")
+    for prompt in filter(loaded.text.cuts, [*args.prompt, args.negative]):
+        cut = f"the end of this prompt is not read (--txt-len {loaded.text.txt_len})"
+        print(f"{cut}: {files.printable(prompt[:80])}", file=sys.stderr)
 
 
-def save(picture: Image.Image, path: Path, told: dict) -> Path:
+def save(picture: Image.Image, path: Path, facts: dict) -> Path:
     """Write a PNG that tells how it was made. A file that is there stays: the new one gets a number."""
     free = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in itertools.count(2))
     path = path if not path.exists() else next(other for other in free if not other.exists())
     info = PngImagePlugin.PngInfo()
-    for name, value in told.items():
+    for name, value in facts.items():
         info.add_text(name, str(value))
     with checkpoint.in_one_piece(path) as partial:
         picture.save(partial, format="PNG", pnginfo=info)
@@ -317,41 +291,33 @@ def main() -> None:
     scale = args.scale or max(1, 128 // min(shape))
     check_request(args, loaded, shape, scale)
     how = {"guidance": args.guidance, "eta": args.eta, "s_rule": args.s_rule, "space": args.space}
-    told = {"seed": args.seed, "checkpoint": args.checkpoint, "shape": f"{shape[0]}x{shape[1]}"}
-    told |= choose(loaded.config, **how) | ({"negative": args.negative} if args.negative else {})
-    if "mu" in told:
-        told["mu"] = mu_of(loaded, shape)
-    prompts = [p for p in args.prompt for _ in range(args.images)]
+    facts = {"seed": args.seed, "checkpoint": args.checkpoint, "shape": f"{shape[0]}x{shape[1]}"}
+    facts |= choose(loaded.config, **how) | ({"negative": args.negative} if args.negative else {})
+    if "mu" in facts:
+        facts["mu"] = mu_of(loaded, shape)
     # Picture i of every prompt starts from the same noise, at every step count, so that columns compare.
-    keys = [(i,) for _ in args.prompt for i in range(args.images)]
+    prompts, keys = zip(*[(prompt, (i,)) for prompt in args.prompt for i in range(args.images)])
     how |= {"shapes": [shape] * len(prompts), "seed": args.seed, "negative": args.negative}
     columns = []
     for n in args.steps:
-        columns.append(generate(loaded, prompts, keys, steps=n, **how))
-        if args.out_dir:
-            args.out_dir.mkdir(parents=True, exist_ok=True)
-            for i, (picture, prompt, key) in enumerate(zip(columns.pop(), prompts, keys)):
-                words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40]
-                path = args.out_dir / f"{i:04}-{words}-{n}-steps-seed-{args.seed}.png"
-                own = {"prompt": prompt, "steps": n, "image": key[0]}
-                save(enlarged(picture, args.scale or 1), path, own | told)
-    wrote = f"{len(prompts) * len(args.steps)} pictures in {args.out_dir}"
-    if not args.out_dir:
+        pictures = generate(loaded, prompts, keys, steps=n, **how)
+        if not args.out_dir:
+            columns.append(pictures)
+            continue
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        for i, (picture, prompt, key) in enumerate(zip(pictures, prompts, keys)):
+            words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40]
+            path = args.out_dir / f"{i:04}-{words}-{n}-steps-seed-{args.seed}.png"
+            facts_of_one = {"prompt": prompt, "steps": n, "image": key[0]} | facts
+            save(data.enlarged(picture, args.scale or 1), path, facts_of_one)
+    steps, count = " ".join(map(str, args.steps)), len(prompts) * len(args.steps)
+    place = args.out_dir
+    if not place:
         picture = sheet([list(row) for row in zip(*columns)], args.steps, prompts, scale)
-        if len(columns) == len(prompts) == 1:
-            picture = enlarged(columns[0][0], scale)
-        own = {"prompt": "\n".join(args.prompt), "steps": " ".join(map(str, args.steps))}
-        wrote = save(picture, args.out, own | told)
-    several = "s" if len(args.prompt) > 1 else ""
-    each = f", {args.images} pictures each," if args.images > 1 else ""
-    print(
-        f"wrote {wrote}: {len(args.prompt)} prompt{several}{each} at {' '.join(map(str, args.steps))} steps"
-    )
-
-
-def enlarged(picture: np.ndarray, scale: int) -> Image.Image:
-    height, width = picture.shape[:2]
-    return Image.fromarray(picture).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        if count == 1:
+            picture = data.enlarged(columns[0][0], scale)
+        place = save(picture, args.out, {"prompt": "\n".join(args.prompt), "steps": steps} | facts)
+    print(f"wrote {count} picture{'s' if count > 1 else ''} in {place}, at {steps} steps")
 
 
 if __name__ == "__main__":
