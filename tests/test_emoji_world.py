@@ -34,7 +34,7 @@ def test_posterior_means_are_bayes_rule_picture_by_picture(source):
             x0 = ((source.pictures[concept, maker] / 127.5 - 1) * 0.2).transpose(2, 0, 1).ravel()
             near = np.exp(-np.square(x_t.numpy() - (1 - t) * x0).sum(1, keepdims=True) / (2 * t**2) + 150)
             top, bottom = top + share * near * x0, bottom + share * near
-        mean = world.mean(x_t, t, torch.full((4,), i))
+        mean = world.posterior_mean(x_t, t, torch.full((4,), i))
         assert mean.numpy() == pytest.approx(top / bottom, abs=1e-4)
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from engine import errors
 from toy import any_step, ideal, identities, measures, pictures, studies, training
@@ -200,15 +198,6 @@ def test_kept_results_name_what_made_them_and_are_what_the_programs_would_write(
                 assert record["setting"] == {"training": changes, "sampling": sampling, "steps": STEPS}
 
 
-def test_a_kept_study_is_drawn_again(tmp_path, monkeypatch):
-    """The figure that the page shows, from the results beside it, without a training."""
-    shutil.copy(ROOT / "toy/results/s_rule.json", tmp_path)
-    monkeypatch.setattr(training, "train", None)
-    monkeypatch.setattr(sys, "argv", ["any_step.py", "--study", "s_rule", "--out", str(tmp_path)])
-    any_step.main()
-    assert min(Image.open(tmp_path / "s_rule.png").size) > 200
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Wrong labels, and the objective on pictures
 # ------------------------------------------------------------------------------------------------------------
@@ -237,7 +226,7 @@ def test_the_exact_posterior_mean_of_pictures_is_bayes_rule(small_world):
     c = torch.tensor([0, 3, world.C])
     noise = torch.randn(3, world.x.shape[1], generator=torch.Generator().manual_seed(0))
     x_t = (1 - t) * world.x[[5, 350, 120]] + t * noise
-    found = world.mean(x_t, t, c)
+    found = world.posterior_mean(x_t, t, c)
     N, each = len(world.x), world.each
     for row in range(3):
         log_q = torch.stack([-((x_t[row] - (1 - t) * x).double() ** 2).sum() / (2 * t**2) for x in world.x])
@@ -246,7 +235,7 @@ def test_the_exact_posterior_mean_of_pictures_is_bayes_rule(small_world):
             prior[int(c[row]) * each : (int(c[row]) + 1) * each] += 0.7 / each
         weights = (log_q + prior.log()).softmax(0)
         assert torch.allclose(found[row].double(), weights @ world.x.double(), atol=2e-3)
-    assert torch.equal(world.mean(x_t, 0.0, c), x_t) and world.each >= 100
+    assert torch.equal(world.posterior_mean(x_t, 0.0, c), x_t) and world.each >= 100
 
 
 def test_deltas_budget_is_twice_the_information_of_the_captions(small_world):
@@ -265,9 +254,9 @@ def test_perfect_answers_of_flow_matching_are_the_posterior_mean_and_null_prompt
     world = small_world
     c, t = torch.tensor([1, world.C]), torch.full((2,), 0.8)
     x_t = torch.randn(2, world.x.shape[1], generator=torch.Generator().manual_seed(1))
-    mean = world.mean(x_t, 0.8, c)
+    mean = world.posterior_mean(x_t, 0.8, c)
     for label, s in (("flow matching", 0.4), ("classifier only", 0.4), ("k = 0.9", 0.8)):
-        V = pictures.Perfect(world, pictures.OBJECTIVES[label], 3, np.random.default_rng(0))
+        V = pictures.perfect(world, pictures.OBJECTIVES[label], 3, np.random.default_rng(0))
         x0_hat = x_t - 0.8 * V(x_t, t, torch.full((2,), s), c)
         assert torch.allclose(x0_hat[1], mean[1], atol=1e-4)  # the null prompt learns the data
         changed = not torch.allclose(x0_hat[0], mean[0], atol=1e-4)

@@ -47,9 +47,6 @@ def main() -> None:
         for layout in layouts:
             rows = studies.cells(results, layout, measure)
             print(kept.table(f"{layout}: {measure}", [f"N = {n}" for n in measures.BUDGETS], rows))
-    if study.along:
-        distances = {layout: studies.cells(results, layout, "energy") for layout in layouts}
-        figures.study(distances, out / f"{args.study}.png", study.along)
     if args.study == "objectives":
         figures.fields(("between", "far"), out / "fields.png")
     if args.study in ("objectives", "peers"):

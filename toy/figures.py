@@ -136,49 +136,25 @@ def fields(layouts: list[str], path: Path, times: tuple = (0.05, 0.2, 0.5, 0.8))
 # ------------------------------------------------------------------------------------------------------------
 # Curves: mean and standard deviation over seeds
 # ------------------------------------------------------------------------------------------------------------
-def curves(panels: dict, path: Path, columns: int, **axes_choices) -> None:
-    """panels: title -> {label: (x, values [x, seeds])}; one colour for each label, bars of one standard deviation.
-
-    axes_choices go to each axis, like xlabel, ylabel, xscale, xticks.
-    """
+def curves(panels: dict, steps: tuple, path: Path, columns: int, ylabel: str) -> None:
+    """panels: title -> {label: values [steps, seeds]}; one colour for each label, bars of one standard deviation."""
     rows = -(-len(panels) // columns)
     shape = {"figsize": (3.4 * columns, 2.8 * rows + 0.5), "squeeze": False}
     figure, axes = plt.subplots(rows, columns, sharex=True, sharey=True, **shape)
     for axis, (title, lines) in zip(axes.flat, panels.items()):
-        for i, (label, (x, values)) in enumerate(lines.items()):
-            mean = np.mean(values, 1)
-            bars = np.std(values, 1, ddof=1) if np.shape(values)[1] > 1 else 0 * mean
-            if axes_choices.get("yscale") == "log":
-                mean = mean.clip(1e-4)
-            shifted = np.array(x) * (1 + 0.02 * (i - len(lines) / 2))  # so that bars do not hide one another
-            style = {"linestyle": "--" if i >= len(COLOURS) else "-", "marker": "o", "markersize": 3}
-            axis.errorbar(shifted, mean, yerr=bars, label=label, linewidth=1.2, **style)
-        axis.set(title=title, **axes_choices)
-        axis.set_xticks(axes_choices["xticks"], axes_choices["xticks"])
+        for i, (label, values) in enumerate(lines.items()):
+            mean, bars = np.mean(values, 1), np.std(values, 1, ddof=1) if len(values[0]) > 1 else None
+            shifted = np.array(steps) * (
+                1 + 0.02 * (i - len(lines) / 2)
+            )  # so that bars do not hide one another
+            axis.errorbar(shifted, mean, yerr=bars, label=label, linewidth=1.2, marker="o", markersize=3)
+        axis.set(title=title, xlabel="network evaluations", ylabel=ylabel, xscale="log")
+        axis.set_xticks(steps, steps)
         axis.minorticks_off()
         axis.label_outer()
     handles = axes[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=8)
     save(figure, path)
-
-
-def study(distances: dict, path: Path, along: str) -> None:
-    """distances: layout -> studies.cells for labels "training, choice"; along names the number in the choices.
-
-    A panel for each layout and N, a line for each training.
-    """
-    panels = {}
-    for layout, cells in distances.items():
-        for label, values in cells.items():
-            if label == "floor":
-                continue
-            training, choice = label.rsplit(", ", 1)
-            for n, of_seeds in zip(BUDGETS, values):
-                x, y = panels.setdefault(f"{layout}, N = {n}", {}).setdefault(training, ([], []))
-                x.append(float(choice.split()[-1]))
-                y.append(of_seeds)
-    choices = {"ylabel": "energy distance to the data", "yscale": "log", "xlabel": along, "xticks": x}
-    curves(panels, path, len(BUDGETS), **choices)
 
 
 # ------------------------------------------------------------------------------------------------------------

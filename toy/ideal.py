@@ -44,10 +44,12 @@ GOALS = {  # label -> (k, whether Eq. 19 follows Eq. 18, factor on Delta); None 
 }
 
 
-def mean_of_answers(x_s: Tensor, s: float, x0_hat: Tensor) -> Tensor:
-    """E_p[x0 | x_s, c] when p(x0 | c) is the answers themselves: [C, n, 2] each, one row of answers per condition."""
-    distance2 = torch.cdist(x_s, (1 - s) * x0_hat).square()
-    return (-distance2 / (2 * s**2)).softmax(-1) @ x0_hat
+def mean_of_answers(x_s: Tensor, s: float, x0_hat: Tensor, others: Tensor | None = None) -> Tensor:
+    """E_p[x0 | x_s, c] when p(x0 | c) is the answers themselves: [..., n, D] each; others [n, n], answers to skip."""
+    log_shares = -torch.cdist(x_s, (1 - s) * x0_hat).square() / (2 * s**2)
+    if others is not None:
+        log_shares = log_shares.masked_fill(others, -torch.inf)
+    return log_shares.softmax(-1) @ x0_hat
 
 
 def follow(x0_hat: Tensor, t: Tensor, s: Tensor, goal: tuple, rounds: int, data, noise, evaluate) -> Tensor:
@@ -55,7 +57,7 @@ def follow(x0_hat: Tensor, t: Tensor, s: Tensor, goal: tuple, rounds: int, data,
 
     goal is one of GOALS, not None. data() draws x0 ~ q(x0 | x_t, c), because training meets every x0 that an x_t could
     have come from; noise() is standard normal like x0_hat; evaluate(x_s, x0_hat) gives G_null, G_c and G_fake. The
-    falling rate averages out what the draws add. toy/pictures.py runs the same rounds.
+    falling rate averages out what the draws add.
     """
     k, normalised, scale = goal
     lam = losses.lam(t, s)
@@ -70,29 +72,37 @@ def follow(x0_hat: Tensor, t: Tensor, s: Tensor, goal: tuple, rounds: int, data,
     return x0_hat
 
 
-def settle(q: Mixture, s: float, goal: tuple | None, seed: int) -> tuple[Tensor, Tensor]:
-    """Answers [C, n, 2] at time T that have followed their target to the end, and fresh data [C, n, 2]."""
-    g, shape = rng(seed, "toy ideal"), (q.C, ANSWERS, 2)
-    c = torch.arange(q.C).repeat_interleave(ANSWERS)
-    t, now = torch.full((len(c),), T), torch.full((len(c),), s)
+def settle(q, x0_hat: Tensor, t: float, s: float, c: Tensor, goal: tuple, rounds: int, data, g) -> Tensor:
+    """`follow` with perfect evaluators: predictions [B, D] for the prompts c [B], which start at x0_hat.
+
+    q is a Mixture, or a World of toy/pictures.py: it knows posterior means. The answers of one prompt are all that the
+    model draws for it. g draws the noise.
+    """
+    others = c[:, None] != c
 
     def noise() -> Tensor:
-        return torch.from_numpy(g.standard_normal((len(c), 2), dtype=np.float32))
-
-    x_t = losses.add_noise(q.sample(c, g), t, noise())
-    fresh = q.sample(c, g)
-    x0_hat = q.posterior_mean(x_t, t, c)
-
-    def data() -> Tensor:
-        return q.posterior_sample(x_t, t, c, g)
+        return torch.from_numpy(g.standard_normal(x0_hat.shape, dtype=np.float32))
 
     def evaluate(x_s: Tensor, x0_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        G_fake = mean_of_answers(x_s.view(shape), s, x0_hat.view(shape)).view_as(x_s)
-        return q.posterior_mean(x_s, s, q.C), q.posterior_mean(x_s, s, c), G_fake
+        if s == 0:  # Eq. 6 at s = 0 is x itself for every prompt: there is nothing to evaluate
+            return x_s, x_s, x_s
+        G_null, G_c = q.posterior_mean(x_s, s, q.null(c)), q.posterior_mean(x_s, s, c)
+        return G_null, G_c, mean_of_answers(x_s, s, x0_hat, others)
 
+    times = (torch.full((len(c),), value) for value in (t, s))
+    return follow(x0_hat, *times, goal, rounds, data, noise, evaluate)
+
+
+def answers(q: Mixture, s: float, goal: tuple | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Answers [C, n, 2] at time T that have followed their target to the end, and fresh data [C, n, 2]."""
+    g, c = rng(seed, "toy ideal"), torch.arange(q.C).repeat_interleave(ANSWERS)
+    x0 = q.sample(c, g)
+    x_t = (1 - T) * x0 + T * torch.from_numpy(g.standard_normal(x0.shape, dtype=np.float32))
+    fresh = q.sample(c, g)
+    x0_hat = q.posterior_mean(x_t, T, c)
     if goal is not None:
-        x0_hat = follow(x0_hat, t, now, goal, ROUNDS, data, noise, evaluate)
-    return x0_hat.view(shape), fresh.view(shape)
+        x0_hat = settle(q, x0_hat, T, s, c, goal, ROUNDS, lambda: q.posterior_sample(x_t, T, c, g), g)
+    return x0_hat.view(q.C, ANSWERS, 2), fresh.view(q.C, ANSWERS, 2)
 
 
 def distance(x: Tensor, y: Tensor, s: float, seed: int) -> float:
@@ -114,7 +124,7 @@ def main() -> None:
         q, rows = Mixture(**LAYOUTS[layout]), {label: [] for label in GOALS}
         for (label, goal), s in itertools.product(GOALS.items(), TIMES):
             for seed in SEEDS:
-                x0_hat, fresh = settle(q, s, goal, seed)
+                x0_hat, fresh = answers(q, s, goal, seed)
                 first.setdefault((layout, label, s), x0_hat)
                 at_0, at_s = (distance(x0_hat, fresh, each, seed) for each in (0.0, s))
                 record = {"layout": layout, "label": label, "s": s, "seed": seed}

@@ -8,7 +8,7 @@ means are exact: E[x0 | x_t, c] is a softmax over the pictures. With a share X o
 
     q(picture | c) = (1 - X) on the pictures of c, in equal parts, + X on all pictures
 
-At each step of the sampler the predictions x0_hat move towards their target for some rounds (ideal.follow), and
+At each step of the sampler the predictions x0_hat move towards their target for some rounds (ideal.settle), and
 sampler.py continues from there. experiments/scorer.py judges the pictures. Guidance and the rule for s_k are chosen per
 objective and step count, on other noise than the scores. A map that was stopped goes on by the same command.
 
@@ -36,7 +36,7 @@ from engine import checkpoint, errors, machine
 from experiments import evaluate, scorer
 from rng import rng
 from toy import figures, kept
-from toy.ideal import GOALS, follow
+from toy.ideal import GOALS, settle
 
 
 class Map(NamedTuple):
@@ -101,7 +101,7 @@ class World:
         near = ((1 - t) * x_t @ self.x.T - (1 - t) ** 2 / 2 * self.x.square().sum(1)) / t**2
         return (near + self.log_weights[c]).softmax(1)
 
-    def mean(self, x_t: Tensor, t: float, c: Tensor) -> Tensor:
+    def posterior_mean(self, x_t: Tensor, t: float, c: Tensor) -> Tensor:
         """E[x0 | x_t, c], [B, D]; x_t itself at t = 0."""
         return self.posterior(x_t, t, c) @ self.x if t > 0 else x_t
 
@@ -164,7 +164,7 @@ def budget(world: World, samples: int = 300, points: int = 60) -> dict:
     times = 1 / (1 + np.exp(log_snr / 2))
     for s in times:
         x_s = (1 - s) * x0 + s * torch.from_numpy(g.standard_normal(x0.shape, dtype=np.float32))
-        gap = world.mean(x_s, s, world.null(c)) - world.mean(x_s, s, c)
+        gap = world.posterior_mean(x_s, s, world.null(c)) - world.posterior_mean(x_s, s, c)
         height.append(float(gap.square().sum(1).mean()))
     height = np.array(height) * np.exp(log_snr)  # d snr = snr d log snr
     pieces = (height[1:] + height[:-1]) / 2 * np.diff(log_snr)
@@ -177,44 +177,28 @@ def budget(world: World, samples: int = 300, points: int = 60) -> dict:
 # ------------------------------------------------------------------------------------------------------------
 # The objective on a sampler's path
 # ------------------------------------------------------------------------------------------------------------
-class Perfect:
-    """A callable V(x_t, t, s, c) that predicts what a perfect network would learn from the objective.
+def perfect(world: World, goal: tuple | None, rounds: int, g: np.random.Generator) -> Callable:
+    """V(x_t, t, s, c) that predicts what a perfect network would learn from the objective (toy/ideal.py).
 
     A null prompt learns the data alone, at every (t, s). goal None is flow matching.
     """
 
-    def __init__(self, world: World, goal: tuple | None, rounds: int, g: np.random.Generator):
-        self.world, self.goal, self.rounds, self.g = world, goal, rounds, g
+    def V(x_t: Tensor, t: Tensor, s: Tensor, c: Tensor) -> Tensor:
+        posterior, asked = world.posterior(x_t, float(t[0]), c), c < world.C
+        x0_hat = posterior @ world.x
+        if goal is not None and s[0] < t[0] and asked.any():
+            cumulated = posterior[asked].cumsum(1)
 
-    def __call__(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor) -> Tensor:
-        posterior = self.world.posterior(x_t, float(t[0]), c)
-        x0_hat, asked = posterior @ self.world.x, c < self.world.C
-        if self.goal is not None and s[0] < t[0] and asked.any():
-            x0_hat[asked] = self.followed(x0_hat[asked], posterior[asked], t[asked], s[asked], c[asked])
+            def data() -> Tensor:
+                u = torch.from_numpy(g.random(len(cumulated), dtype=np.float32)) * cumulated[:, -1]
+                picked = torch.searchsorted(cumulated, u[:, None])[:, 0].clamp_max(len(world.x) - 1)
+                return world.x[picked]
+
+            times = float(t[0]), float(s[0])
+            x0_hat[asked] = settle(world, x0_hat[asked], *times, c[asked], goal, rounds, data, g)
         return (x_t - x0_hat) / t[:, None]
 
-    def followed(self, x0_hat: Tensor, posterior: Tensor, t: Tensor, s: Tensor, c: Tensor) -> Tensor:
-        """The predictions after ideal.follow; posterior [B, N] over the pictures."""
-        world, now = self.world, float(s[0])
-        cumulated, others = posterior.cumsum(1), c[:, None] != c[None]
-
-        def data() -> Tensor:
-            u = torch.from_numpy(self.g.random(len(c), dtype=np.float32)) * cumulated[:, -1]
-            picked = torch.searchsorted(cumulated, u[:, None])[:, 0].clamp_max(len(world.x) - 1)
-            return world.x[picked]
-
-        def noise() -> Tensor:
-            return torch.from_numpy(self.g.standard_normal(x0_hat.shape, dtype=np.float32))
-
-        def evaluate(x_s: Tensor, x0_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            """G_null and G_c exactly; G_fake as if the predictions of a prompt were all that the model draws for it."""
-            if now == 0:  # Eq. 6 at s = 0 is x itself for every prompt: there is nothing to evaluate
-                return x_s, x_s, x_s
-            distance2 = torch.cdist(x_s, (1 - now) * x0_hat).square() / (2 * now**2)
-            G_fake = (-distance2).masked_fill(others, -torch.inf).softmax(1) @ x0_hat
-            return world.mean(x_s, now, world.null(c)), world.mean(x_s, now, c), G_fake
-
-        return follow(x0_hat, t, s, self.goal, self.rounds, data, noise, evaluate)
+    return V
 
 
 def samples(
@@ -226,7 +210,7 @@ def samples(
     def normal(k: int = 0) -> Tensor:
         return torch.from_numpy(g.standard_normal((len(c), world.x.shape[1]), dtype=np.float32))
 
-    V, noise = Perfect(world, OBJECTIVES[label], ROUNDS, g), normal()
+    V, noise = perfect(world, OBJECTIVES[label], ROUNDS, g), normal()
     choices = settings | {"s_rule": 1.0} if label == "flow matching" else settings  # it knows s = t alone
     given = {"steps": n, "mu": world.mu, "eta": 1.0, "draw_noise": normal}
     return world.pictures(sampler.sample(V, noise, (c,), (world.null(c),), **given, **choices))
@@ -324,14 +308,12 @@ def main() -> None:
     torch.set_num_threads(1)
     results = run(args.world, size, out / f"{name}.json")
 
-    panels = {}
-    for share, kind in itertools.product(size.shares, size.worlds):
-        for group in size.groups(kind):
-            found = scores_of(results, group, share)
-            panels[f"{group}, {share:.0%} wrong"] = {label: (STEPS, rows) for label, rows in found.items()}
-    columns = len(panels) // len(size.shares)
-    choices = {"xlabel": "network evaluations", "ylabel": "right pictures", "xscale": "log", "xticks": STEPS}
-    figures.curves(panels, out / f"{name}.png", columns, **choices)
+    panels = {
+        f"{group}, {share:.0%} wrong": scores_of(results, group, share)
+        for share, kind in itertools.product(size.shares, size.worlds)
+        for group in size.groups(kind)
+    }
+    figures.curves(panels, STEPS, out / f"{name}.png", len(panels) // len(size.shares), "right pictures")
     print(f"\n{name}.json and {name}.png in {out}; {results['seconds']:.0f} s")
 
 

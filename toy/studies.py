@@ -31,7 +31,6 @@ class Study(NamedTuple):
     question: str
     settings: dict  # label -> (training, sampling)
     layouts: tuple = ("between", "far")
-    along: str = ""  # what the numbers at the end of the labels are, where the figure is drawn against them
 
 
 def peer(objective: str, p_equal: float, **changes) -> tuple[dict, dict]:
@@ -87,7 +86,6 @@ STUDIES = {
             {"Self-E": PAPER, "auxiliary late": (dict(aux_from=0.77), {})},
             {f"s_rule {r:g}": dict(s_rule=r) for r in (0.0, 0.25, 0.5, 0.75, 1.0)},
         ),
-        along="s_k, from t_(k+1) to t_k",
     ),
     "eta": Study(
         "Which rule makes the step: eta = 0, 0.5, 1 (the paper) or re-noising (Eq. 8)?",
@@ -116,11 +114,6 @@ STUDIES = {
         {f"k = {k:g}": (dict(aux_from=0.5, k=k), {}) for k in (1.0, 0.9, 0.5, 0.0)}
         | {"k = 0, Eq. 18": (dict(aux_from=0.5, k=0.0, target="tar"), {})},
     ),
-    "lambda_s": Study(
-        "Lambda decoupled from s: what if the weight saw another second time? (S.3.1)",
-        {f"lambda sees {name}": (dict(lam_s=name), {}) for name in ("s", "0", "s/2", "(s+t)/2")},
-        BETWEEN,
-    ),
     "lambda_scale": Study(
         "How sensitive is training to the scale of lambda? (S.5)",
         {f"lambda x {a:g}": (dict(lam_scale=a), {}) for a in (0.1, 0.3, 1.0, 3.0)},
@@ -138,11 +131,6 @@ STUDIES = {
                 "k = 0 from half-way, Eq. 18": (dict(aux_from=0.5, k=0.0, target="tar"), {}),
             }.items()
         },
-    ),
-    "p_equal": Study(
-        "How many samples should have s = t? (S.2, the paper's share is 0.5)",
-        {f"p = {p:g}": (dict(p_equal=p), {}) for p in (0.0, 0.25, 0.5, 0.75)},
-        BETWEEN,
     ),
     "branches": Study(
         "Which network evaluates: moving average or online, in each branch? (S.2: conditional EMA, null online)",
@@ -171,7 +159,6 @@ STUDIES = {
             )
             for share in (0.0, 0.2, 0.4, 0.6)
         },
-        along="share of wrong labels in training",
     ),
 }
 

@@ -109,7 +109,6 @@ PAPER = dict(
     k=0.9,
     delta_scale=1.0,
     lam_scale=1.0,
-    lam_s="s",  # the second time that lambda sees
     null_target="data",
     labels=True,  # False: no condition is ever shown
     wrong_labels=0.0,  # share of samples that are shown with the condition of another one
@@ -118,13 +117,6 @@ PAPER = dict(
     derivative="forward",  # of MeanFlow's target
     loss_power=1.0,  # of its own that MeanFlow and TiM divide each error by
 )
-
-SECOND_TIME = {  # that lambda sees
-    "s": lambda t, s: s,  # the paper
-    "0": lambda t, s: torch.zeros_like(s),  # full strength at every s < t
-    "(s+t)/2": lambda t, s: (s + t) / 2,  # weaker
-    "s/2": lambda t, s: s / 2,  # stronger
-}
 
 
 def batches(member: Member, steps: int, labels: bool, wrong: float = 0.0, at_once: int = 100):
@@ -154,8 +146,8 @@ def step_of(net: Net, ema: Net, o: dict) -> nn.Module:
         return objectives.OBJECTIVES[o["objective"]].build(net, ema, SimpleNamespace(**o))
     networks = {"online": net, "ema": ema}
     choices = {name: o[name] for name in ("target", "k", "delta_scale", "lam_scale", "null_target")}
-    choices |= {"lam_time": SECOND_TIME[o["lam_s"]], "unconditional": networks[o["unconditional"]]}
-    return variants.Variant(net, networks[o["conditional"]], **choices)
+    evaluators = networks[o["conditional"]], networks[o["unconditional"]]
+    return variants.Variant(net, evaluators[0], unconditional=evaluators[1], **choices)
 
 
 def train(members: list[Member], steps: int = STEPS, **changes) -> Net:

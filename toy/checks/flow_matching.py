@@ -52,8 +52,7 @@ def data_loss_along_bumps(h: Tensor) -> Tensor:
         for m, std, share in q.modes(c):
             x0 = m + std * z[:, :2]
             x_t = losses.add_noise(x0, t, z[:, 2:])
-            x0_hat = q.posterior_mean(x_t, t, torch.full((len(x0),), c))
-            x0_hat = x0_hat + torch.einsum("n,nNk->Nk", h, bumps(x_t))
+            x0_hat = q.posterior_mean(x_t, t, c) + torch.einsum("n,nNk->Nk", h, bumps(x_t))
             total = total + share * (w * losses.data_loss(x0_hat, x0)).sum() / q.C
     return total
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import sampler
-from toy.checks.stage import check, full, points, q, random, worst
+from toy.checks.stage import check, points, q, random, worst
 from toy.checks.step import SmallNet
 from toy.mixture import Mixture
 
@@ -78,12 +78,11 @@ def any_step_is_exact():
     worst_z = 0.0
     for steps in BUDGETS:
         for i, eta in enumerate(ETAS):
-            label = (i + steps) % q.C
-            c = torch.full((n,), label)
+            c = (i + steps) % q.C
             x = sampler.sample(perfect, normal(), (c,), steps=steps, eta=eta, draw_noise=normal)
             # E exp(i u.x) of a Gaussian mixture is a closed form; the sample mean has a known error bar.
-            phase = (q.means[label] @ u.T) * 1j - 0.5 * q.std[label][:, None] ** 2 * u.square().sum(1)
-            excess = torch.exp(1j * (x @ u.T)) - (q.weights[label][:, None] * phase.exp()).sum(0)
+            phase = (q.means[c] @ u.T) * 1j - 0.5 * q.std[c][:, None] ** 2 * u.square().sum(1)
+            excess = torch.exp(1j * (x @ u.T)) - (q.weights[c][:, None] * phase.exp()).sum(0)
             sigmas = (part.mean(0) / (part.std(0) / n**0.5) for part in (excess.real, excess.imag))
             worst_z = max(worst_z, worst(*sigmas))
     return worst_z
@@ -95,8 +94,7 @@ GAUSSIAN = Mixture([[[0.7, -0.7]]], 0.5, dtype=torch.float64)
 
 def end_of(x: Tensor, steps: int, eta, noise=None) -> Tensor:
     """The sampler's end from x with the perfect network of GAUSSIAN; noise(k) is the fresh noise of step k."""
-    c = torch.zeros(len(x), dtype=torch.int64)
-    return sampler.sample(GAUSSIAN.V, x, (c,), steps=steps, eta=eta, draw_noise=noise)
+    return sampler.sample(GAUSSIAN.V, x, (0,), steps=steps, eta=eta, draw_noise=noise)
 
 
 @check("Eq. 22", "posterior mean, eta = 0: the error falls with order 1 in 1/N (|order - 1|)", below=0.03)
@@ -190,11 +188,10 @@ def noise_of_each_step():
         asked.append(k)
         return points(8, seed=20 + k)[0]
 
-    x, c = points(8)[0], torch.zeros(8, dtype=torch.int64)
-    path = list(sampler.trajectory(GAUSSIAN.V, x, (c,), steps=4, eta=1.0, draw_noise=draw_noise))
-    by_hand, times = x, (1.0, 0.75, 0.5, 0.25, 0.0)
-    for k, (t, s) in enumerate(zip(times[:-1], times[1:])):
-        x0_hat = GAUSSIAN.posterior_mean(by_hand, full(t, x), c)
-        by_hand = sampler.update(by_hand, x0_hat, t, s, 1.0, points(8, seed=20 + k)[0])
+    x = by_hand = points(8)[0]
+    path = list(sampler.trajectory(GAUSSIAN.V, x, (0,), steps=4, eta=1.0, draw_noise=draw_noise))
+    for k, t in enumerate((1.0, 0.75, 0.5, 0.25)):
+        x0_hat = GAUSSIAN.posterior_mean(by_hand, t, 0)
+        by_hand = sampler.update(by_hand, x0_hat, t, t - 0.25, 1.0, points(8, seed=20 + k)[0])
     last_time, last, last_x0 = path[-1]
     return worst(last - by_hand, last - last_x0) + float(asked != [0, 1, 2]) + abs(last_time)

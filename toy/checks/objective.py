@@ -82,9 +82,7 @@ def noise_end():
 # ------------------------------------------------------------------------------------------------------------
 # S.2: the distribution of (t, s)
 # ------------------------------------------------------------------------------------------------------------
-@check(
-    "Eq. s.11-s.12", "the warp adds mu to the log-odds of t_raw; anchors (512, .5), (4096, 1.15)", below=1e-12
-)
+@check("Eq. s.11-s.12", "the warp adds mu to t_raw's log-odds; anchors (512, .5), (4096, 1.15)", below=1e-12)
 def primary_time():
     z, u = torch.linspace(-4, 4, 101, dtype=torch.float64), torch.zeros(101, dtype=torch.float64)
     t, _ = losses.sample_times(z, u, torch.arange(0), 0.7, 1.0)
@@ -106,9 +104,8 @@ def secondary_time():
 @check("S.2", "p = 0.5 splits every batch in half, p = 1 leaves no s < t; micro-batches agree", below=1e-14)
 def the_split():
     batch = losses.below_positions(list(range(64))).tolist()
-    parts = [
-        8 * i + j for i in range(8) for j in losses.below_positions(list(range(8 * i, 8 * i + 8))).tolist()
-    ]
+    starts = range(0, 64, 8)
+    parts = [i + j for i in starts for j in losses.below_positions(list(range(i, i + 8))).tolist()]
     counts = {p: len(losses.below_positions(list(range(100)), p)) for p in (0.0, 0.25, 0.5, 0.75, 1.0)}
     wrong = [n - 100 * (1 - p) for p, n in counts.items()]
     return worst(torch.tensor([*wrong, float(batch != parts)], dtype=torch.float64))

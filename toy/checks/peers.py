@@ -112,9 +112,7 @@ def shortcut_rests():
     return worst(two_halves - average_velocity(x, t, t / 2, c))
 
 
-@check(
-    "guidance in training", "at F_c = F_null + w (v_c - F_null) the guided target's mean is F_c", below=1e-9
-)
+@check("guided training", "at F_c = F_null + w (v_c - F_null) the guided target's mean is F_c", below=1e-9)
 def guided_velocity_rests():
     x, t, _, c = two_times(210)
     v_c, F_null, w = q.V(x, t, t, c), q.V(x, t, t, q.null(c)), 2.5

@@ -26,7 +26,7 @@ def renoised_distribution():
                 if w_eps > 1e-14:
                     x_s = losses.add_noise(A * x_t + B, full(S, x_t), eps.expand_as(x_t))
                     left = left + share * w_eps * (w.to(torch.complex128) @ torch.exp(1j * (x_s @ u.T)))
-        density = p.log_density(x, full(S, x), torch.full((len(x),), c)).exp()
+        density = p.log_density(x, S, c).exp()
         right = area * torch.einsum("N,Nk->k", density.to(torch.complex128), torch.exp(1j * (x @ u.T)))
         error = max(error, worst((left - right).abs()))
     return error
@@ -67,13 +67,11 @@ def reverse_kl():
         # Samples: theta = (a, b) moves x_s = (1-s)(a x_t + b) + s eps; delta is the gradient of the KL at x_s.
         left = 0.0
         for x_t, share in noised(c, z[:, :2]):
-            s, k = full(S, x_t), torch.full((len(x_t),), c)
-            x_s = losses.add_noise(a * x_t + b, s, z[:, 2:])
-            delta = losses.reverse_kl_direction(score(p, x_s, s, k), score(q, x_s, s, k))
+            x_s = losses.add_noise(a * x_t + b, full(S, x_t), z[:, 2:])
+            delta = losses.reverse_kl_direction(score(p, x_s, S, c), score(q, x_s, S, c))
             left = left + share * (w * (delta * x_s).sum(1)).sum()
         # Eq. 9 itself, with theta inside the density.
-        s, k = full(S, x), torch.full((len(x),), c)
-        log_p, log_q = q.pushforward(a, b, T).log_density(x, s, k), q.log_density(x, s, k)
+        log_p, log_q = (each.log_density(x, S, c) for each in (q.pushforward(a, b, T), q))
         right = area * (log_p.exp() * (log_p - log_q)).sum()
         pair = zip(torch.autograd.grad(left, (a, b)), torch.autograd.grad(right, (a, b)))
         error = max(error, worst(*(one - two for one, two in pair)))
@@ -131,7 +129,7 @@ def k_is_a_guidance_scale():
 def information(n: int = 240) -> float:
     """I(c; x0) of the mixture in nats: sum over c of the integral of q(x0, c) log [ q(x0 | c) / q(x0) ], on a grid."""
     x, cell = grid(5.0, n)
-    *log_q, log_null = [q.log_density(x, full(0.0, x), torch.full((len(x),), c)) for c in range(q.C + 1)]
+    *log_q, log_null = [q.log_density(x, 0.0, c) for c in range(q.C + 1)]
     return sum(float((each.exp() * (each - log_null)).sum()) * cell for each in log_q) / q.C
 
 
@@ -142,16 +140,11 @@ def delta_has_a_budget():
         sigma = snr**-0.5  # x_s / alpha_s = x0 + sigma eps
         s = sigma / (1 + sigma)
         x, cell = grid(4.2 + 5.5 * sigma, 56)
-        x_s, cell, times = (1 - s) * x, (1 - s) ** 2 * cell, full(s, x)
-        total = 0.0
-        for label in range(q.C):
-            c = torch.full((len(x),), label)
-            Delta = losses.self_evaluation(
-                q.posterior_mean(x_s, times, q.null(c)), q.posterior_mean(x_s, times, c)
-            )
-            total += (
-                float((q.log_density(x_s, times, c).exp() * losses.squared_norm(Delta)).sum()) * cell / q.C
-            )
+        x_s, cell, total = (1 - s) * x, (1 - s) ** 2 * cell, 0.0
+        for c in range(q.C):
+            Delta = losses.self_evaluation(*(q.posterior_mean(x_s, s, prompt) for prompt in (q.C, c)))
+            shares = q.log_density(x_s, s, c).exp() * cell / q.C
+            total += float((shares * losses.squared_norm(Delta)).sum())
         height.append(total * snr)  # d snr = snr d log snr
     # Beyond the last point Delta dies out as sigma^2 (Eq. s.2), and the integrand as 1 / snr: its height is the rest.
     body = torch.trapezoid(torch.tensor(height), log_snr) + height[-1]

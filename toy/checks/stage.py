@@ -86,7 +86,7 @@ def bayes(distribution: Mixture, x: Tensor, s: Tensor, c: Tensor) -> Tensor:
     result = torch.empty_like(x)
     for label in c.unique().tolist():
         pick = c == label
-        prior = distribution.log_density(x0, full(0.0, x0), torch.full((len(x0),), label))
+        prior = distribution.log_density(x0, 0.0, label)
         distance2 = (x[pick, None] - (1 - s[pick])[:, None, None] * x0).square().sum(-1)
         result[pick] = (prior - distance2 / (2 * s[pick, None] ** 2)).softmax(1) @ x0
     return result

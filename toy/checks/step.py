@@ -102,14 +102,8 @@ def step_against_paper(setting: dict) -> tuple[float, float]:
     normal = lambda *shape: torch.from_numpy(rng.standard_normal(shape))  # noqa: E731
     is_null = torch.arange(n) % 5 == 3  # one of them has s < t, one has not
     c = torch.where(is_null, PHI, torch.arange(n) % 3)
-    z, u, eps, eps_s, x0 = (
-        normal(n),
-        torch.from_numpy(rng.random(n)),
-        normal(n, 2),
-        normal(n, 2),
-        normal(n, 2) + 0.5,
-    )
-    draws = losses.Draws(z, u, eps, eps_s, torch.arange(1, n, 2))
+    x0, z, u = normal(n, 2) + 0.5, normal(n), torch.from_numpy(rng.random(n))
+    draws = losses.Draws(z, u, normal(n, 2), normal(n, 2), torch.arange(1, n, 2))
 
     step = variants.Variant(net, ema, unconditional=unconditional, **options)
     value, _ = step(x0, (c,), (torch.full_like(c, PHI),), (c + 4,), is_null, draws, tau, MU, aux)
