@@ -81,9 +81,7 @@ def load(folder: Path, device: torch.device, precision: torch.dtype | None = Non
     autoencoder = encoders.autoencoder(config["autoencoder"], device)
     loaded = Loaded(network.to(device).eval().requires_grad_(False), config, text, autoencoder)
     if any(side % loaded.unit for side in (config["side"], *loaded.shape)):
-        raise CheckpointError(
-            f"{folder / 'config.json'}: side and buckets must be multiples of {loaded.unit}"
-        )
+        raise CheckpointError(f"{folder / 'config.json'}: its sides are no multiples of {loaded.unit}")
     return loaded
 
 

@@ -14,8 +14,8 @@ run where the network runs, when the batch is due.
 
 import itertools
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -34,18 +34,12 @@ from files import DataError
 from recipe import Recipe, Stage
 from rng import rng
 from scale import cache, shards
+from scale.shards import check_sides
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Which source a name means
 # ------------------------------------------------------------------------------------------------------------
-def check_sides(sides: tuple[int, ...], multiple: int) -> None:
-    """Raise DataError for a side that is no multiple of the auto-encoder's factor times the patch."""
-    for side in sides:
-        if side % multiple:
-            raise DataError(f"the side of the pictures must be a multiple of {multiple}, not {side}")
-
-
 class Reading(NamedTuple):
     """How sources are read."""
 
@@ -79,9 +73,7 @@ def open_side(names: tuple[str, ...], side: int, batch_size: int, multiple: int,
     tars = [name for name in names if name not in specs and shards.find_tars(name)[0]]
     if len(names) > 1 and len(names) not in (len(specs), len(tars)):
         odd = next(name for name in names if name not in (tars or specs))
-        raise DataError(
-            f"--data takes a folder, several tars or several caches; {odd} is not like the others"
-        )
+        raise DataError(f"--data takes one folder, several tars or several caches, not {odd} beside others")
     if tars:
         where = {"index": reading.index, "caption_key": reading.caption_key}
         return shards.Shards(names, side, batch_size, multiple=multiple, **where)
@@ -107,10 +99,8 @@ class Mixed:
         self.sources, self.batch_size = sources, batch_size
         self.name = " + ".join(source.name for source in sources)
         self.fingerprint = " ".join(source.fingerprint for source in sources)
-        shares = Counter()
-        for source in sources:
-            shares.update({bucket: share / len(sources) for bucket, share in source.buckets.items()})
-        self.buckets = dict(shares)
+        shares = [part.buckets.items() for part in sources]
+        self.buckets = {bucket: share / len(sources) for some in shares for bucket, share in some}
 
     def locate(self, g: int):
         """(the source of g, g's index in it)"""
@@ -145,16 +135,6 @@ class Batch(NamedTuple):
     is_null: Tensor  # [B] bool, where the prompt was dropped or is empty
     draws: tuple  # the random numbers: losses.Draws or imm.Draws
     keys: list[str]  # what the samples are called in logs
-
-
-class Fetched(NamedTuple):
-    """What the threads hand over: everything of a micro-batch that needs no device."""
-
-    aux: bool
-    samples: list
-    pictures: Tensor | None  # [B, 3, H, W] in [-1, 1]; None when the samples are encoded already
-    dropped: list[bool]
-    draws: tuple
 
 
 class Codec(NamedTuple):
@@ -199,14 +179,7 @@ class Feed:
     """
 
     def __init__(
-        self,
-        plan: Recipe,
-        draw: Callable,
-        seed: int,
-        codec: Codec,
-        ranks: Ranks = Ranks(),
-        start: int = 0,
-        reading: Reading = Reading(),
+        self, plan: Recipe, draw, seed: int, codec: Codec, ranks=Ranks(), start=0, reading=Reading()
     ):
         self.plan, self.draw, self.seed, self.codec = plan, draw, seed, codec
         self.ranks, self.reading, self.null, self.waited = ranks, reading, None, 0.0
@@ -265,8 +238,9 @@ class Feed:
         first = self.plan.first(step) + self.ranks.rank * share
         return [list(range(first + m, first + m + micro)) for m in range(0, share, micro)]
 
-    def fetch(self, step: int, index: list[int]) -> Fetched:
-        """Read one micro-batch; runs on a thread."""
+    def fetch(self, step: int, index: list[int]) -> tuple:
+        """What of a micro-batch needs no device; runs on a thread: (samples, their pictures [B, 3, H, W] in [-1, 1] or
+        None where they are encoded already, which prompts are dropped, the random numbers)."""
         source = self.source(step)
         samples = [source.sample(g, self.seed) for g in index]
         dropped = [bool(rng(self.seed, "dropout", g).random() < self.plan.dropout) for g in index]
@@ -277,7 +251,7 @@ class Feed:
             pictures = data.to_tensor([s.picture for s in samples])
             if self.codec.device.type == "cuda":
                 pictures = pictures.pin_memory()
-        return Fetched(self.plan.aux(step), samples, pictures, dropped, draws)
+        return samples, pictures, dropped, draws
 
     def put(self, x):
         """A tensor on the device, in fp32 (tokens of a cache travel in bf16) unless it holds places; tuples of them."""
@@ -287,24 +261,23 @@ class Feed:
         x = x.to(self.codec.device, non_blocking=self.codec.device.type == "cuda")
         return x.float() if x.is_floating_point() else x
 
-    def encode(self, f: Fetched, source) -> Batch:
+    def encode(self, step: int, samples: list, pictures: Tensor | None, dropped: list[bool], draws) -> Batch:
         """Put a fetched micro-batch on the device and through the frozen encoders."""
-        text, fake = self.codec.text, None
-        if f.pictures is None:
-            (cached, *_) = parts_of(source)
+        text, aux = self.codec.text, self.plan.aux(step)
+        if pictures is None:
+            (cached, *_) = parts_of(self.source(step))
             self.null = self.null or self.put(cached.null)
-            x0, c, fake = self.put(cache.collate(f.samples, f.dropped, cached.null, cached.null_fake, f.aux))
+            x0, c, fake = self.put(cache.collate(samples, dropped, cached.null, cached.null_fake, aux))
         else:
             self.null = self.null or text([""])
-            prompts = ["" if drop else s.caption for s, drop in zip(f.samples, f.dropped)]
-            x0, c = self.codec.autoencoder.encode(self.put(f.pictures)), text(prompts)
-            if f.aux:
-                fake = text([encoders.fake_prompt(p) for p in prompts])
+            prompts = ["" if drop else s.caption for s, drop in zip(samples, dropped)]
+            x0, c = self.codec.autoencoder.encode(self.put(pictures)), text(prompts)
+            fake = text([encoders.fake_prompt(p) for p in prompts]) if aux else None
         null = tuple(a.expand(len(x0), *a.shape[1:]) for a in self.null)
-        is_null = [drop or s.caption == "" for s, drop in zip(f.samples, f.dropped)]
+        is_null = [drop or s.caption == "" for s, drop in zip(samples, dropped)]
         is_null = torch.tensor(is_null, device=self.codec.device)
-        draws = type(f.draws)(*self.put(tuple(f.draws)))
-        return Batch(x0, c, null, fake, is_null, draws, [s.key for s in f.samples])
+        draws = type(draws)(*self.put(tuple(draws)))
+        return Batch(x0, c, null, fake, is_null, draws, [s.key for s in samples])
 
     def stream(self, start: int) -> Iterator[Batch]:
         """Every micro-batch from iteration `start` to the end of the run, read ahead by `workers` threads."""
@@ -319,7 +292,7 @@ class Feed:
                     fetched = future.result()
                     self.waited += time.perf_counter() - began
                     ahead.extend(itertools.islice(submitted, 1))
-                    yield self.encode(fetched, self.source(step))
+                    yield self.encode(step, *fetched)
             finally:
                 for _, future in ahead:
                     future.cancel()
@@ -342,8 +315,6 @@ def main() -> None:
     a("--out", type=errors.file_to_write, default="data.png", help="the sheet to write (default: data.png)")
     args = parser.parse_args()
     parser.check_ranges(args, side=(1, 2**13), multiple=(1, 2**13), seed=(0, 2**63 - 1), workers=(1, 1024))
-    if args.out.suffix.lower() != ".png":
-        parser.error(f"--out must name a .png file, not {args.out}")
     if args.workers > 1:
         shards.read_index(args.data, args.index, args.caption_key, args.workers)
     reading = Reading(1, args.index, args.caption_key)

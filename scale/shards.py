@@ -8,21 +8,20 @@
     sample = source.sample(g, seed)                             # g = 0, 1, 2, ...: the global sample index
 
 A shard is a .tar in the layout of WebDataset and img2dataset: `000000000.jpg` with its caption in `000000000.txt` or
-`000000000.json`, or in any other form that a folder may have (files.py). WebDataset streams shards through a shuffle
-buffer, whose content is part of a run's state. Here each tar is read once for an index (name.tar.index and
-name.tar.captions, beside it or in a folder of your choice), and afterwards a sample is two reads at known offsets. So a
-run's place in its data is one integer, and any number of processes sees one sequence.
+`000000000.json`, or in any other form that a folder may have (files.py). Each tar is read once for an index
+(name.tar.index and name.tar.captions, beside it or in a folder of your choice), and afterwards a sample is two reads at
+known offsets. So a run's place in its data is one integer, not the content of a shuffle buffer, and any number of
+processes sees one sequence.
 
 A batch is one tensor, so its pictures have one size: each aligned block of batch_size consecutive g has one bucket.
 
-    buckets     (height, width), multiples of 16 (`multiple`; 4 for laptop), areas near side^2, 1:2 to 2:1 (S.2: varying
-                aspect-ratio)
+    buckets     (height, width), multiples of 16 (`multiple`; 4 for laptop), areas near side^2, 1:2 to 2:1 (S.2)
     a picture   goes to the bucket of nearest log aspect ratio, is resized to cover it (Lanczos) and cropped centrally
     an epoch    takes from a bucket of n pictures as many blocks as n fills, and shuffles the blocks of all buckets
     the rest    of a bucket is neither dropped nor doubled: it opens that bucket's first block of the next epoch
 
-A tar that cannot be read (truncated, compressed, without captions) is an error that names it; a single sample that
-cannot be used is left out, counted and named. Every failure that a user can fix is a DataError.
+A tar that cannot be read (truncated, compressed, without captions) is a DataError that names it; a single sample that
+cannot be used is left out, counted and named.
 """
 
 import functools
@@ -156,9 +155,7 @@ def index_of(tar: Path, place: Path, caption_key: str | None) -> tuple[np.ndarra
         with in_one_piece(index, shared=True) as partial, open(partial, "wb") as file:
             np.savez(file, stamp=stamp, rows=rows, captions=captions, left_out=json.dumps(left_out))
     except OSError as error:  # no permission, or a file system that can only be read
-        raise DataError(
-            f"cannot write {index} ({error.strerror}): --index names a folder that can"
-        ) from error
+        raise DataError(f"{index} cannot be written ({error.strerror}): --index names a folder") from error
     return rows, captions, left_out
 
 
@@ -232,15 +229,21 @@ def read_index(
 # ============================================================================================================
 
 
+def check_sides(sides: tuple[int, ...], multiple: int) -> None:
+    """Raise DataError for a side that is no multiple of the auto-encoder's factor times the patch."""
+    for side in sides:
+        if side % multiple:
+            raise DataError(f"the side of the pictures must be a multiple of {multiple}, not {side}")
+
+
 def bucket_sides(side: int, multiple: int = 16) -> list[tuple[int, int]]:
     """The buckets of a stage, (height, width) from tallest to widest: multiples of `multiple`, areas near side^2.
 
     For each width from the square's to sqrt(WIDEST) times it, the height that comes nearest to the area; and each of
     them turned. side 256 has 13, side 512 has 27. Raises DataError for a side that is no multiple.
     """
+    check_sides((side,), multiple)
     n = side // multiple
-    if n < 1 or side % multiple:
-        raise DataError(f"the side of the pictures must be a multiple of {multiple}, not {side}")
     wide = [(round(n * n / w), w) for w in range(n, int(n * math.sqrt(WIDEST)) + 1)]
     wide = [(h, w) for h, w in wide if w <= WIDEST * h]
     sides = {(h * multiple, w * multiple) for h, w in wide} | {(w * multiple, h * multiple) for h, w in wide}

@@ -160,8 +160,8 @@ def test_caches_feed_what_their_tars_feed(tars):
         (("shapes",), (26,), "multiple of 4"),
         (("absent",), (24,), "no such folder"),
         (("{}/cache16",), (32,), "--side 32"),
-        (("{}/cache16", "{}/tars"), (16,), "is not like the others"),
-        (("{}/tars", "{}/pictures"), (16,), "pictures is not like the others"),
+        (("{}/cache16", "{}/tars"), (16,), "beside others"),
+        (("{}/tars", "{}/pictures"), (16,), "pictures beside others"),
         (("{}/tars",), (18,), "multiple of 4"),
     ],
 )

@@ -7,7 +7,6 @@ import random
 import struct
 import sys
 import tarfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -337,11 +336,8 @@ def test_odd_exif_is_no_damage():
     entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + entries + bytes(4) + struct.pack("<II", 1, 1)
     content = encoded(Image.new("RGB", (48, 32)), "JPEG", exif=exif)
-    assert files.upright_size(content) == (32, 48) and files.cover(files.opened(content), 16, 16).shape == (
-        16,
-        16,
-        3,
-    )
+    assert files.upright_size(content) == (32, 48)
+    assert files.cover(files.opened(content), 16, 16).shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize("kind", files.FORMATS)
@@ -363,25 +359,16 @@ def test_damage_is_the_files_fault_and_a_full_memory_is_not(kind, monkeypatch):
         files.opened(content)
 
 
-@pytest.mark.parametrize("kind", ["AVIF", "DDS", "TIFF", "PPM", "ICO", "TGA", "PCX"])
+@pytest.mark.parametrize("kind", ["DDS", "TIFF", "PPM", "ICO", "TGA", "PCX"])
 def test_other_formats_are_not_opened_whatever_their_name(kind):
-    content = io.BytesIO()
-    try:
-        Image.new("RGB", (16, 16)).save(content, kind)
-    except (KeyError, OSError):
-        pytest.skip(f"this Pillow writes no {kind}")
     with pytest.raises(files.Unusable, match="broken picture"):
-        files.opened(content.getvalue())
+        files.opened(encoded(Image.new("RGB", (16, 16)), kind))
 
 
 def test_a_bomb_is_refused_without_decoding(monkeypatch, recwarn):
-    """A few bytes whose header promises more pixels than are allowed."""
+    """A small file whose header promises more pixels than are allowed."""
+    content = encoded(Image.new("1", (8193, 8192)))
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
-    for side in (8193, 10_000, 60_000):
-        header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-        content = b"\x89PNG\r\n\x1a\n"
-        for name, body in ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 64)), (b"IEND", b"")):
-            content += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        with pytest.raises(files.Unusable, match="67 million"):
-            files.opened(content)
-    assert not recwarn.list
+    with pytest.raises(files.Unusable, match="67 million"):
+        files.opened(content)
+    assert not recwarn.list and len(content) < 2**17
