@@ -61,7 +61,8 @@ def squared_norm(x: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Eq. 1      x_t = alpha_t x0 + sigma_t eps,   (alpha_t, sigma_t) = (1 - t, t): the noise path, defined here alone
+# Eq. 1      x_t = alpha_t x0 + sigma_t eps,   (alpha_t, sigma_t) = (1 - t, t): the noise path. Another one changes
+#            Eq. 2, 4 and 6 too (`velocity`, `one_step_estimate`), which hold for this path
 # Eq. 8      the same line makes x_s ~ p_theta(x_s | c) from a generated x0_hat: x_s_hat = alpha_s x0_hat + sigma_s eps
 # ------------------------------------------------------------------------------------------------------------
 def alpha(t):
@@ -104,7 +105,7 @@ def one_step_estimate(x_t: Tensor, t: Tensor, V: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Eq. 6      x0_hat = G(x_t, t, s, c) = x_t - t V(x_t, t, s, c): the same line, for a network that is told s too
+# Eq. 6      x0_hat = G(x_t, t, s, c) = x_t - t V(x_t, t, s, c): the same line, for a network with s as an input too
 # ------------------------------------------------------------------------------------------------------------
 def G(V: Callable, x_t: Tensor, t: Tensor, s: Tensor, c: tuple) -> Tensor:
     """The sample head: the clean sample [B, ...] that the network V predicts from x_t (Sec. 3).
@@ -183,7 +184,7 @@ def guided_score(score_c: Tensor, score_null: Tensor, w: float) -> Tensor:
 def self_evaluation_scores(
     score_null: Tensor, score_c: Tensor, score_p: Tensor, w: float
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 10 against the guided score of Eq. 12, apart in its two terms: (classifier score term, auxiliary term)."""
+    """Eq. 10 against the guided score of Eq. 12, split into its two terms: (classifier score term, auxiliary term)."""
     return (w - 1) * (score_null - score_c), reverse_kl_direction(score_p, score_c)
 
 
@@ -204,9 +205,9 @@ def self_evaluation(G_null: Tensor, G_c: Tensor, G_fake: Tensor | None = None, k
 def pseudo_target(x0_hat: Tensor, Delta: Tensor) -> Tensor:
     """The model's prediction, corrected by its own evaluation. No gradient flows through it.
 
-    In Eq. 15 that is everything: with gradient, x0_hat - x_self would be Delta, a constant, and nothing would be
-    learned. In Eq. 18 and 20, which train, the gradient 2 (x0_hat - target) would change its length and, behind the
-    normalisation, its direction.
+    With gradient, Eq. 15 would teach nothing: x0_hat - x_self is Delta, which is constant in x0_hat. Under Eq. 18 and
+    20, which train, the gradient 2 (x0_hat - target) would have another length and, through the normalisation,
+    another direction.
     """
     return (x0_hat - Delta).detach()
 
@@ -231,9 +232,9 @@ def fake_loss(V_fake: Tensor, x0_hat: Tensor, eps: Tensor) -> Tensor:
     """The loss of each sample, [B], that teaches the "fake image" prompt the posterior mean of the model's own samples.
 
     V_fake is the network's output at (x_s_hat, s, s, c_fake), x_s_hat was made without gradient from x0_hat and eps.
-    It is not told t, so at each s it learns the mean over all t that training draws; p_theta in Eq. 10 is of one t.
-    Written with the velocity, because dividing by s^2 afterwards loses all digits as s -> 0. Eq. 21 may divide by t^2,
-    since s.11 draws no t near 0; s.13 draws such s.
+    This branch does not see t, so at each s it learns the mean over all t of training; p_theta in Eq. 10 is of one t.
+    Written with the velocity, because dividing by s^2 afterwards loses all digits as s -> 0. (Eq. 21 may divide by t^2:
+    s.11 hardly draws t near 0, but s.13 does draw s near 0.)
     """
     return cfm_loss(V_fake, x0_hat.detach(), eps)
 
@@ -249,7 +250,7 @@ def fake_loss(V_fake: Tensor, x0_hat: Tensor, eps: Tensor) -> Tensor:
 def lam(t: Tensor, s: Tensor) -> Tensor:
     """lambda_{s,t} >= 0, [B]: 0 where s = t, and it grows without end as t -> 1.
 
-    The paper leaves open what happens at t = 1. Here the denominator has a floor, the square of a rounding error, so that
+    The paper leaves open what happens at t = 1. Here the denominator is at least eps^2, eps being the rounding error, so
     lambda is huge but finite there, and 0 at s = t = 1.
     """
     return (t - s) / (alpha(t) * alpha(s)).clamp_min(torch.finfo(t.dtype).eps ** 2)
@@ -386,16 +387,16 @@ class SelfE(nn.Module):
     ema            its moving average, gives the conditional branch (S.2). Only evaluated, never trained here.
     target         "renorm" Eq. 20 | "tar" Eq. 18 as target, no normalisation | "sum" Eq. 16 to the letter
     k              weight of the classifier term once the auxiliary term is on (S.1.2)
-    delta_scale    multiplies Delta; 1 is the paper, 0 the control that keeps Eq. 19 and has nothing to say about x0_hat
+    delta_scale    multiplies Delta; 1 is the paper, 0 the control: Eq. 19 without an evaluation
     unconditional  the network of the null branch; None is the paper: `network`
 
-    `forward` is the paper's step and reads from top to bottom. What the ablations and the auxiliary term change stands
-    in the methods below it: Delta (`self_evaluate`, with the branches of `evaluate`), its weight (`weigh`),
+    `forward` is the paper's step and reads from top to bottom. What the ablations and the auxiliary term change is in
+    the methods below it: Delta (`self_evaluate`, with the branches of `evaluate`), its weight (`weigh`),
     and what is regressed on (`regress`).
 
     At s = 0 there is nothing to evaluate: G(x, 0, 0, .) is x itself for every prompt (Eq. 6), so Delta is exactly 0;
-    x0 keeps the share 1 - t of the target. The one-step prediction, which is asked for at t = 1, s = 0, therefore lives
-    on what the network learns at larger s (Delta falls as s^2).
+    x0 keeps the share 1 - t of the target. The one-step prediction, evaluated at t = 1, s = 0, therefore depends on
+    what the network learns at larger s (Delta falls as s^2).
     """
 
     def __init__(self, network, ema, *, target="renorm", k=0.9, delta_scale=1.0, unconditional=None):
@@ -417,7 +418,7 @@ class SelfE(nn.Module):
         mu: float,
         aux: bool = False,
     ) -> tuple[Tensor, dict]:
-        """The loss of one micro-batch, per value of x0, and what one wants to watch.
+        """The loss of one micro-batch, per value of x0, and statistics for the log.
 
         x0 [B, ...] fp32; c, null, fake tuples of tensors with leading dimension B (fake is read only with aux);
         is_null [B] bool, where the prompt was dropped or is empty; tau in [0, 1] (s.13) and mu (s.12) shape the

@@ -6,9 +6,9 @@
     plan.learning_rate(600_000), plan.tau(600_000), plan.aux(600_000)
 
 Everything that changes during a run is a function of the iteration, given here (but for the EMA's first decays,
-`train.update`). So there is no schedule to save, only the number of the iteration. Times are shares of the run (the
-paper's iterations out of its 710k), so a run of any length goes through every part of its recipe. `2b` has the
-auxiliary stage; `--aux-from 0.775` adds it to the others.
+`train.train`). So there is no schedule to save, only the number of the iteration. Times are shares of the run (the
+paper's iterations out of its 710k), so a run of any length goes through every part of its recipe. `2b` and
+`0.1b` have the auxiliary stage; `--aux-from 0.775` adds it to the others.
 """
 
 import math
@@ -26,7 +26,7 @@ AUX_FROM = 550 / 710
 
 SETTINGS = {
     # Classifier score only, the "Ours" of Table 2: in a quarter of an hour the auxiliary stage is not worth its cost.
-    # In so short a run Adam's longer memory (0.99) is worth a quarter of the iterations.
+    # In so short a run Adam's longer memory (0.99) is worth a quarter of the iterations (one seed).
     "laptop": dict(
         steps=5200,
         stages=((0, (16,), 32),),  # (begin, as a share of the run; sides of the pictures; batch)

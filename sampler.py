@@ -11,7 +11,7 @@ One update serves every sampler of the paper, from (x_t, x0_hat) at time t to th
     eta = 0           0                                                        Eq. 22, the deterministic (DDIM) step
     eta = 1           sigma_t' sqrt(1 - (alpha_t sigma_t' / (alpha_t' sigma_t))^2)  exact q(x_t' | x_t, x0_hat): the paper
     0 < eta < 1       eta times that                                           in between
-    eta = "renoise"   sigma_t'                                                 Eq. 8: forget x_t, noise x0_hat anew
+    eta = "renoise"   sigma_t'                                                 Eq. 8: discard eps_hat, noise x0_hat anew
     eta = "public"    sigma_t' sqrt(1 - (sigma_t' / sigma_t)^2)                a co-author's public code (minFM), its eta = 1
     at t' = 0         0                                                        every choice returns x0_hat itself
 
@@ -20,10 +20,11 @@ From t = 1 (alpha_t = 0), eta = 1 has std = sigma_t'. Then none of the old noise
 s_k, the network's second time (S.3.1), lies the fraction s_rule of the way back from t_{k+1} to t_k:
 
     s_rule = 0         s_k = t_{k+1}    the paper's default: tie s to where this step leads
-    s_rule = 1         s_k = t_k        the flow matching head, the only one of a flow matching model
+    s_rule = 1         s_k = t_k        as in flow matching; the only choice for a flow matching model
     s_rule = 0.5       half-way, good for one step without guidance (Fig. S.4)
 
-"N steps" means N evaluations of the network, N + 1 grid points. (The paper's {t_1 .. t_N} makes N - 1 moves.)
+"N steps" means N evaluations of the network (with guidance, of both branches), N + 1 grid points. (The paper's
+{t_1 .. t_N} makes N - 1 moves.)
 """
 
 from collections.abc import Callable, Iterator

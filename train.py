@@ -9,8 +9,8 @@
 
 It prints the plan, then one line with loss, images/s and time left, and at the end the command that samples. It writes
 the files that engine/checkpoint.py and engine/monitor.py describe, and grids/step_*.png, pictures of the data's first
-prompts. This file reads as the run happens: data, network, moving average, optimizer, processes, the loop. recipe.py
-holds sizes, lengths and rates, engine/arguments.py the flags, engine/feed.py loads the data.
+prompts. This file reads as the run happens: data, network, moving average, optimizer, processes, the loop. model.py
+holds the sizes, recipe.py lengths and rates, engine/arguments.py the flags; engine/feed.py loads the data.
 
 One iteration, as in the paper:
 
@@ -73,7 +73,7 @@ def train(
     zero = args.zero and ranks.world > 1
     optimizer = optimizers.build(plan.optimizer, network, plan.lr, plan.betas, zero)
 
-    # The run's folder, nobody else's while it trains, and the place where a stopped run was.
+    # The run's folder, locked while it trains, and the place where a stopped run was.
     config = arguments.config_of(args, plan, sizes, precision, device)
     run = Run(args, plan, folder, ranks, codec, feed, config, start, StopSignal())
     ranks.agree(run.what_all_must_share())
@@ -81,7 +81,7 @@ def train(
         closing.enter_context(checkpoint.taken(folder, args.resume, states))
     state = checkpoint.load_state(states, network, ema, optimizer, run.continuity()) if states else {}
     if ranks.is_first:
-        checkpoint.set_back(folder, states)
+        checkpoint.set_back(folder, states)  # what was written after the state goes: it comes again
     if device.type == "cuda":
         rehearse(run, network, objective, optimizer)
 
@@ -108,8 +108,8 @@ def train(
             for m in range(count):
                 batch = next(stream)
                 mu = losses.mu_of_length(network.tokens(batch.x0))  # s.12: by the size of these pictures
-                # What DDP's no_sync() sets: gradients are reduced once an iteration, with the last micro-batch. (Under
-                # static_graph no_sync would lose them.)
+                # Gradients are reduced once an iteration, with the last micro-batch. (This is what DDP's no_sync()
+                # sets; under static_graph no_sync itself would lose them.)
                 step_module.require_backward_grad_sync = m == count - 1
                 part, stats = step_module(
                     batch.x0, batch.c, batch.null, batch.fake, batch.is_null, batch.draws, tau, mu, aux
