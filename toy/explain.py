@@ -46,62 +46,48 @@ BANDS = {
         "s < t: the target is the corrected prediction, mixed with the data, at the data's norm",
     ),
 }
-# The height, then what stands in each column; a dot is an empty place, primes distinguish what is drawn repeatedly.
+# The height, then what stands in each column: a tensor, a pass, or a function of losses.py and its equation. A dot is an
+# empty place; primes distinguish what is drawn repeatedly.
 GRID = """
-7.05  x0        add_noise      x_t         .                pass0  G            x0_hat
+7.05  x0        add_noise/1       x_t         .                   pass0  G/6             x0_hat
 6.30  eps
-4.90  .         .              .           .                pass1  G'           G_c
-4.40  x0_hat'   add_noise'     x_s_hat     .                .      .            .          self_evaluation  Delta
-3.90  .         .              .           .                pass2  G''          G_null
-2.20  Delta'    pseudo_target  x_self      implicit_target  x_tar  renormalise  x_renorm
-1.30  x0_hat''  .              lam         .                x0'    .            x0_hat"    target_loss      loss
-0.50  .         .              .           .                .      .            x0''       data_loss
+4.90  .         .                 .           .                   pass1  G'/6            G_c
+4.40  x0_hat'   add_noise'/8      x_s_hat     .                   .      .               .         self_evaluation/s.6  Delta
+3.90  .         .                 .           .                   pass2  G''/6           G_null
+2.20  Delta'    pseudo_target/14  x_self      implicit_target/18  x_tar  renormalise/19  x_renorm
+1.30  x0_hat''  .                 lam/17      .                   x0'    .               x0_hat"   target_loss/20       loss
+0.50  .         .                 .           .                   .      .               x0''      data_loss/7
 """
-EQUATIONS = {
-    "add_noise": "Eq. 1, to t",
-    "add_noise'": "Eq. 8, to s",
-    "G": "x_t - t V, Eq. 6",
-    "G'": "Eq. 6",
-    "G''": "Eq. 6",
-    "self_evaluation": "Eq. 14, s.6",
-    "pseudo_target": "Eq. 14",
-    "lam": "Eq. 17",
-    "implicit_target": "Eq. 18",
-    "renormalise": "Eq. 19",
-    "target_loss": "Eq. 20",
-    "data_loss": "Eq. 7",
-}
 # From > to; => carries the gradient, || stops it.
 CHAINS = """
-x0 > add_noise > x_t > pass0 => G => x0_hat
-eps > add_noise
-x0_hat' || add_noise' > x_s_hat > pass1 > G' > G_c > self_evaluation > Delta
-x_s_hat > pass2 > G'' > G_null > self_evaluation
-Delta' > pseudo_target > x_self > implicit_target > x_tar > renormalise > x_renorm > target_loss => loss
-x0_hat'' || pseudo_target
-lam > implicit_target
-x0' > implicit_target
-x0' > renormalise
-x0_hat" => target_loss
-x0'' > data_loss > loss
+x0 > add_noise/1 > x_t > pass0 => G/6 => x0_hat
+eps > add_noise/1
+x0_hat' || add_noise'/8 > x_s_hat > pass1 > G'/6 > G_c > self_evaluation/s.6 > Delta
+x_s_hat > pass2 > G''/6 > G_null > self_evaluation/s.6
+Delta' > pseudo_target/14 > x_self > implicit_target/18 > x_tar > renormalise/19 > x_renorm > target_loss/20 => loss
+x0_hat'' || pseudo_target/14
+lam/17 > implicit_target/18
+x0' > implicit_target/18
+x0' > renormalise/19
+x0_hat" => target_loss/20
+x0'' > data_loss/7 > loss
 """
 
 
 def node(axis, name: str, x: float, y: float):
     """A tensor in a round box, a function without one over its equation, or a pass in a box with corners."""
-    text, size, colour = name.rstrip("'\""), 11, GREY
+    name, _, equation = name.partition("/")
+    text, size, colour = name.rstrip("'\""), 11, ORANGE if name.startswith(("x0_hat", "loss")) else GREY
     box = {"facecolor": "none", "linewidth": 1.6, "boxstyle": "round,pad=0.5"}
-    if name in EQUATIONS:
+    if equation:
         italic = getattr(losses, text).__name__.replace("_", "\\_")
-        text, size = f"$\\it{{{italic}}}$\n{EQUATIONS[name]}", 9
+        text, size = f"$\\it{{{italic}}}$\nEq. {equation}", 9
         box |= {"boxstyle": "square,pad=0.3", "linewidth": 0}
     elif name.startswith("pass"):
         network, arguments, learns = PASSES[int(name[4:])]
         text, colour = f"{network}\nV({', '.join(arguments)})", GREEN if network == "ema" else BLUE
         colour = ORANGE if learns else colour
         box |= {"boxstyle": "square,pad=0.5"}
-    elif text in ("x0_hat", "loss"):
-        colour = ORANGE
     return axis.text(x, y, text, fontsize=size, color=colour, bbox=box | {"edgecolor": colour}, **CENTRED)
 
 
