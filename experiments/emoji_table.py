@@ -15,6 +15,7 @@ import argparse
 import functools
 import itertools
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def search(loaded: sample.Loaded, scores: Scores, out: Path, args: argparse.Name
 
 
 def score(row: str, seed: int, run: Path, scores: Scores, args: argparse.Namespace, device) -> None:
-    """Write OUT/ROW-SEED.json and a sheet of samples: two prompts of each kind, the first picture of each."""
+    """Write OUT/ROW-SEED.json."""
     searched = args.out / f"{row}-search.json"
     if seed != args.seeds[0] and not searched.exists():
         raise errors.UserError(
@@ -109,19 +110,14 @@ def score(row: str, seed: int, run: Path, scores: Scores, args: argparse.Namespa
     elapsed = checkpoint.read_json(checkpoint.complete_states(run)[-1] / "state.json")["elapsed"]
     result = machine.provenance(device) | {"row": row, "seed": seed, "train": loaded.config["command"]}
     result |= {"training": loaded.config, "training_seconds": round(elapsed, 1), "pictures": args.pictures}
-    result["kinds"], sheet, captions = {}, [], []
-    for kind, of_steps in chosen.items():
-        settings = {n: s | {"steps": n, "seed": seed} for n, s in of_steps.items()}
+    result["kinds"] = {}
+    for kind, settings in chosen.items():
         result["kinds"][kind] = {
-            str(n): scores(loaded, kind, "test", args.pictures, **s) | {"settings": of_steps[n]}
+            str(n): scores(loaded, kind, "test", args.pictures, steps=n, seed=seed, **s) | {"settings": s}
             for n, s in tqdm(settings.items(), desc=f"{row}: {kind}", leave=False, disable=None)
         }
-        columns = [scores.draw(loaded, kind, "test", 1, **s)[:2] for s in settings.values()]
-        sheet += [[picture for (picture,) in line] for line in zip(*columns)]
-        captions += [f"{text} ({kind})" for text in scores.prompts(kind, "test")[:2]]
     result["seconds"] = round(time.perf_counter() - began, 1)
     checkpoint.write_json(args.out / f"{row}-{seed}.json", result)
-    sample.sheet(sheet, args.steps, captions).save(args.out / f"samples-{row}-{seed}.png")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -168,6 +164,36 @@ def write_page(out: Path) -> None:
     print(f"wrote {out / 'table.md'}")
 
 
+SHOWN = (
+    ("exact", 1),
+    ("label", 2),
+    ("tag", 2),
+    ("group", 1),
+)  # kinds of prompt -> how many, the first of the test
+
+
+def draw_samples(args: argparse.Namespace) -> None:
+    """OUT/samples.png: flow matching beside Self-E, the same prompts and noise, each at its searched settings."""
+    runs = {row: args.runs / f"{row}-{args.seeds[0]}" for row in ("flow_matching", "self_e")}
+    if missing := [str(run) for run in runs.values() if not (run / "model.safetensors").exists()]:
+        print(f"no samples: {', '.join(missing)} not here", file=sys.stderr)
+        return
+    config, blocks = checkpoint.read_json(runs["self_e"] / "config.json"), {}
+    source, steps = emoji.Emoji(config["side"], config["data"][0]), [n for n in args.steps if n < 10]
+    asked = [(kind, text) for kind, n in SHOWN for text in emoji_judge.asked(source, kind, "test", n)]
+    for row, run in runs.items():
+        loaded = sample.load(run, machine.pick_device("cpu"))
+        best = checkpoint.read_json(args.out / f"{row}-search.json")["kinds"]
+        blocks[ROWS[row].title] = [
+            [
+                sample.generate(loaded, [text], [(i,)], steps=n, **best[kind][str(n)]["best"]["settings"])[0]
+                for n in steps
+            ]
+            for i, (kind, text) in enumerate(asked)
+        ]
+    report.draw_pictures(blocks, steps, [text for _, text in asked], args.out / "samples.png")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The command
 # ------------------------------------------------------------------------------------------------------------
@@ -212,6 +238,7 @@ def main() -> None:
             scores = Scores(emoji.Emoji(config["side"], config["data"][0]), args.prompts)
             score(row, seed, run, scores, args, device)
     write_page(args.out)
+    draw_samples(args)
 
 
 if __name__ == "__main__":
