@@ -74,6 +74,8 @@ class TextEncoder:
 
     name      rebuilds the encoder: `text_encoder(text.name, text.txt_len, device)`; its folders are absolute paths
     txt_len   tokens a prompt is cut or padded to; the denoiser sees all of them, unmasked, as in FLUX
+
+    A subclass has encode(prompts), and cuts(prompt): whether a prompt is longer than txt_len, so its end is not read.
     """
 
     name: str
@@ -85,13 +87,6 @@ class TextEncoder:
         assert not isinstance(prompts, str), "a list of prompts: a single one would be read letter by letter"
         with torch.no_grad():
             return self.encode(list(prompts))
-
-    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def cuts(self, prompt: str) -> bool:
-        """Whether a prompt is longer than txt_len, so that its end is not read."""
-        raise NotImplementedError
 
 
 def text_encoder(name: str, txt_len: int | None = None, device: torch.device | str = "cpu") -> TextEncoder:

@@ -195,8 +195,8 @@ class CachedShards:
 
     def check(self, text: str, txt_len: int, autoencoder: str) -> None:
         """Raise DataError unless the encoders of these names are those that the cache was made with."""
-        asked = {"text": encoders.canonical(text), "txt_len": txt_len}
-        for name, value in (asked | {"autoencoder": encoders.canonical(autoencoder)}).items():
+        text, autoencoder = encoders.canonical(text), encoders.canonical(autoencoder)
+        for name, value in (("text", text), ("txt_len", txt_len), ("autoencoder", autoencoder)):
             if self.spec[name] != value:
                 raise DataError(f"{self.name} was encoded with {name} {self.spec[name]!r}, not {value!r}")
 
@@ -284,13 +284,7 @@ def main() -> None:
     a("--multiple", metavar="N", type=int, help="of which all sides are multiples (default: 16)")
     a("--per-shard", metavar="N", type=int, help="samples a cached shard (default: 256)")
     a("--encode-batch", metavar="N", type=int, help="pictures encoded at once (default: 16)")
-    a(
-        "--part",
-        metavar="I/N",
-        type=share,
-        default=(0, 1),
-        help="every N-th shard from the I-th (default: 0/1)",
-    )
+    a("--part", metavar="I/N", type=share, default=(0, 1), help="every N-th shard from the I-th (0/1)")
     a("--index", metavar="DIR", type=errors.name, help="folder of the index (default: beside the tars)")
     a("--caption-key", metavar="NAME", help=files.KEY_HELP)
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")

@@ -114,9 +114,9 @@ def test_an_empty_caption_is_a_null_prompt(tmp_path):
 
 def test_larger_pictures_come_in_smaller_micro_batches():
     """A micro-batch of 8 at side 16 has the pixels of 2 at side 32."""
-    plan = plan_of((0, (16, 32), 16), micro_batch=8, steps=4)
+    plan = plan_of((0, (16, 32), 16), micro_batch=8, steps=2)
     shapes = [tuple(batch.x0.shape) for batch in feed_of(plan).stream(0)]
-    assert shapes == 2 * (2 * [(8, 3, 16, 16)] + 8 * [(2, 3, 32, 32)])
+    assert shapes == 2 * [(8, 3, 16, 16)] + 8 * [(2, 3, 32, 32)]
 
 
 def test_the_side_that_the_plan_tells_is_that_of_the_pictures():
