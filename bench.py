@@ -36,6 +36,7 @@ import losses
 import model
 import recipe
 from engine import arguments, checkpoint, errors, machine, optimizers, price
+from engine.run import made_up_batch
 from objectives import OBJECTIVES, VARIANTS
 
 WARM_UP = 2  # rounds that are not counted
@@ -98,16 +99,6 @@ def networks(size: dict, device: torch.device, precision: torch.dtype, args: arg
         network.compile_blocks()
         ema.compile_blocks()
     return network, ema
-
-
-def made_up_batch(size: dict, shape: tuple[int, ...], text_tokens: int, device: torch.device) -> tuple:
-    """x0 of this shape, c, null, fake and is_null as an objective takes them: noise for pictures and prompts."""
-    with device:
-        prompts = [
-            (torch.randn(shape[0], text_tokens, size["txt_dim"]), torch.randn(shape[0], size["vec_dim"]))
-            for _ in range(3)
-        ]
-        return torch.randn(shape), *prompts, torch.zeros(shape[0], dtype=torch.bool)
 
 
 def kinds(names: list[str]) -> dict[str, tuple[str, list[str], bool]]:
@@ -331,7 +322,7 @@ def main() -> None:
     network, ema = networks(size, device, precision, args)
     # The weights do move: a last layer that stays zero hands back zeros, which a GPU multiplies faster.
     adam = optimizers.build("adam", network, 1e-4, plan.betas)
-    batch = made_up_batch(size, (args.batch, size["channels"], side, side), plan.txt_len, device)
+    batch = made_up_batch(network, (args.batch, size["channels"], side, side), plan.txt_len)
     steps = {name: Step(kind, (network, ema), adam, batch) for name, kind in kinds(args.objectives).items()}
     settings = {name: value for name, value in vars(args).items() if name not in ("device", "out")}
     settings |= {"precision": str(precision).removeprefix("torch.")}

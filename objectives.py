@@ -54,14 +54,14 @@ class Objective(NamedTuple):
         1000.0  # of the time features (model.sinusoid); 1 for peers/, as their authors have it
     )
     derives: bool = False  # the target holds a time derivative of the network: exact, or a difference in fp32
-    own_draw: Callable | None = None  # instead of losses.draw
+    other_draw: Callable | None = None  # instead of losses.draw
     trajectory: Callable = sampler.trajectory  # from noise to data
     choices: tuple[str, ...] = ("guidance", "eta", "s_rule", "space", "mu")  # that its sampler takes
 
     def draw(self, *arguments, **more):
         """The random numbers of a micro-batch; arguments as for losses.draw, but for the share of s = t."""
-        if self.own_draw:
-            return self.own_draw(*arguments, **more)
+        if self.other_draw:
+            return self.other_draw(*arguments, **more)
         return losses.draw(*arguments, p_equal=1 - self.below, **more)
 
     def forwards(self, aux: bool = False, guided: bool = False) -> float:
@@ -108,7 +108,7 @@ OBJECTIVES = {
         evaluations=1,
         group=imm.M,
         flags=("imm_k",),
-        own_draw=imm.draw,
+        other_draw=imm.draw,
         trajectory=imm.trajectory,
         choices=("guidance",),
     ),

@@ -58,17 +58,17 @@ class Meter:
         t, s, loss = stats["t"], stats["s"], stats["loss"]
         evaluated, fakes = stats.get("delta_norm", t[:0]), stats.get("fake_loss", t[:0])
         lam = stats.get("lam", t[:0]).clamp_min(1e-12)
-        row = [len(t), loss.sum(), (s < t).sum(), lam.log().sum()]
-        row += [len(evaluated), (lam / (1 + lam)).sum(), evaluated.sum(), len(fakes), fakes.sum()]
+
+        def count(x: Tensor) -> Tensor:  # len(x), already on the device
+            return torch.ones_like(x).sum()
+
+        row = [count(t), loss.sum(), (s < t).sum(), lam.log().sum()]
+        row += [count(evaluated), (lam / (1 + lam)).sum(), evaluated.sum(), count(fakes), fakes.sum()]
         for b in range(BINS):
             inside = (t >= b / BINS) & ((t < (b + 1) / BINS) | (b == BINS - 1))
             row += [inside.sum(), torch.where(inside, loss, 0.0).sum()]
-        row += [flops, 0, 0]  # `keep` fills in the other two
-        # A full tensor, where a number would have to be copied to the device, and waited for
-        sums = self.sums
-        self.pending += torch.stack(
-            [sums.new_full((), x) if isinstance(x, (int, float)) else x.to(sums) for x in row]
-        )
+        row += [self.sums.new_full((), flops), *self.sums.new_zeros(2)]  # `keep` fills in the other two
+        self.pending += torch.stack([x.to(self.sums.dtype) for x in row])
 
     def keep(self, grad_norm: Tensor) -> None:
         """Count the iteration."""

@@ -84,6 +84,14 @@ class Run(NamedTuple):
         return f"{python} {program} {shlex.quote(str(self.folder))}"
 
 
+def made_up_batch(network: model.Denoiser, shape: tuple[int, ...], txt_len: int) -> tuple:
+    """x0 of this shape, c, null, fake and is_null as an objective takes them: noise for pictures and prompts."""
+    B, widths = shape[0], (network.txt_in.in_features, network.vector_in.in_layer.in_features)
+    with network.txt_in.weight.device:
+        prompts = [(torch.randn(B, txt_len, widths[0]), torch.randn(B, widths[1])) for _ in range(3)]
+        return torch.randn(shape), *prompts, torch.zeros(B, dtype=torch.bool)
+
+
 def rehearse(run: Run, network: model.Denoiser, objective: torch.nn.Module, optimizer) -> None:
     """The forward and backward pass of every stage to come, at its largest pictures, before the first iteration on a GPU:
     what does not fit into its memory fails now, not after days. Nothing is learned. Raises UserError with what to do."""
@@ -98,11 +106,8 @@ def rehearse(run: Run, network: model.Denoiser, objective: torch.nn.Module, opti
             shape = (codec.channels, side // codec.factor, side // codec.factor)
             draws = run.feed.draw(0, 0, list(range(B)), shape, device=codec.device)
             try:
-                with codec.device:
-                    pooled = torch.zeros(B, network.vector_in.in_layer.in_features)
-                    c = torch.zeros(B, plan.txt_len, network.txt_in.in_features), pooled
-                    x0, is_null = torch.zeros(B, *shape), torch.zeros(B, dtype=torch.bool)
-                objective(x0, c, c, c, is_null, draws, 1.0, 0.0, aux)[0].backward()
+                batch = made_up_batch(network, (B, *shape), plan.txt_len)
+                objective(*batch, draws, 1.0, 0.0, aux)[0].backward()
             except torch.OutOfMemoryError as error:
                 term = " with the auxiliary term" if aux else ""
                 raise errors.UserError(
