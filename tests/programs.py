@@ -1,5 +1,6 @@
-"""Calling our programs in the test's own process, as from the command line."""
+"""Calling our programs in the test's own process, as from the command line, and reading what a run leaves."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -34,6 +35,16 @@ def refused(monkeypatch, capsys, program, *words) -> str:
 def last(run: Path) -> Path:
     """The last state of a run."""
     return checkpoint.complete_states(run)[-1]
+
+
+def steps_of(run: Path) -> list[int]:
+    """The iterations of its complete states."""
+    return [checkpoint.step_of(state) for state in checkpoint.complete_states(run)]
+
+
+def records(run: Path) -> list[dict]:
+    """What metrics.jsonl says."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def tensors(state: Path) -> dict[str, torch.Tensor]:

@@ -13,12 +13,16 @@ import tempfile
 import time
 from pathlib import Path
 
+import programs
+
 ROOT = Path(__file__).parent.parent
 SMALL = "--batch-size 4 --device cpu --precision fp32 --no-compile --grid-every 0 --log-every 1".split()
 TRAIN = "import train\nfrom engine import errors\nerrors.run(train.main)\n"
+TINY = f"import model\nmodel.SIZES['laptop'] = {programs.TINY}\n" + TRAIN
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["train", "torch.utils.tensorboard"])
+# What a run imports on its way, too: Adam imports the compiler, which takes longer than a short run.
+context.set_forkserver_preload(["train", "torch._dynamo", "torch.utils.tensorboard"])
 
 
 def child(script: str, argv: list[str], environment: dict, outputs: list[str]) -> None:
@@ -38,7 +42,7 @@ def child(script: str, argv: list[str], environment: dict, outputs: list[str]) -
     exec(script, {"__name__": "script"})
 
 
-def start(world: int, *arguments, script: str = TRAIN) -> list:
+def start(world: int, *arguments, script: str = TINY) -> list:
     """`world` processes of one run over gloo on this machine, as multiprocessing has them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -11,7 +11,7 @@ import programs
 import pytest
 import torch
 from programs import TINY, last, run, same
-from ranks import TRAIN
+from ranks import TINY as TINY_TRAIN
 from ranks import train as processes
 from safetensors.torch import load_file
 
@@ -121,15 +121,19 @@ def test_the_price_is_what_is_evaluated(name, guidance):
 @pytest.mark.parametrize("name", [*NAMES, "imm"])
 def test_each_trains_resumes_and_samples(name, tmp_path, monkeypatch):
     monkeypatch.setitem(model.SIZES, "laptop", TINY)
-    guided, whole, parts = ["--train-guidance", 2] * (name != "imm"), tmp_path / "whole", tmp_path / "parts"
-    words = ["--objective", name, *guided, "--steps", 4, "--out", whole, *QUICK, "--save-every", 2]
+    guided, straight, parts = (
+        ["--train-guidance", 2] * (name != "imm"),
+        tmp_path / "straight",
+        tmp_path / "parts",
+    )
+    words = ["--objective", name, *guided, "--steps", 4, "--out", straight, *QUICK, "--save-every", 2]
     run(monkeypatch, train, *words)
-    shutil.copytree(whole, parts)
+    shutil.copytree(straight, parts)
     shutil.rmtree(last(parts))  # as if stopped after two iterations
     run(monkeypatch, train, "--resume", "--out", parts, "--device", "cpu")
-    assert same(whole, parts)
+    assert same(straight, parts)
 
-    loaded, seen = sample.load(whole, torch.device("cpu")), []
+    loaded, seen = sample.load(straight, torch.device("cpu")), []
     assert loaded.config["guidance"] == 1 or name == "imm"  # it is in the target of training already
     loaded.network.register_forward_pre_hook(lambda m, x: seen.append((x[1][0].item(), x[2][0].item())))
     sample.generate(loaded, ["x"], [(0,)], steps=2, guidance=1.0)
@@ -147,7 +151,7 @@ def test_two_processes_and_the_compiler_change_nothing(name, tmp_path):
         "--steps 3 --batch-size 16 --grid-every 0 --device cpu --precision fp32 --train-guidance 2".split()
     )
     flags += ["--objective", name]
-    soon = TRAIN.replace("errors.run", "train.EAGER_STEPS = 1\nerrors.run")
+    soon = TINY_TRAIN.replace("errors.run", "train.EAGER_STEPS = 1\nerrors.run")
     processes(1, "--out", tmp_path / "one", *flags, "--no-compile")
     processes(2, "--out", tmp_path / "two", *flags, "--no-compile")
     processes(1, "--out", tmp_path / "compiled", *flags, "--compile", script=soon)

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from programs import last, refused, run, same, tensors
-from ranks import SMALL, TRAIN, finish, printed, start
+from programs import last, records, run, same, tensors
+from ranks import SMALL, TINY, TRAIN, finish, printed, start
 from ranks import train as run_train
 
 import sample
@@ -32,16 +32,12 @@ from scale import shards
 ROOT = Path(__file__).parent.parent
 
 
-def records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def losses_of(run: Path) -> list[float]:
     return [record["loss"] for record in records(run)]
 
 
 def alike(a: Path, b: Path) -> bool:
-    """Whether two runs ended alike but for rounding: the same losses, all but a few weights equal to 1e-4.
+    """Whether two runs ended alike but for rounding: the same losses, all but a hundredth of the weights equal to 1e-4.
 
     Adam's first updates are the signs of gradients, so a weight whose gradient is rounding noise goes either way.
     """
@@ -49,7 +45,7 @@ def alike(a: Path, b: Path) -> bool:
     assert last(a).name == last(b).name and first.keys() == second.keys()
     weights = [key for key in first if not key.startswith("adam")]
     flips = sum(((first[key] - second[key]).abs() > 1e-4).sum().item() for key in weights)
-    few = flips < 1e-4 * sum(first[key].numel() for key in weights)
+    few = flips < 1e-2 * sum(first[key].numel() for key in weights)
     return few and losses_of(a) == pytest.approx(losses_of(b), rel=1e-4)
 
 
@@ -121,29 +117,10 @@ def test_what_is_skipped_is_counted_once_on_any_number_of_processes(tmp_path):
         assert records(tmp_path / f"run{world}")[-1]["skipped"] == 3
 
 
-@pytest.mark.parametrize(
-    "words, complaint",
-    [
-        ("--seed 3", "begun with --seed 0"),
-        ("--batch-size 16", "another --batch-size"),
-        ("--data {}", "other data"),
-    ],
-)
-def test_a_resumed_run_refuses_another_sequence_of_samples(
-    runs, tmp_path, words, complaint, monkeypatch, capsys
-):
-    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("nothing")
-    before = (runs / "one/metrics.jsonl").read_bytes()
-    flags = words.format(tmp_path).split()
-    assert complaint in refused(monkeypatch, capsys, train, "--resume", "--out", runs / "one", *flags)
-    assert (runs / "one/metrics.jsonl").read_bytes() == before
-
-
 def test_processes_that_do_not_agree_refuse_to_start(tmp_path):
-    script = "import os, sys\nif os.environ['RANK'] == '1': sys.argv += ['--lr', '0.001']\n" + TRAIN
+    script = "import os, sys\nif os.environ['RANK'] == '1': sys.argv += ['--lr', '0.001']\n" + TINY
     results = finish(start(2, "--steps", 2, "--out", tmp_path / "r", *SMALL, script=script))
-    assert all(code == 2 and "process 1 has recipe" in error for code, _, error in results)
+    assert all(code == 2 and "process 1 has lr 0.001" in error for code, _, error in results)
     assert not checkpoint.complete_states(tmp_path / "r")
 
 
@@ -166,7 +143,7 @@ def test_processes_that_do_not_meet_say_so_and_give_up(address, monkeypatch, cap
 def test_the_compiler_recomputation_bf16_and_zero_under_ddp(tmp_path):
     """Two compiled processes with recomputation, bf16 and ZeRO make the run of one plain one, to bf16's rounding."""
     flags = "--steps 3 --batch-size 4 --device cpu --precision bf16 --grid-every 0 --log-every 1".split()
-    run_train(1, "--out", tmp_path / "plain", *flags, "--no-compile")
+    run_train(1, "--out", tmp_path / "plain", *flags, "--no-compile", script=TRAIN)
     script = TRAIN.replace("errors.run", "train.EAGER_STEPS = 0\nerrors.run")
     run_train(2, "--out", tmp_path / "all", *flags, "--compile", "--recompute", 3, "--zero", script=script)
     assert losses_of(tmp_path / "plain") == pytest.approx(losses_of(tmp_path / "all"), rel=0.02)
@@ -192,7 +169,7 @@ def killed_and_resumed(out: Path, steps: int, kills: int, seed: int) -> list[str
         begun, kill_at = checkpoint.complete_states(out), None
         if not begun and (out / "config.json").exists():
             shutil.rmtree(out)  # killed before its first state: begin again, as the message says
-        (process,) = start(1, *run_flags(out, steps))
+        (process,) = start(1, *run_flags(out, steps), script=TRAIN)
         while process.exitcode is None and (kill_at is None or time.monotonic() < kill_at):
             states = checkpoint.complete_states(out)
             if kill_at is None and states and states != begun:  # it works and saves: anything from now on
@@ -203,7 +180,7 @@ def killed_and_resumed(out: Path, steps: int, kills: int, seed: int) -> list[str
         states = checkpoint.complete_states(out)
         saving = ", in the middle of a save" if list((out / "state").glob("*.partial")) else ""
         found.append((states[-1].name if states else "no state") + saving)
-    run_train(1, *run_flags(out, steps))
+    run_train(1, *run_flags(out, steps), script=TRAIN)
     return found
 
 
@@ -215,9 +192,9 @@ def run_flags(out: Path, steps: int) -> list:
 
 @pytest.mark.slow
 def test_killed_five_times_it_ends_where_it_would_have(tmp_path):
-    run_train(1, "--steps", 24, "--out", tmp_path / "whole", *SMALL)
+    run_train(1, "--steps", 24, "--out", tmp_path / "straight", *SMALL, script=TRAIN)
     found = killed_and_resumed(tmp_path / "killed", 24, 5, seed=1)
-    assert len(found) == 5 and same(tmp_path / "whole", tmp_path / "killed")
+    assert len(found) == 5 and same(tmp_path / "straight", tmp_path / "killed")
     steps = [record["step"] for record in records(tmp_path / "killed")]
     assert steps == list(range(1, 25))  # each iteration once, although some were done twice
 
@@ -306,16 +283,16 @@ def test_ctrl_c_while_compiling_waits_for_the_compiler(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a limit on the size of files")
 def test_a_full_disk_leaves_the_last_state_whole(tmp_path):
-    """From the second save on files may grow to 1 MB only: it fails as on a full disk."""
+    """From the second save on files may grow to 10 kB only: it fails as on a full disk."""
     limited = (
         "import resource\nfrom engine import checkpoint\nsave = checkpoint.save_state\n"
         "def limited(*a):\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, ((10**9 if a[-2]['step'] < 4 else 10**6), 10**9))\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, ((10**9 if a[-2]['step'] < 4 else 10**4), 10**9))\n"
         "    return save(*a)\n"
         "checkpoint.save_state = limited\n"
     )
     flags = ["--steps", 6, *SMALL, "--save-every", 2]
-    code, _, error = finish(start(1, "--out", tmp_path / "r", *flags, script=limited + TRAIN))[0]
+    code, _, error = finish(start(1, "--out", tmp_path / "r", *flags, script=limited + TINY))[0]
     (line,) = [line for line in error.splitlines() if "cannot save" in line]
     assert code == 2 and "step_00000002" in line and "make room" in line
     assert [p.name for p in (tmp_path / "r/state").iterdir()] == ["step_00000002"]
@@ -340,7 +317,7 @@ losses.SelfE.forward = poisoned
 
 def test_one_bad_sample_on_one_process_leaves_the_update_out_on_all(tmp_path):
     flags = ["--steps", 4, "--out", tmp_path / "r", *SMALL, "--save-every", 1, "--keep", 9]
-    results = finish(start(2, *flags, script=POISON + TRAIN))
+    results = finish(start(2, *flags, script=POISON + TINY))
     assert [code for code, _, _ in results] == [0, 0], results[0][2]
     two, three, four = (tensors(tmp_path / f"r/state/step_0000000{n}") for n in (2, 3, 4))
     assert all(torch.equal(two[key], three[key]) for key in two)  # weights, average, moments, Adam's count
@@ -362,9 +339,9 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        run_train(1, "--steps", args.steps, "--out", Path(folder) / "whole", *SMALL)
+        run_train(1, "--steps", args.steps, "--out", Path(folder) / "straight", *SMALL, script=TRAIN)
         found = killed_and_resumed(Path(folder) / "killed", args.steps, args.times, args.seed)
-        equal = same(Path(folder) / "whole", Path(folder) / "killed")
+        equal = same(Path(folder) / "straight", Path(folder) / "killed")
     report = machine.provenance(torch.device("cpu")) | {"seed": args.seed, "iterations": args.steps}
     report |= {"kills": len(found), "in_the_middle_of_a_save": sum("save" in state for state in found)}
     report |= {"found": found, "same_end_bit_for_bit": equal}
