@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from programs import TINY, refused, run
+from programs import TINY, refused, run, steps_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -39,10 +39,6 @@ def models(value: float) -> tuple[nn.Module, nn.Module, torch.optim.Adam]:
 def save(run: Path, step: int, value=None, keep: int = 2, milestone_every: int = 0) -> Path:
     args = SimpleNamespace(keep=keep, milestone_every=milestone_every)
     return checkpoint.save_state(run, *models(value or step), {"of": step}, {"step": step}, args)
-
-
-def steps_of(run: Path) -> list[int]:
-    return [checkpoint.step_of(state) for state in checkpoint.complete_states(run)]
 
 
 def check_whole(run: Path) -> None:
@@ -292,8 +288,8 @@ def trained(tmp_path):
 def test_a_model_can_be_given_away(trained, tmp_path, monkeypatch):
     run(monkeypatch, checkpoint, trained, tmp_path / "given", "--dtype", "fp16")
     folders = trained, tmp_path / "given"
-    whole, half = (sample.load(folder, torch.device("cpu")).network.state_dict() for folder in folders)
-    assert all(torch.allclose(whole[key], half[key], rtol=2**-11, atol=1e-7) for key in whole)
+    full, half = (sample.load(folder, torch.device("cpu")).network.state_dict() for folder in folders)
+    assert all(torch.allclose(full[key], half[key], rtol=2**-11, atol=1e-7) for key in full)
     sizes = [(folder / "model.safetensors").stat().st_size for folder in folders]
     assert sizes[1] < 0.6 * sizes[0]
 

@@ -103,18 +103,18 @@ def call(*words, code: int = 0, **environment) -> subprocess.CompletedProcess:
 def test_it_trains_stops_resumes_and_samples_there(tmp_path, flags):
     """30 and 30 iterations end near 60 in one piece: sums on a GPU may be taken in another order."""
     flags = ["--device", NAME, "--batch-size", 8, "--grid-every", 0, *flags]
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    call("train.py", *flags, "--steps", 60, "--out", whole)
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    call("train.py", *flags, "--steps", 60, "--out", straight)
     call("train.py", *flags, "--steps", 60, "--out", halves, "--save-every", 30)
     shutil.rmtree(halves / "state" / "step_00000060")
     call("train.py", "--resume", "--out", halves, "--device", NAME)
-    a, b = (checkpoint.read_json(folder / "config.json") for folder in (whole, halves))
+    a, b = (checkpoint.read_json(folder / "config.json") for folder in (straight, halves))
     assert a["precision"] == b["precision"] and a["steps"] == b["steps"] == 60
-    weights = [load_file(folder / "model.safetensors") for folder in (whole, halves)]
+    weights = [load_file(folder / "model.safetensors") for folder in (straight, halves)]
     first, second = (torch.cat([w[key].float().flatten() for key in weights[0]]) for w in weights)
     assert (first - second).norm() < 0.02 * first.norm()
     picture = ["--prompt", "a photo of a red circle", "--device", NAME, "--out", tmp_path / "x.png"]
-    call("sample.py", "--checkpoint", whole, *picture)
+    call("sample.py", "--checkpoint", straight, *picture)
     assert (tmp_path / "x.png").stat().st_size > 100
 
 

@@ -156,12 +156,12 @@ def test_times_are_ordered_and_uniform():
 
 
 def test_draws_belong_to_the_global_index():
-    whole = imm.draw(3, 7, list(range(16, 32)), (2, 2))
+    together = imm.draw(3, 7, list(range(16, 32)), (2, 2))
     parts = [imm.draw(3, 7, list(range(a, a + 8)), (2, 2)) for a in (16, 24)]
-    for a, b in zip(whole, zip(*parts)):
+    for a, b in zip(together, zip(*parts)):
         assert torch.equal(a, torch.cat(b))
-    assert len(set(whole.u_t.tolist())) == 4 and whole.eps.shape == (16, 2, 2)
-    assert not torch.equal(whole.u_t, imm.draw(3, 8, list(range(16, 32)), (2, 2)).u_t)
+    assert len(set(together.u_t.tolist())) == 4 and together.eps.shape == (16, 2, 2)
+    assert not torch.equal(together.u_t, imm.draw(3, 8, list(range(16, 32)), (2, 2)).u_t)
     for cut in ([2, 3, 4, 5], [0, 1, 2], [0, 1, 2, 4]):
         with pytest.raises(ValueError, match="groups of 4"):
             imm.draw(3, 7, cut, (2,))

@@ -5,7 +5,6 @@ and tests/test_mutations.py shows that one changed token of losses.py fails them
 """
 
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -98,30 +97,15 @@ def networks(dtype=F64) -> tuple[Net, Net]:
     return Net(0.7, -0.6, 0.4, 0.3).to(dtype), Net(0.9, 0.5, -0.2, -0.4).to(dtype)
 
 
-class Batch(NamedTuple):
-    x0: Tensor
-    c: Tensor
-    null: Tensor
-    fake: Tensor
-    is_null: Tensor
-    draws: losses.Draws
-
-    def step(self, module: losses.SelfE, aux: bool = False) -> tuple[Tensor, dict]:
-        return module(self.x0, (self.c,), (self.null,), (self.fake,), self.is_null, self.draws, 1.0, MU, aux)
-
-
-def to(dtype, tensors):
-    return (x.to(dtype) if x.is_floating_point() else x for x in tensors)
-
-
-def batch(shape: tuple = (3,), samples: range = range(B), dtype=F64, **other_draws) -> Batch:
-    """Samples of one batch, which differ in norm, with null prompts in both halves."""
-    draws = losses.draw(3, 11, list(samples), shape)._replace(**other_draws)
-    x0, c, null, fake = (normal(B, *shape, seed=seed) for seed in range(4))
+def batch(dtype=F64, **other_draws) -> tuple:
+    """What a step takes: samples that differ in norm, with null prompts in both halves."""
+    draws = losses.draw(3, 11, list(range(B)), (2, 3))._replace(**other_draws)
+    x0, c, null, fake = (normal(B, 2, 3, seed=seed) for seed in range(4))
     x0 = x0 * per_sample(torch.linspace(0.3, 3, B, dtype=F64), x0)
     c = torch.where(per_sample(IS_NULL, c), null, c)
-    rows = (x[list(samples)] for x in (x0, c, null, fake, IS_NULL))
-    return Batch(*to(dtype, rows), losses.Draws(*to(dtype, draws)))
+    x0, c, null, fake = (x.to(dtype) for x in (x0, c, null, fake))
+    draws = losses.Draws(*(x.to(dtype) if x.is_floating_point() else x for x in draws))
+    return x0, (c,), (null,), (fake,), IS_NULL, draws
 
 
 @pytest.mark.parametrize("options", [dict(target="Renorm"), dict(null_target="zero")])
@@ -136,24 +120,24 @@ def test_unknown_choices_are_refused(options):
 def test_the_step_is_finite_at_the_end_of_time(dtype, aux, target):
     """Every t is 1. Where s = t the target is x0; where s < t it is as long as x0 (the limit of Eq. 19)."""
     u = torch.tensor([0.0, 0.0, 0.5, 0.0, 0.5, 0.5, 1e-7, 0.9])  # of those with s < t, 1 and 3 have s = t = 1
-    b, (online, ema) = batch((2, 3), dtype=dtype, z=torch.full((B,), math.inf), u=u), networks(dtype)
-    loss, stats = b.step(losses.SelfE(online, ema, target=target), aux)
+    (online, ema), step = networks(dtype), batch(dtype, z=torch.full((B,), math.inf), u=u)
+    loss, stats = losses.SelfE(online, ema, target=target)(*step, 1.0, MU, aux)
     loss.backward()
     assert loss.isfinite() and online.theta.grad.isfinite().all() and online.theta.grad.any()
     assert (stats["t"] == 1).all() and all(value.isfinite().all() for value in stats.values())
     # At t = 1, x0_hat = eps - V, and dL/dV = -2 (x0_hat - target) over all values.
-    V = online.outputs[0]
-    pulled_to = b.draws.eps - V.detach() + V.grad / 2 * V.numel()
+    V, x0, draws = online.outputs[0], step[0], step[-1]
+    pulled_to = draws.eps - V.detach() + V.grad / 2 * V.numel()
     tol = 1e-4 if dtype == torch.float32 else 1e-10
-    close(pulled_to[[0, 1, 2, 3, 4, 6]], b.x0[[0, 1, 2, 3, 4, 6]], tol)
+    close(pulled_to[[0, 1, 2, 3, 4, 6]], x0[[0, 1, 2, 3, 4, 6]], tol)
     if target == "renorm":
-        close(pulled_to.flatten(1).norm(dim=1), b.x0.flatten(1).norm(dim=1), tol)
+        close(pulled_to.flatten(1).norm(dim=1), x0.flatten(1).norm(dim=1), tol)
 
 
 @pytest.mark.parametrize("aux", [False, True])
 def test_the_statistics_are_those_of_the_step(aux):
-    b, (online, ema) = batch((2, 3)), networks()
-    loss, stats = b.step(losses.SelfE(online, ema), aux)
+    online, ema = networks()
+    loss, stats = losses.SelfE(online, ema)(*batch(), 1.0, MU, aux)
     s, t = stats["s"][BELOW], stats["t"][BELOW]
     close(stats["lam"], paper_lam(t, s) * (aux | ~IS_NULL[BELOW]))
     _, V_null, *V_fake = online.outputs
@@ -236,12 +220,12 @@ def test_every_n_samples_have_their_share_at_the_same_places(p_equal, n, places)
 @pytest.mark.parametrize("cuts", [[2, 10], [6, 2, 4], [1] * 12], ids=str)
 def test_draws_do_not_depend_on_how_the_batch_is_cut(cuts):
     """Global samples 8..19 in one piece or in pieces (ranks, micro-batches): the same numbers, the same positions."""
-    whole = losses.draw(9, 4, list(range(8, 20)), (2, 3))
+    together = losses.draw(9, 4, list(range(8, 20)), (2, 3))
     pieces, start, positions = [], 8, []
     for n in cuts:
         pieces.append(losses.draw(9, 4, list(range(start, start + n)), (2, 3)))
         positions += (pieces[-1].below + start - 8).tolist()
         start += n
     for i in range(4):
-        assert torch.equal(torch.cat([p[i] for p in pieces]), whole[i])
-    assert positions == whole.below.tolist()
+        assert torch.equal(torch.cat([p[i] for p in pieces]), together[i])
+    assert positions == together.below.tolist()

@@ -37,12 +37,12 @@ def test_muon_moves_the_blocks_matrices_with_equal_singular_values_and_adam_the_
 
 def test_a_run_with_muon_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(model.SIZES, "laptop", TINY)
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    run(monkeypatch, train, "--steps", 4, "--optimizer", "muon", "--out", whole, *QUICK, "--save-every", 2)
-    shutil.copytree(whole, halves)
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    run(monkeypatch, train, "--steps", 4, "--optimizer", "muon", "--out", straight, *QUICK, "--save-every", 2)
+    shutil.copytree(straight, halves)
     shutil.rmtree(last(halves))
     run(monkeypatch, train, "--resume", "--out", halves, "--device", "cpu")
-    assert same(whole, halves)
+    assert same(straight, halves)
     words = ["--resume", "--out", halves, "--optimizer", "adam", "--steps", 5]
     assert "--optimizer muon" in refused(monkeypatch, capsys, train, *words)
 

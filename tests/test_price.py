@@ -34,13 +34,13 @@ def test_the_price_of_the_paper():
     """About 4.7e21 FLOP for the whole run, 1.29 and 3.42 TFLOP for a forward pass at 256^2 and 512^2 pixels."""
     assert price.forward_flops(BIG, 256, 256) / 1e12 == pytest.approx(1.29, abs=0.01)
     assert price.forward_flops(BIG, 1024, 256) / 1e12 == pytest.approx(3.42, abs=0.01)
-    whole = price.run_flops(BIG, recipe.RECIPES["2b"], "self_e", 8)
-    assert whole == pytest.approx(4.7e21, rel=0.05)
+    total = price.run_flops(BIG, recipe.RECIPES["2b"], "self_e", 8)
+    assert total == pytest.approx(4.7e21, rel=0.05)
     rest = price.run_flops(BIG, recipe.RECIPES["2b"], "self_e", 8, start=600_000)
     mean = (price.forward_flops(BIG, 256, 256) + price.forward_flops(BIG, 1024, 256)) / 2
-    assert rest == pytest.approx(110_000 * 768 * 5.5 * mean) and rest < whole
+    assert rest == pytest.approx(110_000 * 768 * 5.5 * mean) and rest < total
     plain = price.run_flops(BIG, recipe.make("2b", aux_from=1.0), "flow_matching", 8)
-    assert plain < 0.75 * whole
+    assert plain < 0.75 * total
 
 
 def test_the_state_is_what_torch_keeps():

@@ -10,11 +10,11 @@ import rng as randomness
 
 def test_a_row_depends_on_its_own_key_alone():
     keys = [(3, 0), (3, 7), (4, 0), (0, 3)]
-    whole = randomness.normal(1, "noise", keys, (2, 5))
-    assert whole.shape == (4, 2, 5) and whole.dtype == torch.float32
+    rows = randomness.normal(1, "noise", keys, (2, 5))
+    assert rows.shape == (4, 2, 5) and rows.dtype == torch.float32
     for i, key in enumerate(keys):
-        assert torch.equal(randomness.normal(1, "noise", [key], (2, 5))[0], whole[i])
-    assert torch.equal(randomness.normal(1, "noise", keys[::-1], (2, 5)), whole.flip(0))
+        assert torch.equal(randomness.normal(1, "noise", [key], (2, 5))[0], rows[i])
+    assert torch.equal(randomness.normal(1, "noise", keys[::-1], (2, 5)), rows.flip(0))
     assert randomness.normal(1, "time", keys, ()).shape == (4,)
 
 
