@@ -232,7 +232,7 @@ def test_packed_weights_are_near_and_read_alike():
 
 def toy_net(layout: str, label: str) -> Net:
     """The network of the page in PyTorch, from the weights that the page holds."""
-    net = Net([0], 3)
+    net = Net(0, 3)
     state = unpacked(WORLD["networks"]["weights"][layout][label])
     net.load_state_dict({name: state[name].view_as(value) for name, value in net.state_dict().items()})
     return net.requires_grad_(False)

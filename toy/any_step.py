@@ -52,7 +52,7 @@ def main() -> None:
     if args.study in ("objectives", "peers"):
         member = Member(args.layout or "between", seeds[0])
         networks = {
-            label: (trained([member], args.steps, training), sampling)
+            label: (trained(member, args.steps, training), sampling)
             for label, (training, sampling) in study.settings.items()
         }
         figures.samples(networks, member, out / f"{args.study}_{member.layout}.png")

@@ -79,13 +79,13 @@ def layouts() -> dict:
 
 def networks() -> dict:
     """The plane's networks, from runs/toy or trained now, and where they come from."""
-    members, weights = [Member(layout, SEED) for layout in LAYOUTS], {layout: {} for layout in LAYOUTS}
+    weights = {layout: {} for layout in LAYOUTS}
     settings = {label: studies.STUDIES["objectives"].settings[label] for label in OBJECTIVES}
     for label, (training, _) in settings.items():
-        print(f"networks of {label} ...", flush=True)
-        net = studies.trained(members, STEPS, training)
-        for e, layout in enumerate(LAYOUTS):
-            weights[layout][label] = pack(net.weights_of(e))[0]
+        for layout in LAYOUTS:
+            print(f"{label}, {layout} ...", flush=True)
+            net = studies.trained(Member(layout, SEED), STEPS, training)
+            weights[layout][label] = pack(net.state_dict())[0]
     made_by = machine.provenance(CPU) | {
         "command": "python -m toy.explore --networks",
         "seed": SEED,

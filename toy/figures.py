@@ -85,7 +85,7 @@ def samples(networks: dict, member: Member, path: Path) -> None:
     def draw(axis, label: str, title: str):
         net, choices = networks[label]
         contours(axis, q, frame(q.m))
-        x = generate(net, [member], c, int(title[4:]), **choices)[0]
+        x = generate(net, member, c, int(title[4:]), **choices)
         axis.scatter(*x.T, s=2.5, c=[COLOURS[k] for k in c], linewidths=0)
 
     note = f"samples of the layout '{member.layout}': contours are the data, colours the three conditions"

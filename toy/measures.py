@@ -1,7 +1,7 @@
 """Samples of the toy networks, and how far they are from the data.
 
-evaluate(net, members)              # for each member {"1": measures, "2": ..., "50": ...} by number of steps
-evaluate(None, members)             # the floor: fresh data, measured as if it had been generated
+evaluate(net, member)              # {"1": measures, "2": ..., "50": ...} by number of steps
+evaluate(None, member)             # the floor: fresh data, measured as if it had been generated
 """
 
 import numpy as np
@@ -10,32 +10,26 @@ from torch import Tensor
 
 from objectives import OBJECTIVES
 from rng import normal, rng
-from toy.training import Member, Net, assemble
+from toy.training import Member, Net
 
 BUDGETS = (1, 2, 4, 8, 50)  # network evaluations, Tab. 1 and one step
 SAMPLES, REFERENCE = 1000, 4000  # per condition: generated, and fresh data to compare with
 
 
-def generate(net: Net, members: list[Member], c: Tensor, steps: int, objective="self_e", **choices) -> Tensor:
-    """Samples [E, n, 2] for the conditions c [n] (every member the same). The choices go to sampler.trajectory, or to
-    the sampler of `objective` where it has its own.
+def generate(net: Net, member: Member, c: Tensor, steps: int, objective="self_e", **choices) -> Tensor:
+    """Samples [n, 2] for the conditions c [n]. The choices go to sampler.trajectory, or to the sampler of `objective`
+    where it has its own.
 
-    The noise is a function of the member's seed and the step, so every objective and every choice meets the same.
+    The noise is a function of the member's seed and the step, so it is the same for every objective and every choice.
     """
-    if len(members) > 1 and choices.get("guidance", 1.0) != 1:
-        # Guidance joins two branches in one batch, which an ensemble would deal out to the wrong members.
-        alone = [(assemble([m], [net.weights_of(e)]), [m]) for e, m in enumerate(members)]
-        return torch.cat([generate(*one, c, steps, objective, **choices) for one in alone])
 
     def noise(k: int) -> Tensor:
-        return torch.cat([normal(m.seed, "toy sampling", [(k,)], (len(c), 2))[0] for m in members])
+        return normal(member.seed, "toy sampling", [(k,)], (len(c), 2))[0]
 
-    prompts = c.repeat(len(members))
-    null = torch.full_like(prompts, members[0].q.C)
     choices["draw_noise"] = lambda k: noise(k + 1)
-    trajectory = OBJECTIVES[objective].trajectory
-    *_, end = trajectory(net, noise(0), (prompts,), (null,), steps=steps, **choices)
-    return end[1].view(len(members), len(c), 2)
+    trajectory, null = OBJECTIVES[objective].trajectory, member.q.null(c)
+    *_, end = trajectory(net, noise(0), (c,), (null,), steps=steps, **choices)
+    return end[1]
 
 
 def within(x: Tensor) -> float:
@@ -74,22 +68,20 @@ class Truth:
         }
 
 
-def evaluate(net: Net | None, members: list[Member], labels=True, budgets=BUDGETS, **choices) -> list[dict]:
-    """For each member {"1": measures, ..., "50": measures}, averaged over the conditions.
+def evaluate(net: Net | None, member: Member, labels=True, **choices) -> dict:
+    """{"1": measures, ..., "50": measures}, averaged over the conditions.
 
     labels False asks the null prompt instead. net None measures fresh data against fresh data, the floor.
     """
-    C = members[0].q.C
-    conditions = list(range(C)) if labels else [C]
-    truth = [[Truth(m, k) for k in conditions] for m in members]
+    q, result = member.q, {}
+    conditions = list(range(q.C)) if labels else [q.C]
+    truth = [Truth(member, k) for k in conditions]
     c = torch.tensor(conditions).repeat_interleave(SAMPLES)
-    result = [{} for _ in members]
-    for steps in budgets:
+    for steps in BUDGETS:
         if net is None:
-            x = [m.q.sample(c, rng(m.seed, "toy floor", steps)) for m in members]
+            x = q.sample(c, rng(member.seed, "toy floor", steps))
         else:
-            x = generate(net, members, c, steps, **choices)
-        for row, parts, samples in zip(result, truth, x):
-            measured = [part.measure(a) for part, a in zip(parts, samples.split(SAMPLES))]
-            row[str(steps)] = {key: float(np.mean([m[key] for m in measured])) for key in measured[0]}
+            x = generate(net, member, c, steps, **choices)
+        measured = [part.measure(a) for part, a in zip(truth, x.split(SAMPLES))]
+        result[str(steps)] = {key: float(np.mean([m[key] for m in measured])) for key in measured[0]}
     return result

@@ -9,6 +9,7 @@ commit, hardware and time; a study that was interrupted goes on where it stopped
 its tables.
 """
 
+import itertools
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -177,21 +178,19 @@ def run(name: str, out: Path, seeds: tuple, layouts: tuple, steps: int) -> dict:
     if any(settings.get(record["label"]) != record["setting"] for record in results["records"]):
         raise errors.UserError(f"{path} holds results of other settings: choose another --out")
     done = {(record["label"], record["layout"], record["seed"]) for record in results["records"]}
-    for label, setting in settings.items():
-        todo = [Member(layout, seed) for layout in layouts for seed in seeds]
-        todo = [member for member in todo if (label, *member) not in done]
-        if not todo:
+    members = [Member(layout, seed) for layout in layouts for seed in seeds]
+    for (label, setting), member in itertools.product(settings.items(), members):
+        if (label, *member) in done:
             continue
         start = time.perf_counter()
-        net = None if setting["training"] is None else trained(todo, steps, setting["training"])
+        net = None if setting["training"] is None else trained(member, steps, setting["training"])
         between = time.perf_counter()
-        measured = evaluate(net, todo, **setting["sampling"])
+        measured = evaluate(net, member, **setting["sampling"])
         seconds = {"train_s": round(between - start, 1), "measure_s": round(time.perf_counter() - between, 1)}
-        for m, row in zip(todo, measured):
-            record = {"label": label, **m._asdict(), "setting": setting, **made_by, "together": len(todo)}
-            results["records"].append(record | seconds | {"results": row})
+        record = {"label": label, **member._asdict(), "setting": setting, **made_by, **seconds}
+        results["records"].append(record | {"results": measured})
         checkpoint.write_json(path, results)
-        print(f"{name}: {label}: {len(todo)} networks, {seconds}", flush=True)
+        print(f"{name}: {label}, {member.layout}, seed {member.seed}: {seconds}", flush=True)
     return results
 
 

@@ -1,7 +1,6 @@
 """A small two-time network in 2-D, and its training with losses.SelfE, the very module that train.py uses.
 
-    members = [Member("between", 0), Member("far", 0)]
-    net = train(members, target="tar")                 # one network per member, trained side by side; returns the EMA
+    net = train(Member("between", 0), target="tar")                 # returns the moving average of the weights
 
 PAPER below lists every choice of the objective with the paper's value; train takes departures from it.
 """
@@ -24,7 +23,7 @@ STEPS, BATCH = 2000, 256
 
 
 class Member(NamedTuple):
-    """One network of an ensemble: its data and its seed. They also name every random number it meets."""
+    """The data and the seed of one network. They also name every random number of its training."""
 
     layout: str
     seed: int
@@ -38,61 +37,37 @@ class Member(NamedTuple):
 # The network
 # ============================================================================================================
 class Net(nn.Module):
-    """V(x_t, t, s, c) for E members at once: residual MLPs that share nothing but the matrix product (Eq. 6, s.9-s.10).
-
-    Rows of x_t [E * B, 2] come member by member. E separate trainings would give the same networks and take E times as
-    long, because at this size the time goes into calling operations, not into arithmetic. Member e starts from its
-    seed.
-    """
+    """V(x_t, t, s, c): a residual MLP of 40,000 weights (Eq. 6, s.9-s.10)."""
 
     FREQUENCIES = (1.0, 2.0, 4.0, 8.0, 16.0)
 
-    def __init__(self, seeds: list[int], conditions: int, width: int = 96, depth: int = 4):
+    def __init__(self, seed: int, conditions: int, width: int = 96, depth: int = 4):
         super().__init__()
-        self.E = len(seeds)
         times = 2 * len(self.FREQUENCIES)
         prompts = 2 * (conditions + 1)  # c, the null prompt, and "fake image " + each of them
-        shapes = {"x": (2, width), "t": (times, width), "gap": (times, width), "prompt": (prompts, width)}
-        shapes |= {f"block{i}": (width, width) for i in range(depth)}
-        for name, (fan_in, fan_out) in shapes.items():
-            std = 1.0 if name == "prompt" else fan_in**-0.5
-            normal = [rng(seed, f"weights of {name}").standard_normal((fan_in, fan_out)) for seed in seeds]
-            init = [weights * std for weights in normal]
-            self.register_parameter(name, nn.Parameter(torch.tensor(np.stack(init), dtype=torch.float32)))
-            self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(self.E, 1, fan_out)))
-        self.out = nn.Parameter(torch.zeros(self.E, width, 2))
         self.blocks = [f"block{i}" for i in range(depth)]
+        shapes = {"x": (2, width), "t": (times, width), "gap": (times, width), "prompt": (prompts, width)}
+        for name, (fan_in, fan_out) in (shapes | dict.fromkeys(self.blocks, (width, width))).items():
+            std = 1.0 if name == "prompt" else fan_in**-0.5
+            init = std * rng(seed, f"weights of {name}").standard_normal((fan_in, fan_out))
+            self.register_parameter(name, nn.Parameter(torch.tensor(init, dtype=torch.float32)))
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(1, fan_out)))
+        self.out = nn.Parameter(torch.zeros(width, 2))
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        return torch.baddbmm(getattr(self, f"{name}_bias"), x, getattr(self, name))  # [E, B, width]
+        return torch.addmm(getattr(self, f"{name}_bias"), x, getattr(self, name))  # [B, width]
 
     def waves(self, t: Tensor) -> Tensor:
-        angles = t.view(self.E, -1, 1) * torch.tensor(self.FREQUENCIES)
-        return torch.cat([angles.cos(), angles.sin()], dim=-1)  # [E, B, times]
+        angles = t[:, None] * torch.tensor(self.FREQUENCIES)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)  # [B, times]
 
     def forward(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor) -> Tensor:
-        """x_t [E * B, 2], t and s [E * B], c [E * B] int64 -> V [E * B, 2]."""
-        prompt = self.prompt.flatten(0, 1)[c + len(self.prompt[0]) * self.member(c)]
-        h = self.linear("x", x_t.view(self.E, -1, 2)) + prompt.view(self.E, -1, self.prompt.shape[2])
+        """x_t [B, 2], t and s [B], c [B] int64 -> V [B, 2]."""
+        h = self.linear("x", x_t) + self.prompt[c]
         h = h + self.linear("t", self.waves(t)) + self.linear("gap", self.waves(t - s))  # s.9, s.10
         for name in self.blocks:
             h = h + self.linear(name, silu(h))
-        return (silu(h) @ self.out).view_as(x_t)
-
-    def member(self, rows: Tensor) -> Tensor:
-        """Which member each row belongs to."""
-        return torch.arange(self.E).repeat_interleave(len(rows) // self.E)
-
-    def weights_of(self, e: int) -> dict:
-        """The state dict of member e alone, an ensemble of one."""
-        return {name: value[e : e + 1].clone() for name, value in self.state_dict().items()}
-
-
-def assemble(members: list[Member], weights: list[dict]) -> Net:
-    """The ensemble of the given members from their own state dicts."""
-    net = Net([m.seed for m in members], members[0].q.C)
-    net.load_state_dict({name: torch.cat([w[name] for w in weights]) for name in weights[0]})
-    return net
+        return silu(h) @ self.out
 
 
 # ============================================================================================================
@@ -150,20 +125,17 @@ def step_of(net: Net, ema: Net, o: dict) -> nn.Module:
     return variants.Variant(net, evaluators[0], unconditional=evaluators[1], **choices)
 
 
-def train(members: list[Member], steps: int = STEPS, **changes) -> Net:
-    """Train one network per member; `changes` are departures from PAPER. Returns the moving average of the weights."""
-    o = PAPER | changes
-    C = members[0].q.C
-    net, ema = (Net([m.seed for m in members], C) for _ in range(2))
+def train(member: Member, steps: int = STEPS, **changes) -> Net:
+    """Train a network; `changes` are departures from PAPER. Returns the moving average of the weights."""
+    o, C = PAPER | changes, member.q.C
+    net, ema = (Net(member.seed, C) for _ in range(2))
     ema.requires_grad_(False)
     step_loss = step_of(net, ema, o)
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.9, 0.95))
-    half = losses.below_positions(list(range(BATCH)), o["p_equal"])
-    below = torch.cat([half + BATCH * e for e in range(len(members))])
-    data = zip(*(batches(m, steps, o["labels"], o["wrong_labels"]) for m in members))
+    below = losses.below_positions(list(range(BATCH)), o["p_equal"])
+    data = batches(member, steps, o["labels"], o["wrong_labels"])
 
-    for i, rows in zip(range(steps), data):  # batches come by the hundred
-        x0, c, is_null, z, u, eps, eps_s = (torch.cat(column) for column in zip(*rows))
+    for i, (x0, c, is_null, z, u, eps, eps_s) in zip(range(steps), data):  # batches come by the hundred
         draws = losses.Draws(z, u, eps, eps_s, below)
         if o["objective"] == "imm":  # its groups share two uniform numbers
             draws = imm.Draws(torch.special.ndtr(z)[:: imm.M], u[:: imm.M], eps)
@@ -174,7 +146,7 @@ def train(members: list[Member], steps: int = STEPS, **changes) -> Net:
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {float(loss)} at step {i}: {o}")
         optimizer.zero_grad()
-        (loss * len(members)).backward()  # a mean over the members; each gets its own gradient in full
+        loss.backward()
         warm_up, fall = min((i + 1) / 100, 1), 1 - i / steps
         optimizer.param_groups[0]["lr"] = 2e-3 * (warm_up * fall)
         optimizer.step()
@@ -187,9 +159,9 @@ def train(members: list[Member], steps: int = STEPS, **changes) -> Net:
 TRAINED = {}  # studies that cross trainings with choices of the sampler share their networks
 
 
-def trained(members: list[Member], steps: int, changes: dict) -> Net:
+def trained(member: Member, steps: int, changes: dict) -> Net:
     """`train`, once in a process for each set of arguments."""
-    key = repr((members, steps, sorted(changes.items())))
+    key = repr((member, steps, sorted(changes.items())))
     if key not in TRAINED:
-        TRAINED[key] = train(members, steps, **changes)
+        TRAINED[key] = train(member, steps, **changes)
     return TRAINED[key]
