@@ -46,24 +46,22 @@ PARTS = ("forward", "evaluations", "backward", "targets and loss", "clipping", "
 # ------------------------------------------------------------------------------------------------------------
 # Time and memory
 # ------------------------------------------------------------------------------------------------------------
-def now(device: torch.device) -> float:
+def now() -> float:
     """The time in seconds, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 
-def in_turns(works: dict[str, Callable], device: torch.device, repeats: int) -> dict[str, list[float]]:
+def in_turns(works: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
     """The seconds of each piece of work, taken in turns, `repeats` times after the warm-up."""
     seconds = {name: [] for name in works}
     for turn in range(WARM_UP + repeats):
         for name, work in works.items():
-            began = now(device)
+            began = now()
             work()
             if turn >= WARM_UP:
-                seconds[name].append(now(device) - began)
+                seconds[name].append(now() - began)
     return seconds
 
 
@@ -144,11 +142,11 @@ class Step:
 
     def taken_apart(self) -> tuple[dict[str, float], float]:
         """Seconds of each part of a step, no second in two of them, and its forward passes of the whole batch."""
-        parts, samples, last = Counter(), [], now(self.device)
+        parts, samples, last = Counter(), [], now()
 
         def lap(part):
             nonlocal last
-            before, last = last, now(self.device)
+            before, last = last, now()
             parts[part] += last - before
 
         def enter(network, inputs):
@@ -183,7 +181,7 @@ def measure(steps: dict[str, Step], picture_flops: float, repeats: int) -> dict:
     def matrix_product():
         rates.append(machine.peak_flops(device, precision))
 
-    seconds, rows = in_turns(steps | {"matrix product": matrix_product}, device, repeats), {}
+    seconds, rows = in_turns(steps | {"matrix product": matrix_product}, repeats), {}
     for name, step in steps.items():
         apart = [step.taken_apart() for _ in range(repeats)]
         typical, passes = median(seconds[name]), apart[0][1]
@@ -332,7 +330,7 @@ def main() -> None:
     del steps, ema, adam  # they make room for the other network
     with contextlib.suppress(ImportError):
         flux = diffusers_flux(size, device, args.compile)
-        seconds = in_turns(both_ways(network, flux, batch), device, args.repeats)
+        seconds = in_turns(both_ways(network, flux, batch), args.repeats)
         pair = {name: median(values) for name, values in seconds.items()}
         report["forward_backward"] = pair | {"ratio": ratio(seconds["ours"], seconds["diffusers"])}
     show(report)

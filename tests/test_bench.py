@@ -70,7 +70,7 @@ def test_turns_are_taken_and_the_warm_up_is_not_counted(monkeypatch):
         clock[0] += seconds * (100 if len(order) <= 4 else 1)
 
     works = {"a": lambda: work("a", 2.0), "b": lambda: work("b", 3.0)}
-    assert bench.in_turns(works, CPU, 3) == {"a": [2.0] * 3, "b": [3.0] * 3}
+    assert bench.in_turns(works, 3) == {"a": [2.0] * 3, "b": [3.0] * 3}
     assert order == ["a", "b"] * 5
     assert bench.ratio([2.0, 8.0, 3.0], [1.0, 2.0, 3.0]) == 2.0  # of each round, not of the medians
 

@@ -151,11 +151,10 @@ def test_the_second_input_is_the_gap_and_nothing_else(pair):
 # --- rotations ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotations_are_complex_products_in_fp32_whatever_comes_in(dtype):
+def test_rotations_are_complex_products_in_fp32_whatever_comes_in():
     """numpy's complex numbers in float64, from the angles of each token. A bf16 product would be off by 1e-2."""
     txt_len, rows, cols, axes = 2, 3, 4, (4, 6, 6)
-    x = torch.randn(2, 3, txt_len + rows * cols, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randn(2, 3, txt_len + rows * cols, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     positions = [(0, 0, 0)] * txt_len + [(0, y, x) for y in range(rows) for x in range(cols)]
     angles = [
         [p * 10000.0 ** (-2 * i / n) for p, n in zip(place, axes) for i in range(n // 2)]
@@ -297,17 +296,6 @@ def test_the_callers_autocast_changes_nothing(precision):
         with torch.autocast("cpu", torch.bfloat16):
             inside = network(*inputs(SMALL))
     assert torch.equal(alone, inside)
-
-
-def test_text_order_matters_only_through_the_encoder():
-    """All text tokens sit at the origin of RoPE: permuting them leaves V as it is, permuting patches does not."""
-    network = away_from_zero(SMALL)
-    x_t, t, s, txt, vec = inputs(SMALL)
-    with torch.no_grad():
-        out = network(x_t, t, s, txt, vec)
-        torch.testing.assert_close(network(x_t, t, s, txt.flip(1), vec), out, rtol=0, atol=1e-5)
-        assert (network(x_t.roll(2, dims=2), t, s, txt, vec).roll(-2, dims=2) - out).abs().max() > 0.01
-        assert (network(x_t, t, s, torch.randn_like(txt), vec) - out).abs().max() > 0.01
 
 
 # --- known traps: what autocast, recomputation, the compiler and DDP do to gradients ---------------------------------
