@@ -197,9 +197,7 @@ def holds(relation: str, a: tuple, b: tuple) -> bool:
     return sign * (b[axis] - a[axis]) > (a[2] + b[2]) / 2
 
 
-def prompt_metadata(
-    tag: str, shapes: list[str], colors: list[str | None], count: int = 1, relation: str = ""
-) -> dict:
+def prompt_metadata(tag: str, shapes: list, colors: list, count: int = 1, relation: str = "") -> dict:
     """The prompt and its metadata, fields and wording as in GenEval's evaluation_metadata.jsonl."""
     items = [{"class": s, "count": count} | ({"color": c} if c else {}) for s, c in zip(shapes, colors)]
     if tag == "counting":

@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,16 +122,10 @@ def mu_of(loaded: Loaded, shape: tuple[int, int]) -> float:
 
 
 def generate(
-    loaded: Loaded,
-    prompts: list[str],
-    keys: list[tuple[int, ...]],
-    *,
-    shapes: list[tuple[int, int]] | None = None,
-    batch_size: int = 64,
-    **how,
+    loaded: Loaded, prompts: list[str], keys, *, shapes=None, batch_size=64, **how
 ) -> list[np.ndarray]:
-    """One uint8 picture [H, W, 3] per prompt. The noise of picture i depends on (seed, keys[i]) and its shape alone,
-    never on the batch.
+    """One uint8 picture [H, W, 3] per prompt. The noise of picture i depends on the seed, keys[i] (a tuple of integers)
+    and its shape alone, never on the batch.
 
     shapes are (height, width) in pixels, by default of what the model has seen most; `how` is that of `draw_batch`.
     """
@@ -146,16 +140,7 @@ def generate(
 
 
 def draw_batch(
-    loaded: Loaded,
-    prompts: list[str],
-    keys: list[tuple[int, ...]],
-    shape: tuple[int, int],
-    *,
-    seed: int = 0,
-    steps: int = 2,
-    negative: str = "",
-    stop: Callable[[], bool] = lambda: False,
-    **choices,
+    loaded: Loaded, prompts, keys, shape, *, seed=0, steps=2, negative="", stop=lambda: False, **choices
 ) -> list[np.ndarray]:
     """Pictures of one shape. `negative` is the prompt of the branch that guidance leads away from; `choices` are those
     of `choose`. `stop` is asked after every evaluation; when it answers true, Stopped is raised."""
@@ -171,8 +156,8 @@ def draw_batch(
     objective = objectives.OBJECTIVES[loaded.config["objective"]]
     if "mu" in objective.choices:
         choices["mu"] = mu_of(loaded, shape)
-    trajectory = objective.trajectory
-    for _, x, *_ in trajectory(loaded.network, draw_noise(-1), draw_noise=draw_noise, **batch, **choices):
+    walk = objective.trajectory(loaded.network, draw_noise(-1), draw_noise=draw_noise, **batch, **choices)
+    for _, x, *_ in walk:
         if stop():
             raise Stopped
     return data.to_pictures(loaded.autoencoder.decode(x))

@@ -36,7 +36,7 @@ import sys
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from multiprocessing import get_context
@@ -189,9 +189,7 @@ def find_tars(name: str) -> tuple[dict[str, Path], dict[str, str]]:
     return tars, beside
 
 
-def read_index(
-    names: str | Path | Sequence, folder: str | None = None, caption_key: str | None = None, workers: int = 1
-) -> Index:
+def read_index(names, folder: str | None = None, caption_key: str | None = None, workers: int = 1) -> Index:
     """The index of all tars that `names` mean, kept in a folder of its own, or (None) beside the tars.
 
     Raises DataError for the first tar that cannot be used. Processes that start together on tars without an index each
