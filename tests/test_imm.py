@@ -144,17 +144,6 @@ def test_coincident_points_give_no_nan():
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_times_are_ordered_and_uniform():
-    u_t, u_s = torch.from_numpy(rng(0, "u").random((2, 20000), dtype=np.float32))
-    u_t[0], u_s[0] = 0.0, 0.0
-    t, s, r = imm.times(u_t, u_s)
-    assert ((s <= r) & (r <= t)).all() and (t < 0.994).all() and (s >= 0).all()
-    assert t.mean().item() == pytest.approx(0.497, abs=0.01)
-    assert (s[1:] / t[1:]).mean().item() == pytest.approx(0.5, abs=0.01)
-    free = (r > s) & (t < 0.9)  # where float32 still tells eta(t) - eta(r)
-    assert (t / (1 - t) - r / (1 - r))[free].numpy() == pytest.approx(160 / 4096, rel=1e-3)
-
-
 def test_draws_belong_to_the_global_index():
     together = imm.draw(3, 7, list(range(16, 32)), (2, 2))
     parts = [imm.draw(3, 7, list(range(a, a + 8)), (2, 2)) for a in (16, 24)]

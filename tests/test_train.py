@@ -20,6 +20,7 @@ import objectives
 import sample
 import train
 from engine import arguments, checkpoint, errors, feed, watch
+from engine.processes import Ranks
 from experiments import evaluate, tables
 from toy import any_step, identities
 
@@ -111,7 +112,16 @@ def test_relative_data_is_found_from_another_folder(tiny, monkeypatch, capsys):
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     run(monkeypatch, train, "--resume", "--steps", 2, "--out", "../r", "--device", "cpu")
-    assert last(Path("../r")).name == "step_00000002"
+    named = ["--data", "../pictures"]  # in the place of the run's own, not beside it
+    run(monkeypatch, train, "--resume", "--steps", 3, "--out", "../r", "--device", "cpu", *named)
+    assert last(Path("../r")).name == "step_00000003"
+
+
+def test_a_precision_that_was_measured_is_kept(copy):
+    config = checkpoint.read_json(copy / "config.json")
+    checkpoint.write_json(copy / "config.json", config | {"precision": "bfloat16"})
+    args = arguments.parse(["--resume", "--out", "r", "--precision", "auto"])
+    assert arguments.precision_of(args, torch.device("cpu"), Ranks()) is torch.bfloat16
 
 
 def test_a_model_file_that_a_kill_left_behind_the_state_is_made_anew(trained, copy, monkeypatch):
