@@ -127,9 +127,14 @@ WORD = re.compile(rf"(?![{GAP}])[{SINGLE}]|[^{SINGLE}{GAP}]+")
 def split_words(prompt: str) -> list[str]:
     """Lower-cased words and single symbols: "A red-hot café!" -> a, red, -, hot, café, !
 
-    NFKC first, so that composed and decomposed letters, full-width and plain ones are one word.
+    NFKC first, so that composed and decomposed letters, full-width and plain ones are one word. It takes quadratic time
+    over the marks of one letter; those beyond 30 (Unicode's annex 15) are not read.
     """
-    return WORD.findall(unicodedata.normalize("NFKC", prompt).lower())
+    kept, marks = [], 0
+    for letter in prompt:
+        marks = marks + 1 if unicodedata.combining(letter) else 0
+        kept.append(letter if marks <= 30 else "")
+    return WORD.findall(unicodedata.normalize("NFKC", "".join(kept)).lower())
 
 
 @functools.lru_cache(maxsize=65536)

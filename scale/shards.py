@@ -88,11 +88,15 @@ def read_at(file, offset: int, size: int) -> bytes:
     return file.read(size)
 
 
-def members(tar: Path, file) -> dict[str, tuple[int, int]]:
-    """name -> (offset, size) of the files in a tar. Raises DataError naming the tar."""
+def members(tar: Path, file) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """(name -> (offset, size) of the files in a tar, left out -> reason). Raises DataError naming the tar."""
+    found, left_out = {}, {}
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
-            found = {m.name.removeprefix("./"): (m.offset_data, m.size) for m in archive if m.isreg()}
+            for member in filter(tarfile.TarInfo.isreg, archive):
+                place = member.offset_data, member.size
+                if found.setdefault(member.name.removeprefix("./"), place) != place:
+                    left_out[f"{member.name} at byte {member.offset}"] = "second file of its name"
             end = archive.offset
     except (tarfile.TarError, ValueError, OverflowError, OSError) as error:
         if read_at(file, 0, 8).startswith(PACKED):
@@ -100,13 +104,15 @@ def members(tar: Path, file) -> dict[str, tuple[int, int]]:
         raise DataError(f"{tar} is truncated or not a tar ({error}): fetch or make it again") from error
     if read_at(file, end, 512) != bytes(512):  # tarfile takes a tar cut between two members for a whole one
         raise DataError(f"{tar} is truncated or damaged at byte {end}: fetch or make it again")
-    return found
+    if any(chunk.strip(b"\0") for chunk in iter(functools.partial(file.read, 2**20), b"")):
+        left_out[f"{tar.name} from byte {end} on"] = "behind a tar's end mark, such as a second tar"
+    return found, left_out
 
 
 def scan(tar: Path, caption_key: str | None = None) -> tuple[np.ndarray, list[bytes], int, dict[str, str]]:
     """Read a tar: (index rows, their texts, how many captions, left out name -> reason). Raises DataError."""
     with open(tar, "rb") as file:
-        places = members(tar, file)
+        places, left_out = members(tar, file)
 
         def read(name: str, most: int = sys.maxsize) -> bytes:
             if name not in places:
@@ -114,7 +120,8 @@ def scan(tar: Path, caption_key: str | None = None) -> tuple[np.ndarray, list[by
             offset, size = places[name]
             return read_at(file, offset, min(size, most))
 
-        found, left_out = files.pair(list(places), read, caption_key)
+        found, unpaired = files.pair(list(places), read, caption_key)
+        left_out |= unpaired
         rows, texts, at, count = [], [], 0, 0
         for name, captions in found.items():
             try:

@@ -77,6 +77,13 @@ def test_words_any_vocabulary(words):
     assert encoders.split_words("a cat: “two”—3\n❤️👩‍🚀红圆") == "a cat : “ two ” — 3 ❤ 👩 🚀 红 圆".split()
 
 
+def test_a_letter_has_thirty_marks_at_most(words):
+    """Those of all languages fit; a million took hours."""
+    marks = "\u0300\u0316"
+    many, most, fewer = (encoders.split_words("a" + marks * n + "b c") for n in (500_000, 15, 14))
+    assert many == most != fewer
+
+
 def test_words_null_and_fake_prompt(words):
     tokens, pooled = words(["", "   ", encoders.fake_prompt("")])
     assert tokens[0].equal(tokens[1]) and pooled[0].equal(pooled[1])

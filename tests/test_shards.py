@@ -298,6 +298,21 @@ def test_what_cannot_be_opened(folder, names, said):
         shards.Shards([name.replace("{}", str(folder)) for name in names], 32, 64)
 
 
+def test_what_a_tar_holds_twice_or_behind_its_end_is_counted(tmp_path):
+    write_shards(tmp_path, SIZES[:20])
+    first, second = (tmp_path / name for name in ("00000.tar", "00001.tar"))
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    (left_out,) = shards.read_index(first).skipped.items()
+    assert left_out[0].startswith("00000/00000.tar from byte") and "a second tar" in left_out[1]
+    with tarfile.open(tmp_path / "twice.tar", "w") as tar:
+        for content in (picture((32, 32)), b"a ring", picture((64, 32))):
+            member = tarfile.TarInfo("a.txt" if content == b"a ring" else "a.png")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    index = shards.read_index(tmp_path / "twice.tar")
+    assert index.rows["width"] == 32 and list(index.skipped.values()) == ["second file of its name"]
+
+
 def test_a_picture_that_breaks_in_decoding_is_replaced_by_the_next_of_its_bucket(tmp_path):
     """The replacement is the same whoever asks, in whatever order."""
     sizes = [(64, 64) if i % 2 else (96, 64) for i in range(8)]
