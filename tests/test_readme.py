@@ -12,7 +12,7 @@ import torch
 import losses
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "EQUATIONS.md", "SILENCES.md", "DATA.md", "LONG_RUN.md"]
+PAGES = ["README.md", "EQUATIONS.md", "SILENCES.md", "EXERCISES.md", "DATA.md", "LONG_RUN.md"]
 PAGES += [
     f"{folder}/README.md"
     for folder in ("engine", "experiments", "results", "results/emoji", "results/scenes", "toy")
