@@ -19,7 +19,7 @@ import model
 import objectives
 import sample
 import train
-from engine import arguments, checkpoint, errors, feed, watch
+from engine import arguments, checkpoint, errors, feed, machine, watch
 from engine.processes import Ranks
 from experiments import evaluate, tables
 from toy import any_step, identities
@@ -117,7 +117,8 @@ def test_relative_data_is_found_from_another_folder(tiny, monkeypatch, capsys):
     assert last(Path("../r")).name == "step_00000003"
 
 
-def test_a_precision_that_was_measured_is_kept(copy):
+def test_a_precision_that_was_measured_is_kept(copy, monkeypatch):
+    monkeypatch.setattr(machine, "pick_precision", lambda device: torch.float32)
     config = checkpoint.read_json(copy / "config.json")
     checkpoint.write_json(copy / "config.json", config | {"precision": "bfloat16"})
     args = arguments.parse(["--resume", "--out", "r", "--precision", "auto"])
