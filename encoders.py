@@ -38,9 +38,9 @@ from torch import Tensor
 
 from engine import errors
 
-# FLUX.1-schnell's repository holds all three frozen parts of S.2 as safetensors and under Apache-2.0: the VAE
-# (not compared with FLUX.1-dev's), the encoder half of T5 v1.1 XXL in bf16, and CLIP's text tower. It asks for a log-in on the hub.
-# google/t5-v1_1-xxl holds the same T5, but as pickled weights with the decoder, which this project does not load.
+# FLUX.1-schnell's repository holds all three frozen parts of S.2 as safetensors and under Apache-2.0: the VAE (not
+# compared with FLUX.1-dev's), the encoder half of T5 v1.1 XXL in bf16, and CLIP's text tower. It asks for a log-in on
+# the hub. google/t5-v1_1-xxl holds the same T5, but as pickled weights with the decoder, which is not loaded here.
 FLUX_TEXT = "hf:black-forest-labs/FLUX.1-schnell/text_encoder_2,black-forest-labs/FLUX.1-schnell/text_encoder"
 FLUX_VAE = "kl:black-forest-labs/FLUX.1-schnell/vae"
 
