@@ -30,7 +30,7 @@ from experiments.rows import ROWS, SEEDS
 
 KINDS = emoji_judge.KINDS
 # The longest of these captions has seven words.
-BUDGET = "--data emoji --side 32 --txt-len 10 --optimizer muon --precision bf16 --grid-every 0 --steps 18000"
+BUDGET = "--data emoji --side 32 --txt-len 10 --optimizer muon --precision bf16 --grid-every 0 --steps 36000"
 QUICK = "--data emoji --side 32 --txt-len 10 --steps 4 --batch-size 8 --grid-every 0 --no-compile"
 PREDICTIONS = Path(__file__).resolve().parents[1] / "toy" / "results" / "emoji_world.json"
 PREDICTED = {  # row -> the perfect evaluator that it is compared with
