@@ -41,7 +41,7 @@ class Source(Protocol):
     """What the loop asks of a data set, such as Shapes and ImageFolder below, emoji.Emoji and scale/'s.
 
     `sample` must be safe to call from several threads. All samples of one iteration must have one size.
-    WrongCaptions asks for more: samples have the numbers 0 .. numbers - 1, in whatever order g meets them; number(g,
+    WrongCaptions asks for more: samples have the numbers 0 .. numbers - 1, in some order of g; number(g,
     seed) is that of sample g, caption(number, seed) a caption of it.
     """
 
@@ -97,11 +97,11 @@ class World(NamedTuple):
     tags: tuple[str, ...] = TAGS
     shapes: tuple[str, ...] = SHAPES
     colors: tuple[str, ...] = tuple(COLORS)
-    counted_colors: bool = False  # half of the prompts that tell a number tell a colour as well
+    counted_colors: bool = False  # half of the prompts with a number name a colour as well
 
 
-# What --data calls them. The first can be learned in minutes. In the second, the numbers are told with a colour at
-# times, so that they can be learned apart from the shapes; and there are few enough words to learn all of it.
+# What --data calls them. The first can be learned in minutes. In the second, half of the numbers come with a colour,
+# so that they can be learned apart from the shapes; and there are few enough words to learn all of it.
 SETS = {
     "one-shape": World(tags=("single_object", "colors")),
     "scenes": World(shapes=SHAPES[:4], colors=tuple(COLORS)[:5], counted_colors=True),

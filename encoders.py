@@ -109,7 +109,7 @@ def text_encoder(name: str, txt_len: int | None = None, device: torch.device | s
 # A word's vector is 128 bits of its hash, read as signs. Two words' vectors are nearly orthogonal (cosine 0 +- 0.09),
 # which is all that a network needs to tell one from the other; that "circle" and "circles" have to do with each other
 # it learns from pictures. No table, no file, no random generator: integers and signs come out alike on every machine
-# and with every library version, so a checkpoint never meets different vectors from those it was trained with.
+# and with every library version, so a checkpoint always gets the vectors that it was trained with.
 # (Lower-casing and NFKC are promised not to change for a character once Unicode has it; Python 3.10 has Unicode 13.)
 # ------------------------------------------------------------------------------------------------------------
 

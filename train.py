@@ -181,8 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(
-        errors.run(
-            main, "stopped; what was saved before, if anything, is whole, and --resume goes on from it"
-        )
-    )
+    sys.exit(errors.run(main, "stopped; --resume goes on from what was saved before, if anything"))

@@ -68,7 +68,7 @@ def pick_precision(device: torch.device) -> torch.dtype:
 
 
 def allow_shapes(n: int) -> None:
-    """Let torch.compile keep n versions of a function, one for each picture size it meets, instead of 8."""
+    """Let torch.compile keep n versions of a function, one for each picture size, instead of 8."""
     config = torch._dynamo.config
     config.cache_size_limit = max(n, config.cache_size_limit)
     config.accumulated_cache_size_limit = max(4 * n, config.accumulated_cache_size_limit)
