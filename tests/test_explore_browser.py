@@ -147,7 +147,7 @@ def test_the_figure_follows_the_reader_and_a_link_brings_it_back(tab):
 
 def test_following_plays_restarts_and_keeps_what_was_seen(tab):
     look_at(tab, "#follow .plane")
-    assert tab.inner_text("#follow-round") == "round 0: 100% blends"
+    assert tab.inner_text("#follow-round").startswith("round 0: 100% blends, ")
     for act in (lambda: tab.click("#follow-play"), lambda: tab.uncheck("#follow [data-name=judge]")):
         act()
         tab.wait_for_function("following.run.blends.length > 1")
@@ -155,6 +155,12 @@ def test_following_plays_restarts_and_keeps_what_was_seen(tab):
         settle(tab)
     rows = tab.locator("#follow-runs tr").all_inner_texts()
     assert len(rows) == 2 and "Δ = 0" in rows[0] and "100%" in rows[0] and "\t4%\t" in rows[1]
+    tab.click("#follow button:has-text('Nothing to say')")
+    tab.wait_for_function("finished(following.run)")
+    settle(tab)
+    assert "90% and then 78%" in tab.inner_text("#follow .told")
+    tab.uncheck("#follow [data-name=normalise]")
+    assert tab.inner_text("#follow .told") == ""
 
 
 def test_sampling_shows_what_it_found(tab):
@@ -173,6 +179,7 @@ def test_sampling_shows_what_it_found(tab):
     tab.fill("#sampling .scrub", "0.5")
     settle(tab)
     assert tab.inner_text("#sampling .moment") == "step 0.5 of 4, t = 0.88"
+    assert "%" not in tab.inner_text("#sampling figure output >> nth=0")
     tab.click("#sampling .play")
     tab.wait_for_function("sampling.at === sampling.set.steps && !sampling.playing")
 

@@ -28,7 +28,7 @@ import data
 import emoji
 import encoders
 import sample
-from engine import checkpoint, errors, machine
+from engine import checkpoint, errors, feed, machine
 from toy import studies
 from toy.mixture import LAYOUTS, Mixture
 from toy.training import STEPS, Member
@@ -40,6 +40,31 @@ MOST_BYTES = 5_000_000  # of the page
 ROOM = 4_300_000  # of the pictures' weights in it
 LEVELS = (127, 90, 64, 45, 32, 26, 22, 19)  # how finely weights may be rounded
 OBJECTIVES = ("flow matching", "control Delta = 0", "Self-E")  # of the study `objectives`
+TOLD = 3000  # training samples that tell words and pictures of the captions
+
+# Prompts that are offered, and what counts as right: first those that leave something open, then exact ones, then what
+# no caption has. Of other data, the first captions.
+SHAPES = {
+    "a photo of a cross and a circle": "One cross and one circle. Colours and places are open.",
+    "a photo of two squares": "Two squares of one colour. The colour is open.",
+    "a photo of a circle": "One circle. Its colour is open.",
+    "a photo of three triangles": "Three triangles of one colour. The colour is open.",
+    "a photo of a red square and a blue circle": "Both colours are told; only the places are open.",
+    "a photo of a red circle": "Nothing but size and background is open.",
+    "a photo of a blue square left of a red circle": "Everything is told.",
+    "a photo of a green dog": "No training picture shows a dog.",
+    "": "Without a prompt, anything that training shows is right.",
+}
+EMOJI = {
+    "a bird": "Any bird, by any of the three makers.",
+    "a fruit": "Any fruit, by any of the three makers.",
+    "an octopus": "One thing, by any of the three makers.",
+    "a 3D octopus": "One picture.",
+    "a flat pizza": "One picture.",
+    "a soft fox": "One picture.",
+    "a dog with a hat": "No training picture shows that.",
+    "": "Without a prompt, anything that training shows is right.",
+}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -108,10 +133,9 @@ def pictures(*folders: Path) -> dict:
     else:
         raise errors.UserError("these models are too large for the page; try Self-E's alone")
     config = models["self_e"].config
-    source = (emoji.Emoji if config["data"][0] in emoji.SETS else data.Shapes)(
-        config["side"], config["data"][0]
-    )
-    captions = [source.sample(g).caption for g in range(3000)]
+    source = feed.open_side(tuple(config["data"]), config["side"], 1, 1, feed.Reading())
+    samples = [source.sample(g) for g in range(TOLD)]
+    captions = [one.caption for one in samples]
     off = []
     for name, model in models.items():
         before = draw(model, captions[:12])
@@ -123,13 +147,32 @@ def pictures(*folders: Path) -> dict:
         f"1, 2, 4 and 8 steps, a value of a picture moves by {np.mean(off):.1f} of 255 in the mean, "
         f"by at most {np.max(off)}.",
         "folder": os.path.relpath(folders[0].resolve(), ROOT),
-        "data": config["data"][0],
+        "prompts": offered(config["data"][0], samples),
         "vocabulary": sorted({word for caption in captions for word in encoders.split_words(caption)}),
         "models": {
             name: {"config": {key: model.config[key] for key in told}, "weights": packed[name][0]}
             for name, model in models.items()
         },
     }
+
+
+def offered(name: str, samples: list) -> list[dict]:
+    """The prompts of the page, what counts as right, and the first training picture of each: a PNG in base64, "" where
+    there is none."""
+    first = {}
+    for picture, caption, _ in samples:
+        first.setdefault(caption, picture)
+    known = SHAPES if name in data.SETS else EMOJI if name in emoji.SETS else dict.fromkeys([*first][:8], "")
+
+    def png(picture: np.ndarray) -> str:
+        file = BytesIO()
+        Image.fromarray(picture).save(file, "PNG", optimize=True)
+        return base64.b64encode(file.getvalue()).decode("ascii")
+
+    return [
+        {"prompt": prompt, "right": right, "picture": png(first[prompt]) if prompt in first else ""}
+        for prompt, right in known.items()
+    ]
 
 
 def draw(model: sample.Loaded, prompts: list[str]) -> np.ndarray:

@@ -35,6 +35,7 @@ function place(group, tag, items, of) {
 }
 
 const percent = (share) => `${Math.round(100 * share)}%`;
+const per_mode = (shares) => shares.map((share) => Math.round(100 * share)).join(" / ");
 const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
 const range = (n) => Array.from({ length: n }, (_, i) => i);
 const mean = (list, of) => sum(list, of) / list.length;
@@ -92,14 +93,23 @@ function follow_address() {
   element.scrollIntoView();
 }
 
+/** Show under a figure what is said of the settings: the paragraph of the button, since it may be far below. */
+function tell(name, button) {
+  const told = find(`#${name} .told`);
+  if (!told) return;
+  const text = button ? button.parentNode.cloneNode(true) : make("p");
+  text.firstElementChild?.replaceWith(make("b", {}, button.textContent));
+  told.replaceChildren(...text.childNodes);
+}
+
 /** Bind buttons and inputs inside the figure `name`: data-set holds settings; an input sets what its name says. */
 function bind(name) {
   const { allowed, change } = figures[name];
   for (const button of find_all(`#${name} button[data-set]`)) {
     button.onclick = () => {
       change(parse_settings(name, button.dataset.set.replaceAll(" ", "&")), false);
-      find(".panels, .plane, #picture-grid", find(`#${name}`)).scrollIntoView({
-        block: "nearest", behavior: still() ? "auto" : "smooth" });
+      tell(name, button);
+      find(`#${name} .shown`).scrollIntoView({ block: "nearest", behavior: still() ? "auto" : "smooth" });
     };
   }
   for (const input of find_all(`#${name} [data-name]`)) {
@@ -107,7 +117,9 @@ function bind(name) {
     const read = () => (input.type === "checkbox" ? String(input.checked) : input.value);
     const listen = () => {
       const value = parse_setting(read(), allowed[key][1]);
-      if (value !== undefined) change({ [key]: value }, slides);
+      if (value === undefined) return;
+      change({ [key]: value }, slides);
+      tell(name, null);
     };
     if (slides) input.oninput = listen;
     else input.onchange = listen;
@@ -328,16 +340,21 @@ const AROUND = [[1, 0], [-1, 0], [0, -1], [0, 1], [1, -1], [-1, -1], [1, 1], [-1
  * points: [{key, at: [px, py], radius}]; returns them with `label`, the centre. `more` are places to leave free.
  */
 function place_labels(points, width, more = []) {
-  const taken = [...points, ...more].map(({ at, radius = 8 }) => ({ x: at[0], y: at[1], w: 2 * radius, h: 2 * radius }));
+  const taken = [...points, ...more].map(({ at: [x, y], radius = 8 }) => {
+    const side = 2 * Math.min(radius, 11); // the dotted ring of a handle may be written over, its marker not
+    return { x, y, w: side, h: side };
+  });
   return points.map((point) => {
-    const { radius = 8, at } = point, h = 20, w = 14 + 8 * sum(label(point.key), ({ text, lower }) => lower * text.length);
+    const { radius = 8, at } = point, h = 20;
+    const w = sum(label(point.key), ({ text, lower }) => (lower ? 8 * text.length : text.includes("=") ? 38 : 18));
     let best = null;
     for (const away of [0, 16, 34]) {
       AROUND.forEach(([u, v], i) => {
         const x = at[0] + u * (w / 2 + radius + away), y = at[1] + v * (radius + h / 2 + away) * (u ? 0.8 : 1);
         const rectangle = { x, y, w, h };
         const outside = Math.max(0, w / 2 - x, x + w / 2 - width, h / 2 - y, y + h / 2 - width);
-        const cost = sum(taken, (other) => overlap(rectangle, other)) + 60 * outside + 2 * away + i;
+        const misread = points.some((other) => distance(other.at, [x, y]) < distance(at, [x, y])); // as another's
+        const cost = sum(taken, (other) => overlap(rectangle, other)) + 60 * outside + 2 * away + i + 300 * misread;
         if (!best || cost < best.cost) best = { ...rectangle, cost };
       });
     }
@@ -349,12 +366,12 @@ function place_labels(points, width, more = []) {
 /** Symbols as texts of the SVG, the lower parts smaller. items: what place_labels returns. */
 function write_labels(group, items) {
   const texts = place(group, "text", items, ({ key, label: { x, y }, strong }) => ({
-    x, y: y + 5, class: `${SYMBOLS[key].role} ${strong ? "strong" : ""}` }));
+    x, y: y + 5, class: `${SYMBOLS[key.split(" = ")[0]].role} ${strong ? "strong" : ""}` }));
   texts.forEach((text, i) => {
     if (text.dataset.key === items[i].key) return;
     text.dataset.key = items[i].key;
-    text.replaceChildren(...label(items[i].key).map(({ text: piece, lower }) =>
-      make("tspan", lower ? { class: "lower", dy: 4 } : {}, piece)));
+    text.replaceChildren(...label(items[i].key).map(({ text: piece, lower }, n, pieces) =>
+      make("tspan", { class: lower ? "lower" : null, dy: lower ? 4 : pieces[n - 1]?.lower ? -4 : null }, piece)));
   });
 }
 

@@ -62,7 +62,8 @@ function draw_follow(v) {
     draw_point(context, scale.to(x), 3.4, blend);
   }
   const blends = run.blends.at(-1), round = run.blends.length - 1;
-  find("#follow-round").textContent = `round ${round}: ${percent(blends)} blends`;
+  find("#follow-round").textContent =
+    `round ${round}: ${percent(blends)} blends, ${per_mode(mass_of(run.clean, run.x0_hat, c))} % per mode`;
   find("#follow-play").textContent = v.playing ? "Pause" : finished(run) ? "Again" : "Play";
   draw_curves(v);
 }
@@ -84,12 +85,13 @@ function draw_curves(v) {
 
 /** The list of finished runs, the newest on top; the pointer on one lights its curve, a click shows it again. */
 function list_runs(v) {
+  find("#follow-list").hidden = false;
   find("#follow-runs").replaceChildren(...[...v.runs].reverse().map((run) => {
     const name = make("button", { type: "button", class: "plain" }, name_of_run(run.set));
     name.onclick = () => change_follow({ ...run.set }, false);
     const row = make("tr", {}, make("td", {}, name), make("td", { class: "value" }, percent(run.blends[0])),
       make("td", { class: "value" }, percent(run.blends.at(-1))), make("td", { class: "value" }, run.energy.toFixed(2)),
-      make("td", { class: "value" }, run.mass.map((share) => Math.round(100 * share)).join(" / ")));
+      make("td", { class: "value" }, per_mode(run.mass)));
     row.onmouseenter = () => { v.lit = run; draw_curves(v); };
     row.onmouseleave = () => { v.lit = null; draw_curves(v); };
     return row;

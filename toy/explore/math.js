@@ -28,6 +28,7 @@ const SYMBOLS = {
   t_next: { base: "t", sub: "next" },
   s_k: { base: "s", sub: "k" },
   w: { base: "w" },
+  origin: { base: "0", role: "given" },
 };
 const OPERATORS = { "-": "−", "<=": "≤", "*": "·" };
 
@@ -73,8 +74,10 @@ function typeset(element) {
   }
 }
 
-/** The pieces of a symbol for an SVG text: [{text, lower}]. */
-function label(name) {
-  const { base, hat, sub } = SYMBOLS[name];
-  return [{ text: base + (hat ? "\u0302" : ""), lower: false }, ...(sub ? [{ text: sub, lower: true }] : [])];
+/** The pieces of a symbol for an SVG text: [{text, lower}]. "G_c = G_null" are two at one place. */
+function label(names) {
+  return names.split(" = ").flatMap((name, i) => {
+    const { base, hat, sub } = SYMBOLS[name], text = (i ? " = " : "") + base + (hat ? "\u0302" : "");
+    return [{ text, lower: false }, ...(sub ? [{ text: sub, lower: true }] : [])];
+  });
 }

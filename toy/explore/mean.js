@@ -1,6 +1,7 @@
 // "Why": the prediction is a mean of all data points that x_t can have come from; many steps ask again on the way.
 
-const MANY = 60; // steps of the thin path
+const MANY = 60; // steps of the dotted path
+const FEW = 0.005; // the share of a mode that is still possible
 const why = { set: null, now: null, n: null, stop: () => {} };
 
 /** The path of many small steps (Eq. 22) from x_t to time 0, with perfect predictions. */
@@ -11,6 +12,14 @@ function many_steps(q, x_t, t, c) {
     path.push(update(x, posterior_mean(q, x, now, c), now, next, 0));
   }
   return path;
+}
+
+/** What is said of a prediction that is `off` standard deviations from the nearest mode, given the modes' shares. */
+function verdict(off, shares) {
+  if (off > OFF_MODES) return `The prediction is a blend: ${off.toFixed(1)} standard deviations from the nearest mode.`;
+  if (Math.max(...shares) > 0.99) return "One mode is left, and the prediction lies in it.";
+  const possible = shares.filter((share) => share >= FEW).length;
+  return `The prediction happens to lie in a circle; ${possible} modes are still possible.`;
 }
 
 /** Everything that is seen, from the numbers of this moment. */
@@ -25,7 +34,7 @@ function draw_why(v) {
   draw_modes(context, q, c, scale);
 
   set(v.svg, { viewBox: `0 0 ${width} ${width}` });
-  const possible = means.map((point, k) => ({ at: to(point), share: shares[k] })).filter(({ share }) => share > 0.005);
+  const possible = means.map((point, k) => ({ at: to(point), share: shares[k] })).filter(({ share }) => share >= FEW);
   place(v.discs, "circle", possible, ({ at: [cx, cy], share }) => ({ cx, cy, r: 30 * Math.sqrt(share), class: "predict" }));
   place(v.links, "path", possible, ({ at, share }) => ({
     d: `M${to(x0_hat)}L${at}`, class: "predict lines", "stroke-width": 1 + 6 * share, opacity: 0.35 }));
@@ -37,15 +46,13 @@ function draw_why(v) {
   place(v.marks, "path", [...marks, { key: "x0", shape: "circle", filled: true, at: to(v.n.end), small: true }],
     (mark) => ({ ...painted(mark), transform: `translate(${mark.at}) scale(${mark.small ? 4 : 8})` }));
   write_labels(v.labels, place_labels([...marks].reverse().map((mark) => ({ ...mark, strong: true })), width));
-  const texts = shares.map((share, k) => ({ share, at: to(q.m[k]) })).filter(({ share }) => share > 0.005);
+  const texts = shares.map((share, k) => ({ share, at: to(q.m[k]) })).filter(({ share }) => share >= FEW);
   const below = OFF_MODES * q.std * scale.unit + 15;
   place(v.shares, "text", texts, ({ at: [x, y] }) => ({ x, y: y + below, class: "share" }))
     .forEach((text, i) => { text.textContent = percent(texts[i].share); });
   for (const [key, handle] of Object.entries(v.handles)) place_handle(handle, key, v.n[key], to(v.n[key]));
 
-  const off = off_by(q, x0_hat, c), told = off > OFF_MODES
-    ? `The prediction is a blend: ${off.toFixed(1)} standard deviations from the nearest mode.`
-    : "One mode is left, and the prediction lies in it.";
+  const told = verdict(off_by(q, x0_hat, c), shares);
   if (v.told !== told) find("#why-told").textContent = v.told = told;
 }
 

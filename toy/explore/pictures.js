@@ -1,15 +1,6 @@
 // "Pictures": the included model draws a prompt in 1, 2, 4 and 8 steps, in the browser, beside flow matching.
 
 const PICTURE_STEPS = [1, 2, 4, 8];
-
-// Prompts that are offered, by the world that the model has learned: first those that leave something open, then exact
-// ones, then what the model cannot know.
-const PROMPTS = {
-  shapes: ["a photo of a cross and a circle", "a photo of two squares", "a photo of a circle", "a photo of three triangles",
-    "a photo of a red square and a blue circle", "a photo of a red circle",
-    "a photo of a blue square left of a red circle", "a photo of a green dog", ""],
-  emoji: ["a bird", "a fruit", "an octopus", "a 3D octopus", "a flat pizza", "a soft fox", "a dog with a hat", ""],
-};
 const pictures = { drawing: 0, frames: new Map() };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -70,6 +61,18 @@ function show_picture(canvas, x, side, text) {
 }
 
 const picture_canvas = () => make("canvas", { width: 1, height: 1, role: "img", "aria-label": "not drawn yet" });
+
+/** What the prompt leaves open, beside the training picture of it; and how the pictures are sampled. */
+function show_aim(v) {
+  const { prompt, eta, guidance, flow_guidance } = v.set;
+  const { right = "", picture = "" } = v.world.pictures.prompts.find((one) => one.prompt === prompt) ?? {};
+  set(find("#training img"), { src: picture ? `data:image/png;base64,${picture}` : null,
+    alt: picture ? `A training picture: ${prompt}` : "No training picture" });
+  find("#training figcaption").textContent =
+    `${picture ? "The first training picture with this caption." : "No training picture with this caption is kept here."} ${right}`;
+  find("#picture-sampler").textContent = `Here η = ${eta}, guidance ${guidance} for Self-E and ${flow_guidance} for flow ` +
+    "matching; in the plane above it was η = 0 and guidance 1 (none).";
+}
 
 /** The steps of the chosen picture, one by one. */
 function show_film(v) {
@@ -160,14 +163,14 @@ function change_pictures(settings) {
   const v = pictures;
   Object.assign(v.set, settings);
   show_settings("pictures", v.set);
+  show_aim(v);
   if (!v.models) return; // not yet in sight
   if (Object.keys(settings).some((name) => name !== "row" && name !== "column")) draw_all(v);
   show_film(v);
 }
 
 function mount_pictures(world) {
-  const v = pictures, { data, models: { self_e, flow } } = world.pictures, { guidance, eta, s_rule } = self_e.config;
-  const prompts = data.startsWith("emoji") ? PROMPTS.emoji : PROMPTS.shapes;
+  const v = pictures, { prompts, models: { self_e, flow } } = world.pictures, { guidance, eta, s_rule } = self_e.config;
   v.world = world;
   v.rows = {
     flow: flow
@@ -176,13 +179,14 @@ function mount_pictures(world) {
     self_e: { title: "Self-E", note: "told a smaller $s$", model: "self_e", at_t: false },
   };
   const etas = [...new Set([0, 0.5, 1, "renoise", eta])], rules = [...new Set([0, 0.25, 0.5, 0.75, 1, s_rule])];
+  // The page opens on the first prompt and seed 0, whatever they show: nothing was chosen by its looks.
   v.set = declare("pictures", {
-    prompt: [prompts[0], "text"], seed: [0, { from: 0, to: 2 ** 53 - 1, whole: true }],
+    prompt: [prompts[0].prompt, "text"], seed: [0, { from: 0, to: 2 ** 53 - 1, whole: true }],
     guidance: [guidance, { from: 0, to: 20 }], flow_guidance: [(flow ?? self_e).config.guidance, { from: 0, to: 20 }],
     eta: [eta, etas], s_rule: [s_rule, rules],
     row: ["self_e", Object.keys(v.rows)], column: [2, PICTURE_STEPS],
   }, change_pictures);
-  find("#picture-prompts").append(...prompts.map((prompt) => make("button",
+  find("#picture-prompts").append(...prompts.map(({ prompt }) => make("button",
     { type: "button", "data-set": new URLSearchParams({ prompt }) }, prompt.replace("a photo of ", "") || "no prompt")));
   add_grid(v);
   bind("pictures");

@@ -115,11 +115,11 @@ function points_at(run, at) {
   return run.x[k].map((point, n) => combine(1 - share, point, share, run.x[k + 1][n]));
 }
 
-/** The paths so far, faintly what was predicted on them, and where the points are. Blends are told at the end only. */
+/** The paths so far and faintly what was predicted on them; only the points before the first Play. */
 function draw_run(context, v, run, { to }) {
   const { at, set: { steps, eta } } = v, done = at >= steps, now = points_at(run, at);
   const colours = COLOURS.map(colour_of), ink = colour_of("ink"), blend = (n) => done && run.blend[n];
-  const past = run.x.slice(0, Math.floor(at) + 1), small = context.canvas.clientWidth < 220;
+  const past = v.paths ? run.x.slice(0, Math.floor(at) + 1) : [], small = context.canvas.clientWidth < 220;
   const order = range(now.length).sort((a, b) => blend(a) - blend(b)); // blends on top
   context.lineWidth = 0.8;
   context.globalAlpha = steps > 8 && eta !== 0 ? 0.08 : small ? 0.1 : 0.16; // fresh noise makes a thicket
@@ -134,13 +134,13 @@ function draw_run(context, v, run, { to }) {
   const guess = run.x0_hat[Math.min(Math.floor(at), steps - (done && steps > 1 ? 2 : 1))];
   context.fillStyle = colour_of("predict");
   context.globalAlpha = 0.3;
-  if (!(done && steps === 1)) for (const point of guess) draw_point(context, to(point), small ? 1.4 : 2);
+  if (v.paths && !(done && steps === 1)) for (const point of guess) draw_point(context, to(point), small ? 1.4 : 2);
   context.globalAlpha = 0.9;
-  context.lineWidth = small ? 1 : 1.6;
+  context.lineWidth = small ? 0.8 : 1.6;
   for (const n of order) {
     context.fillStyle = colours[run.c[n]];
     context.strokeStyle = ink;
-    draw_point(context, places.at(-1)[n], small ? 1.8 : 2.8, blend(n));
+    draw_point(context, places.at(-1)[n], small ? 1.3 : 2.8, blend(n));
   }
   context.globalAlpha = 1;
 }
@@ -154,7 +154,9 @@ function draw_paths(v) {
     const { context, width } = fresh_canvas(canvas), scale = scale_of(box, width), run = run_of(v, label);
     draw_modes(context, q, v.set.c, scale, true);
     if (run) draw_run(context, v, run, scale);
-    find("output", panel).textContent = run ? `${percent(average(run, "blends"))} blends` : "computing";
+    const ended = v.at >= v.set.steps; // before, nothing is a blend yet
+    find("output", panel).textContent =
+      !run ? "computing" : ended ? `${percent(average(run, "blends"))} blends` : "on the way";
   }
   const t = 1 - v.at / v.set.steps;
   v.play.textContent = v.playing ? "Pause" : "Play";
@@ -165,15 +167,17 @@ function draw_paths(v) {
   }
 }
 
-/** Move along the steps, from the start if the end is reached; some seconds for the whole way. */
+/** Move along the steps, from the start if the end is reached; some seconds for the whole way, or at once (still). */
 function play_paths(v) {
   v.playing = !v.playing;
+  v.paths = true;
   if (v.playing && v.at >= v.set.steps) v.at = 0;
   const seconds = Math.min(1 + v.set.steps, 6);
   let before = performance.now();
   const frame = (now) => {
     if (!v.playing) return;
-    v.at = Math.min(v.set.steps, v.at + (Math.max(0, now - before) / 1000 / seconds) * v.set.steps);
+    v.at = still() ? v.set.steps
+      : Math.min(v.set.steps, v.at + (Math.max(0, now - before) / 1000 / seconds) * v.set.steps);
     before = now;
     v.playing = v.at < v.set.steps;
     draw_paths(v);
@@ -195,7 +199,7 @@ function add_panels(v) {
 
 /** A figure of panels in the section `name`, with its player. `extra` says which objectives, budgets and settings. */
 function add_paths(name, world, extra) {
-  const v = { world, at: 0, playing: false, working: null, ...extra };
+  const v = { world, at: 0, playing: false, paths: false, working: null, ...extra };
   Object.assign(v, { panels: find(`#${name} .panels`), play: find(`#${name} .play`), scrub: find(`#${name} .scrub`),
     moment: find(`#${name} .moment`) });
   v.at = v.set.steps;
@@ -208,6 +212,7 @@ function add_paths(name, world, extra) {
   if (v.scrub) {
     v.scrub.oninput = () => {
       v.playing = false;
+      v.paths = true;
       v.at = +v.scrub.value;
       v.redraw();
     };
@@ -239,14 +244,13 @@ function write_results(v, q) {
   const { c, layout, steps } = v.set, one = c < q.C;
   const rows = [...v.objectives.map(({ label, title }) => [title, run_of(v, label)]),
     ["Fresh data", floor_of(q, layout, c)]];
-  const in_percent = (shares) => shares.map((share) => Math.round(100 * share)).join(" / ");
   const cells = ([title, run]) => (run ? [title, percent(average(run, "blends")), average(run, "energy").toFixed(3),
-    average(run, "mass_error").toFixed(2), ...(one ? [in_percent(run.measures[0].mass)] : [])] : [title, "", "", ""]);
+    average(run, "mass_error").toFixed(2), ...(one ? [per_mode(run.measures[0].mass)] : [])] : [title, "", "", ""]);
   find("#per-mode").hidden = !one;
   find("#results").replaceChildren(...rows.map((row) => make("tr", {}, ...cells(row).map((text, i) =>
     make(i ? "td" : "th", i ? { class: "value" } : { scope: "row" }, text)))));
   find("#truth").textContent = `${SAMPLES} points, ${steps} step${steps > 1 ? "s" : ""}; ` +
-    (one ? `true shares ${in_percent(q.weights[c])} %.` : "averaged over the prompts.");
+    (one ? `true shares ${per_mode(q.weights[c])} %.` : "averaged over the prompts.");
 }
 
 /** Blends or distance against the number of steps, a line for each objective, a dotted one for fresh data. */

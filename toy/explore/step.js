@@ -71,10 +71,17 @@ function state_of({ set: { layout, c, t, s, k, seed, part, ...moved }, world }) 
 // Drawing
 // ---------------------------------------------------------------------------------------------------------------------
 
-/** -Delta at every point of a grid of x_s, as arrows: longer is stronger, full length stands for 1 or more. */
+/**
+ * -Delta at every point of a grid of x_s, as arrows: longer is stronger, full length stands for 1 or more. They are
+ * fainter where x_s_hat hardly ever falls.
+ */
 function draw_field(context, v, { to, unit }) {
   const { box, s, k, field } = v.now, spacing = (box[0][1] - box[0][0]) / GRID;
-  context.strokeStyle = colour_of("judge");
+  const cloud = to(v.n.x0_hat.map((value) => alpha(s) * value)), spread = 2.5 * s * unit;
+  const colour = colour_of("judge"), fading = context.createRadialGradient(...cloud, spread, ...cloud, 2 * spread);
+  fading.addColorStop(0, colour);
+  fading.addColorStop(1, `${colour}38`);
+  context.strokeStyle = fading;
   context.lineWidth = 1.2;
   context.globalAlpha = field;
   context.beginPath();
@@ -120,7 +127,7 @@ function draw_ground(v) {
   context.globalAlpha = 1;
 }
 
-/** The lines of this part; returns the one that has a name, as a point to be labelled. */
+/** The lines of this part; returns those with a name, as points to be labelled, and places along all of them. */
 function draw_links(v, places) {
   const { part } = v.set;
   const links = LINKS.filter(({ from, to, parts: [first, last] }) => first <= part && part <= last &&
@@ -129,8 +136,22 @@ function draw_links(v, places) {
     d: arrow ? arrow_path(places[from], short_of(places[from], places[to])) : `M${places[from]}L${places[to]}`,
     class: `${name ? "judge" : strong ? "target" : "given"} lines`, "stroke-width": strong ? 3 : 1.4,
     "stroke-dasharray": arrow ? null : "4 4" }));
-  return links.filter(({ name }) => name).map(({ name, from, to }) =>
-    ({ key: name, at: combine(0.5, places[from], 0.5, places[to]) }));
+  const along = (link, share) => combine(1 - share, places[link.from], share, places[link.to]);
+  return {
+    named: links.filter(({ name }) => name).map((link) => ({ key: link.name, at: along(link, 0.5) })),
+    lines: links.flatMap((link) => range(11).map((i) => ({ at: along(link, i / 10), radius: 4 }))),
+  };
+}
+
+/** Labels of points at one place become one: "G_c = G_null". */
+function joined(points) {
+  const groups = [];
+  for (const point of points) {
+    const same = groups.find(({ at }) => distance(at, point.at) < 2);
+    if (same) same.key += ` = ${point.key}`;
+    else groups.push({ ...point });
+  }
+  return groups;
 }
 
 /** How a marker is painted: filled, or as lines. */
@@ -145,15 +166,15 @@ function draw_marks(v) {
   places.origin = to([0, 0]);
   places["G_c + Delta"] = part >= 5 ? to(combine(1, n.G_c, 1, n.Delta)) : null;
   set(v.svg, { viewBox: `0 0 ${width} ${width}` });
-  const named = draw_links(v, places);
+  const { named, lines } = draw_links(v, places);
   const points = seen.map((quantity) => ({
     ...quantity, at: places[quantity.key], radius: quantity.key in v.handles ? 18 : 11, strong: quantity.part === part }));
   place(v.marks, "path", points, (point) => ({ ...painted(point),
     transform: `translate(${point.at}) scale(${point.strong ? 9 : 6.5})` }));
   const now = points.filter(({ strong }) => strong);
-  const labelled = place_labels([...now, ...named, ...points.filter(({ strong }) => !strong)], width,
-    part >= 8 ? [{ at: places.origin }] : []);
-  write_labels(v.labels, labelled);
+  const origin = part >= 8 ? [{ key: "origin", at: places.origin, radius: 6 }] : [];
+  write_labels(v.labels, place_labels(
+    joined([...now, ...named, ...points.filter(({ strong }) => !strong), ...origin]), width, lines));
   place(v.halo, "circle", points.filter(({ key }) => key === v.lit), ({ at: [cx, cy] }) => ({ cx, cy, r: 20 }));
   for (const [key, handle] of Object.entries(v.handles)) {
     place_handle(handle, key, n[key], key === "x_s_hat" && v.set.s === 0 ? null : places[key]);
@@ -169,6 +190,9 @@ function write_numbers(v) {
     v.rows[key].className = part === v.set.part ? "now" : "";
   }
   find("#step-share").textContent = percent(v.n.mix);
+  const [before, after] = [norm(v.n.x_tar), norm(v.n.x0)].map((length) => length.toFixed(2));
+  find("#step-length").textContent = before === after ? `as it is, ${after} long`
+    : `${+after > +before ? "longer" : "shorter"}, from ${before} to ${after}`;
   const w = +(1 / (1 - v.set.k)).toFixed(2), size = norm(v.n.eps);
   const remarks = [
     v.set.k === 1 ? "" : `k = ${v.set.k.toFixed(2)} is guidance w = 1 / (1 - k) = ${w} in Eq. 13.`,
