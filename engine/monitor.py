@@ -31,6 +31,8 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from engine import errors
+
 BINS = 4  # of t
 
 
@@ -119,7 +121,8 @@ class Log:
     """RUN/metrics.jsonl and, if it is installed, TensorBoard. Only the first process has one."""
 
     def __init__(self, run: Path, start: int = 0):
-        self.file = open(run / "metrics.jsonl", "a", encoding="utf-8")
+        # Unbuffered: after a full disk, closing has nothing left to write
+        self.file = open(run / "metrics.jsonl", "ab", buffering=0)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -128,8 +131,14 @@ class Log:
             self.board = SummaryWriter(run / "tensorboard", purge_step=start + 1)
 
     def write(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        """Raises UserError where the disk is full."""
+        try:
+            self.file.write(json.dumps(record).encode() + b"\n")
+        except OSError as error:
+            way_on = "make room if the disk is full; --resume goes on from the last state"
+            raise errors.UserError(
+                f"{self.file.name} cannot be written ({error.strerror}); {way_on}"
+            ) from error
         if self.board:
             for name, value in record.items():
                 if name != "step" and isinstance(value, (int, float)):

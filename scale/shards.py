@@ -50,7 +50,7 @@ from tqdm import tqdm
 import data
 import files
 from engine import errors
-from engine.checkpoint import in_one_piece
+from engine.checkpoint import CheckpointError, in_one_piece
 from files import DataError, Unusable
 from rng import rng
 
@@ -161,8 +161,8 @@ def index_of(tar: Path, place: Path, caption_key: str | None) -> tuple[np.ndarra
             partial.write_bytes(b"".join(lines))
         with in_one_piece(index, shared=True) as partial, open(partial, "wb") as file:
             np.savez(file, stamp=stamp, rows=rows, captions=captions, left_out=json.dumps(left_out))
-    except OSError as error:  # no permission, or a file system that can only be read
-        raise DataError(f"{index} cannot be written ({error.strerror}): --index names a folder") from error
+    except CheckpointError as error:  # no permission, or a file system that can only be read
+        raise DataError(f"{error}: --index names a folder") from error
     return rows, captions, left_out
 
 
@@ -180,7 +180,7 @@ def find_tars(name: str) -> tuple[dict[str, Path], dict[str, str]]:
     """
     tars, beside = {}, {}
     if Path(name).is_dir():
-        for below in files.walk(Path(name)):
+        for below in files.walk(Path(name), beside):
             if below.endswith(".tar") and not below.rpartition("/")[2].startswith("."):
                 tars[below.replace("/", "-")] = Path(name, below)
             elif TAR.search(below):

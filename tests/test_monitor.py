@@ -1,9 +1,11 @@
 """engine/monitor.py: what a record says is what the samples say."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from engine import monitor
+from engine import errors, monitor
 
 
 def test_the_meter_says_what_the_samples_say():
@@ -46,3 +48,12 @@ def test_two_processes_that_see_the_same_tell_what_one_tells(monkeypatch):
     assert records[0] == pytest.approx(records[1])
     rates = [records[0][name] for name in ("mfu", "data_wait", "iterations_per_s")]
     assert rates == pytest.approx([0.5, 0.4, 0.1])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no full device")
+def test_a_full_disk_names_the_file_and_the_way_on(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = monitor.Log(tmp_path)
+    with pytest.raises(errors.UserError, match="metrics.jsonl cannot be written .*--resume"):
+        log.write({"step": 1})
+    log.close()  # and does not complain again
