@@ -325,10 +325,15 @@ class Found(NamedTuple):
     left_out: dict[str, str]
 
 
-def walk(folder: Path) -> list[str]:
-    """The files of a folder and of all below, by their names from there, in alphabetical order."""
+def walk(folder: Path, left_out: dict[str, str]) -> list[str]:
+    """The files of a folder and of all below, by their names from there, in alphabetical order. Folders that cannot be
+    read are added to left_out."""
+
+    def unreadable(error: OSError) -> None:
+        left_out[os.path.relpath(error.filename, folder)] = f"cannot be read ({error.strerror})"
+
     seen, names = set(), []
-    for place, folders, some in os.walk(folder, followlinks=True):
+    for place, folders, some in os.walk(folder, followlinks=True, onerror=unreadable):
         if (real := os.path.realpath(place)) in seen:  # a link that leads back
             folders.clear()
             continue
@@ -345,7 +350,8 @@ def find(place: Path, key: str | None = None) -> Found:
         raise DataError(f"no such folder: {place}")
     if place.is_file() and ending(place.name) != "parquet":
         raise DataError(f"{place} is a file: name the folder that it lies in, a .tar or a .parquet")
-    folder, names = (place, walk(place)) if place.is_dir() else (place.parent, [place.name])
+    closed = {}  # folders
+    folder, names = (place, walk(place, closed)) if place.is_dir() else (place.parent, [place.name])
 
     @functools.lru_cache(maxsize=1)
     def column(name: str):
@@ -367,6 +373,7 @@ def find(place: Path, key: str | None = None) -> Found:
             raise Unusable(f"cannot be read ({error.strerror})") from error
 
     captions, left_out = pair(names, read, key)
+    left_out |= closed
     for name in filter(os.path.isabs, captions):  # as a table may call pictures
         left_out.pop(os.path.relpath(name, folder), None)
     for name in names:

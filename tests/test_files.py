@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import random
 import struct
 import sys
@@ -281,6 +282,21 @@ def test_links_are_followed_and_those_that_lead_back_end(tmp_path):
     (tmp_path / "a/back").symlink_to(tmp_path)
     (tmp_path / "there/a").symlink_to(tmp_path / "a")
     assert seen(tmp_path / "there", "folder")[0] == {1: ["one"]}
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_folder_that_cannot_be_read_is_told(kind, tmp_path, monkeypatch):
+    write(tmp_path, ONE | {"1.txt": "one"}, kind)
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refusing(place):
+        if Path(place).name == "closed":
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert seen(tmp_path, kind) == ({1: ["one"]}, {"closed": "cannot be read (Permission denied)"})
 
 
 # ------------------------------------------------------------------------------------------------------------
