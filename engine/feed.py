@@ -65,10 +65,10 @@ def open_source(names: tuple[str, ...], stage: Stage, multiple: int, reading=Rea
 
 def open_side(names: tuple[str, ...], side: int, batch_size: int, multiple: int, reading: Reading):
     """What --data means, at one side: a built-in set, caches (one for each side), tars, or a folder of pictures."""
-    if names[0] in data.SETS:
-        return data.Shapes(side, names[0])
-    if names[0] in emoji.SETS:
-        return emoji.Emoji(side, names[0])
+    if built_in := [name for name in names if name in (*data.SETS, *emoji.SETS)]:
+        if len(names) > 1:
+            raise DataError(f"--data takes a built-in set alone, not {built_in[0]} beside others")
+        return data.Shapes(side, names[0]) if names[0] in data.SETS else emoji.Emoji(side, names[0])
     specs = {name: spec for name in names if (spec := cache.spec_of(name))}
     tars = [name for name in names if name not in specs and shards.find_tars(name)[0]]
     if len(names) > 1 and len(names) not in (len(specs), len(tars)):

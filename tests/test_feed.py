@@ -163,6 +163,8 @@ def test_caches_feed_what_their_tars_feed(tars):
         (("{}/cache16", "{}/tars"), (16,), "beside others"),
         (("{}/tars", "{}/pictures"), (16,), "pictures beside others"),
         (("{}/tars",), (18,), "multiple of 4"),
+        (("scenes", "emoji"), (24,), "a built-in set alone, not scenes"),
+        (("{}/tars", "scenes"), (24,), "a built-in set alone, not scenes"),
     ],
 )
 def test_what_cannot_be_opened(tars, names, sides, said):
