@@ -137,14 +137,20 @@ def test_the_step_is_finite_at_the_end_of_time(dtype, aux, target):
 @pytest.mark.parametrize("aux", [False, True])
 def test_the_statistics_are_those_of_the_step(aux):
     online, ema = networks()
-    loss, stats = losses.SelfE(online, ema)(*batch(), 1.0, MU, aux)
+    loss, stats = losses.SelfE(online, ema, delta_scale=0.5)(*batch(), 1.0, MU, aux)
     s, t = stats["s"][BELOW], stats["t"][BELOW]
     close(stats["lam"], paper_lam(t, s) * (aux | ~IS_NULL[BELOW]))
     _, V_null, *V_fake = online.outputs
     V_c = torch.where(per_sample(IS_NULL[BELOW], V_null), V_null, ema.outputs[0])
     Delta = per_sample(s, V_c) * (0.9 * (V_c - V_null) + 0.1 * (V_c - V_fake[0]) if aux else V_c - V_null)
-    close(stats["delta_norm"], Delta.pow(2).mean(dim=(1, 2)).sqrt().detach(), 1e-9)
+    close(stats["delta_norm"], 0.5 * Delta.pow(2).mean(dim=(1, 2)).sqrt().detach(), 1e-9)
     fake_loss = stats["fake_loss"].sum() / B if aux else 0
+    if aux:  # s.8, which the weight of Delta leaves alone
+        draws = batch()[-1]
+        x_t = losses.add_noise(batch()[0], stats["t"], draws.eps)
+        x0_hat = losses.one_step_estimate(x_t, stats["t"], online.outputs[0])
+        error = V_fake[0] - (draws.eps_s - x0_hat)[BELOW]
+        close(stats["fake_loss"], error.pow(2).mean(dim=(1, 2)).detach())
     close(loss.detach(), stats["loss"].mean() + fake_loss)
     assert stats["loss"].shape == (B,) and not any(value.requires_grad for value in stats.values())
 

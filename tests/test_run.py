@@ -1,4 +1,4 @@
-"""engine/run.py: the rehearsal before the first iteration on a GPU, here on the CPU."""
+"""engine/run.py: what a checkpoint says of its pictures; the rehearsal before the first iteration on a GPU, here on the CPU."""
 
 import copy
 import types
@@ -11,7 +11,22 @@ import losses
 import model
 import recipe
 from engine import errors, feed, optimizers, processes
-from engine.run import rehearse
+from engine.run import Run, rehearse
+
+
+def test_a_checkpoint_draws_the_largest_pictures_of_its_stage():
+    """Where several sides take turns, config.json names the larger, and the mu of its tokens."""
+    stages = recipe.Stage(0, (16,), 8), recipe.Stage(0.5, (16, 32), 8)
+    plan = recipe.replace(recipe.make("laptop", steps=10), stages=stages)
+    codec = feed.Codec(None, None, torch.device("cpu"), patch=4)
+    fields = dict.fromkeys(Run._fields) | {
+        "plan": plan,
+        "codec": codec,
+        "feed": feed.Feed(plan, None, 0, codec),
+    }
+    for step, side in ((4, 16), (5, 32)):
+        expected = {"side": side, "mu": losses.mu_of_length(side**2 // 16), "buckets": [[side, side, 1.0]]}
+        assert Run(**fields).pictures_of_stage(step) == expected
 
 
 def test_the_rehearsal_meets_every_stage_and_leaves_nothing_behind(monkeypatch):
