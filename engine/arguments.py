@@ -24,7 +24,7 @@ from objectives import OBJECTIVES, VARIANTS
 RECIPE = ("steps", "batch_size", "lr", "side", "text", "txt_len", "autoencoder")
 RECIPE += ("micro_batch", "wrong_captions", "optimizer")
 FIXED = ("size", "objective", *objectives.FLAGS, "text", "txt_len", "autoencoder", "wrong_captions")
-FIXED += ("optimizer", "init", "seed", "caption_key")
+FIXED += ("optimizer", "init", "seed", "caption_key", "side", "batch_size")
 OF_A_CALL = ("out", "resume", "device", "dry_run", "patience")
 # The least and the most of numbers: what becomes memory has a bound, so that a slip of the keyboard ends in a line.
 RANGES = dict.fromkeys(("steps", "log_every"), (1, 10**9))
@@ -48,7 +48,7 @@ def the_run(parser: argparse.ArgumentParser) -> None:
     a("--caption-key", metavar="NAME", help=files.KEY_HELP)
     a("--wrong-captions", metavar="X", type=float, default=0.0, help=wrong)
     a("--out", metavar="DIR", type=errors.name, default="runs/laptop", help="folder of the run")
-    a("--init", metavar="DIR", type=errors.name, help="begin with the weights of another run or checkpoint")
+    a("--init", metavar="DIR", type=errors.model, help="begin with the weights of another run or checkpoint")
     a("--resume", action="store_true", help="go on from the last state in --out, with its flags")
     a("--dry-run", action="store_true", help="print the plan, memory and price of the run and end")
     a("--index", metavar="DIR", type=errors.name, help="folder of the index of tars (default: beside them)")
@@ -116,7 +116,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.set_defaults(data=None)
         args = parser.parse_args(argv)
         for name in FIXED:
-            now, then = (getattr(plan_of(a) if name in RECIPE else a, name) for a in (args, begun))
+            now, then = (value_of(a, name) for a in (args, begun))
             if now != then:
                 raise errors.UserError(
                     f"{args.out} was begun with {flag_of(name)} {then}, not {now}: leave that out, or begin a new run "
@@ -130,6 +130,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
+
+
+def value_of(args: argparse.Namespace, name: str):
+    """What a flag means for a run, where it is not given too."""
+    plan = plan_of(args)
+    if name == "side":
+        return " ".join(str(side) for stage in plan.stages for side in stage.sides)
+    if name == "batch_size":
+        return " ".join(str(stage.batch_size) for stage in plan.stages)
+    return getattr(plan if name in RECIPE else args, name)
 
 
 def take_from_init(args: argparse.Namespace) -> None:

@@ -68,7 +68,7 @@ def in_one_piece(path: Path, shared: bool = False):
         partial.chmod(mode)
         to_disk(partial)
         os.replace(partial, path)
-    except SafetensorError as error:  # how it tells of a full disk
+    except (OSError, SafetensorError) as error:  # a full disk, of which neither names the file
         raise CheckpointError(f"{path} cannot be written ({error})") from error
     finally:
         partial.unlink(missing_ok=True)
@@ -341,10 +341,10 @@ def load_state(states: list[Path], network: nn.Module, ema: nn.Module, optimizer
         begun = {"objective": read_config(folder)["objective"]} | state
         for name, now in continuity.items():
             if begun[name] != now:
-                data = "other data, another --side or another --batch-size"
-                raise CheckpointError(
-                    f"{run} was begun with {data if name == 'data' else f'--{name} {begun[name]}'}: restore that, or "
-                    f"begin a new run with these weights (--init {run} --out NEW)"
+                what = "other data" if name == "data" else f"--{name} {begun[name]}"
+                raise errors.UserError(  # no damage, for which an older state would be better
+                    f"{run} was begun with {what}: restore that, or begin a new run with these weights (--init {run} "
+                    "--out NEW)"
                 )
         load_weights(folder / "network.safetensors", network)
         load_weights(folder / "model.safetensors", ema)
@@ -401,6 +401,8 @@ def checked(saved: dict, optimizer) -> dict:
             shape = () if name == "step" else p.shape
             if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.isfinite().all():
                 raise ValueError(f"{name} of parameter {number} is not {list(shape)} finite float32 numbers")
+            if name in ("step", "exp_avg_sq") and (tensor < 0).any():
+                raise ValueError(f"{name} of parameter {number} is negative")
     groups = zip(optimizer.param_groups, saved["param_groups"], strict=True)
     groups = [ours | {"params": theirs["params"]} for ours, theirs in groups]
     return {"state": saved["state"], "param_groups": groups}

@@ -37,6 +37,12 @@ def name(text: str) -> str:
     return text
 
 
+def model(text: str) -> str:
+    """The type of flags that name the folder of a model, which its file of weights may stand for."""
+    path = Path(name(text))
+    return str(path.parent) if path.name == "model.safetensors" else text
+
+
 def file_to_write(text: str) -> Path:
     """The type of flags that name a file to write: what cannot be one is refused now, not after the work."""
     path = Path(name(text))

@@ -199,7 +199,7 @@ class Watch:
         if self.is_first:
             if run.start == step:
                 print(f"{run.folder} has its {step:,} iterations; --steps N makes more")
-            prompt = " ".join(next(iter(self.prompts)).split())
+            prompt = files.printable(" ".join(next(iter(self.prompts)).split())[:200])
             shown = f'"{prompt}"' if re.fullmatch(r"[\w ,.'-]*", prompt) else shlex.quote(prompt)
             program = run.command("sample.py --checkpoint")
             print(f"done: {run.folder}. To make pictures:\n  {program} --steps 1 2 4 8 50 --prompt {shown}")
