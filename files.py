@@ -366,9 +366,9 @@ def find(place: Path, key: str | None = None) -> Found:
             value = column(path)[int(row)].as_py()
             return value["bytes"] if isinstance(value, dict) else value
         try:
+            if not (folder / name).is_file():  # a pipe would be waited for
+                raise Unusable("no such file")
             return (folder / name).read_bytes()
-        except FileNotFoundError as error:
-            raise Unusable("no such file") from error
         except OSError as error:
             raise Unusable(f"cannot be read ({error.strerror})") from error
 

@@ -277,6 +277,16 @@ def test_ways_to_name_a_folder(tmp_path):
             data.ImageFolder(tmp_path / name, 16)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no pipes")
+def test_what_is_no_file_is_left_out(tmp_path):
+    """A pipe, which would be waited for, and names that no file can have."""
+    table = [{"file_name": name, "text": "x"} for name in ("1.png", "p.png", "a\0b.png", "n" * 300)]
+    write(tmp_path, ONE | {"metadata.jsonl": "\n".join(map(json.dumps, table))}, "folder")
+    os.mkfifo(tmp_path / "p.png")
+    found, left_out = seen(tmp_path, "folder")
+    assert found == {1: ["x"]} and left_out.keys() == {"p.png", "a\0b.png", "n" * 300}
+
+
 def test_links_are_followed_and_those_that_lead_back_end(tmp_path):
     write(tmp_path, {"a/1.png": png(1), "a/1.txt": "one", "there/2.png": png(2)}, "folder")
     (tmp_path / "a/back").symlink_to(tmp_path)
