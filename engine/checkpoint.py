@@ -255,7 +255,7 @@ def set_back(run: Path, states: list[Path]) -> None:
     """
     step, metrics, kept = step_of(states[-1]) if states else 0, run / "metrics.jsonl", []
     for line in metrics.read_bytes().splitlines() if metrics.exists() else ():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + b"\n")
     with in_one_piece(metrics) as partial:

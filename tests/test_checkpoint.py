@@ -251,6 +251,17 @@ def test_an_optimizer_state_of_another_form_is_refused(tmp_path, damage):
         checkpoint.load_optimizer(tmp_path / "adam.pt", models(2)[2], False)
 
 
+def test_the_settings_of_the_optimizer_are_the_recipes(tmp_path):
+    """Not those of its file: a resumed run may have another learning rate."""
+    kept = models(1)[2].state_dict()
+    kept["param_groups"][0] |= {"lr": 7.0, "betas": (0.0, 0.0), "maximize": True}
+    torch.save(kept, tmp_path / "adam.pt")
+    adam = models(2)[2]
+    checkpoint.load_optimizer(tmp_path / "adam.pt", adam, False)
+    (group,) = adam.param_groups
+    assert (group["lr"], group["betas"], group["maximize"]) == (1e-3, (0.9, 0.999), False)
+
+
 GOOD = json.loads((Path(__file__).parent.parent / "checkpoints/laptop/config.json").read_text())
 
 

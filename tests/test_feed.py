@@ -259,6 +259,8 @@ def test_another_batch_is_another_sequence_of_iterations():
     """Shapes come in the same order whatever the batch, but other ones meet in an iteration: each stage says which."""
     one, other = (feed_of(plan_of((0, (24,), 8), (0.5, (24,), batch))).fingerprints() for batch in (12, 16))
     assert set(one) == set(other) == {"0", "1"} and one["0"] == other["0"] and one["1"] != other["1"]
+    late = feed_of(plan_of((0, (24,), 8), (0.5, (24,), 12)), start=3)
+    assert late.fingerprints() == {"1": one["1"]}  # what is behind is not opened again
 
 
 def test_other_content_under_the_same_names_is_noticed(tars, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import ranks
 import torch
 from PIL import Image
-from programs import QUICK, TINY, last, records, refused, run
+from programs import QUICK, TINY, last, records, refused, run, steps_of
 from safetensors.torch import load_file
 
 import model
@@ -118,6 +118,14 @@ def test_relative_data_is_found_from_another_folder(tiny, monkeypatch, capsys):
     assert last(Path("../r")).name == "step_00000003"
 
 
+def test_a_state_is_saved_where_the_last_one_is_long_ago(tiny, monkeypatch):
+    """Of ten iterations every second by default, all where half an hour has passed; only the last where so asked."""
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
+    for out, asked, saved in (("r", (), list(range(1, 11))), ("s", ("--save-every", 0), [10])):
+        run(monkeypatch, train, "--steps", 10, "--out", out, "--keep", 99, *asked, *QUICK)
+        assert steps_of(Path(out)) == saved
+
+
 def test_a_precision_that_was_measured_is_kept(copy, monkeypatch):
     monkeypatch.setattr(machine, "pick_precision", lambda device: torch.float32)
     config = checkpoint.read_json(copy / "config.json")
@@ -130,7 +138,7 @@ def test_a_model_file_that_a_kill_left_behind_the_state_is_made_anew(trained, co
     """Also what was reported of iterations after the state is forgotten, with the half line of a killed process."""
     (copy / "model.safetensors").unlink()
     metrics = (copy / "metrics.jsonl").read_bytes()
-    (copy / "metrics.jsonl").write_bytes(metrics + b'{"step": 7, "loss": 1}\n{"step": 8, "lo')
+    (copy / "metrics.jsonl").write_bytes(metrics + b'{"step": 7, "loss": 1}\n{}\n5\n{"step": 8, "lo')
     named = ["--text", "words", "--autoencoder", "pixels"]  # what it was
     run(monkeypatch, train, "--resume", "--out", copy, "--device", "cpu", *named)
     assert (copy / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
