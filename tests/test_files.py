@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
 import files
@@ -96,6 +96,7 @@ LAYOUTS = {
         {1: ["one"]},
         {"test/2.png": "not for training", "test/2.txt": "not for training"},
     ),
+    "a part by itself": ({"test/1.png": png(1), "test/1.txt": "one"}, {1: ["one"]}, {}),
     "hidden": (
         ONE | {"1.txt": "one", "._1.txt": b"\0\5", "._1.png": b"\0", ".git/x.txt": "no", ".DS_Store": b""},
         {1: ["one"]},
@@ -343,17 +344,23 @@ def test_what_is_transparent_lies_over_white(mode):
     assert (picture[12:] == 255).all() and (picture[:8] == top).all()
 
 
-def test_crops_are_centred_and_cameras_are_held_upright():
+def test_crops_are_centred():
     halves = Image.new("RGB", (60, 20), (255, 0, 0))
     halves.paste((0, 0, 255), (30, 0, 60, 20))
     middle = files.cover(halves, 20, 20)
     assert (middle[:, :8, 0] > 250).all() and (middle[:, 12:, 2] > 250).all()
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+def test_every_way_to_hold_a_camera(number):
+    """Against Pillow's own turning."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 24, 3), dtype=np.uint8))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter: red above blue
-    turned = encoded(halves, exif=exif)
-    assert files.upright_size(turned) == (20, 60)
-    picture = files.cover(files.opened(turned), 60, 20)
-    assert (picture[:25, :, 0] > 250).all() and (picture[35:, :, 2] > 250).all()
+    exif[0x0112] = number
+    turned = encoded(picture, exif=exif)
+    expected = ImageOps.exif_transpose(files.opened(turned))
+    assert files.upright_size(turned) == expected.size
+    assert np.array_equal(files.cover(files.opened(turned), expected.height, expected.width), expected)
 
 
 def test_odd_exif_is_no_damage():

@@ -12,7 +12,7 @@ import pytest
 import ranks
 import torch
 from PIL import Image
-from programs import QUICK, TINY, last, records, refused, run, steps_of
+from programs import QUICK, TINY, last, records, refused, run
 from safetensors.torch import load_file
 
 import model
@@ -98,10 +98,15 @@ def test_a_state_of_another_objective_is_refused(copy, monkeypatch, capsys):
 
 
 def test_a_run_whose_loss_has_grown_is_no_success(tiny, monkeypatch, capsys):
-    """Far above its first record: the state is saved, and the last line says so."""
+    """Far above its first record, also one of before a stop: the state is saved, and the last line says so."""
     monkeypatch.setattr(watch, "DIVERGED", 0.1)
     line = refused(monkeypatch, capsys, train, "--steps", 2, "--out", "d", *QUICK)
     assert "diverged" in line and "--lr" in line and last(Path("d")).name == "step_00000002"
+    monkeypatch.setattr(watch, "DIVERGED", 10)
+    state = last(Path("d")) / "state.json"
+    saved = checkpoint.read_json(state)
+    checkpoint.write_json(state, saved | {"first_loss": saved["first_loss"] / 1e6})
+    assert "diverged" in refused(monkeypatch, capsys, train, "--resume", "--out", "d", "--steps", 3)
 
 
 def test_relative_data_is_found_from_another_folder(tiny, monkeypatch, capsys):
@@ -116,14 +121,6 @@ def test_relative_data_is_found_from_another_folder(tiny, monkeypatch, capsys):
     named = ["--data", "../pictures"]  # in the place of the run's own, not beside it
     run(monkeypatch, train, "--resume", "--steps", 3, "--out", "../r", "--device", "cpu", *named)
     assert last(Path("../r")).name == "step_00000003"
-
-
-def test_a_state_is_saved_where_the_last_one_is_long_ago(tiny, monkeypatch):
-    """Of ten iterations every second by default, all where half an hour has passed; only the last where so asked."""
-    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
-    for out, asked, saved in (("r", (), list(range(1, 11))), ("s", ("--save-every", 0), [10])):
-        run(monkeypatch, train, "--steps", 10, "--out", out, "--keep", 99, *asked, *QUICK)
-        assert steps_of(Path(out)) == saved
 
 
 def test_a_precision_that_was_measured_is_kept(copy, monkeypatch):
