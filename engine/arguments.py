@@ -212,7 +212,7 @@ def precision_of(args: argparse.Namespace, device: torch.device, ranks: Ranks) -
         return getattr(torch, checkpoint.read_config(Path(args.out))["precision"])
     if OBJECTIVES[args.objective].derives and args.derivative == "difference":
         return torch.float32
-    return ranks.gather(machine.pick_precision(device))[0]
+    return ranks.gather(machine.pick_precision(device) if ranks.is_first else None)[0]
 
 
 def config_of(args: argparse.Namespace, plan: recipe.Recipe, sizes: dict, precision, device) -> dict:
