@@ -15,7 +15,6 @@ import argparse
 import functools
 import itertools
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -164,34 +163,27 @@ def write_page(out: Path) -> None:
     print(f"wrote {out / 'table.md'}")
 
 
-SHOWN = (
-    ("exact", 1),
-    ("label", 2),
-    ("tag", 2),
-    ("group", 1),
-)  # kinds of prompt -> how many, the first of the test
+SHOWN = {"exact": 1, "label": 2, "tag": 2, "group": 1}  # how many prompts of a kind, the first of the test
 
 
 def draw_samples(args: argparse.Namespace) -> None:
     """OUT/samples.png: flow matching beside Self-E, the same prompts and noise, each at its searched settings."""
     runs = {row: args.runs / f"{row}-{args.seeds[0]}" for row in ("flow_matching", "self_e")}
-    if missing := [str(run) for run in runs.values() if not (run / "model.safetensors").exists()]:
-        print(f"no samples: {', '.join(missing)} not here", file=sys.stderr)
+    if not report.all_here(runs):
         return
-    config, blocks = checkpoint.read_json(runs["self_e"] / "config.json"), {}
-    source, steps = emoji.Emoji(config["side"], config["data"][0]), [n for n in args.steps if n < 10]
-    asked = [(kind, text) for kind, n in SHOWN for text in emoji_judge.asked(source, kind, "test", n)]
-    for row, run in runs.items():
-        loaded = sample.load(run, machine.pick_device("cpu"))
-        best = checkpoint.read_json(args.out / f"{row}-search.json")["kinds"]
-        blocks[ROWS[row].title] = [
-            [
-                sample.generate(loaded, [text], [(i,)], steps=n, **best[kind][str(n)]["best"]["settings"])[0]
-                for n in steps
-            ]
-            for i, (kind, text) in enumerate(asked)
-        ]
-    report.draw_pictures(blocks, steps, [text for _, text in asked], args.out / "samples.png")
+    config = checkpoint.read_json(runs["self_e"] / "config.json")
+    source = emoji.Emoji(config["side"], config["data"][0])
+    asked = [
+        (kind, text) for kind, most in SHOWN.items() for text in emoji_judge.asked(source, kind, "test", most)
+    ]
+    kinds, captions = zip(*asked)
+    searched = {row: checkpoint.read_json(args.out / f"{row}-search.json")["kinds"] for row in runs}
+
+    def settings(row: str, i: int, n: int) -> dict:
+        return searched[row][kinds[i]][str(n)]["best"]["settings"]
+
+    steps = [n for n in args.steps if n < 10]
+    report.draw_runs(runs, captions, steps, settings, args.out / "samples.png")
 
 
 # ------------------------------------------------------------------------------------------------------------

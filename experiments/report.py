@@ -201,22 +201,42 @@ def draw_pictures(
     plt.close(figure)
 
 
+def all_here(runs: dict[str, Path]) -> bool:
+    """Whether the model of every run is here; says which are not."""
+    missing = [str(run) for run in runs.values() if not (run / "model.safetensors").exists()]
+    if missing:
+        print(f"no samples: {', '.join(missing)} not here", file=sys.stderr)
+    return not missing
+
+
+def draw_runs(
+    runs: dict[str, Path], captions: list[str], steps: list[int], settings: Callable, path: Path
+) -> None:
+    """draw_pictures of rows' runs, the noise of a prompt the same for all; settings(row, i, n) of caption i at n steps."""
+    blocks = {}
+    for row, run in runs.items():
+        loaded = sample.load(run, torch.device("cpu"))
+
+        def draw(i: int, n: int, row=row, loaded=loaded) -> np.ndarray:
+            return sample.generate(loaded, [captions[i]], [(i,)], steps=n, **settings(row, i, n))[0]
+
+        blocks[ROWS[row].title] = [[draw(i, n) for n in steps] for i in range(len(captions))]
+    draw_pictures(blocks, steps, captions, path)
+
+
 def draw_samples(rows: Rows, out: Path, runs: Path, steps: list[int]) -> None:
     """OUT/samples.png: the first test prompt of each kind, drawn by the main rows' first seeds at their settings."""
     shown = {row: runs / f"{row}-{SEEDS[0]}" for row in GROUPS["main"] if SEEDS[0] in rows.get(row, ())}
-    if missing := [str(run) for run in shown.values() if not (run / "model.safetensors").exists()]:
-        print(f"no samples: {', '.join(missing)} not here", file=sys.stderr)
+    if not all_here(shown):
         return
-    blocks = {}
-    for row, run in shown.items():
-        loaded = sample.load(run, torch.device("cpu"))
-        world = evaluate.world_of(loaded.config)
-        captions = [metadata["prompt"] for metadata in evaluate.prompts("test", 1, world)]
-        keys = [(i,) for i in range(len(captions))]
-        settings = {n: rows[row][SEEDS[0]]["steps"][str(n)]["settings"] for n in steps}
-        columns = [sample.generate(loaded, captions, keys, steps=n, **settings[n]) for n in steps]
-        blocks[ROWS[row].title] = list(zip(*columns))
-    draw_pictures(blocks, steps, captions, out / "samples.png")
+    measured = {row: rows[row][SEEDS[0]] for row in shown}
+    world = evaluate.world_of(next(iter(measured.values()))["training"])
+    captions = [metadata["prompt"] for metadata in evaluate.prompts("test", 1, world)]
+
+    def settings(row: str, i: int, n: int) -> dict:
+        return measured[row]["steps"][str(n)]["settings"]
+
+    draw_runs(shown, captions, steps, settings, out / "samples.png")
 
 
 def report(out: Path, runs: Path) -> None:
