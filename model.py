@@ -277,9 +277,8 @@ class Denoiser(nn.Module):
             )
         self.axes, self.patch, self.channels, self.precision = tuple(axes), patch, channels, precision
         self.time_factor = time_factor
-        self.recompute = (
-            0  # so many blocks forget their activations and compute them again in the backward pass
-        )
+        # So many blocks forget their activations and compute them again in the backward pass
+        self.recompute = 0
         self.img_in = nn.Linear(channels * patch**2, width)
         self.txt_in = nn.Linear(txt_dim, width)
         self.time_in = Embedder(256, width)

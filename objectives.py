@@ -50,9 +50,8 @@ class Objective(NamedTuple):
     group: int = 2  # batch and micro-batch are multiples of it
     flags: tuple[str, ...] = ()  # its own, of FLAGS
     s_rules: tuple[float, ...] = (0.0, 0.5, 1.0)  # for s_k that make sense (sampler.py), its default first
-    time_factor: float = (
-        1000.0  # of the time features (model.sinusoid); 1 for peers/, as their authors have it
-    )
+    # Of the time features (model.sinusoid); 1 for peers/, as their authors have it
+    time_factor: float = 1000.0
     derives: bool = False  # the target holds a time derivative of the network: exact, or a difference in fp32
     other_draw: Callable | None = None  # instead of losses.draw
     trajectory: Callable = sampler.trajectory  # from noise to data

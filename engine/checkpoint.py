@@ -61,9 +61,8 @@ def in_one_piece(path: Path, shared: bool = False):
     try:
         partial.unlink(missing_ok=True)  # of a process that was killed; its mode may be another
         partial.touch()
-        mode = (
-            partial.stat().st_mode
-        )  # as the user's umask has it; safetensors' files only their owner can read
+        # As the user's umask has it; safetensors' files only their owner can read
+        mode = partial.stat().st_mode
         yield partial
         partial.chmod(mode)
         to_disk(partial)

@@ -119,9 +119,8 @@ def run(main: Callable[[], None], stopped: str = "stopped") -> None:
     # A stream that was closed before the start (daemons, `>&-`) is None.
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     sys.stderr = Screen(sys.stderr)
-    if hasattr(
-        sys.stdout, "reconfigure"
-    ):  # letters that the terminal does not have are printed as their codes
+    # Letters that the terminal does not have are printed as their codes
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()

@@ -36,9 +36,8 @@ def forward_flops(size: dict, image_tokens: int, text_tokens: int) -> float:
     """
     d, N = size["width"], image_tokens + text_tokens
     blocks = size["double"] + size["single"]
-    per_token = (
-        blocks * 12 * d**2 * N
-    )  # qkv 3, proj 1, MLP 8; a single block's two linears, 7 + 5, are as many
+    # qkv 3, proj 1, MLP 8; a single block's two linears, 7 + 5, are as many
+    per_token = blocks * 12 * d**2 * N
     per_sample = (size["double"] * 12 + size["single"] * 3 + 2) * d**2  # modulations
     ends = (2 * size["channels"] * size["patch"] ** 2 * image_tokens + size["txt_dim"] * text_tokens) * d
     embedders = (2 * 256 + size["vec_dim"] + 3 * d) * d

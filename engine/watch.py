@@ -58,9 +58,8 @@ class Watch:
 
     def __init__(self, run: Run, precision: torch.dtype, state: dict, closing: contextlib.ExitStack):
         self.run, self.is_first = run, run.ranks.is_first
-        self.skipped = (
-            run.feed.skipped()
-        )  # reported with the plan; what is found from here on, when it is found
+        # Reported with the plan; what is found from here on, when it is found
+        self.skipped = run.feed.skipped()
         self.prompts = grid_prompts(run.feed.source(run.start)) if self.is_first else {}
         self.meter = monitor.Meter(run.codec.device)
         self.peak = machine.peak_flops(run.codec.device, precision)
@@ -172,9 +171,8 @@ class Watch:
             self.log_file.grid(sheet, step)
         except sample.Stopped:
             pass  # the run is about to end; its grid can be drawn again
-        except (
-            OSError
-        ) as error:  # a picture is not worth the run; a full disk is reported with the next state
+        except OSError as error:
+            # A picture is not worth the run; a full disk is reported with the next state
             self.say(f"  the picture grid of iteration {step} was not written: {error}")
         self.meter.began += time.perf_counter() - pause
 

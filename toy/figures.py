@@ -144,9 +144,8 @@ def curves(panels: dict, steps: tuple, path: Path, columns: int, ylabel: str) ->
     for axis, (title, lines) in zip(axes.flat, panels.items()):
         for i, (label, values) in enumerate(lines.items()):
             mean, bars = np.mean(values, 1), np.std(values, 1, ddof=1) if len(values[0]) > 1 else None
-            shifted = np.array(steps) * (
-                1 + 0.02 * (i - len(lines) / 2)
-            )  # so that bars do not hide one another
+            # So that bars do not hide one another
+            shifted = np.array(steps) * (1 + 0.02 * (i - len(lines) / 2))
             axis.errorbar(shifted, mean, yerr=bars, label=label, linewidth=1.2, marker="o", markersize=3)
         axis.set(title=title, xlabel="network evaluations", ylabel=ylabel, xscale="log")
         axis.set_xticks(steps, steps)
