@@ -356,10 +356,10 @@ def draw_caption(captions: list[str], g: int, seed: int) -> str:
 # ============================================================================================================
 # (c) Wrong captions
 # ============================================================================================================
-# The built-in captions are always right, those of the web are not, and that is what guidance is for: where captions
-# are wrong now and then, q(x0 | c) is a mixture of what c means and of everything else. The classifier score, grad log
-# q(c | x), points out of everything else, to what c means. So the share of wrong captions is a property of data that
-# can be set.
+# The built-in captions are always right, those of the web are not, which is one thing that guidance helps with: where
+# captions are wrong now and then, q(x0 | c) is a mixture of what c means and of everything else. The classifier score,
+# grad log q(c | x), points out of everything else, to what c means. So the share of wrong captions is a property of
+# data that can be set.
 
 
 class WrongCaptions:

@@ -42,7 +42,7 @@ SETTINGS = {
         autoencoder="pixels",
         betas=(0.9, 0.99),
     ),
-    # One GPU, one night: a quarter of the paper's batch, and every part of its recipe in proportion. Not yet run.
+    # One GPU, one night: a quarter of the paper's batch, its schedules in proportion, at 256 pixels alone. Not yet run.
     "0.1b": dict(
         steps=150_000,
         stages=((0, (256,), 256),),

@@ -269,7 +269,7 @@ def test_near_misses_are_rejected(fault, size, n):
     assert made >= n // 6 and not wrong, wrong
 
 
-# Limits that the README tells: small shapes differ in size by two or three pixels, and their means are hardly soft.
+# The limits that scorer.py and results/README.md name: small shapes differ in size by two or three pixels, and their means are hardly soft.
 @pytest.mark.parametrize(
     "size, tag, most",
     [(16, "single_object", 0), (24, "single_object", 0), (24, "two_object", 0), (24, "counting", 0)]
