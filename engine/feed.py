@@ -99,8 +99,10 @@ class Mixed:
         self.sources, self.batch_size = sources, batch_size
         self.name = " + ".join(source.name for source in sources)
         self.fingerprint = " ".join(source.fingerprint for source in sources)
-        shares = [part.buckets.items() for part in sources]
-        self.buckets = {bucket: share / len(sources) for some in shares for bucket, share in some}
+        self.buckets = {}
+        for part in sources:
+            for bucket, share in part.buckets.items():
+                self.buckets[bucket] = self.buckets.get(bucket, 0.0) + share / len(sources)
 
     def locate(self, g: int):
         """(the source of g, g's index in it)"""
