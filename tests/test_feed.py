@@ -3,6 +3,7 @@
 import functools
 import itertools
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -295,3 +296,9 @@ def test_an_error_on_a_thread_reaches_the_loop(monkeypatch):
     monkeypatch.setattr(data.Shapes, "sample", broken)
     with pytest.raises(data.DataError, match="the disk is gone"):
         list(itertools.islice(stream, 20))
+
+
+def test_a_bucket_of_two_sides_has_the_shares_of_both():
+    small, large = (SimpleNamespace(name="", fingerprint="") for _ in range(2))
+    small.buckets, large.buckets = {(16, 16): 0.5, (8, 24): 0.5}, {(16, 16): 1.0}
+    assert feed.Mixed([small, large], 4).buckets == {(16, 16): 0.75, (8, 24): 0.25}
