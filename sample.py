@@ -217,7 +217,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     args = parser.parse_args(argv)
     if not args.prompt and not args.prompts:
-        args.prompts = args.checkpoint / "prompts.txt"  # an included checkpoint brings a few
+        args.prompts = Path(
+            errors.model(str(args.checkpoint)), "prompts.txt"
+        )  # included checkpoints have some
         args.steps = args.steps or [1, 2, 4, 8]
         if not args.prompts.is_file():
             parser.error("give at least one --prompt, or --prompts FILE")

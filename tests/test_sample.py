@@ -98,8 +98,9 @@ def test_one_file_a_picture_and_what_each_tells(run, tmp_path, monkeypatch, caps
     assert {name: said[name] for name in expected} == expected
 
 
-def test_without_prompts_a_checkpoint_draws_its_own(run, tmp_path, monkeypatch, capsys):
-    asked = ["--checkpoint", run, "--device", "cpu", "--out", tmp_path / "a.png"]
+@pytest.mark.parametrize("place", ["", "model.safetensors"])
+def test_without_prompts_a_checkpoint_draws_its_own(run, place, tmp_path, monkeypatch, capsys):
+    asked = ["--checkpoint", run / place, "--device", "cpu", "--out", tmp_path / "a.png"]
     assert "at least one --prompt" in programs.refused(monkeypatch, capsys, sample, *asked)
     (run / "prompts.txt").write_text("number 1\nnumber 2\n")
     programs.run(monkeypatch, sample, *asked)
