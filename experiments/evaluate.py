@@ -22,9 +22,6 @@ from engine import checkpoint, errors, machine
 from experiments import diversity
 from experiments.scorer import SIDES, Found, judge
 
-# ------------------------------------------------------------------------------------------------------------
-# The prompts
-# ------------------------------------------------------------------------------------------------------------
 SPLITS = ("train", "validation", "test", "pairs", "fixed")
 FEWEST = 2  # a tag with fewer prompts of its own in a split asks training prompts too, with noise of its own
 
@@ -33,28 +30,21 @@ FEWEST = 2  # a tag with fewer prompts of its own in a split asks training promp
 def all_prompts(world: data.World = data.SETS["shapes"]) -> tuple[dict, ...]:
     """The metadata of every prompt that a world asks, in an order fixed by their hashes within each tag.
 
-    The prompts of the position tag tell no colours, as in GenEval, or both.
+    The prompts of the position tag name no colours, as in GenEval, or both.
     """
-    found = []
+    ask, found = data.prompt_metadata, []
     for shape in world.shapes:
-        found.append(data.prompt_metadata("single_object", [shape], [None]))
-        told = [None, *world.colors] if world.counted_colors else [None]
-        found += [
-            data.prompt_metadata("counting", [shape], [c], count) for count in data.COUNTS for c in told
-        ]
-        found += [data.prompt_metadata("colors", [shape], [color]) for color in world.colors]
-    for pair in itertools.permutations(world.shapes, 2):
-        found.append(data.prompt_metadata("two_object", list(pair), [None, None]))
-        found += [
-            data.prompt_metadata("color_attr", list(pair), list(colors))
-            for colors in itertools.permutations(world.colors, 2)
-        ]
-        told = [(None, None), *itertools.product(world.colors, repeat=2)]
-        found += [
-            data.prompt_metadata("position", list(pair), list(colors), relation=relation)
-            for colors in told
-            for relation in data.RELATIONS
-        ]
+        found.append(ask("single_object", [shape], [None]))
+        found += [ask("colors", [shape], [color]) for color in world.colors]
+        counted = [None, *world.colors] if world.counted_colors else [None]
+        for count, color in itertools.product(data.COUNTS, counted):
+            found.append(ask("counting", [shape], [color], count))
+    for pair in map(list, itertools.permutations(world.shapes, 2)):
+        found.append(ask("two_object", pair, [None, None]))
+        for colors in itertools.permutations(world.colors, 2):
+            found.append(ask("color_attr", pair, list(colors)))
+        for colors in [(None, None), *itertools.product(world.colors, repeat=2)]:
+            found += [ask("position", pair, list(colors), relation=relation) for relation in data.RELATIONS]
     found = [metadata for metadata in found if metadata["tag"] in world.tags]
     return tuple(sorted(found, key=lambda m: (m["tag"], hashlib.sha256(m["prompt"].encode()).digest())))
 
@@ -69,50 +59,39 @@ def world_of(config: dict) -> data.World:
     """The world that a model was trained on, from its config.json. Raises UserError for other data."""
     name = (config.get("data") or ["nothing"])[0]
     if name not in data.SETS:
+        others = "for others: python -m experiments.export, and GenEval's own scorer"
         raise errors.UserError(
-            f"the model was trained on {name}; only the built-in shapes have exact scores. For others: "
-            "python -m experiments.export, and GenEval's own scorer"
+            f"the model was trained on {name}; only the built-in shapes are scored; {others}"
         )
     return data.SETS[name]
 
 
 def prompts(split: str, per_tag: int | None = None, world: data.World = data.SETS["shapes"]) -> list[dict]:
-    """The metadata of a split's prompts, tag after tag, always the same.
+    """The metadata of a split's prompts, one of SPLITS, tag after tag, always the same.
 
     "train", "validation" and "test" ask GenEval's six kinds of prompt, those of the position tag without colours. A tag
     that has fewer than two prompts of its own in the split (data.split_of gives all one-object prompts to training)
     asks training prompts too. "pairs" asks for what was held out of every training picture, in the tags that can:
-    colors, position (with colours) and color_attr. "fixed" is `fixed_64`.
+    colors, position (with colours) and color_attr. "fixed" are the 64 of the README's goal: the 41 single_object and
+    colors prompts of training, cycling.
 
-    per_tag: so many of each tag, cycling if there are fewer; None gives every prompt once. Raises UserError for an
-    unknown split.
+    per_tag: so many of each tag, cycling if there are fewer; None gives every prompt once.
     """
-    if split not in SPLITS:
-        raise errors.UserError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
     if split == "fixed":
-        return fixed_64()
+        simple = prompts("train", None, data.SETS["one-shape"])
+        return list(itertools.islice(itertools.cycle(simple), 64))
     chosen = []
     for tag in world.tags:
         of_tag = [m for m in all_prompts(world) if m["tag"] == tag]
         if split != "pairs" and tag == "position":
             of_tag = [m for m in of_tag if not any("color" in item for item in m["include"])]
-        own = [m for m in of_tag if split_of(m) == split]
-        if split != "pairs" and len(own) < FEWEST:
-            own += [m for m in of_tag if split_of(m) == "train"]
-        if own:
-            chosen += own if per_tag is None else list(itertools.islice(itertools.cycle(own), per_tag))
+        listed = [m for m in of_tag if split_of(m) == split]
+        if split != "pairs" and len(listed) < FEWEST:
+            listed += [m for m in of_tag if split_of(m) == "train"]
+        chosen += listed if per_tag is None else itertools.islice(itertools.cycle(listed), per_tag)
     return chosen
 
 
-def fixed_64() -> list[dict]:
-    """The 64 fixed single_object and colors prompts of the README's goal: the 41 of training, cycling."""
-    simple = prompts("train", None, data.SETS["one-shape"])
-    return list(itertools.islice(itertools.cycle(simple), 64))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Intervals
-# ------------------------------------------------------------------------------------------------------------
 Z95 = 1.959963984540054  # the normal quantile of a two-sided 95%
 
 
@@ -138,38 +117,26 @@ def mean_interval(shares: list[tuple[int, int]]) -> tuple[float, float, float]:
     return mean, max(0.0, mean - below), min(1.0, mean + above)  # rounding may pass the ends
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Scores of a model
-# ------------------------------------------------------------------------------------------------------------
 BATCH = 72  # pictures drawn at once
 
 
 def measure(
-    loaded: sample.Loaded,
-    asked: list[dict],
-    images: int,
-    steps: int,
-    *,
-    seed: int = 0,
-    stream: int = 0,
-    bar: tqdm | None = None,
-    **choices,
+    loaded: sample.Loaded, asked: list[dict], images: int, steps: int, *, seed=0, stream=0, **choices
 ) -> list[list[list[Found]]]:
     """The objects of every right picture among `images` of each prompt at one step count, one list per prompt.
 
     asked: metadata, as from `prompts`. choices: guidance, eta, s_rule, space of sample.generate. The noise of a picture
     is a function of (seed, stream, position of the prompt, number of the image), so models are compared on one noise.
     """
-    jobs = itertools.product(range(len(asked)), range(images))
+    jobs = list(itertools.product(range(len(asked)), range(images)))
+    parts = [jobs[i : i + BATCH] for i in range(0, len(jobs), BATCH)]
     found: list[list[list[Found]]] = [[] for _ in asked]
-    while part := list(itertools.islice(jobs, BATCH)):
+    for part in tqdm(parts, desc=f"{steps} steps", leave=False, disable=None):
         texts, keys = [asked[i]["prompt"] for i, _ in part], [(stream, *job) for job in part]
         pictures = sample.generate(loaded, texts, keys, seed=seed, steps=steps, batch_size=BATCH, **choices)
         for (i, _), picture in zip(part, pictures):
             if objects := judge(picture, asked[i])[0]:
                 found[i].append(objects)
-        if bar is not None:
-            bar.update(len(part))
     return found
 
 
@@ -185,13 +152,13 @@ def summary(asked: list[dict], found: list[list], images: int) -> dict:
             before, total = counts.get(key, (0, 0))
             counts[key] = before + right, total + images
 
-    def entry(share):
-        low, high = wilson(*share)
-        return {"score": share[0] / share[1], "low": low, "high": high, "right": share[0], "total": share[1]}
+    def entry(right: int, total: int) -> dict:
+        low, high = wilson(right, total)
+        return {"score": right / total, "low": low, "high": high, "right": right, "total": total}
 
-    def mean_of(counts):
+    def mean_of(counts: dict) -> tuple[dict, dict]:
         mean = dict(zip(("score", "low", "high"), mean_interval(list(counts.values()))))
-        return mean, {tag: entry(share) for tag, share in counts.items()}
+        return mean, {tag: entry(*share) for tag, share in counts.items()}
 
     overall, by_tag = mean_of(tags)
     scores = {"overall": overall, "tags": by_tag}
@@ -201,18 +168,18 @@ def summary(asked: list[dict], found: list[list], images: int) -> dict:
     return scores | {"prompts": of_prompt}
 
 
-COLUMNS = {
+COLUMNS = {  # in the order of Table 1
     "single_object": "Single Object",
     "two_object": "Two Object",
     "color_attr": "Attribute Binding",
     "colors": "Colors",
     "counting": "Counting",
     "position": "Position",
-}  # in the order of Table 1
+}
 
 
 def table(by_steps: dict[int, dict]) -> str:
-    """Table 1's columns as text, one row per step count, and below it what is told of all pictures together."""
+    """Table 1's columns as text, one row per step count, and below it what holds for all pictures together."""
     tags = [tag for tag in COLUMNS if tag in next(iter(by_steps.values()))["tags"]]
     names = ["Overall", *(COLUMNS[tag] for tag in tags)]
     lines = ["Steps  " + "".join(f"{name:<20}" for name in names).rstrip()]
@@ -233,9 +200,6 @@ def table(by_steps: dict[int, dict]) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------------------
 def sampling_flags(parser: argparse.ArgumentParser) -> None:
     """How to sample; what is left open (None) is the checkpoint's own choice."""
     a = parser.add_argument_group("how (default: as the checkpoint says)").add_argument
@@ -254,9 +218,8 @@ def choices_of(args: argparse.Namespace) -> dict:
 def parse_arguments() -> argparse.Namespace:
     parser = errors.Parser("-m experiments.evaluate", "Score a model of the built-in shapes per step count.")
     a = parser.add_argument_group("what").add_argument
-    laptop = Path("checkpoints/laptop")
+    laptop, split = Path("checkpoints/laptop"), ["test", "pairs"]
     a("--checkpoint", metavar="DIR", type=Path, default=laptop, help=f"folder of a run ({laptop})")
-    split = ["test", "pairs"]
     a("--split", nargs="+", metavar="SPLIT", choices=SPLITS, default=split, help=f"of {', '.join(SPLITS)}")
     a("--steps", metavar="N", type=int, nargs="+", default=list(sample.STEP_COUNTS), help="(1 2 4 8 50)")
     a("--per-tag", metavar="N", type=int, default=24, help="prompts of each tag, cycling (default: 24)")
@@ -275,29 +238,28 @@ def main() -> None:
     machine.keep_freed_memory()
     device = machine.pick_device(args.device)
     loaded = sample.load(args.checkpoint, device)
-    world, choices, (least, most) = world_of(loaded.config), choices_of(args), SIDES
-    if not least <= loaded.config["side"] <= most:
-        raise errors.UserError(f"pictures of {least} to {most} pixels a side can be judged; these are others")
+    side, world, choices, (least, most) = (
+        loaded.config["side"],
+        world_of(loaded.config),
+        choices_of(args),
+        SIDES,
+    )
+    if not least <= side <= most:
+        raise errors.UserError(
+            f"pictures of {least} to {most} pixels a side can be judged; these have {side}"
+        )
     out = args.out or args.checkpoint / "evaluation.json"
-    results = machine.provenance(device) | {
-        "checkpoint": str(args.checkpoint),
-        "seed": args.seed,
-        "images": args.images,
-        "per_tag": args.per_tag,
-        "choices": sample.choose(loaded.config, **choices),
-        "splits": {},
-    }
+    results = machine.provenance(device) | {"checkpoint": str(args.checkpoint), "seed": args.seed}
+    results |= {"images": args.images, "per_tag": args.per_tag}
+    results |= {"choices": sample.choose(loaded.config, **choices), "splits": {}}
     began = time.perf_counter()
     for split in args.split:
         asked, by_steps = prompts(split, args.per_tag, world), {}
         stream, size = SPLITS.index(split), len(asked) * args.images
         for n in args.steps:
-            with tqdm(total=size, desc=f"{split}, {n} steps", leave=False, disable=None) as bar:
-                found = measure(
-                    loaded, asked, args.images, n, seed=args.seed, stream=stream, bar=bar, **choices
-                )
+            found = measure(loaded, asked, args.images, n, seed=args.seed, stream=stream, **choices)
             by_steps[n] = summary(asked, found, args.images)
-            by_steps[n]["diversity"] = diversity.measure(asked, found, loaded.config["side"], world)
+            by_steps[n]["diversity"] = diversity.measure(asked, found, side, world)
         results["splits"][split] = by_steps
         print(f"{split} prompts, {size} pictures a row, score [95% interval]\n{table(by_steps)}\n")
     results["seconds"] = round(time.perf_counter() - began, 1)

@@ -6,11 +6,11 @@ Writes 00000/metadata.jsonl, 00000/samples/0000.png, ..., as the scorer reads th
 """
 
 import argparse
+import contextlib
 import hashlib
-import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -27,26 +27,26 @@ def read_prompts(path: Path) -> list[dict]:
     if not path.is_file():
         raise errors.UserError(f"no such prompt file: {path}")
     found = []
-    # JSON may hold the other characters that end lines
-    for number, line in enumerate(files.read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            metadata = json.loads(line)
-            found.append(metadata | {"prompt": files.well_formed(metadata["prompt"])})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise errors.UserError(
-                f'{path}, line {number} is no JSON object with a "prompt", as evaluation_metadata.jsonl has'
-            ) from error
+    for number, line in enumerate(
+        files.read_text(path).split("\n"), 1
+    ):  # JSON may hold the other ends of lines
+        if line.strip():
+            try:
+                metadata = json.loads(line)
+                found.append(metadata | {"prompt": files.well_formed(metadata["prompt"])})
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                problem = f'{path}, line {number} is no JSON object with a "prompt"'
+                raise errors.UserError(f"{problem}, as evaluation_metadata.jsonl has") from error
     if not found:
         raise errors.UserError(f"{path} is empty")
     return found
 
 
-def put(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file in one piece. The name until then begins with a dot: GenEval reads whatever begins like 0000.png."""
-    partial = path.with_name("." + path.name + ".partial")
-    write(partial)
+@contextlib.contextmanager
+def put(path: Path) -> Iterator[Path]:
+    """Where to write a file, in one piece. The name until then begins with a dot: GenEval reads what begins like 0000.png."""
+    partial = path.with_name(f".{path.name}.partial")
+    yield partial
     os.replace(partial, path)
 
 
@@ -59,42 +59,29 @@ def export(folder: Path, asked: list[dict], images: int, batch_size: int, draw: 
     for i, metadata in enumerate(asked):
         samples = folder / f"{i:05}" / "samples"
         samples.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(metadata)
-        put(
-            samples.parent / "metadata.jsonl", lambda path, text=text: path.write_text(text, encoding="utf-8")
-        )
+        with put(samples.parent / "metadata.jsonl") as partial:
+            partial.write_text(json.dumps(metadata), encoding="utf-8")
         jobs += [(i, j) for j in range(images) if not (samples / f"{j:04}.png").exists()]
-    made, total = len(jobs), len(asked) * images
-    todo = iter(jobs)
-    with tqdm(total=total, initial=total - made, unit=" pictures", disable=None) as bar:
-        while part := list(itertools.islice(todo, batch_size)):
+    with tqdm(total=len(jobs), unit=" pictures", disable=None) as bar:
+        for start in range(0, len(jobs), batch_size):
+            part = jobs[start : start + batch_size]
             for (i, j), picture in zip(part, draw(part), strict=True):
-                image = Image.fromarray(picture)
-                put(
-                    folder / f"{i:05}" / "samples" / f"{j:04}.png", lambda p, x=image: x.save(p, format="PNG")
-                )
+                with put(folder / f"{i:05}" / "samples" / f"{j:04}.png") as partial:
+                    Image.fromarray(picture).save(partial, format="PNG")
             bar.update(len(part))
-    return made
+    return len(jobs)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = errors.Parser("-m experiments.export", "Write a model's pictures for GenEval's public scorer.")
     a = parser.add_argument_group("what").add_argument
+    metadata, folder = (
+        "GenEval's evaluation_metadata.jsonl, or like it",
+        "of the pictures, one for each step count",
+    )
     a("--checkpoint", metavar="DIR", type=Path, required=True, help="folder of a run")
-    a(
-        "--prompts",
-        metavar="FILE",
-        type=Path,
-        required=True,
-        help="GenEval's evaluation_metadata.jsonl, or like it",
-    )
-    a(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        required=True,
-        help="folder of the pictures, one for each step count",
-    )
+    a("--prompts", metavar="FILE", type=Path, required=True, help=metadata)
+    a("--out", metavar="DIR", type=Path, required=True, help=folder)
     a("--steps", metavar="N", type=int, default=2, help="evaluations of the network (default: 2)")
     a("--images", metavar="N", type=int, default=4, help="pictures per prompt (default: 4)")
     a(
@@ -120,7 +107,7 @@ def main() -> None:
     choices = choices_of(args)
     if args.out.exists() and any(args.out.iterdir()) and not (args.out / "settings.json").exists():
         raise errors.UserError(
-            f"{args.out} is not empty and holds no export to go on with; choose another --out"
+            f"{args.out} is not empty, and holds no export to go on with: choose another --out"
         )
     read = {"prompts": args.prompts, "weights": args.checkpoint / "model.safetensors"}
     settings = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in read.items()}

@@ -14,53 +14,43 @@ Lengths called "units" are 32nds of the picture's side, colours are distances in
 """
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image, ImageFilter
 
 import data
 
 SIDES = (16, 64)  # of the pictures that can be judged, in pixels
-# The ground may be this much darker or lighter than any in training, and this much off grey.
-GROUND_SLACK = 15
+GROUND_SLACK = 15  # how much darker or lighter than any in training the ground may be, and how far off grey
 GROUND_SHARE = 0.4  # of the picture, at least; the fullest scenes leave 63%
 LINE = 45.0  # a pixel further than this from every line from the ground to a colour belongs to no object
 GRAIN = 0.12  # of coverage that is overlooked
 AGREEMENT = 0.885  # overlap of an object with its best-fitting shape, at least
-# An outline may be this many units wider than a rendering's, and this many pixels in small pictures.
-SOFT = 0.5
+SOFT = 0.5  # how many units wider than a rendering's an outline may be, and how many pixels in small pictures
 DIAMETER = (7.0, 24.0)  # of an object, in units; training has 8 to 22
-# A pixel at the picture's border that is covered more than this: the object goes on beyond it.
-AT_BORDER = 0.75
+AT_BORDER = 0.75  # an object goes on beyond the border where a pixel there is covered more than this
 SHARED = 1.5  # square units that two objects may both claim; a hidden part of an object is a missing part
 SMALLEST = 4.0  # square units; less is a speck, which the test of what is left over judges
 OUTSIDE, INSIDE = 25.0, 50.0  # unexplained colour, the mean of 3 x 3 units, away from and within objects
-# "left of": the centres lie further apart along the axis than this times the sum of the diameters.
-CLEARLY = 0.4
+CLEARLY = (
+    0.4  # "left of": how far apart the centres lie along the axis, as a share of both diameters, at least
+)
 
 PALETTE = np.array(list(data.COLORS.values()), dtype=float)
 COLOR_NAMES = list(data.COLORS)
 
 
 class Found(NamedTuple):
-    """One object of a picture, explained: centre and diameter in pixels."""
+    """One object of a picture: centre and diameter in pixels."""
 
     shape: str
     color: str
     x: float
     y: float
     diameter: float
-    blur: bool  # whether the rendering agrees better when slightly blurred
-    agreement: float  # soft intersection over union with the rendering, in [0, 1]
-
-
-class Explanation(NamedTuple):
-    """What a picture shows. `complaint` is empty when the objects explain all of it, else says what they do not."""
-
-    ground: np.ndarray  # RGB
-    objects: list[Found]
-    complaint: str
 
 
 class Outline(NamedTuple):
@@ -94,46 +84,37 @@ def ground_color(picture: np.ndarray) -> np.ndarray:
 
 def components(label: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
     """The 8-connected regions of equal label >= 0 of an [H, W] map: (label, rows, columns) each."""
-    height, width = label.shape
-    stride = width + 1  # one column of -1 on the right ends every row, one row above and below the picture
-    flat = np.full((height + 2, stride), -1, dtype=np.int64)
-    flat[1:-1, :-1] = label
-    flat = flat.ravel().tolist()
-    flat.append(-1)
+    stride = label.shape[1] + 2
+    flat = np.pad(label, 1, constant_values=-1).ravel().tolist()
     steps = (-stride - 1, -stride, -stride + 1, -1, 1, stride - 1, stride, stride + 1)
     regions = []
-    for start in range(stride, stride * (height + 1)):
-        k = flat[start]
+    for start, k in enumerate(flat):
         if k < 0:
             continue
-        flat[start], region, i = -1, [start], 0
-        while i < len(region):
+        flat[start], region = -1, [start]
+        for i in region:  # grows on the way
             for step in steps:
-                j = region[i] + step
-                if flat[j] == k:
-                    flat[j] = -1
-                    region.append(j)
-            i += 1
+                if flat[i + step] == k:
+                    flat[i + step] = -1
+                    region.append(i + step)
         rows, columns = np.divmod(np.array(region), stride)
-        regions.append((k, rows - 1, columns))
+        regions.append((k, rows - 1, columns - 1))
     return regions
 
 
 def dilate(mask: np.ndarray) -> np.ndarray:
     """A [H, W] mask and its 8-neighbours."""
-    wide = mask.copy()
-    wide[:, 1:] |= mask[:, :-1]
-    wide[:, :-1] |= mask[:, 1:]
-    tall = wide.copy()
-    tall[1:] |= wide[:-1]
-    tall[:-1] |= wide[1:]
-    return tall
+    return np.asarray(Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MaxFilter(3))) > 0
 
 
-def coverage(shape: str, x, y, r, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """[n, h, w]: data.coverage on a window, for n candidates at once (x, y, r of shape [n] or scalars)."""
+def distance_to(shape: str, x, y, r, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """[n, h, w]: from the outline to the pixels of a window, for n shapes at once (x, y, r [n] or numbers)."""
     x, y, r = (np.asarray(a, dtype=float).reshape(-1, 1, 1) for a in (x, y, r))
-    distance = data.signed_distance(shape, columns[None, None, :] + 0.5 - x, rows[None, :, None] + 0.5 - y, r)
+    return data.signed_distance(shape, columns[None, None, :] + 0.5 - x, rows[None, :, None] + 0.5 - y, r)
+
+
+def covered(distance: np.ndarray) -> np.ndarray:
+    """The coverage of pixels at this distance from an outline, as data.coverage renders it."""
     return np.clip(0.5 - distance, 0.0, 1.0)
 
 
@@ -161,8 +142,8 @@ NEIGHBOURS = np.concatenate([np.zeros((1, 3)), np.eye(3), -np.eye(3)])  # in (x,
 
 def fit(
     seen: np.ndarray, rows: np.ndarray, columns: np.ndarray, unit: float
-) -> tuple[str, np.ndarray, bool, float]:
-    """The shape that agrees best with an observed coverage: (shape, (x, y, r), whether blurred, agreement).
+) -> tuple[str, np.ndarray, float]:
+    """The shape that agrees best with an observed coverage: (shape, (x, y, r), agreement in [0, 1]).
 
     Area and centre of mass give the first guess for each shape; the shapes that come near the best of these guesses are
     refined by a pattern search in (x, y, r), sharp and blurred.
@@ -174,35 +155,33 @@ def fit(
     for shape in data.SHAPES:
         r = (total / outline(shape).area) ** 0.5
         at = np.array([x, y - outline(shape).drop * r, r])
-        sharp = coverage(shape, *at, rows, columns)
+        sharp = covered(distance_to(shape, *at, rows, columns))
         agreement = overlap(seen, np.concatenate([sharp, blurred(sharp)]))
-        guesses.append((agreement.max(), shape, at, bool(agreement.argmax())))
-    best_guess = max(g[0] for g in guesses)
-    best = ("", np.zeros(3), False, -1.0)
+        guesses.append((agreement.max(), shape, at, agreement.argmax() == 1))
+    best_guess = max(guess[0] for guess in guesses)
+    fitted = []
     for agreement, shape, at, blur in guesses:
         if agreement < best_guess - 0.12:
             continue
         for step in (0.5, 0.25, 0.12):
             tries = at + step * unit * NEIGHBOURS
-            candidates = coverage(shape, *tries.T, rows, columns)
+            candidates = covered(distance_to(shape, *tries.T, rows, columns))
             agreements = overlap(seen, blurred(candidates) if blur else candidates)
             at, agreement = tries[agreements.argmax()], agreements.max()
-        if agreement > best[3]:
-            best = (shape, at, blur, float(agreement))
-    return best
+        fitted.append((shape, at, float(agreement)))
+    return max(fitted, key=lambda one: one[2])
 
 
 def softness(seen: np.ndarray, shape: str, x: float, y: float, r: float) -> float:
-    """How much wider the outline of a shape is in seen [H, W], the coverage of a whole picture, than in a rendering:
-    pixels.
+    """How much wider the outline of a shape is in seen [H, W], the coverage of a picture, than in a rendering: pixels.
 
     Where coverage a falls from 1 to 0 over w pixels, the sum of a (1 - a) is w / 6 for each pixel of the outline's
     length. The mean of pictures that differ in size or place falls over as many pixels as they differ, whatever its
     best fit.
     """
     pixel = np.arange(len(seen))
-    distance = data.signed_distance(shape, pixel[None] + 0.5 - x, pixel[:, None] + 0.5 - y, r)
-    seen, rendered = without_grain(seen), without_grain(np.clip(0.5 - distance, 0.0, 1.0))
+    distance = distance_to(shape, x, y, r, pixel, pixel)[0]
+    seen, rendered = without_grain(seen), without_grain(covered(distance))
     excess = (seen * (1 - seen) - rendered * (1 - rendered))[np.abs(distance) < 2 * max(1.0, len(seen) / 32)]
     return float(6 * excess.sum() / (outline(shape).length * r))
 
@@ -210,29 +189,27 @@ def softness(seen: np.ndarray, shape: str, x: float, y: float, r: float) -> floa
 def box_mean(x: np.ndarray, side: int) -> np.ndarray:
     """Mean over side x side windows (zeros beyond the border) of [H, W, C]; side is odd."""
     half = side // 2
-    padded = np.pad(x, ((half + 1, half), (half + 1, half), (0, 0))).cumsum(0).cumsum(1)
-    return (
-        padded[side:, side:] - padded[:-side, side:] - padded[side:, :-side] + padded[:-side, :-side]
-    ) / side**2
+    sums = np.pad(x, ((half + 1, half), (half + 1, half), (0, 0))).cumsum(0).cumsum(1)
+    return (sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]) / side**2
 
 
-def explain(picture: np.ndarray) -> Explanation:
-    """The objects that a picture shows, and the first thing in it that they do not explain.
+def explain(picture: np.ndarray) -> tuple[list[Found], str]:
+    """The objects that a picture shows, and the first thing in it that they do not explain; "" where they explain all.
 
     picture: uint8 [H, W, 3], square, 16 to 64 pixels a side; below 24, crowded scenes have objects of too few pixels to
     be told apart and true ones are refused now and then. Raises ValueError for anything else.
     """
     size, unit, (least, most) = len(picture), len(picture) / 32, SIDES
     if picture.dtype != np.uint8 or picture.shape != (size, size, 3) or not least <= size <= most:
-        said = f"not {picture.dtype} {picture.shape}"
-        raise ValueError(f"expected a square uint8 picture of {least} to {most} pixels a side, {said}")
+        given = f"not {picture.dtype} {picture.shape}"
+        raise ValueError(f"expected a square uint8 picture of {least} to {most} pixels a side, {given}")
     p = picture.astype(float)
     ground = ground_color(p)
     low, high = data.GREYS[0] - GROUND_SLACK, data.GREYS[1] + GROUND_SLACK
     if np.ptp(ground) > GROUND_SLACK or not low <= ground.mean() <= high:
-        return Explanation(ground, [], "the ground is not grey")
+        return [], "the ground is not grey"
     if (np.abs(p - ground).max(2) < 30).mean() < GROUND_SHARE:
-        return Explanation(ground, [], "too little ground")
+        return [], "too little ground"
 
     # Each pixel on its nearest mixing line: p = ground + a (color - ground). More than half of a colour is that colour.
     toward = PALETTE - ground  # [8, 3]
@@ -252,29 +229,25 @@ def explain(picture: np.ndarray) -> Explanation:
         mask[rows, columns] = True
         seen = np.where(dilate(mask[window]), share[window][..., k], 0.0)
         at_rows, at_columns = np.arange(top, top + seen.shape[0]), np.arange(left, left + seen.shape[1])
-        shape, (x, y, r), blur, agreement = fit(seen, at_rows, at_columns, unit)
+        shape, (x, y, r), agreement = fit(seen, at_rows, at_columns, unit)
         color = COLOR_NAMES[k]
-        found = Found(shape, color, float(x), float(y), float(2 * r), blur, agreement)
-        objects.append(found)
-
-        box = np.array([x, x, y, y]) + r * np.array(outline(shape).box)
-        at_border = (np.minimum(rows, columns) == 0) | (np.maximum(rows, columns) == size - 1)
-        what = f"the {color} {shape} at ({x:.0f}, {y:.0f})"
+        objects.append(Found(shape, color, float(x), float(y), float(2 * r)))
         if complaint:
             continue
+
+        what = f"the {color} {shape} at ({x:.0f}, {y:.0f})"
+        box = np.array([x, x, y, y]) + r * np.array(outline(shape).box)
+        outside = box.min() < -0.5 * unit or box.max() > size + 0.5 * unit
+        at_border = (np.minimum(rows, columns) == 0) | (np.maximum(rows, columns) == size - 1)
         if agreement < AGREEMENT:
             complaint = f"a {color} region at ({x:.0f}, {y:.0f}) has no known shape; {shape} agrees to {agreement:.2f}"
         elif softness(np.where(nearest == k, a, 0.0), shape, x, y, r) > SOFT * max(1.0, unit):
             complaint = f"{what} has a soft outline"
         elif not DIAMETER[0] * unit <= 2 * r <= DIAMETER[1] * unit:
             complaint = f"{what} is {2 * r:.1f} pixels wide"
-        elif (
-            box.min() < -0.5 * unit
-            or box.max() > size + 0.5 * unit
-            or (share[rows, columns, k][at_border] > AT_BORDER).any()
-        ):
+        elif outside or (share[rows, columns, k][at_border] > AT_BORDER).any():
             complaint = f"{what} is cut off by the border"
-    return Explanation(ground, objects, complaint or left_over(p, ground, objects))
+    return objects, complaint or left_over(p, ground, objects)
 
 
 def left_over(p: np.ndarray, ground: np.ndarray, objects: list[Found]) -> str:
@@ -284,18 +257,15 @@ def left_over(p: np.ndarray, ground: np.ndarray, objects: list[Found]) -> str:
     more than a unit: how well those fit has been judged already.
     """
     size, unit = len(p), len(p) / 32
-    pixel = np.arange(size)
+    pixel, edge = np.arange(size), max(1.0, unit)
     outside, inside = np.ones((size, size), dtype=bool), np.zeros((size, size), dtype=bool)
-    expected, covered, shared = np.broadcast_to(ground, p.shape), np.zeros((size, size, 1)), 0.0
+    expected, claimed, shared = np.broadcast_to(ground, p.shape), np.zeros((size, size, 1)), 0.0
     for o in objects:
-        cover = coverage(o.shape, o.x, o.y, o.diameter / 2, pixel, pixel)[0][..., None]
+        distance = distance_to(o.shape, o.x, o.y, o.diameter / 2, pixel, pixel)[0]
+        cover = covered(distance)[..., None]
         expected = (1 - cover) * expected + cover * PALETTE[COLOR_NAMES.index(o.color)]
-        shared += np.minimum(covered, cover).sum()
-        covered = np.maximum(covered, cover)
-        distance = data.signed_distance(
-            o.shape, pixel[None] + 0.5 - o.x, pixel[:, None] + 0.5 - o.y, o.diameter / 2
-        )
-        edge = max(1.0, unit)
+        shared += np.minimum(claimed, cover).sum()
+        claimed = np.maximum(claimed, cover)
         outside &= distance > edge
         inside |= distance < -edge
     if shared > SHARED * unit**2:
@@ -309,9 +279,6 @@ def left_over(p: np.ndarray, ground: np.ndarray, objects: list[Found]) -> str:
     return ""
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The picture against its prompt
-# ------------------------------------------------------------------------------------------------------------
 def stands(relation: str, a: Found, b: Found) -> bool:
     """Whether a is clearly "left of" (or ...) b.
 
@@ -324,25 +291,30 @@ def stands(relation: str, a: Found, b: Found) -> bool:
 
 
 def matches(item: dict, o: Found) -> bool:
-    """Whether an object is of the class, and of the colour if one is told, of an entry of the metadata."""
+    """Whether an object is of the class, and of the colour if it names one, of an entry of the metadata."""
     return o.shape == item["class"] and item.get("color", o.color) == o.color
 
 
 def assignments(items: list[dict], objects: list[Found]) -> Iterator[list[list[Found]]]:
     """Every way to give each object to an entry that it matches, so that each entry gets exactly its count."""
+    if len(objects) != sum(item["count"] for item in items):
+        return
+    for places in itertools.product(range(len(items)), repeat=len(objects)):
+        groups = [[o for o, place in zip(objects, places) if place == i] for i in range(len(items))]
+        pairs = list(zip(items, groups))
+        if all(len(group) == item["count"] for item, group in pairs):
+            if all(matches(item, o) for item, group in pairs for o in group):
+                yield groups
 
-    def rest(i: int, groups: list[list[Found]]) -> Iterator[list[list[Found]]]:
-        if i == len(objects):
-            yield [list(group) for group in groups]
-            return
-        for item, group in zip(items, groups):
-            if len(group) < item["count"] and matches(item, objects[i]):
-                group.append(objects[i])
-                yield from rest(i + 1, groups)
-                group.pop()
 
-    if len(objects) == sum(item["count"] for item in items):
-        yield from rest(0, [[] for _ in items])
+def in_place(items: list[dict], groups: list[list[Found]]) -> bool:
+    """Whether all objects of an entry with a position stand there, seen from all of the entry it refers to."""
+    for item, group in zip(items, groups):
+        if "position" in item:
+            relation, other = item["position"]
+            if not all(stands(relation, a, b) for a in group for b in groups[other]):
+                return False
+    return True
 
 
 def judge(picture: np.ndarray, metadata: dict) -> tuple[list[Found], str]:
@@ -352,7 +324,7 @@ def judge(picture: np.ndarray, metadata: dict) -> tuple[list[Found], str]:
     entry it refers to]) and `exclude` (class, count, color), whatever the tag, so a prompt may mix all of them.
     Stricter than GenEval: the objects of `include` must be there in exactly their numbers, and nothing else.
     """
-    _, objects, complaint = explain(picture)
+    objects, complaint = explain(picture)
     if complaint:
         return [], complaint
     shown = ", ".join(sorted(f"{o.color} {o.shape}" for o in objects)) or "nothing"
@@ -360,18 +332,10 @@ def judge(picture: np.ndarray, metadata: dict) -> tuple[list[Found], str]:
         if sum(matches(item, o) for o in objects) >= item["count"]:
             return [], f"too many: {shown}"
     items = metadata["include"]
-    matched = False
-    for groups in assignments(items, objects):
-        matched = True
-        if all(
-            stands(item["position"][0], a, b)
-            for item, group in zip(items, groups)
-            if "position" in item
-            for a in group
-            for b in groups[item["position"][1]]
-        ):
-            return objects, f"shows {shown}"
-    return [], f"out of place: {shown}" if matched else f"shows {shown}"
+    ways = list(assignments(items, objects))
+    if any(in_place(items, groups) for groups in ways):
+        return objects, f"shows {shown}"
+    return [], f"out of place: {shown}" if ways else f"shows {shown}"
 
 
 def score(picture: np.ndarray, metadata: dict) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from programs import TINY
 from test_tables import draw_objects
 
 import data
@@ -19,9 +20,6 @@ from rng import rng
 SHAPES = data.SETS["shapes"]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Prompts
-# ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["shapes", "scenes"])
 def test_unseen_prompts_and_pairs_never_occur_in_training(name):
     source, world = data.Shapes(32, name), data.SETS[name]
@@ -34,17 +32,15 @@ def test_unseen_prompts_and_pairs_never_occur_in_training(name):
 
 
 def test_splits_are_balanced_disjoint_and_fixed():
-    own = {}
-    for split in ("train", "validation", "test", "pairs"):
-        listed = evaluate.prompts(split)
-        assert len({m["prompt"] for m in listed}) == len(listed)
-        own[split] = {m["prompt"] for m in listed if evaluate.split_of(m) == split}
+    listed = {split: evaluate.prompts(split) for split in ("train", "validation", "test", "pairs")}
+    owned = {k: {m["prompt"] for m in asked if evaluate.split_of(m) == k} for k, asked in listed.items()}
+    for split, asked in listed.items():
+        assert len({m["prompt"] for m in asked}) == len(asked)
+        assert not any(owned[split] & owned[other] for other in owned if other != split)
         tags = [m["tag"] for m in evaluate.prompts(split, 30)]
         assert {tags.count(tag) for tag in set(tags)} == {30}
         assert set(tags) == ({"colors", "position", "color_attr"} if split == "pairs" else set(data.TAGS))
-    for a in own:
-        assert not any(own[a] & own[b] for b in own if b != a)
-    for m in evaluate.prompts("pairs"):
+    for m in listed["pairs"]:
         assert any((item.get("color"), item["class"]) in data.HELD_OUT_PAIRS for item in m["include"])
     # The order is part of what a seed means.
     first = [m["prompt"] for m in evaluate.prompts("test", 2)[:2]]
@@ -58,9 +54,6 @@ def test_the_64_fixed_prompts_are_of_one_object_seen_in_training():
     assert all(evaluate.split_of(m) == "train" for m in fixed)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Intervals and scores
-# ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("right, total", [(0, 12), (1, 12), (37, 100), (96, 96)])
 def test_wilson_limits_solve_their_equation(right, total):
     """A limit L is a share at which the observed one lies exactly 1.96 standard errors of L away."""
@@ -111,17 +104,11 @@ def test_measure_finds_the_objects_of_the_right_pictures_of_each_prompt(monkeypa
     assert "Attribute Binding" in text and "0.625 [" in text and "90 of 144 pictures right" in text
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The commands
-# ------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """The folder of an untrained run with a network of a few thousand weights."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    folder.mkdir()
-    sizes = dict(
-        width=32, heads=2, double=1, single=1, axes=(4, 6, 6), channels=3, patch=8, txt_dim=256, vec_dim=256
-    )
+    folder = tmp_path_factory.mktemp("tiny")
+    sizes = TINY | {"width": 32, "axes": (4, 6, 6), "patch": 8}
     torch.manual_seed(0)
     checkpoint.save_weights(folder / "model.safetensors", model.Denoiser(**sizes))
     config = {
@@ -140,7 +127,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
-    """Calls a program in an empty folder and returns its exit code and what it said."""
+    """Calls a program in an empty folder and returns its exit code and what it printed."""
     monkeypatch.chdir(tmp_path)
 
     def call(program, *words):
@@ -150,50 +137,45 @@ def command(tmp_path, monkeypatch, capsys):
             errors.run(program.main)
         except SystemExit as end:
             code = end.code
-        said = capsys.readouterr()
-        return code, said.err if code else said.out
+        printed = capsys.readouterr()
+        return code, printed.err if code else printed.out
 
     return call
 
 
 def test_the_command_prints_the_table_and_writes_json(tiny, command):
     numbers = ("--steps", 1, 2, "--per-tag", 2, "--images", 2, "--seed", 3, "--out", "a.json")
-    code, said = command(evaluate, "--checkpoint", tiny, *numbers)
+    code, printed = command(evaluate, "--checkpoint", tiny, *numbers)
     assert code == 0
     for word in ("Steps", "Overall", "Attribute Binding", "test prompts, 24 pictures a row", "pairs prompts"):
-        assert word in said
+        assert word in printed
     results = checkpoint.read_json(Path("a.json"))
-    assert (
-        results["choices"]["s_rule"] == 1.0
-    )  # flow matching is sampled at s_k = t_k, whatever its config says
+    assert results["choices"]["s_rule"] == 1.0  # flow matching's, whatever its config says
     assert results["seed"] == 3 and results["hardware"] and results["commit"] and "seconds" in results
     assert "--per-tag 2" in results["command"] and set(results["splits"]["test"]) == {"1", "2"}
     assert results["splits"]["test"]["2"]["tags"]["counting"]["total"] == 4
     assert set(results["splits"]["pairs"]["1"]["tags"]) == {"colors", "position", "color_attr"}
 
 
-@pytest.mark.parametrize(
-    "program, words, complaint",
-    [
-        (evaluate, ["--checkpoint", "nowhere"], "no such checkpoint folder: nowhere"),
-        (evaluate, ["--steps", "0"], "--steps must lie between 1 and"),
-        (evaluate, ["--split", "holdout"], "invalid choice"),
-        (evaluate, ["--out", "nowhere/a.json"], "a file in a folder that exists"),
-        (
-            export,
-            ["--prompts", "none.jsonl", "--checkpoint", "c", "--out", "out"],
-            "no such prompt file: none.jsonl",
-        ),
-    ],
-)
+NO_PROMPTS = ["--prompts", "none.jsonl", "--checkpoint", "c", "--out", "out"]
+MISTAKES = [
+    (evaluate, ["--checkpoint", "nowhere"], "no such checkpoint folder: nowhere"),
+    (evaluate, ["--steps", "0"], "--steps must lie between 1 and"),
+    (evaluate, ["--out", "nowhere/a.json"], "a file in a folder that exists"),
+    (export, NO_PROMPTS, "no such prompt file: none.jsonl"),
+]
+
+
+@pytest.mark.parametrize("program, words, complaint", MISTAKES)
 def test_what_the_user_can_mend_is_one_line(program, words, complaint, command):
-    code, said = command(program, *words)
-    assert code == 2 and complaint in said and said.count("\n") == 1 and not list(Path().iterdir())
+    code, printed = command(program, *words)
+    assert code == 2 and complaint in printed and printed.count("\n") == 1 and not list(Path().iterdir())
 
 
-@pytest.mark.parametrize(
-    "text, complaint", [("", "is empty"), ('{"tag": 1}\n', 'with a "prompt"'), ("{\n", "line 1")]
-)
+BAD_FILES = [("", "is empty"), ('{"tag": 1}\n', 'with a "prompt"'), ("{\n", "line 1")]
+
+
+@pytest.mark.parametrize("text, complaint", BAD_FILES)
 def test_a_bad_prompt_file_is_refused(text, complaint, tmp_path):
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(errors.UserError, match=complaint):
@@ -227,8 +209,8 @@ def test_an_export_is_what_geneval_reads_and_goes_on_where_it_stopped(tiny, comm
     assert {f: f.read_bytes() for f in before} == before  # the same pictures, in batches of another size
     assert {f: f.stat().st_mtime_ns for f in kept} == kept
 
-    code, said = command(export, *words, "--seed", 1)
-    assert code == 2 and "other settings" in said
+    code, printed = command(export, *words, "--seed", 1)
+    assert code == 2 and "other settings" in printed
     assert {f: f.read_bytes() for f in before} == before
 
 
