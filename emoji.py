@@ -63,17 +63,8 @@ PACKAGES = [f"{name}@{version}" for name, version, *_ in (*MAKERS.values(), WORD
 
 # What --data calls them -> groups of Emojibase. People, symbols and flags are left out: many differ in
 # little, or are writing.
-SETS = {
-    "emoji": ("animals-nature", "food-drink"),
-    "emoji-all": (
-        "smileys-emotion",
-        "animals-nature",
-        "food-drink",
-        "travel-places",
-        "activities",
-        "objects",
-    ),
-}
+SOME = ("animals-nature", "food-drink")
+SETS = {"emoji": SOME, "emoji-all": ("smileys-emotion", *SOME, "travel-places", "activities", "objects")}
 KINDS = {"exact": 0.4, "label": 0.2, "tag": 0.3, "group": 0.1}  # of caption -> share of samples
 FEWEST = 4  # concepts that share a tag, 12 pictures; a tag of fewer is nearly a label, and not used
 SHIFT = 1  # pixels, in both directions. No flips: they would leave a side open where the caption is exact.
@@ -98,9 +89,6 @@ class Caption(NamedTuple):
     share: float
 
 
-# ------------------------------------------------------------------------------------------------------------
-# From packages to one file
-# ------------------------------------------------------------------------------------------------------------
 def plain(code: str) -> str:
     """A code as the makers can be compared by: without the mark for "as a picture", which not all write."""
     return code.lower().replace("-fe0f", "")
@@ -113,15 +101,12 @@ def fetch(folder: Path) -> list[Path]:
     """
     npm = shutil.which("npm")
     if npm is None:
-        raise data.DataError(
-            "--data emoji fetches its pictures with npm, which is missing: install Node.js, which has it "
-            f"(apt install npm, brew install node), or copy {TILES.parent.name}/{TILES.name} from where it is"
-        )
+        way_out = f"install Node.js, which has it, or copy {TILES.parent.name}/{TILES.name} from where it is"
+        raise data.DataError(f"--data emoji fetches its pictures with npm, which is missing: {way_out}")
     print(f"fetching {', '.join(PACKAGES)} (160 MB)", flush=True)
     options = ["--loglevel=error", "--ignore-scripts", f"--pack-destination={folder}"]
-    done = subprocess.run(
-        [npm, "pack", *options, *PACKAGES], stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+    quiet = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    done = subprocess.run([npm, "pack", *options, *PACKAGES], **quiet)
     if done.returncode:
         first = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
         raise data.DataError(f"npm could not fetch the emoji ({first}): try again when the network is there")
@@ -142,20 +127,18 @@ def read_pictures(archive: Path, pattern: str) -> dict[str, bytes]:
 def read_concepts(archive: Path) -> list[Concept]:
     """What Emojibase says of every emoji that has a group, in its order."""
     with tarfile.open(archive) as tar:
-        files = ("en/data", "en/messages", "meta/groups")
-        entries, told, names = (json.load(tar.extractfile(f"package/{name}.json")) for name in files)
-    messages = {entry["key"]: entry["message"] for entry in told["subgroups"]}
-    return [
-        Concept(
-            plain(entry["hexcode"]),
-            entry["label"],
-            entry.get("tags", []),
-            messages[names["subgroups"][str(entry["subgroup"])]],
-            names["groups"][str(entry["group"])],
+        entries, messages, names = (
+            json.load(tar.extractfile(f"package/{name}.json"))
+            for name in ("en/data", "en/messages", "meta/groups")
         )
-        for entry in entries
-        if "group" in entry
-    ]
+    subgroups = {entry["key"]: entry["message"] for entry in messages["subgroups"]}
+    concepts = []
+    for entry in entries:
+        if "group" in entry:
+            code, subgroup = plain(entry["hexcode"]), names["subgroups"][str(entry["subgroup"])]
+            group = names["groups"][str(entry["group"])]
+            concepts.append(Concept(code, entry["label"], entry.get("tags", []), subgroups[subgroup], group))
+    return concepts
 
 
 def tile(content: bytes) -> np.ndarray:
@@ -170,11 +153,8 @@ def prepare(path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         *archives, words = fetch(Path(folder))
         drawn = [read_pictures(archive, maker[2]) for archive, maker in zip(archives, MAKERS.values())]
-        concepts = [
-            concept
-            for concept in read_concepts(words)
-            if concept.group in SETS["emoji-all"] and all(concept.code in maker for maker in drawn)
-        ]
+        concepts = [concept for concept in read_concepts(words) if concept.group in SETS["emoji-all"]]
+        concepts = [concept for concept in concepts if all(concept.code in maker for maker in drawn)]
         tiles = np.stack([[tile(maker[concept.code]) for maker in drawn] for concept in concepts])
     write(path, tiles, concepts)
     print(f"wrote {path}: {len(concepts):,} concepts by {len(MAKERS)} makers (their licences: emoji.py)")
@@ -182,11 +162,10 @@ def prepare(path: Path) -> None:
 
 def write(path: Path, tiles: np.ndarray, concepts: list[Concept]) -> None:
     """Write the one file: tiles uint8 [concepts, makers, TILE, TILE, 3], words and versions as JSON."""
-    with (
-        checkpoint.in_one_piece(path, shared=True) as partial,  # several processes may be the first
-        open(partial, "wb") as file,
-    ):
-        np.savez_compressed(file, tiles=tiles, concepts=json.dumps(concepts), packages=json.dumps(PACKAGES))
+    with checkpoint.in_one_piece(path, shared=True) as partial:  # several processes may be the first
+        with open(partial, "wb") as file:
+            words = {"concepts": json.dumps(concepts), "packages": json.dumps(PACKAGES)}
+            np.savez_compressed(file, tiles=tiles, **words)
 
 
 def read(path: Path) -> tuple[np.ndarray, list[Concept]]:
@@ -203,15 +182,11 @@ def read(path: Path) -> tuple[np.ndarray, list[Concept]]:
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise data.DataError(f"{path} is damaged ({error}): remove it, and it is fetched again") from error
     if packages != PACKAGES:
-        raise data.DataError(
-            f"{path} is of {', '.join(packages)}: remove it, and {', '.join(PACKAGES)} are fetched"
-        )
+        others, ours = ", ".join(packages), ", ".join(PACKAGES)
+        raise data.DataError(f"{path} is of {others}: remove it, and {ours} are fetched")
     return tiles, [Concept(*entry) for entry in json.loads(concepts)]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The source
-# ------------------------------------------------------------------------------------------------------------
 def with_article(words: str) -> str:
     """ "a fox", "an octopus"; no article before what ends like a plural."""
     if re.search("[^us]s$", words):
@@ -282,8 +257,8 @@ class Emoji:
         found = {}
         for pair in pairs:
             for caption in self.captions(*pair):
-                own = found.setdefault(caption.text, {})
-                own[pair] = own.get(pair, 0.0) + caption.share
+                shares = found.setdefault(caption.text, {})
+                shares[pair] = shares.get(pair, 0.0) + caption.share
         return found
 
     def prompts(self, kind: str) -> list[str]:

@@ -11,7 +11,6 @@ A picture is right when it clearly shows an original that the prompt fits. An ex
 three, "a bird" every bird (emoji.Emoji.carriers). Open prompts ask besides how many different ones appear.
 """
 
-import argparse
 import hashlib
 from typing import NamedTuple
 
@@ -86,19 +85,21 @@ class Judge:
 
     def __call__(self, pictures: list[np.ndarray]) -> list[Verdict]:
         """What pictures, uint8 [side, side, 3], show."""
-        return [verdict for i in range(0, len(pictures), 64) for verdict in self.some(pictures[i : i + 64])]
+        parts = [self.distances(pictures[i : i + 64]) for i in range(0, len(pictures), 64)]
+        return [self.verdict(distance) for distance in torch.cat(parts).numpy()]
 
-    def some(self, pictures: list[np.ndarray]) -> list[Verdict]:
-        verdicts = []
-        for distance in self.distances(pictures).numpy():
+    def verdict(self, distance: np.ndarray) -> Verdict:
+        """Of a picture's distances [concepts, makers]."""
+
+        def nearest(distance: np.ndarray) -> Near:
             concept, maker = np.unravel_index(distance.argmin(), distance.shape)
-            makers, concepts = distance.copy(), distance.copy()
-            makers[np.arange(len(distance)) != concept] = np.inf
-            makers[concept, maker] = np.inf
-            concepts[concept] = np.inf
-            nearest = [np.unravel_index(d.argmin(), d.shape) for d in (distance, makers, concepts)]
-            verdicts.append(Verdict(*(Near(int(c), int(m), float(distance[c, m])) for c, m in nearest)))
-        return verdicts
+            return Near(int(concept), int(maker), float(distance[concept, maker]))
+
+        first = nearest(distance)
+        same_concept = np.arange(len(distance))[:, None] == first.concept
+        same = same_concept & (np.arange(distance.shape[1]) == first.maker)
+        others = np.where(same_concept & ~same, distance, np.inf), np.where(same_concept, np.inf, distance)
+        return Verdict(first, *map(nearest, others))
 
     def name(self, near: Near) -> str:
         return self.source.captions(near.concept, near.maker)[0].text
@@ -112,9 +113,6 @@ class Judge:
         return f"unclear: {self.name(verdict.nearest)} or {self.name(other)} ({distances})"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Scores, by kind of prompt
-# ------------------------------------------------------------------------------------------------------------
 KINDS = (*emoji.KINDS, "held-out")  # the last: exact captions of the pairs that training never shows
 
 
@@ -129,8 +127,8 @@ def asked(source: emoji.Emoji, kind: str, split: str, most: int) -> list[str]:
     else:
         texts = source.prompts(kind)
     lots = {text: int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") for text in texts}
-    own = [text for text in lots if (lots[text] % 10 < 3) == (split == "validation")]
-    return sorted(own, key=lots.get)[:most]
+    chosen = [text for text in lots if (lots[text] % 10 < 3) == (split == "validation")]
+    return sorted(chosen, key=lots.get)[:most]
 
 
 def summary(source: emoji.Emoji, texts: list[str], verdicts: list[list[Verdict]]) -> dict:
@@ -143,24 +141,25 @@ def summary(source: emoji.Emoji, texts: list[str], verdicts: list[list[Verdict]]
     distance   the median distance to the nearest original, of 255
     """
     fits, data_shows = source.carriers(source.pairs + source.held_out_pairs), source.carriers(source.pairs)
-    right, concept, total, shown, expected = 0, 0, 0, 0, 0.0
+    everything = [verdict for some in verdicts for verdict in some]
+    right, concept, shown, expected = 0, 0, 0, 0.0
     for text, some in zip(texts, verdicts):
         good = [v.pair for v in some if v.right(fits[text])]
         concepts = {pair[0] for pair in fits[text]}
-        right, total = right + len(good), total + len(some)
+        right += len(good)
         concept += sum(v.clear_concept and v.pair[0] in concepts for v in some)
         different, drawn = variety(good, data_shows.get(text, fits[text]))
         shown, expected = shown + different, expected + drawn
+    total, varied = len(everything), shown / expected if expected else None
     low, high = evaluate.wilson(right, total)
-    variety_of_all = shown / expected if expected else None
     return {
-        "score": right / total * (variety_of_all or 0.0),
+        "score": right / total * (varied or 0.0),
         "right": right / total,
         "low": low,
         "high": high,
         "concept": concept / total,
-        "variety": variety_of_all,
-        "distance": float(np.median([v.nearest.distance for some in verdicts for v in some])),
+        "variety": varied,
+        "distance": float(np.median([verdict.nearest.distance for verdict in everything])),
         "total": total,
     }
 
@@ -171,96 +170,73 @@ def variety(shown: list[tuple[int, int]], carriers: dict[tuple[int, int], float]
     return len(set(shown)), float((1 - (1 - share) ** len(shown)).sum())
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Is it sound?
-# ------------------------------------------------------------------------------------------------------------
 NOISE = 20  # standard deviation, of 255
 
 
-def specimens(source: emoji.Emoji, seed: int, n: int) -> dict[str, list[tuple[np.ndarray, str]]]:
+def specimens(judge: Judge, seed: int, n: int) -> dict[str, list[tuple[np.ndarray, str]]]:
     """Pictures that must pass or fail, n of each kind with what they are: kind -> (picture, words)."""
-    g = rng(seed, "emoji specimens")
-    count, side = len(source.concepts), source.side
-    made = {}
+    g, source, made = rng(seed, "emoji specimens"), judge.source, []
 
-    def name(i, m):
-        return source.captions(i, m)[0].text
-
-    def blend(*pairs):
+    def blend(*pairs: tuple[int, int]) -> tuple[np.ndarray, str]:
         mean = np.mean([source.pictures[pair] for pair in pairs], 0).round().astype(np.uint8)
-        return mean, " + ".join(name(*pair) for pair in pairs)
+        return mean, " + ".join(source.captions(*pair)[0].text for pair in pairs)
 
     for _ in range(n):
-        i, j = map(int, g.permutation(count)[:2])
+        i, j = map(int, g.permutation(len(source.concepts))[:2])
         m, k = map(int, g.permutation(len(emoji.MAKERS))[:2])
-        moved = emoji.shifted(source.pictures[i, m], *g.integers(-emoji.SHIFT, emoji.SHIFT + 1, 2))
+        original, name = blend((i, m))
+        moved = emoji.shifted(original, *g.integers(-emoji.SHIFT, emoji.SHIFT + 1, 2))
         noisy = moved + NOISE * g.standard_normal(moved.shape)
-        several = [(int(c), m) for c in g.permutation(count)[:12]]
-        grey = np.full((side, side, 3), g.integers(256), dtype=np.uint8)
-        for kind, specimen in {
-            "originals, noise and shift": (noisy.clip(0, 255).round().astype(np.uint8), name(i, m)),
+        twelve = [(int(c), m) for c in g.permutation(len(source.concepts))[:12]]
+        grey = np.full_like(original, g.integers(256))
+        kinds = {
+            "originals, noise and shift": (noisy.clip(0, 255).round().astype(np.uint8), name),
             "means of two makers": blend((i, m), (i, k)),
             "means of two concepts": blend((i, m), (j, k)),
-            "means of twelve concepts": (blend(*several)[0], "twelve concepts"),
+            "means of twelve concepts": (blend(*twelve)[0], "twelve concepts"),
             "one grey, white to black": (grey, f"grey {grey[0, 0, 0]}"),
             "noise": (g.integers(0, 256, grey.shape, dtype=np.uint8), "noise"),
-        }.items():
-            made.setdefault(kind, []).append(specimen)
-    return made
+        }
+        made.append(kinds)
+    return {kind: [one[kind] for one in made] for kind in kinds}
 
 
-def page(judge: Judge, made: dict[str, list[tuple[np.ndarray, str]]], rows: int = 12) -> Image.Image:
-    """Verdicts to look at, a column for each kind: the picture, and the originals that decided."""
-    sheets = []
+def passing(judge: Judge, made: dict[str, list[tuple[np.ndarray, str]]]) -> dict[str, float]:
+    """Of `specimens` the share that passes, by kind; an original passes as what it is."""
+    shares = {}
     for kind, some in made.items():
-        verdicts = judge([picture for picture, _ in some[:rows]])
-        pictures = [
-            [picture, *(judge.source.pictures[near[:2]] for near in verdict)]
-            for (picture, _), verdict in zip(some, verdicts)
-        ]
-        captions = [f"{words} -> {judge.says(v)}" for (_, words), v in zip(some, verdicts)]
-        sheets.append(data.label_grid(pictures, [kind, "", "other maker", "other concept"], captions, 4))
-    whole = Image.new("RGB", (sum(sheet.width for sheet in sheets), sheets[0].height), "white")
-    for i, sheet in enumerate(sheets):
-        whole.paste(sheet, (i * sheet.width, 0))
-    return whole
+        verdicts = judge([picture for picture, _ in some])
+        clear = [v.clear for v in verdicts]
+        if kind.startswith("originals"):
+            clear = [v.clear and judge.name(v.nearest) == words for v, (_, words) in zip(verdicts, some)]
+        shares[kind] = float(np.mean(clear))
+    return shares
+
+
+def page(judge: Judge, made: dict[str, list[tuple[np.ndarray, str]]], rows: int = 5) -> Image.Image:
+    """Verdicts to look at, one below the other: the picture, and the originals that decided."""
+    some = [specimen for specimens in made.values() for specimen in specimens[:rows]]
+    verdicts = judge([picture for picture, _ in some])
+    pictures = [[p, *(judge.source.pictures[near[:2]] for near in v)] for (p, _), v in zip(some, verdicts)]
+    captions = [f"{words} -> {judge.says(verdict)}" for (_, words), verdict in zip(some, verdicts)]
+    return data.label_grid(pictures, ["picture", "nearest", "other maker", "other concept"], captions, 4)
 
 
 def main() -> None:
     parser = errors.Parser("-m experiments.emoji_judge", "Is the judge of emoji sound?")
-    parser.add_argument("--data", choices=list(emoji.SETS), default="emoji", help="which")
-    parser.add_argument("--side", type=int, default=32, help="of the pictures, in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="of the specimens")
-    parser.add_argument(
-        "--out",
-        type=errors.file_to_write,
-        default="results/emoji/judge.json",
-        help="where to write the shares",
-    )
+    a, file = parser.add_argument, "results/emoji/judge.json"
+    a("--data", choices=list(emoji.SETS), default="emoji", help="which")
+    a("--side", type=int, default=32, help="of the pictures, in pixels")
+    a("--seed", type=int, default=0, help="of the specimens")
+    a("--out", type=errors.file_to_write, default=file, help="where to write the shares")
     args = parser.parse_args()
     parser.check_ranges(args, side=(8, emoji.TILE), seed=(0, 2**63 - 1))
-    run(args)
-
-
-def run(args: argparse.Namespace) -> None:
     judge = Judge(emoji.Emoji(args.side, args.data))
-    made, result = specimens(judge.source, args.seed, 1000), machine.provenance(torch.device("cpu"))
-    result |= {
-        "data": args.data,
-        "side": args.side,
-        "seed": args.seed,
-        "ratio": RATIO,
-        "noise": NOISE,
-        "pass": {},
-    }
-    for kind, some in made.items():
-        verdicts = judge([picture for picture, _ in some])
-        if kind.startswith("originals"):
-            right = [v.clear and judge.name(v.nearest) == words for v, (_, words) in zip(verdicts, some)]
-        else:
-            right = [v.clear for v in verdicts]
-        result["pass"][kind] = float(np.mean(right))
-        print(f"{kind:28s} {np.mean(right):7.1%} pass")
+    made, result = specimens(judge, args.seed, 1000), machine.provenance(torch.device("cpu"))
+    result |= {"data": args.data, "side": args.side, "seed": args.seed, "ratio": RATIO, "noise": NOISE}
+    result["pass"] = passing(judge, made)
+    for kind, share in result["pass"].items():
+        print(f"{kind:28s} {share:7.1%} pass")
     checkpoint.write_json(args.out, result)
     path = emoji.TILES.parent / "verdicts.png"  # beside the art, which it shows
     page(judge, made).save(path)

@@ -18,7 +18,6 @@ import math
 import time
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 import emoji
@@ -39,43 +38,28 @@ PREDICTED = {  # row -> the perfect evaluator that it is compared with
 }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Draw, judge
-# ------------------------------------------------------------------------------------------------------------
 class Scores:
     """The prompts of a source by kind, at most `most` of one; what a model's pictures of them are worth."""
 
     def __init__(self, source: emoji.Emoji, most: int):
         self.source, self.judge, self.most = source, emoji_judge.Judge(source), most
 
-    def prompts(self, kind: str, split: str) -> list[str]:
-        return emoji_judge.asked(self.source, kind, split, self.most)
+    def __call__(self, loaded: sample.Loaded, kind: str, split: str, pictures: int, **choices) -> dict:
+        """emoji_judge.summary of at least so many pictures, as many of each prompt.
 
-    def draw(
-        self, loaded: sample.Loaded, kind: str, split: str, images: int, **choices
-    ) -> list[list[np.ndarray]]:
-        """So many pictures of each prompt, whose noise follows from (seed, split, kind, prompt, image)."""
-        texts = self.prompts(kind, split)
+        Their noise follows from (seed, split, kind, prompt, image).
+        """
+        texts = emoji_judge.asked(self.source, kind, split, self.most)
+        images = math.ceil(pictures / len(texts))
         jobs = list(itertools.product(range(len(texts)), range(images)))
         keys = [(40 + (split == "test"), KINDS.index(kind), *job) for job in jobs]
-        pictures = sample.generate(loaded, [texts[i] for i, _ in jobs], keys, **choices)
-        return [pictures[i : i + images] for i in range(0, len(pictures), images)]
-
-    def __call__(self, loaded: sample.Loaded, kind: str, split: str, pictures: int, **choices) -> dict:
-        """emoji_judge.summary of at least so many pictures, as many of each prompt."""
-        images = math.ceil(pictures / len(self.prompts(kind, split)))
-        drawn = self.draw(loaded, kind, split, images, **choices)
-        return emoji_judge.summary(
-            self.source, self.prompts(kind, split), [self.judge(some) for some in drawn]
-        )
+        drawn = sample.generate(loaded, [texts[i] for i, _ in jobs], keys, **choices)
+        verdicts = [self.judge(drawn[i : i + images]) for i in range(0, len(drawn), images)]
+        return emoji_judge.summary(self.source, texts, verdicts)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Search, score
-# ------------------------------------------------------------------------------------------------------------
 def search(loaded: sample.Loaded, scores: Scores, out: Path, args: argparse.Namespace, device) -> dict:
     """kind -> step count -> the best settings on validation prompts; kept in `out` with every score."""
-    objective = loaded.config["objective"]
     result = machine.provenance(device) | {
         "train": loaded.config["command"],
         "pictures": args.search_pictures,
@@ -88,15 +72,13 @@ def search(loaded: sample.Loaded, scores: Scores, out: Path, args: argparse.Name
 
     for kind, n in itertools.product(KINDS, args.steps):
         if str(n) not in result["kinds"][kind]:
-            tables.tune(result["kinds"][kind], n, functools.partial(measure, kind, n), "score", objective)
+            here = functools.partial(measure, kind, n)
+            tables.tune(result["kinds"][kind], n, here, "score", loaded.config["objective"])
             checkpoint.write_json(out, result)
-    return {
-        kind: {n: chosen[str(n)]["best"]["settings"] for n in args.steps}
-        for kind, chosen in result["kinds"].items()
-    }
+    return {kind: tables.best(searched, args.steps) for kind, searched in result["kinds"].items()}
 
 
-def score(row: str, seed: int, run: Path, scores: Scores, args: argparse.Namespace, device) -> None:
+def score(row: str, seed: int, run: Path, args: argparse.Namespace, device) -> None:
     """Write OUT/ROW-SEED.json."""
     searched = args.out / f"{row}-search.json"
     if seed != args.seeds[0] and not searched.exists():
@@ -105,11 +87,10 @@ def score(row: str, seed: int, run: Path, scores: Scores, args: argparse.Namespa
         )
     began = time.perf_counter()
     loaded = tables.load(run, device, "--no-compile" not in args.budget)
+    scores = Scores(source_of(loaded.config), args.prompts)
     chosen = search(loaded, scores, searched, args, device)
-    elapsed = checkpoint.read_json(checkpoint.complete_states(run)[-1] / "state.json")["elapsed"]
-    result = machine.provenance(device) | {"row": row, "seed": seed, "train": loaded.config["command"]}
-    result |= {"training": loaded.config, "training_seconds": round(elapsed, 1), "pictures": args.pictures}
-    result["kinds"] = {}
+    head, training = tables.about(loaded, run, row, seed, device)
+    result = head | training | {"pictures": args.pictures, "kinds": {}}
     for kind, settings in chosen.items():
         result["kinds"][kind] = {
             str(n): scores(loaded, kind, "test", args.pictures, steps=n, seed=seed, **s) | {"settings": s}
@@ -119,9 +100,11 @@ def score(row: str, seed: int, run: Path, scores: Scores, args: argparse.Namespa
     checkpoint.write_json(args.out / f"{row}-{seed}.json", result)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The page
-# ------------------------------------------------------------------------------------------------------------
+def source_of(config: dict) -> emoji.Emoji:
+    """The pictures that a model was trained on, from its config.json."""
+    return emoji.Emoji(config["side"], config["data"][0])
+
+
 HEAD = """# Emoji by kind of prompt
 
 Made by `python -m experiments.emoji_table --report` from the files beside it, each with its command, commit,
@@ -151,16 +134,16 @@ def write_page(out: Path) -> None:
         raise errors.UserError(f"nothing has been measured in {out}")
     steps = list(map(int, next(iter(next(iter(measured.values())).values()))["kinds"]["exact"]))
     for kind in KINDS:
+        lines += ["", f"## {kind}"]
         cells = []
         for row, seeds in measured.items():
-            own = [[result["kinds"][kind][str(n)] for result in seeds.values()] for n in steps]
-            cells.append([row, len(seeds), *map(cell, own)])
+            found = [[result["kinds"][kind][str(n)] for result in seeds.values()] for n in steps]
+            cells.append([row, len(seeds), *map(cell, found)])
             predicted = [cell(predictions(row, kind, n)) for n in steps]
-            cells += [["predicted", "", *predicted]] if any(predicted) else []
-        lines += ["", f"## {kind}", *report.table(["row", "seeds", *steps], cells)]
-    with checkpoint.in_one_piece(out / "table.md", shared=True) as partial:
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"wrote {out / 'table.md'}")
+            if any(predicted):
+                cells.append(["predicted", "", *predicted])
+        lines += report.table(["row", "seeds", *steps], cells)
+    report.write(lines, out / "table.md")
 
 
 SHOWN = {"exact": 1, "label": 2, "tag": 2, "group": 1}  # how many prompts of a kind, the first of the test
@@ -171,8 +154,7 @@ def draw_samples(args: argparse.Namespace) -> None:
     runs = {row: args.runs / f"{row}-{args.seeds[0]}" for row in ("flow_matching", "self_e")}
     if not report.all_here(runs):
         return
-    config = checkpoint.read_json(runs["self_e"] / "config.json")
-    source = emoji.Emoji(config["side"], config["data"][0])
+    source = source_of(checkpoint.read_json(runs["self_e"] / "config.json"))
     asked = [
         (kind, text) for kind, most in SHOWN.items() for text in emoji_judge.asked(source, kind, "test", most)
     ]
@@ -186,13 +168,8 @@ def draw_samples(args: argparse.Namespace) -> None:
     report.draw_runs(runs, captions, steps, settings, args.out / "samples.png")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------------------
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = errors.Parser(
-        "-m experiments.emoji_table", "Train, search and score rows on emoji, by kind of prompt."
-    )
+    parser = errors.Parser("-m experiments.emoji_table", "Train, search and score rows on emoji.")
     a = parser.add_argument
     rows = ["flow_matching", "control", "self_e", "meanflow"]
     a("--rows", metavar="ROW", nargs="+", choices=ROWS, default=rows, help="of rows.py")
@@ -225,10 +202,8 @@ def main() -> None:
             if (args.out / f"{row}-{seed}.json").exists():
                 continue  # measured, perhaps on another machine
             run = args.runs / f"{row}-{seed}"
-            tables.train(row, 0.0, seed, run, args)
-            config = checkpoint.read_json(run / "config.json")
-            scores = Scores(emoji.Emoji(config["side"], config["data"][0]), args.prompts)
-            score(row, seed, run, scores, args, device)
+            tables.train(row, 0.0, seed, run, args.budget)
+            score(row, seed, run, args, device)
     write_page(args.out)
     draw_samples(args)
 

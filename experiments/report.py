@@ -31,11 +31,12 @@ over seeds, ± half the 95% interval over seeds (Student's t). After a score, wh
 their effective number in right pictures, and in samples of the data as large (`experiments/diversity.py`); differences
 are of their ratios. "_64" has twice the batch: at s = t it sees as many pictures as flow matching.
 """
+PAPER = """## The paper
+
+GenEval of 0.5B models after 300k iterations (w/o target norm. and w/ aux. term:
+100k, when its Ours has 0.544, 0.638, 0.682 and 0.716)."""
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Numbers
-# ------------------------------------------------------------------------------------------------------------
 def read_rows(folder: Path) -> Rows:
     """What is measured at one share of wrong captions, in the order of ROWS."""
     files = {row: sorted(folder.glob(f"{row}-[0-9]*.json")) for row in ROWS}
@@ -83,11 +84,21 @@ def cell(values: list[float], sign: str = "") -> str:
     return f"{mean:{sign}.3f}" + (f" ± {half:.3f}" if np.isfinite(half) else "")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The page
-# ------------------------------------------------------------------------------------------------------------
 def table(head: list, lines: list[list]) -> list[str]:
     return ["", *(f"| {' | '.join(map(str, line))} |" for line in [head, ["---"] * len(head), *lines])]
+
+
+def write(lines: list[str], path: Path) -> None:
+    with checkpoint.in_one_piece(path, shared=True) as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
+def save(figure: plt.Figure, path: Path, **look) -> None:
+    with checkpoint.in_one_piece(path, shared=True) as partial:
+        figure.savefig(partial, format="png", **look)
+    plt.close(figure)
+    print(f"wrote {path}")
 
 
 def scores_of(rows: Rows, tag: str, steps: list[int]) -> list[str]:
@@ -129,76 +140,54 @@ def write_page(doses: dict[str, Rows], out: Path, steps: list[int], tags: list[s
                 lines += differences_of(rows, a, b, parts, steps)
         lines += [""]
     papers = [[row.title, *(f"{x:.3f}" for x in row.paper)] for row in ROWS.values() if row.paper]
-    lines += [
-        "## The paper",
-        "",
-        "GenEval of 0.5B models after 300k iterations (w/o target norm. and w/ aux. term:",
-    ]
-    lines += ["100k, when its Ours has 0.544, 0.638, 0.682 and 0.716).", *table(["row", 2, 4, 8, 50], papers)]
-    lines += [
-        "",
-        "## The rows",
-        *table(["row", "what", "flags"], [[n, r.title, r.flags] for n, r in ROWS.items()]),
-    ]
-    with checkpoint.in_one_piece(out / "table.md", shared=True) as partial:
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines += [PAPER, *table(["row", 2, 4, 8, 50], papers)]
+    about = [[name, row.title, row.flags] for name, row in ROWS.items()]
+    lines += ["", "## The rows", *table(["row", "what", "flags"], about)]
+    write(lines, out / "table.md")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Figures
-# ------------------------------------------------------------------------------------------------------------
 def draw_scores(doses: dict[str, Rows], path: Path, steps: list[int], tags: list[str]) -> None:
     """A panel per share of wrong captions and tag; a line per row of the main group, its band from seed to seed."""
     size = {"figsize": (2.3 * len(tags), 2.3 * len(doses) + 0.5), "squeeze": False}
     figure, panels = plt.subplots(len(doses), len(tags), sharex=True, sharey=True, **size)
+    places = range(len(steps))
     for line, (share, rows) in zip(panels, doses.items()):
+        line[0].set_ylabel(f"{float(share):.0%} wrong captions")
         for panel, tag in zip(line, tags):
             for i, row in enumerate(GROUPS["main"]):
                 if row in rows:
                     values = np.array([[score(r, n, tag) for n in steps] for r in rows[row].values()])
-                    panel.plot(range(len(steps)), values.mean(0), ".-", color=f"C{i}", label=row)
-                    panel.fill_between(
-                        range(len(steps)), values.min(0), values.max(0), color=f"C{i}", alpha=0.2
-                    )
-            panel.set(xticks=range(len(steps)), xticklabels=steps, ylim=(0, 1), title=tag)
+                    panel.plot(places, values.mean(0), ".-", color=f"C{i}", label=row)
+                    panel.fill_between(places, values.min(0), values.max(0), color=f"C{i}", alpha=0.2)
+            panel.set(xticks=places, xticklabels=steps, ylim=(0, 1), title=tag)
             panel.grid(alpha=0.3)
-        line[0].set_ylabel(f"{float(share):.0%} wrong captions")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower center", ncols=5)
     figure.tight_layout(rect=(0, 0.25 / len(doses) / 2.3, 1, 1))
-    with checkpoint.in_one_piece(path, shared=True) as partial:
-        figure.savefig(partial, format="png", dpi=100)
-    plt.close(figure)
+    save(figure, path, dpi=100)
 
 
-def draw_pictures(
-    blocks: dict[str, list[list[np.ndarray]]], steps: list[int], captions: list[str], path: Path
-) -> None:
+def draw_pictures(blocks: dict[str, list], steps: list[int], captions: list[str], path: Path) -> None:
     """Prompts in rows, and for each model a block of columns, one for each step count (Fig. 3, 4, 6).
 
-    Grey letters on a transparent ground, for light and dark pages.
+    blocks: title -> for each prompt its uint8 pictures. Grey letters on a transparent ground, for light and dark pages.
     """
     gap, letters, grey = 1.06, 2.6, {"color": "#808080", "fontsize": 8}
-    width, height = letters + gap * (len(blocks) * (len(steps) + 0.4)), gap * len(captions) + 0.8
+    wide, left_of, above = gap * (len(steps) + 0.4), {"ha": "right", "va": "center"}, {"ha": "center"}
+    width, height = letters + wide * len(blocks), gap * len(captions) + 0.8
     figure, panel = plt.subplots(figsize=(0.6 * width, 0.6 * height))
     for r, caption in enumerate(captions):
-        wrapped = textwrap.fill(caption, 22)
-        panel.text(
-            -0.15, gap * r + 0.5, wrapped, horizontalalignment="right", verticalalignment="center", **grey
-        )
+        panel.text(-0.15, gap * r + 0.5, textwrap.fill(caption, 22), **left_of, **grey)
     for b, (title, rows) in enumerate(blocks.items()):
-        left = gap * b * (len(steps) + 0.4)
-        panel.text(left, -0.5, title, **grey, fontweight="bold")
+        panel.text(wide * b, -0.5, title, **grey, fontweight="bold")
         for c, n in enumerate(steps):
-            x = left + gap * c
-            panel.text(x + 0.5, -0.1, f"{n} step{'s' * (n > 1)}", horizontalalignment="center", **grey)
+            x = wide * b + gap * c
+            panel.text(x + 0.5, -0.1, f"{n} step{'s' * (n > 1)}", **above, **grey)
             for r, row in enumerate(rows):
                 extent = (x, x + 1, gap * r + 1, gap * r)
                 panel.imshow(row[c], interpolation="nearest", extent=extent)
     panel.set(xlim=(-letters, width - letters), ylim=(height - 0.8, -0.8), aspect="equal")
     panel.axis("off")
-    with checkpoint.in_one_piece(path, shared=True) as partial:
-        figure.savefig(partial, format="png", dpi=200, transparent=True, bbox_inches="tight", pad_inches=0.03)
-    plt.close(figure)
+    save(figure, path, dpi=200, transparent=True, bbox_inches="tight", pad_inches=0.03)
 
 
 def all_here(runs: dict[str, Path]) -> bool:
@@ -241,18 +230,15 @@ def draw_samples(rows: Rows, out: Path, runs: Path, steps: list[int]) -> None:
 
 def report(out: Path, runs: Path) -> None:
     """Write and draw all of it. Raises UserError where nothing has been measured."""
-    folders = sorted(
-        (path for path in out.glob("[0-9]*") if path.is_dir()), key=lambda path: float(path.name)
-    )
+    folders = [path for path in out.glob("[0-9]*") if path.is_dir()]
+    folders.sort(key=lambda path: float(path.name))
     doses = {path.name: rows for path in folders if (rows := read_rows(path))}
     if not doses:
         raise errors.UserError(f"nothing has been measured in {out}")
     share, rows = next(iter(doses.items()))
-    first = next(iter(next(iter(rows.values())).values()))
-    steps = [int(n) for n in first["steps"]]
-    known = next(iter(first["steps"].values()))["tags"]
+    first = next(iter(next(iter(rows.values())).values()))["steps"]
+    steps, known = list(map(int, first)), next(iter(first.values()))["tags"]
     tags = ["overall", *(tag for tag in evaluate.COLUMNS if tag in known)]
     write_page(doses, out, steps, tags)
     draw_scores(doses, out / "scores.png", steps, tags)
     draw_samples(rows, out, runs / share, [n for n in steps if n < 10])
-    print(f"wrote {out / 'table.md'}, {out / 'scores.png'}, {out / 'samples.png'}")

@@ -12,6 +12,7 @@ time, by Ctrl-C or SIGTERM, the same command goes on; what is measured stays.
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import signal
@@ -34,21 +35,24 @@ LONG = 50  # from so many steps on only guidance is searched; the rest stays as 
 QUICK = "--data scenes --side 24 --txt-len 12 --steps 4 --batch-size 8 --grid-every 0 --no-compile"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Train
-# ------------------------------------------------------------------------------------------------------------
 def run_of(row: str, share: float, seed: int, runs: Path) -> Path:
     """The folder of a row's run, which rows of the same flags share."""
     owner = next(name for name in ROWS if ROWS[name].flags == ROWS[row].flags)
     return runs / f"{share:g}" / f"{owner}-{seed}"
 
 
-def train(row: str, share: float, seed: int, run: Path, args: argparse.Namespace) -> None:
+def train(row: str, share: float, seed: int, run: Path, budget: str) -> None:
     """A run of train.py, or the rest of one that was stopped. Raises KeyboardInterrupt when it is stopped again."""
     flags = ["--resume"]
     if not checkpoint.complete_states(run):
-        flags = [*args.budget.split(), "--wrong-captions", f"{share:g}", "--seed", str(seed)]
-        flags += ROWS[row].flags.split()
+        flags = [
+            *budget.split(),
+            "--wrong-captions",
+            f"{share:g}",
+            "--seed",
+            str(seed),
+            *ROWS[row].flags.split(),
+        ]
     elif finished(run):
         return
     process = subprocess.Popen([sys.executable, "train.py", *flags, "--out", str(run)])
@@ -56,16 +60,12 @@ def train(row: str, share: float, seed: int, run: Path, args: argparse.Namespace
     # A signal to this program alone is handed on. Both save and end.
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     while code is None:
-        try:
+        with contextlib.suppress(KeyboardInterrupt):  # has reached train.py too
             code = process.wait()
-        except KeyboardInterrupt:  # has reached train.py too
-            continue
     signal.signal(signal.SIGTERM, before)
-    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-        raise KeyboardInterrupt
-    if code:
-        raise errors.UserError(f"training {run} ended with exit code {code}; what it said stands above")
-    if not finished(run):
+    if code not in (0, 128 + signal.SIGINT, 128 + signal.SIGTERM):
+        raise errors.UserError(f"training {run} ended with exit code {code}; its reason stands above")
+    if code or not finished(run):
         raise KeyboardInterrupt
 
 
@@ -84,15 +84,9 @@ def load(run: Path, device: torch.device, compiled: bool) -> sample.Loaded:
     return loaded
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Search the settings
-# ------------------------------------------------------------------------------------------------------------
-def search(
-    loaded: sample.Loaded, eta: float | str, out: Path, args: argparse.Namespace, device: torch.device
-) -> dict:
+def search(loaded: sample.Loaded, eta: float | str, out: Path, args: argparse.Namespace, device) -> dict:
     """Step count -> the best settings on validation prompts; every setting tried and its score are kept in `out`."""
-    objective, world = loaded.config["objective"], evaluate.world_of(loaded.config)
-    asked = evaluate.prompts("validation", args.per_tag, world)
+    asked = evaluate.prompts("validation", args.per_tag, evaluate.world_of(loaded.config))
     result = machine.provenance(device) | {"train": loaded.config["command"], "training": loaded.config}
     result |= {"split": "validation", "per_tag": args.per_tag, "images": args.search_images, "steps": {}}
     if out.exists():
@@ -107,14 +101,19 @@ def search(
 
     for n in args.steps:
         if str(n) not in result["steps"]:
-            tune(result["steps"], n, functools.partial(measure, n), "overall", objective, eta)
+            tune(
+                result["steps"], n, functools.partial(measure, n), "overall", loaded.config["objective"], eta
+            )
             checkpoint.write_json(out, result)
-    return {n: result["steps"][str(n)]["best"]["settings"] for n in args.steps}
+    return best(result["steps"], args.steps)
 
 
-def tune(
-    chosen: dict, n: int, measure: Callable[[dict], dict], key: str, objective: str, eta: float | str = 1.0
-) -> None:
+def best(searched: dict, steps: list[int]) -> dict[int, dict]:
+    """Of what `tune` has kept: step count -> the best settings."""
+    return {n: searched[str(n)]["best"]["settings"] for n in steps}
+
+
+def tune(chosen: dict, n: int, measure: Callable[[dict], dict], key: str, objective: str, eta=1.0) -> None:
     """Put into chosen[str(n)] the settings tried at n steps, the best of them, and the seconds that it took.
 
     measure(settings) gives a record, and record[key] says which is best. First guidance and its space are tried, then
@@ -131,19 +130,22 @@ def tune(
     if n >= LONG and chosen:
         last = chosen[max(chosen, key=int)]["best"]["settings"]
         before = {name: last[name] for name in ("eta", "s_rule") if name in last}
-    best = try_all([choice | before for choice in guidances(objective, eta)])
+    first = try_all([choice | before for choice in guidances(objective, eta)])
     if n < LONG:
-        more = [best["settings"] | way for way in ways(objective, eta)]
-        best = try_all([choice for choice in more if choice != best["settings"]])
-    chosen[str(n)] = {"best": best, "tried": tried, "seconds": round(time.perf_counter() - began, 1)}
+        more = [first["settings"] | way for way in ways(objective, eta)]
+        first = try_all([choice for choice in more if choice != first["settings"]])
+    chosen[str(n)] = {"best": first, "tried": tried, "seconds": round(time.perf_counter() - began, 1)}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Score
-# ------------------------------------------------------------------------------------------------------------
-def score(
-    row: str, share: float, seed: int, run: Path, args: argparse.Namespace, device: torch.device
-) -> None:
+def about(loaded: sample.Loaded, run: Path, row: str, seed: int, device) -> tuple[dict, dict]:
+    """What made a row's results: the head of their file, and what the run's training was."""
+    elapsed = checkpoint.read_json(checkpoint.complete_states(run)[-1] / "state.json")["elapsed"]
+    training = {"train": loaded.config["command"], "training": loaded.config}
+    head = machine.provenance(device) | {"row": row, "seed": seed}
+    return head, training | {"training_seconds": round(elapsed, 1)}
+
+
+def score(row: str, share: float, seed: int, run: Path, args: argparse.Namespace, device) -> None:
     """Scores and diversity on test prompts at the best settings, written to OUT/SHARE/ROW-SEED.json."""
     folder = args.out / f"{share:g}"
     searched = folder / f"{row}-search.json"
@@ -153,39 +155,25 @@ def score(
     began = time.perf_counter()
     loaded = load(run, device, "--no-compile" not in args.budget)
     chosen = search(loaded, ROWS[row].eta, searched, args, device)
-    world = evaluate.world_of(loaded.config)
+    world, stream = evaluate.world_of(loaded.config), 10 + evaluate.SPLITS.index("test")
     asked = evaluate.prompts("test", args.per_tag, world)
-    elapsed = checkpoint.read_json(checkpoint.complete_states(run)[-1] / "state.json")["elapsed"]
-    result = machine.provenance(device) | {"row": row, "seed": seed, "wrong_captions": share, "split": "test"}
-    result |= {"train": loaded.config["command"], "training": loaded.config}
-    result |= {"training_seconds": round(elapsed, 1), "per_tag": args.per_tag, "images": args.images}
-    result["steps"] = {}
-    for n in args.steps:
-        stream = 10 + evaluate.SPLITS.index("test")
-        found = evaluate.measure(loaded, asked, args.images, n, seed=seed, stream=stream, **chosen[n])
-        result["steps"][str(n)] = evaluate.summary(asked, found, args.images) | {
-            "settings": chosen[n],
-            "diversity": diversity.measure(asked, found, loaded.config["side"], world),
-        }
+    head, training = about(loaded, run, row, seed, device)
+    result = head | {"wrong_captions": share, "split": "test"} | training
+    result |= {"per_tag": args.per_tag, "images": args.images, "steps": {}}
+    for n, settings in chosen.items():
+        found = evaluate.measure(loaded, asked, args.images, n, seed=seed, stream=stream, **settings)
+        varied = diversity.measure(asked, found, loaded.config["side"], world)
+        scores = evaluate.summary(asked, found, args.images)
+        result["steps"][str(n)] = scores | {"settings": settings, "diversity": varied}
     result["seconds"] = round(time.perf_counter() - began, 1)
     checkpoint.write_json(folder / f"{row}-{seed}.json", result)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------------------
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = errors.Parser("-m experiments.tables", "Train, search and score the rows of the table.")
     a = parser.add_argument
-    rows, groups = ", ".join(ROWS), ", ".join(GROUPS)
-    a(
-        "--rows",
-        metavar="ROW",
-        nargs="+",
-        choices=[*ROWS, *GROUPS],
-        default=["main"],
-        help=f"{groups} (main), or of {rows}",
-    )
+    names = f"{', '.join(GROUPS)} (main), or of {', '.join(ROWS)}"
+    a("--rows", metavar="ROW", nargs="+", choices=[*ROWS, *GROUPS], default=["main"], help=names)
     a("--seeds", metavar="N", type=int, nargs="+", default=list(SEEDS), help="of the runs (2 3 4)")
     a("--wrong-captions", metavar="X", type=float, nargs="+", default=[0.0], help="shares of them (0)")
     a("--budget", metavar="FLAGS", default=BUDGET, help=f'flags of train.py for every row ("{BUDGET}")')
@@ -221,7 +209,7 @@ def main() -> None:
             if (folder / f"{row}-{seed}.json").exists():
                 continue  # measured, perhaps on another machine
             run = run_of(row, share, seed, args.runs)
-            train(row, share, seed, run, args)
+            train(row, share, seed, run, args.budget)
             score(row, share, seed, run, args, device)
     report.report(args.out, args.runs)
 

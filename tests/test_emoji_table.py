@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from emoji_tiles import coarse_source
 
-import emoji
 import sample
 from experiments import emoji_judge, emoji_table
 
@@ -15,51 +15,47 @@ from experiments import emoji_judge, emoji_table
 def source(tmp_path_factory):
     """Sixteen animals, coarse random pictures; half share a second tag."""
     path = tmp_path_factory.mktemp("tiles") / "tiles.npz"
-    coarse = np.random.default_rng(0).integers(0, 256, (16, 3, 4, 4, 3), dtype=np.uint8)
-    words = [
-        emoji.Concept(f"{i}", f"thing {i}", ["one"] + ["two"] * (i % 2), f"group {i % 8}", "animals-nature")
-        for i in range(16)
-    ]
-    emoji.write(path, coarse.repeat(16, 2).repeat(16, 3), words)
-    return emoji.Emoji(16, "emoji", path)
+    return coarse_source(path, [["one"], ["one", "two"]] * 8, 4, 16, groups=8)
 
 
 def test_validation_and_test_share_no_prompt_and_are_all_there(source):
     for kind in ("exact", "label", "group"):
-        lots = [set(emoji_judge.asked(source, kind, split, 999)) for split in ("validation", "test")]
-        assert not lots[0] & lots[1] and lots[0] | lots[1] == set(source.prompts(kind))
-        assert emoji_judge.asked(source, kind, "test", 3) == emoji_judge.asked(source, kind, "test", 999)[:3]
+        validation, test = (emoji_judge.asked(source, kind, split, 999) for split in ("validation", "test"))
+        assert sorted(validation + test) == source.prompts(kind)
+        assert emoji_judge.asked(source, kind, "test", 3) == test[:3]
     held = {t for split in ("validation", "test") for t in emoji_judge.asked(source, "held-out", split, 999)}
     assert len(held) == len(source.held_out_pairs) and not held & set(source.prompts("exact"))
 
 
 def test_scores_of_a_model_that_knows_all_and_of_one_that_repeats_itself(source, monkeypatch):
-    every, asked, g = source.carriers(source.pairs), {}, np.random.default_rng(0)
+    every, used, g = source.carriers(source.pairs), [], np.random.default_rng(0)
 
     def knows(loaded, prompts, keys, **choices):
-        asked.setdefault("keys", []).extend(keys)
+        used.extend(keys)
         return [source.pictures[list(every[p])[g.integers(len(every[p]))]] for p in prompts]
+
+    def repeats(loaded, prompts, keys, **choices):
+        return [source.pictures[0, 0]] * len(prompts)
 
     scores = emoji_table.Scores(source, 35)
     monkeypatch.setattr(sample, "generate", knows)
     first = scores(None, "label", "test", 60)
     assert first["right"] == first["concept"] == 1.0 and first["variety"] == pytest.approx(1, abs=0.15)
     scores(None, "group", "test", 60), scores(None, "label", "validation", 60)
-    assert len(set(asked["keys"])) == len(asked["keys"])  # no noise is used twice
+    assert len(set(used)) == len(used)  # no noise is used twice
 
-    monkeypatch.setattr(
-        sample, "generate", lambda loaded, prompts, keys, **_: [source.pictures[0, 0]] * len(prompts)
-    )
+    monkeypatch.setattr(sample, "generate", repeats)
     again = scores(None, "label", "test", 60)
-    assert again["right"] in (0.0, 1 / len(scores.prompts("label", "test")))
+    assert again["right"] in (0.0, 1 / len(emoji_judge.asked(source, "label", "test", 35)))
     assert again["variety"] is None or again["variety"] < 0.6
     tag = scores(None, "tag", "test", 60)
     assert tag["score"] == pytest.approx(tag["right"] * (tag["variety"] or 0))
 
 
 def test_the_page_sets_the_prediction_below_what_was_measured(tmp_path, monkeypatch):
-    told = {"objective": "classifier only", "steps": 2, "variety": None}
-    world = {"kinds": {"tag": {"records": [told | {"right": 0.25}, told | {"right": 0.75, "variety": 0.5}]}}}
+    record = {"objective": "classifier only", "steps": 2, "variety": None}
+    records = [record | {"right": 0.25}, record | {"right": 0.75, "variety": 0.5}]
+    world = {"kinds": {"tag": {"records": records}}}
     monkeypatch.setattr(emoji_table, "PREDICTIONS", tmp_path / "emoji_world.json")
     emoji_table.PREDICTIONS.write_text(json.dumps(world))
     for seed, right in enumerate((0.5, 0.7)):

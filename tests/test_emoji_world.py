@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from emoji_tiles import coarse_source
 
-import emoji
 from experiments import emoji_judge
 from toy import emoji_world, pictures
 
@@ -13,17 +13,11 @@ from toy import emoji_world, pictures
 def source(tmp_path_factory):
     """Eight concepts, of which the first four share a tag."""
     path = tmp_path_factory.mktemp("tiles") / "tiles.npz"
-    coarse = np.random.default_rng(0).integers(0, 256, (8, 3, 4, 4, 3), dtype=np.uint8)
-    words = [
-        emoji.Concept(f"{i}", f"thing {i}", ["common"] if i < 4 else [], "birds", "animals-nature")
-        for i in range(8)
-    ]
-    emoji.write(path, coarse.repeat(16, 2).repeat(16, 3), words)
-    return emoji.Emoji(8, "emoji", path)
+    return coarse_source(path, [["common"]] * 4 + [[]] * 4, 4, 8)
 
 
 def test_posterior_means_are_bayes_rule_picture_by_picture(source):
-    texts = ["a common", "birds", "a thing 5"]
+    texts = ["a common", "group 0", "a thing 5"]
     world = emoji_world.World(source, texts, 0.2)
     x_t, t = torch.randn(4, 8 * 8 * 3, generator=torch.Generator().manual_seed(0)), 0.8
     for i, text in enumerate([*texts, None]):
@@ -50,9 +44,8 @@ def test_deltas_budget_is_twice_what_the_prompts_tell(source):
 
 def test_flow_matching_on_exact_prompts_draws_them_at_once(source):
     judge, texts = emoji_judge.Judge(source), source.prompts("exact")[:5]
-    scores = emoji_world.draw(
-        emoji_world.World(source, texts), judge, "flow matching", 2, pictures.SETTINGS[0], (0, 0)
-    )
+    world = emoji_world.World(source, texts)
+    scores = emoji_world.draw(world, judge, "flow matching", 2, pictures.SETTINGS[0], (0, 0))
     assert scores["right"] == scores["variety"] == scores["score"] == 1.0 and scores["total"] == 20
     unseen = emoji_judge.summary(source, texts, [judge([source.pictures.mean((0, 1)).astype(np.uint8)])] * 5)
     assert unseen["right"] == unseen["score"] == 0.0 and unseen["variety"] is None

@@ -19,9 +19,6 @@ from rng import rng
 SCENES = data.SETS["scenes"]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Diversity
-# ------------------------------------------------------------------------------------------------------------
 def draw_objects(random: np.random.Generator, metadata: dict, world: data.World) -> list[data.Object]:
     """The objects of a training scene (32 units a side), given its prompt, also where no training run draws it."""
     kinds = []
@@ -62,13 +59,13 @@ def test_places_are_sides_in_their_order_and_quarters():
     opposite = [((x, y), (32 - x, 32 - y)) for x, y in sides]
 
     def places(shapes, layouts):
-        scenes = [
-            [data.Object(k, "red", *place, 9) for k, place in zip(shapes, layout)] for layout in layouts
-        ]
         metadata = {"include": [{"class": k, "count": shapes.count(k)} for k in dict.fromkeys(shapes)]}
-        found = [list(diversity.choices(metadata, objects, 32))[-1] for objects in scenes]
+        found = set()
+        for layout in layouts:
+            objects = [data.Object(shape, "red", *place, 9) for shape, place in zip(shapes, layout)]
+            found.add(list(diversity.choices(metadata, objects, 32))[-1])
         assert {kind for kind, *_ in found} == {"places"}
-        return len({choice for *_, choice in found})
+        return len(found)
 
     assert places(["circle", "square"], opposite) == 4 and places(["circle", "circle"], opposite) == 2
     assert places(["circle"] * 3, data.LAYOUTS[3]) == 4
@@ -90,33 +87,25 @@ def test_a_model_that_draws_like_the_data_has_its_diversity_at_every_sample_size
     result = diversity.measure(asked, paint(asked, images), 32, SCENES)
     assert set(result) == {"overall", "single_object", "two_object", "counting", "position", "color_attr"}
     for kind in diversity.KINDS:
-        assert result["overall"][kind]["effective"] == pytest.approx(
-            result["overall"][kind]["data"], rel=0.06
-        )
-    alone = [
-        m for m in asked if m["tag"] == "single_object"
-    ]  # allowed: 5 colours, 4, 4 and 4 (held-out pairs)
+        found = result["overall"][kind]
+        assert found["effective"] == pytest.approx(found["data"], rel=0.06)
+    alone = [m for m in asked if m["tag"] == "single_object"]
     many = diversity.measure(alone, paint(alone, 60), 32, SCENES)["single_object"]["colors"]
-    assert (
-        many["effective"] == pytest.approx((5 * 4 * 4 * 4) ** 0.25, rel=0.01) and many["pictures"] == 36 * 60
-    )
+    allowed = 5 * 4 * 4 * 4  # colours of the four shapes (held-out pairs)
+    assert many["effective"] == pytest.approx(allowed**0.25, rel=0.01) and many["pictures"] == 36 * 60
 
 
-def test_a_model_of_one_color_has_one_and_what_is_told_is_not_open():
+def test_a_model_of_one_color_has_one_and_what_the_prompt_names_is_not_open():
     asked = evaluate.prompts("test", 36, SCENES)
     result = diversity.measure(asked, paint(asked, 4, one_color=True), 32, SCENES)
-    assert (
-        result["overall"]["colors"]["effective"] == pytest.approx(1) and "colors" not in result["color_attr"]
-    )
-    told = data.prompt_metadata("colors", ["circle"], ["red"])
+    assert result["overall"]["colors"]["effective"] == pytest.approx(1)
+    assert "colors" not in result["color_attr"]
+    red = data.prompt_metadata("colors", ["circle"], ["red"])
     four = data.prompt_metadata("counting", ["circle"], ["red"], 4)  # one layout: nowhere else to stand
-    assert diversity.measure([told, four], paint([told, four], 9), 32, SCENES) == {}
-    assert diversity.measure([told], [[]], 32, SCENES) == {}
+    assert diversity.measure([red, four], paint([red, four], 9), 32, SCENES) == {}
+    assert diversity.measure([red], [[]], 32, SCENES) == {}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Settings and intervals
-# ------------------------------------------------------------------------------------------------------------
 def tried(row: str) -> list[dict]:
     """The settings that are tried for a row, when the first is the best."""
     words, eta = rows.ROWS[row].flags.split(), rows.ROWS[row].eta
@@ -138,9 +127,6 @@ def test_paired_differences_against_students_t():
     assert report.interval([0.5])[1] == np.inf
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------------------
 def command(folder, *arguments):
     folders = ["--out", str(folder / "results"), "--runs", str(folder / "runs")]
     words = [sys.executable, "-m", "experiments.tables", *folders, *map(str, arguments)]
@@ -156,22 +142,21 @@ def test_the_quick_form_makes_every_file_and_goes_on_where_it_stopped(tmp_path):
         return process.communicate()[1], process.returncode
 
     assert "run seed 2" in measure(3)[0]
-    said, code = measure(2)
-    assert code == 0, said
+    complaints, code = measure(2)
+    assert code == 0, complaints
     out = tmp_path / "results"
     path = out / "0.3/self_e-2.json"
     row, written = checkpoint.read_json(path), path.read_bytes()
-    assert {"command", "commit", "hardware", "seconds", "seed", "train"} <= set(row) and row[
-        "wrong_captions"
-    ] == 0.3
+    assert {"command", "commit", "hardware", "seconds", "seed", "train"} <= set(row)
+    assert row["wrong_captions"] == 0.3
     assert row["training"]["steps"] == 4 and row["training"]["wrong_captions"] == 0.3
     assert set(row["steps"]) == {"1", "2"} and set(row["steps"]["2"]["tags"]) == set(data.TAGS)
     flow = checkpoint.read_json(out / "0/flow_matching-2.json")
     assert {s["settings"]["s_rule"] for s in flow["steps"].values()} == {1.0}
     searched = checkpoint.read_json(out / "0/self_e-search.json")["steps"]["2"]
     assert len(searched["tried"]) == 18 and searched["best"] in searched["tried"]
-    said, code = measure(2, 3)
-    assert code == 0, said
+    complaints, code = measure(2, 3)
+    assert code == 0, complaints
     assert path.read_bytes() == written and (out / "0/self_e-3.json").exists()
     assert all((out / name).exists() for name in ("scores.png", "samples.png"))
     page = (out / "table.md").read_text()
