@@ -104,14 +104,6 @@ class Judge:
     def name(self, near: Near) -> str:
         return self.source.captions(near.concept, near.maker)[0].text
 
-    def says(self, verdict: Verdict) -> str:
-        """A verdict in words."""
-        distances = ", ".join(f"{near.distance:.0f}" for near in verdict)
-        if verdict.clear:
-            return f"{self.name(verdict.nearest)} ({distances})"
-        other = verdict.other_maker if verdict.clear_concept else verdict.other_concept
-        return f"unclear: {self.name(verdict.nearest)} or {self.name(other)} ({distances})"
-
 
 KINDS = (*emoji.KINDS, "held-out")  # the last: exact captions of the pairs that training never shows
 
@@ -218,7 +210,10 @@ def page(judge: Judge, made: dict[str, list[tuple[np.ndarray, str]]], rows: int 
     some = [specimen for specimens in made.values() for specimen in specimens[:rows]]
     verdicts = judge([picture for picture, _ in some])
     pictures = [[p, *(judge.source.pictures[near[:2]] for near in v)] for (p, _), v in zip(some, verdicts)]
-    captions = [f"{words} -> {judge.says(verdict)}" for (_, words), verdict in zip(some, verdicts)]
+    captions = [
+        f"{words} {'passes' if verdict.clear else 'fails'}: {', '.join(f'{near.distance:.0f}' for near in verdict)}"
+        for (_, words), verdict in zip(some, verdicts)
+    ]
     return data.label_grid(pictures, ["picture", "nearest", "other maker", "other concept"], captions, 4)
 
 

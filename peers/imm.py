@@ -2,7 +2,7 @@
 
     loss = imm.IMM(network)                       # takes the place of losses.SelfE, same call, same return
     value, stats = loss(x0, c, null, fake, is_null, imm.draw(seed, step, index, x0.shape[1:]), tau, mu)
-    x = imm.sample(V, noise, cond, null, steps=4, guidance=1.5)
+    for _, x in imm.trajectory(V, noise, cond, null, steps=4, guidance=1.5): ...
 
 In IMM a jump to time s should lead to the same distribution wherever it starts, from time t or from an earlier time r,
 s <= r < t. IMM compares two sets of samples, groups of M that share (s, r, t), by the maximum mean discrepancy with a
@@ -135,8 +135,8 @@ class IMM(nn.Module):
     def forward(self, x0, c, null, fake, is_null, draws, tau, mu, aux=False) -> tuple[Tensor, dict]:
         """The loss of one micro-batch and detached tensors to watch: t, s, r, loss, one value per group.
 
-        x0 [B, ...] fp32, B a multiple of 4; c a tuple of tensors with leading dimension B; a dropped prompt is one more
-        prompt. null, fake, is_null, tau, mu and aux belong to self-evaluation and are not read.
+        x0 [B, ...] fp32, B a multiple of 4; c a tuple of tensors with leading dimension B. A dropped prompt is one more
+        prompt; only x0, c and draws are read.
         """
         t, s, r = times(draws.u_t, draws.u_s, self.k)  # [G]
         t_i, s_i, r_i = (a.repeat_interleave(M) for a in (t, s, r))  # [B]
@@ -156,22 +156,13 @@ class IMM(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def trajectory(
-    V: Callable,
-    x: Tensor,
-    cond: tuple,
-    null: tuple | None = None,
-    *,
-    steps: int,
-    guidance: float = 1.0,
-    draw_noise: Callable | None = None,
-    start: float = T_MAX,
+    V: Callable, x: Tensor, cond: tuple, null=None, *, steps: int, guidance=1.0, draw_noise=None, start=T_MAX
 ) -> Iterator[tuple[float, Tensor]]:
     """Yield (t_{k+1}, x at that time) for k = 1 .. steps, from standard normal x [B, ...] at time `start`.
 
-    The last x is the sample.
-
-    Nothing random is added on the way, so draw_noise is not read, and the network is told the time of the jump, so there is no eta and no rule for
-    s_k. guidance is plain, V_null + guidance (V_c - V_null); 1 evaluates the conditional branch only, null may be None.
+    The last x is the sample. guidance is plain, V_null + guidance (V_c - V_null); 1 evaluates the conditional branch
+    only, null may be None. Nothing random is added on the way, so draw_noise is not read; the network is told where the
+    jump ends, so there is no eta and no rule for s_k.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
@@ -183,12 +174,6 @@ def trajectory(
         return extrapolate(*branches(V, x, t, s, cond, null), guidance)
 
     for t, s in zip(grid[:-1], grid[1:]):
-        x = jump(guided, x, *(torch.full((len(x),), a, dtype=x.dtype, device=x.device) for a in (t, s)), cond)
+        times = (torch.full((len(x),), time, dtype=x.dtype, device=x.device) for time in (t, s))
+        x = jump(guided, x, *times, cond)
         yield s, x
-
-
-def sample(V: Callable, x: Tensor, cond: tuple, null: tuple | None = None, **choices) -> Tensor:
-    """The end of `trajectory`, whose arguments it takes: samples [B, ...] from the noise x."""
-    for _, x in trajectory(V, x, cond, null, **choices):
-        pass
-    return x

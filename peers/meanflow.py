@@ -67,14 +67,7 @@ class MeanFlow(nn.Module):
     power        as in tim.TiM; the paper has 1 for ImageNet and 0.75 for CIFAR-10
     """
 
-    def __init__(
-        self,
-        network,
-        guidance: float = 1.0,
-        improved: bool = False,
-        derivative: str = "difference",
-        power: float = 1.0,
-    ):
+    def __init__(self, network, guidance=1.0, improved=False, derivative="difference", power=1.0):
         super().__init__()
         self.network, self.guidance, self.improved, self.power = network, guidance, improved, power
         self.derivative = DERIVATIVES[derivative]
@@ -82,7 +75,7 @@ class MeanFlow(nn.Module):
     def forward(self, x0, c, null, fake, is_null, draws, tau, mu, aux=False) -> tuple[Tensor, dict]:
         """The loss of one micro-batch and detached tensors to watch: t, s (their r) and loss, the plain one, [B].
 
-        Arguments as in losses.SelfE; fake, is_null, tau, mu and aux belong to self-evaluation and are not read.
+        Arguments as in losses.SelfE; x0, c, null and draws are read.
         """
         t, r = times(draws.z, draws.u, draws.below)  # [B]
         v, x_t = velocity(x0, draws.eps), add_noise(x0, t, draws.eps)  # [B, ...]

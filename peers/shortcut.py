@@ -55,7 +55,7 @@ class Shortcut(nn.Module):
     def forward(self, x0, c, null, fake, is_null, draws, tau, mu, aux=False) -> tuple[Tensor, dict]:
         """The loss of one micro-batch and detached tensors to watch: t, s and loss, [B].
 
-        Arguments as in losses.SelfE; fake, is_null, tau, mu and aux belong to self-evaluation and are not read.
+        Arguments as in losses.SelfE; x0, c, null and draws are read.
         """
         t, d = times(draws.z, draws.u, draws.below)  # [B]
         v, x_t = velocity(x0, draws.eps), add_noise(x0, t, draws.eps)  # [B, ...]
@@ -86,27 +86,14 @@ class Shortcut(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # Sampling  x_{t - 1/N} = x_t - s(x_t, t, d) / N,    d the largest power of 1/2 that is at most 1/N
 # ------------------------------------------------------------------------------------------------------------
-def trajectory(
-    V: Callable,
-    x: Tensor,
-    cond: tuple,
-    null: tuple | None = None,
-    *,
-    steps: int,
-    guidance: float = 1.0,
-    draw_noise: Callable | None = None,
-) -> Iterator[tuple[float, Tensor]]:
-    """Yield (t, x at that time) for the steps' ends, from standard normal x [B, ...]; the last x is the sample.
+def trajectory(V: Callable, x: Tensor, *prompts, steps: int, **choices) -> Iterator[tuple[float, Tensor]]:
+    """Yield (t, x at that time) for the steps' ends, from standard normal x [B, ...]: imm.trajectory from t = 1.
 
     With more than M steps the network is told 1/M, the smallest step that it knows, or what is left of the way.
     """
     d = max(1 / M, 2.0 ** -(steps - 1).bit_length())
-    return imm.trajectory(
-        lambda x, t, s, *c: V(x, t, (t - d).clamp(min=0), *c),
-        x,
-        cond,
-        null,
-        steps=steps,
-        guidance=guidance,
-        start=1.0,
-    )
+
+    def V_d(x, t, s, *c):
+        return V(x, t, (t - d).clamp(min=0), *c)
+
+    return imm.trajectory(V_d, x, *prompts, steps=steps, start=1.0, **choices)

@@ -115,7 +115,7 @@ class TiM(nn.Module):
     def forward(self, x0, c, null, fake, is_null, draws, tau, mu, aux=False) -> tuple[Tensor, dict]:
         """The loss of one micro-batch and detached tensors to watch: t, s (their r) and loss, the plain one, [B].
 
-        Arguments as in losses.SelfE; fake, is_null, tau, mu and aux belong to self-evaluation and are not read.
+        Arguments as in losses.SelfE; x0, c, null and draws are read.
         """
         t, r = times(draws.z, draws.u, draws.below)  # [B]
         v, x_t = velocity(x0, draws.eps), add_noise(x0, t, draws.eps)  # [B, ...]

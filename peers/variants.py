@@ -35,9 +35,7 @@ class Variant(losses.SelfE):
         self.lam_scale, self.null_target = lam_scale, null_target
         self.lam_time = LAM_TIMES.get(lam_time, lam_time)
 
-    def evaluate(
-        self, x_s_hat: Tensor, s: Tensor, c: tuple, null: tuple, is_null: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def evaluate(self, x_s_hat: Tensor, s: Tensor, c: tuple, null: tuple, is_null: Tensor) -> tuple:
         nowhere = torch.zeros_like(is_null)
         return super().evaluate(x_s_hat, s, c, null, nowhere if self.null_target == "literal" else is_null)
 

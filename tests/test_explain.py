@@ -42,9 +42,8 @@ def test_the_diagram_shows_the_passes_of_a_training_step():
     x0, c, null = torch.randn(8, 2), torch.arange(8), torch.full((8,), 9)
     draws = losses.draw(0, 0, index, (2,))
     j = draws.below
-    losses.SelfE(network, ema)(
-        x0, (c,), (null,), None, torch.zeros(8, dtype=torch.bool), draws, tau=1.0, mu=0.0
-    )
+    nowhere = torch.zeros(8, dtype=torch.bool)
+    losses.SelfE(network, ema)(x0, (c,), (null,), None, nowhere, draws, tau=1.0, mu=0.0)
     t, s = losses.sample_times(draws.z, draws.u, j, 0.0, 1.0)
     x_t = losses.add_noise(x0, t, draws.eps)
     x_s_hat = losses.add_noise((x_t - t[:, None] * 0.1 * x_t)[j], s[j], draws.eps_s[j])

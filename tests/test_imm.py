@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import sampler
-from losses import add_noise
 from peers import imm
 from rng import rng
 
@@ -37,15 +36,12 @@ def loss_of(network, x0, c, draws):
     return imm.IMM(network)(x0, c, c, None, torch.zeros(len(x0), dtype=torch.bool), draws, 1.0, 0.0)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The loss
-# ------------------------------------------------------------------------------------------------------------
 def loop(x0, c, eps, u_t, u_s, V):
-    """The loss in numpy, pair by pair, as the paper writes it: DDIM for x_r, weight by log-SNR, eta(r) by bisection."""
+    """The loss pair by pair, as the paper writes it: DDIM for x_r, weight by log-SNR, eta(r) by bisection."""
     total = []
     for g in range(len(u_t)):
-        t = 0.994 * u_t[g]
-        s = u_s[g] * t
+        t = 0.994 * u_t[g].item()
+        s = u_s[g].item() * t
         low, high = 0.0, t
         for _ in range(200):  # eta(r) = eta(t) - 160 / 4096
             r = (low + high) / 2
@@ -56,77 +52,32 @@ def loop(x0, c, eps, u_t, u_s, V):
             x_t = (1 - t) * x0[i] + t * eps[i]
             x_r = (1 - r) * x0[i] + r / t * (x_t - (1 - t) * x0[i])  # DDIM from t to r, towards x0
             y_t.append(x_t - (t - s) * V(x_t, t, s, c[i]))
-            y_r.append(x_r - (r - s) * V(x_r, r, s, c[i]))
+            y_r.append((x_r - (r - s) * V(x_r, r, s, c[i])).detach())
 
         def k(x, y, t=t, s=s):
-            return math.exp(-max(np.sqrt(((x - y) ** 2).sum()), 1e-8) / (x.size * (t - s)))
+            squared = (x - y).square().sum()
+            return torch.exp(-squared.clamp_min(1e-16).sqrt() / (x.numel() * (t - s)))
 
         both = [(*one, *other) for one in zip(y_t, y_r) for other in zip(y_t, y_r)]
         mmd = sum(k(a, a2) + k(b, b2) - 2 * k(a, b2) for a, b, a2, b2 in both) / 16
         snr = 2 * math.log((1 - t) / t)
         slope = -2 / (t * (1 - t))
         total.append(0.5 / (1 + math.exp(snr - 4)) * -slope * (1 - t) ** 2 / ((1 - t) ** 2 + t**2) * mmd)
-    return sum(total) / len(total) * x0[0].size ** 0.5  # the factor that IMM documents
+    return sum(total) / len(total) * x0[0].numel() ** 0.5  # the factor that IMM documents
 
 
-def test_the_loss_is_the_double_loop():
+def test_the_loss_and_its_gradient_are_those_of_the_double_loop():
+    """Only y_t carries gradient."""
     x0, c, draws = batch(16)
-    value, stats = loss_of(Field(), x0, c, draws)
-    arrays = [a.numpy() for a in (x0, c[0], draws.eps, draws.u_t, draws.u_s)]
-    expected = loop(*arrays, lambda x, t, s, c: 0.7 * np.tanh(x) - 0.4 * s - t * c)
-    assert value.item() == pytest.approx(expected, rel=1e-10) and expected > 1e-4
-    assert (stats["r"] > stats["s"]).tolist() == [False, True, False, True]
-    assert stats["loss"].mean().item() == pytest.approx(expected)
-
-
-def test_only_y_t_carries_gradient():
-    """Autograd against finite differences of the loss in which the other set stays where it is."""
-    x0, c, draws = batch()
     network = Field()
-    loss_of(network, x0, c, draws)[0].backward()
-    t, s, r = (a.repeat_interleave(4) for a in imm.times(draws.u_t, draws.u_s))
-    gap = (t - s)[::4]
-
-    def value(w_t, w_r):
-        with torch.no_grad():
-            y_t = imm.jump(Field(*w_t), add_noise(x0, t, draws.eps), t, s, c).unflatten(0, (-1, 4))
-            y_r = imm.jump(Field(*w_r), add_noise(x0, r, draws.eps), r, s, c).unflatten(0, (-1, 4))
-            return (imm.weight(t[::4]) * imm.discrepancy(y_t, y_r, gap)).mean().item() * 6**0.5
-
-    w, h = np.array([0.7, -0.4]), 1e-5
-    sides = [(w + h * e, w - h * e) for e in np.eye(2)]
-    through_t = [(value(up, w) - value(down, w)) / (2 * h) for up, down in sides]
-    through_both = [(value(up, up) - value(down, down)) / (2 * h) for up, down in sides]
-    assert network.w.grad.tolist() == pytest.approx(through_t, rel=1e-3)
-    through_r = np.abs(np.subtract(through_both, through_t))
-    assert through_r.max() > 1e-2 * np.abs(through_t).max()  # they can be told apart
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What the loss does to a set of samples
-# ------------------------------------------------------------------------------------------------------------
-def settle(m):
-    """Where m samples that start close together end, facing half a set at -1 and half at +1, under a wide kernel.
-
-    In groups of one, each sample meets each one of the other set in turn; here the mean over all pairings.
-    """
-    n = max(m, 2)
-    y = torch.linspace(-0.02, 0.02, n, dtype=torch.float64)[:, None]
-    y_r = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat_interleave(n // 2)[:, None]
-    for _ in range(400):
-        y.requires_grad_()
-        sets = (y[None], y_r[None])
-        if m == 1:
-            sets = y.repeat_interleave(n, 0)[:, None], y_r.repeat(n, 1)[:, None]
-        loss = imm.discrepancy(*sets, torch.full((len(sets[0]),), 20.0, dtype=torch.float64)).mean()
-        (gradient,) = torch.autograd.grad(loss, y)
-        y = (y - 0.5 * gradient).detach()
-    return sorted(y.flatten().tolist())
-
-
-@pytest.mark.parametrize("m, ends", [(1, [0, 0]), (2, [-1, 1]), (4, [-1, -1, 1, 1])])
-def test_groups_spread_over_the_set_they_face_and_single_samples_stay_between_its_points(m, ends):
-    assert settle(m) == pytest.approx(ends, abs=0.1)
+    value, stats = loss_of(network, x0, c, draws)
+    a, b = network.w
+    expected = loop(x0, c[0], draws.eps, *draws[:2], lambda x, t, s, c: a * torch.tanh(x) + b * s - t * c)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-10) and expected > 1e-4
+    ours, theirs = (torch.autograd.grad(loss, network.w)[0].tolist() for loss in (value, expected))
+    assert ours == pytest.approx(theirs, rel=1e-8)
+    assert (stats["r"] > stats["s"]).tolist() == [False, True, False, True]
+    assert stats["loss"].mean().item() == pytest.approx(expected.item())
 
 
 def test_coincident_points_give_no_nan():
@@ -137,11 +88,6 @@ def test_coincident_points_give_no_nan():
         loss = imm.discrepancy(y_t, y_r, torch.full((2,), gap)).sum()
         (gradient,) = torch.autograd.grad(loss, y_t)
         assert loss.isfinite() and (gradient == 0).all()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Times and weights
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_draws_belong_to_the_global_index():
@@ -156,11 +102,6 @@ def test_draws_belong_to_the_global_index():
             imm.draw(3, 7, cut, (2,))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# With the network, and sampling
-# ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_the_sampler_pushes_forward_on_a_linear_grid(steps):
     calls = []
@@ -170,7 +111,7 @@ def test_the_sampler_pushes_forward_on_a_linear_grid(steps):
         return (x - c) / t[:, None]  # exact for data that is the point c
 
     x, c = torch.randn(3, 2), torch.tensor([[1.0, -2.0]]).repeat(3, 1)
-    end = imm.sample(V, x, (c,), steps=steps)
+    *_, (_, end) = imm.trajectory(V, x, (c,), steps=steps)
     assert torch.allclose(end, c, atol=1e-5)
     grid = np.linspace(0.994, 0, steps + 1)
     assert np.allclose(calls, list(zip(grid[:-1], grid[1:])))
@@ -181,10 +122,10 @@ def test_guidance_is_linear_in_the_velocity():
         return c
 
     c, null = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.2, 0.5]])
-    end = imm.sample(V, torch.zeros(1, 2), (c,), (null,), steps=3, guidance=2.5)
+    *_, (_, end) = imm.trajectory(V, torch.zeros(1, 2), (c,), (null,), steps=3, guidance=2.5)
     assert torch.allclose(end, -0.994 * (null + 2.5 * (c - null)))
     with pytest.raises(ValueError, match="at least 1"):
-        imm.sample(V, c, (c,), steps=0)
+        next(imm.trajectory(V, c, (c,), steps=0))
 
 
 def test_its_jump_is_the_deterministic_step_of_the_sampler():

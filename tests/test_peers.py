@@ -37,14 +37,10 @@ def test_other_numbers_of_steps_are_told_a_learned_length():
         assert np.allclose(seen, np.minimum(seen[0], left), rtol=0, atol=1e-6)
         return seen[0]
 
-    assert [lengths(n) for n in (1, 2, 3, 4, 50, 128, 500)] == pytest.approx(
-        [1, 1 / 2, 1 / 4, 1 / 4, 1 / 64, 1 / 128, 1 / 128]
-    )
+    learned = [1, 1 / 2, 1 / 4, 1 / 4, 1 / 64, 1 / 128, 1 / 128]
+    assert [lengths(n) for n in (1, 2, 3, 4, 50, 128, 500)] == pytest.approx(learned)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Derivatives, cost
-# ------------------------------------------------------------------------------------------------------------
 def network(factor: float) -> model.Denoiser:
     """The laptop model with weights unlike those of the start, where its output is zero."""
     torch.manual_seed(0)
@@ -84,11 +80,11 @@ def test_bf16_drowns_the_finite_difference_so_auto_takes_fp32_for_it(monkeypatch
 
     monkeypatch.setattr(machine, "pick_precision", lambda device: torch.bfloat16)
     names = ("self_e", "shortcut", "tim", "meanflow", "improved_meanflow", "meanflow --derivative forward")
-    every = {name: arguments.parse(["--objective", *name.split()]) for name in names}
-    chosen = {
-        name: arguments.precision_of(args, torch.device("cpu"), Ranks()) for name, args in every.items()
-    }
-    found = [name for name, precision in chosen.items() if precision == torch.float32]
+    found = []
+    for name in names:
+        args = arguments.parse(["--objective", *name.split()])
+        if arguments.precision_of(args, torch.device("cpu"), Ranks()) == torch.float32:
+            found.append(name)
     assert found == ["tim", "meanflow", "improved_meanflow"]
 
 
@@ -115,17 +111,11 @@ def test_the_price_is_what_is_evaluated(name, guidance):
     assert (3 * rows[True] + rows[False]) / n == objective.forwards(guided=guidance != 1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# As a user meets them
-# ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", [*NAMES, "imm"])
 def test_each_trains_resumes_and_samples(name, tmp_path, monkeypatch):
     monkeypatch.setitem(model.SIZES, "laptop", TINY)
-    guided, straight, parts = (
-        ["--train-guidance", 2] * (name != "imm"),
-        tmp_path / "straight",
-        tmp_path / "parts",
-    )
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    guided = ["--train-guidance", 2] if name != "imm" else []
     words = ["--objective", name, *guided, "--steps", 4, "--out", straight, *QUICK, "--save-every", 2]
     run(monkeypatch, train, *words)
     shutil.copytree(straight, parts)
@@ -147,10 +137,8 @@ def test_each_trains_resumes_and_samples(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_and_the_compiler_change_nothing(name, tmp_path):
     """Gradients are reduced although evaluations run inside the step; compiled blocks give the same to rounding."""
-    flags = (
-        "--steps 3 --batch-size 16 --grid-every 0 --device cpu --precision fp32 --train-guidance 2".split()
-    )
-    flags += ["--objective", name]
+    flags = ["--objective", name, "--steps", 3, "--batch-size", 16, "--train-guidance", 2]
+    flags += "--grid-every 0 --device cpu --precision fp32".split()
     soon = TINY_TRAIN.replace("errors.run", "train.EAGER_STEPS = 1\nerrors.run")
     processes(1, "--out", tmp_path / "one", *flags, "--no-compile")
     processes(2, "--out", tmp_path / "two", *flags, "--no-compile")

@@ -34,9 +34,6 @@ def test_a_failing_line_fails_the_command(monkeypatch, capsys):
     assert "FAILS" in printed and "0 of 2 lines hold" in printed
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data, measures, training and the commands
-# ------------------------------------------------------------------------------------------------------------
 def test_samples_of_the_mixture_have_its_moments():
     q = Mixture(**LAYOUTS["between"], dtype=torch.float64)
     x = q.sample(torch.full((40000,), 1), np.random.default_rng(0))
@@ -64,13 +61,10 @@ def test_energy_distance_of_gaussians_against_its_closed_form():
 
 def test_energy_distance_is_unbiased_at_equality():
     g = np.random.default_rng(1)
-    values = [
-        measures.energy_distance(*(torch.from_numpy(g.standard_normal((50, 2))) for _ in range(2)))
-        for _ in range(400)
-    ]
-    assert (
-        abs(np.mean(values)) < 4 * np.std(values) / 400**0.5
-    )  # its biased form would be near 2 E|X-X'| / 50 = 0.07
+    pairs = (torch.from_numpy(g.standard_normal((2, 50, 2))) for _ in range(400))
+    values = [measures.energy_distance(*pair) for pair in pairs]
+    # Its biased form would be near 2 E|X-X'| / 50 = 0.07.
+    assert abs(np.mean(values)) < 4 * np.std(values) / 400**0.5
 
 
 def test_measures_of_the_truth_itself_and_of_a_blend():
@@ -117,9 +111,7 @@ def command(tmp_path, monkeypatch):
 def test_a_study_goes_on_where_it_stopped(command):
     run, trained = command
     first = run("eta", "--steps", "2", "--seed", "0")
-    assert (
-        len(first["records"]) == 9 and len(trained) == 2
-    )  # the floor, and two networks, sampled in four ways
+    assert len(first["records"]) == 9 and len(trained) == 2  # the floor; two networks, sampled in four ways
     assert {"commit", "hardware", "torch", "setting", "train_s"} <= first["records"][0].keys()
     second = run("eta", "--steps", "2", "--seed", "1")
     assert second["records"][:9] == first["records"] and len(second["records"]) == 18
@@ -171,9 +163,6 @@ def test_kept_results_name_what_made_them_and_are_what_the_programs_would_write(
                 assert record["setting"] == {"training": changes, "sampling": sampling, "steps": STEPS}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Wrong labels, and the objective on pictures
-# ------------------------------------------------------------------------------------------------------------
 def test_wrong_labels_are_as_many_as_asked_for_and_change_nothing_else():
     """Of three equally likely conditions a swapped label is another one in two cases of three."""
     member = Member("between", 0)
@@ -238,7 +227,6 @@ def test_perfect_answers_of_flow_matching_are_the_posterior_mean_and_null_prompt
 
 def test_following_with_nothing_to_say_goes_to_the_norm_of_the_data():
     """Delta = 0 at t = 1: the answer keeps its direction and takes the norm of x0 (Eq. 19), whatever the start."""
-
     start, ones = torch.tensor([[0.6, 0.0]]), torch.ones(1)
     goal = ideal.GOALS["Eq. 19, Delta = 0"]
     data, noise = (lambda: torch.tensor([[3.0, 4.0]])), (lambda: torch.zeros(1, 2))

@@ -51,10 +51,9 @@ def main() -> None:
         figures.fields(("between", "far"), out / "fields.png")
     if args.study in ("objectives", "peers"):
         member = Member(args.layout or "between", seeds[0])
-        networks = {
-            label: (trained(member, args.steps, training), sampling)
-            for label, (training, sampling) in study.settings.items()
-        }
+        networks = {}
+        for label, (training, sampling) in study.settings.items():
+            networks[label] = trained(member, args.steps, training), sampling
         figures.samples(networks, member, out / f"{args.study}_{member.layout}.png")
     print(f"\n{args.study}.json in {out}")
 

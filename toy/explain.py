@@ -32,9 +32,6 @@ PASSES = (
     ("network", ("x_s_hat", "s", "s", "null"), False),
 )
 
-# ------------------------------------------------------------------------------------------------------------
-# One training step: a graph whose nodes are tensors, functions of losses.py with their equations, and passes
-# ------------------------------------------------------------------------------------------------------------
 BANDS = {
     7.75: ("1 Predict", "every sample: noise a picture, predict it back"),
     5.60: (
@@ -131,9 +128,6 @@ def training_step(path: Path) -> None:
     save(figure, path)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Eq. s.11-s.13: where (t, s) is drawn
-# ------------------------------------------------------------------------------------------------------------
 def time_pairs(path: Path, n: int = 3000) -> None:
     """Draws of losses.sample_times: half of the samples on the diagonal, the others below it, deeper as tau rises."""
     random, positions = rng(0, "toy explain"), losses.below_positions(list(range(n)))
@@ -154,9 +148,6 @@ def time_pairs(path: Path, n: int = 3000) -> None:
     save(figure, path)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Eq. 17-18: how much of the target is self-evaluation
-# ------------------------------------------------------------------------------------------------------------
 def mixing_weight(path: Path, n: int = 201) -> None:
     """lambda / (1 + lambda) over the triangle s <= t."""
     grid = torch.linspace(0, 1, n, dtype=torch.float64)
@@ -174,9 +165,6 @@ def mixing_weight(path: Path, n: int = 201) -> None:
     save(figure, path)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Eq. 22, s.12: what a sampler tells the network
-# ------------------------------------------------------------------------------------------------------------
 def evaluated_times(steps: int, s_rule: float = 0.0) -> list[tuple[float, float]]:
     """(t_k, s_k) of each evaluation that sampler.trajectory makes."""
     seen = []

@@ -40,9 +40,6 @@ def save(figure, path: Path) -> None:
     Image.open(drawn).quantize(64, method=Image.Quantize.FASTOCTREE).save(path, optimize=True)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tables of drawings
-# ------------------------------------------------------------------------------------------------------------
 def table(draw: Callable, rows: list, columns: list, path: Path, note: str, size: float = 1.75) -> None:
     """draw(axis, row, column) fills a cell; rows and columns are written at the edges, the note below."""
     shape = {"figsize": (size * len(columns), size * len(rows)), "squeeze": False}
@@ -133,9 +130,6 @@ def fields(layouts: list[str], path: Path, times: tuple = (0.05, 0.2, 0.5, 0.8))
     table(draw, rows, [f"s = {s:g}" for s in times], path, note, 2.2)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Curves: mean and standard deviation over seeds
-# ------------------------------------------------------------------------------------------------------------
 def curves(panels: dict, steps: tuple, path: Path, columns: int, ylabel: str) -> None:
     """panels: title -> {label: values [steps, seeds]}; one colour for each label, bars of one standard deviation."""
     rows = -(-len(panels) // columns)
@@ -144,9 +138,9 @@ def curves(panels: dict, steps: tuple, path: Path, columns: int, ylabel: str) ->
     for axis, (title, lines) in zip(axes.flat, panels.items()):
         for i, (label, values) in enumerate(lines.items()):
             mean, bars = np.mean(values, 1), np.std(values, 1, ddof=1) if len(values[0]) > 1 else None
-            # So that bars do not hide one another
-            shifted = np.array(steps) * (1 + 0.02 * (i - len(lines) / 2))
-            axis.errorbar(shifted, mean, yerr=bars, label=label, linewidth=1.2, marker="o", markersize=3)
+            aside = 1 + 0.02 * (i - len(lines) / 2)  # so that bars do not hide one another
+            look = {"label": label, "linewidth": 1.2, "marker": "o", "markersize": 3}
+            axis.errorbar(np.array(steps) * aside, mean, yerr=bars, **look)
         axis.set(title=title, xlabel="network evaluations", ylabel=ylabel, xscale="log")
         axis.set_xticks(steps, steps)
         axis.minorticks_off()
@@ -156,9 +150,6 @@ def curves(panels: dict, steps: tuple, path: Path, columns: int, ylabel: str) ->
     save(figure, path)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# ideal.py: where the targets lead when nothing is left to the network
-# ------------------------------------------------------------------------------------------------------------
 def ideal(predictions: dict, path: Path, note: str) -> None:
     """predictions[layout, goal, s] = x0_hat [C, n, 2]; condition 0 is drawn. Rows: goals. Columns: layout and s."""
 

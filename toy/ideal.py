@@ -108,9 +108,8 @@ def answers(q: Mixture, s: float, goal: tuple | None, seed: int) -> tuple[Tensor
 def distance(x: Tensor, y: Tensor, s: float, seed: int) -> float:
     """Energy distance after both [C, n, 2] are noised to s, averaged over conditions."""
     g = rng(seed, "toy ideal distance")
-    x_s, y_s = (
-        (1 - s) * a + s * torch.from_numpy(g.standard_normal(a.shape, dtype=np.float32)) for a in (x, y)
-    )
+    noises = (torch.from_numpy(g.standard_normal(a.shape, dtype=np.float32)) for a in (x, y))
+    x_s, y_s = ((1 - s) * a + s * noise for a, noise in zip((x, y), noises))
     return float(np.mean([energy_distance(a, b) for a, b in zip(x_s, y_s)]))
 
 

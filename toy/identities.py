@@ -44,16 +44,15 @@ def main() -> int:
     for line in chosen:
         number = line.function()
         row = {"equation": line.equation, "claim": line.claim, "number": float(number), "bound": line.bound}
-        table.append(row | {"holds": bool(line.holds(number))})
-        sign, verdict = ">" if line.is_above else "<", "holds" if line.holds(number) else "FAILS"
-        print(
-            f"{line.equation:22s} {line.claim:82s} {number:9.1e} {sign} {line.bound:8.1e}  {verdict}",
-            flush=True,
-        )
+        row["holds"] = bool(line.holds(number))
+        table.append(row)
+        sign, verdict = ">" if line.is_above else "<", "holds" if row["holds"] else "FAILS"
+        error = f"{number:9.1e} {sign} {line.bound:8.1e}"
+        print(f"{line.equation:22s} {line.claim:82s} {error}  {verdict}", flush=True)
 
     if not args.only:
         print(
-            "\nStandard deviation that the posterior mean leaves, data 0.500 (N network evaluations, Gaussian data):"
+            "\nStandard deviation that the posterior mean leaves, data 0.500 (N evaluations, Gaussian data):"
         )
         print(f"  {'rule':10s}" + "".join(f"{f'N = {n}':>9s}" for n in BUDGETS))
         for eta in ETAS:

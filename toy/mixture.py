@@ -31,9 +31,8 @@ class Mixture:
         self.means = torch.as_tensor(means, dtype=dtype)
         self.C, self.M = self.means.shape[:2]
         self.std = torch.as_tensor(std, dtype=dtype).expand(self.C, self.M)
-        self.weights = torch.full((self.C, self.M), 1 / self.M, dtype=dtype)
-        if weights is not None:
-            self.weights = torch.as_tensor(weights, dtype=dtype)
+        weights = torch.full((self.C, self.M), 1 / self.M) if weights is None else weights
+        self.weights = torch.as_tensor(weights, dtype=dtype)
         if not torch.allclose(self.weights.sum(1), torch.ones(self.C, dtype=dtype)):
             raise ValueError("the weights of each condition must sum to 1")
         self.m, self.v = self.means.flatten(0, 1), self.std.flatten() ** 2  # [K, 2], [K]
@@ -100,9 +99,7 @@ class Mixture:
         return Mixture(a * (1 - t) * self.means + b, std, self.weights, self.means.dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Three layouts. What self-evaluation can do is decided by where the other conditions are.
-# ------------------------------------------------------------------------------------------------------------
 def ring(radius: float = 1.5, modes: int = 9, conditions: int = 3) -> list:
     """Modes on one circle around the origin, dealt out to the conditions in turn: [C, M, 2]."""
     angle = [2 * math.pi * i / modes for i in range(modes)]

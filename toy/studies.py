@@ -41,11 +41,8 @@ def peer(objective: str, p_equal: float, **changes) -> tuple[dict, dict]:
 
 def crossed(trainings: dict, choices: dict) -> dict:
     """Every training with every choice of the sampler."""
-    return {
-        f"{a}, {b}": (training, sampling | more)
-        for a, (training, sampling) in trainings.items()
-        for b, more in choices.items()
-    }
+    pairs = itertools.product(trainings.items(), choices.items())
+    return {f"{a}, {b}": (training, sampling | more) for (a, (training, sampling)), (b, more) in pairs}
 
 
 # "between" alone is enough for questions about the classifier term: in "far" it has next to nothing to say.
@@ -99,8 +96,7 @@ STUDIES = {
         "What does energy-preserving guidance add at inference, and in which space? (Sec. 3.4)",
         crossed(
             {"flow matching": FLOW, "Self-E": PAPER},
-            {"w 1": {}}
-            | {f"w {w:g}": dict(guidance=w) for w in (1.5, 3.0, 5.0)}
+            {f"w {w:g}": dict(guidance=w) if w > 1 else {} for w in (1.0, 1.5, 3.0, 5.0)}
             | {"w 3 in x0": dict(guidance=3.0, space="x0")},
         ),
         BETWEEN,
@@ -137,8 +133,7 @@ STUDIES = {
         "Which network evaluates: moving average or online, in each branch? (S.2: conditional EMA, null online)",
         {
             f"conditional {a}, null {b}": (dict(conditional=a, unconditional=b), {})
-            for a in ("ema", "online")
-            for b in ("online", "ema")
+            for a, b in itertools.product(("ema", "online"), ("online", "ema"))
         },
         BETWEEN,
     ),

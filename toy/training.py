@@ -33,9 +33,6 @@ class Member(NamedTuple):
         return Mixture(**LAYOUTS[self.layout])
 
 
-# ============================================================================================================
-# The network
-# ============================================================================================================
 class Net(nn.Module):
     """V(x_t, t, s, c): a residual MLP of 40,000 weights (Eq. 6, s.9-s.10)."""
 
@@ -70,9 +67,6 @@ class Net(nn.Module):
         return silu(h) @ self.out
 
 
-# ============================================================================================================
-# Training
-# ============================================================================================================
 PAPER = dict(
     objective="self_e",  # or another of objectives.OBJECTIVES; the choices down to null_target belong to self_e
     p_equal=0.5,  # share of s = t

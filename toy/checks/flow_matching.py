@@ -32,8 +32,7 @@ def weight_makes_velocity_loss():
 @check("Eq. 4", "closed posterior mean = Bayes' rule on a grid, 3 distributions", below=1e-9)
 def posterior_mean():
     x, s, c = points(60, least=0.2)
-    pairs = three(c)
-    return worst(*(each.posterior_mean(x, s, k) - bayes(each, x, s, k) for each, k in pairs))
+    return worst(*(each.posterior_mean(x, s, k) - bayes(each, x, s, k) for each, k in three(c)))
 
 
 def bumps(x_t: Tensor, n: int = 8) -> Tensor:

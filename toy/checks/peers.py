@@ -22,9 +22,6 @@ from toy.checks.step import PHI, SmallNet
 N = 8  # points of a check
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The exact flow
-# ------------------------------------------------------------------------------------------------------------
 def flow(x: Tensor, t: Tensor, r: Tensor, c: Tensor, steps: int = 24) -> Tensor:
     """x at time t carried to time r > 0 along dx/dt = V(x, t), by the classical Runge-Kutta rule."""
     h = (r - t) / steps
@@ -65,9 +62,6 @@ def mean_over(values: Tensor, weights: Tensor) -> Tensor:
     return (weights[..., None] * values).sum(0)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Fixed points
-# ------------------------------------------------------------------------------------------------------------
 def meanflow_targets(x, t, r, c, improved: bool = False) -> tuple[Tensor, Tensor]:
     """MeanFlow's targets for all pairs where the network is the exact average velocity, and the pairs' weights.
 
@@ -128,13 +122,10 @@ def any_number_of_steps_agrees():
     def V(x, t, s, c):  # the flow ends at 0.05, where the mixture is smooth; times are stretched accordingly
         return 0.95 * average_velocity(x, 0.05 + 0.95 * t, 0.05 + 0.95 * s, c)
 
-    ends = [imm.sample(V, x, (c,), steps=n, start=1.0) for n in (1, 2, 3)]
+    ends = [list(imm.trajectory(V, x, (c,), steps=n, start=1.0))[-1][1] for n in (1, 2, 3)]
     return worst(ends[1] - ends[0], ends[2] - ends[0])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Whole steps, sample by sample
-# ------------------------------------------------------------------------------------------------------------
 def same_step(module, seed: int, below: list[int], by_hand, n: int = 16) -> float:
     """The largest difference of loss and gradient from those of `by_hand`, a function of one sample's numbers."""
     g = random(seed)
@@ -203,18 +194,20 @@ def meanflow_by_hand(network: SmallNet, w: float, improved: bool):
     return by_hand
 
 
+def meanflow_step_against(seed: int, below: list[int], improved: bool) -> float:
+    network, w = SmallNet(seed), 2.0
+    module = MeanFlow(network, w, improved, "forward")
+    return same_step(module, seed + 1, below, meanflow_by_hand(network, w, improved))
+
+
 @check("MeanFlow", "the whole step, guided: loss and gradient by hand, with a full Jacobian", below=1e-9)
 def meanflow_step():
-    network = SmallNet(230)
-    module = MeanFlow(network, 2.0, derivative="forward")
-    return same_step(module, 231, [3, 7, 11, 15], meanflow_by_hand(network, 2.0, False))
+    return meanflow_step_against(230, [3, 7, 11, 15], False)
 
 
 @check("improved MeanFlow", "the whole step, guided: loss and gradient, with a full Jacobian", below=1e-9)
 def improved_meanflow_step():
-    network = SmallNet(240)
-    module = MeanFlow(network, 2.0, True, "forward")
-    return same_step(module, 241, list(range(1, 16, 2)), meanflow_by_hand(network, 2.0, True))
+    return meanflow_step_against(240, list(range(1, 16, 2)), True)
 
 
 @check("shortcut", "the whole step, guided where d/2 = 1/128: loss and gradient by hand", below=1e-9)

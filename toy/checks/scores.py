@@ -5,6 +5,7 @@ from torch import Tensor
 
 import losses
 from toy.checks.stage import A, B, S, T, bayes, check, full, grid, hermite, p, points, q, score, three, worst
+from toy.mixture import Mixture
 
 
 def noised(c: int, nodes: Tensor):
@@ -18,7 +19,7 @@ def renoised_distribution():
     u = torch.tensor([[0.5, 0.2], [-1.0, 0.7], [0.3, 1.5], [2.0, -1.0]], dtype=torch.float64)
     nodes, w = hermite(20, 2)
     x, area = grid(8.0, 160)
-    error = 0.0
+    waves, differences = torch.exp(1j * (x @ u.T)), []
     for c in range(q.C):
         left = 0
         for x_t, share in noised(c, nodes):
@@ -26,34 +27,39 @@ def renoised_distribution():
                 if w_eps > 1e-14:
                     x_s = losses.add_noise(A * x_t + B, full(S, x_t), eps.expand_as(x_t))
                     left = left + share * w_eps * (w.to(torch.complex128) @ torch.exp(1j * (x_s @ u.T)))
-        density = p.log_density(x, S, c).exp()
-        right = area * torch.einsum("N,Nk->k", density.to(torch.complex128), torch.exp(1j * (x @ u.T)))
-        error = max(error, worst((left - right).abs()))
-    return error
+        density = p.log_density(x, S, c).exp().to(torch.complex128)
+        differences.append((left - area * density @ waves).abs())
+    return worst(*differences)
+
+
+def three_scores(x: Tensor, s: Tensor, c: Tensor) -> list[Tensor]:
+    """The scores that Eq. 13 needs: unconditional, conditional, model."""
+    return [score(each, x, s, k) for each, k in three(c)]
+
+
+def three_means(x: Tensor, s: Tensor, c: Tensor, mean=Mixture.posterior_mean) -> list[Tensor]:
+    """What perfect networks would answer at (x_s, s, s), G_null, G_c, G_fake: the closed forms, or `bayes`."""
+    return [mean(each, x, s, k) for each, k in three(c)]
 
 
 @check("Eq. 11", "score from the posterior mean = autograd of the log density, 3 distributions", below=1e-9)
 def tweedie():
     x, s, c = points()
-    pairs = ((each.posterior_mean(x, s, k), score(each, x, s, k)) for each, k in three(c))
+    pairs = zip(three_means(x, s, c), three_scores(x, s, c))
     return worst(*(losses.score_from_mean(mean, x, s) - exact for mean, exact in pairs))
-
-
-def scores_and_means(x: Tensor, s: Tensor, c: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Of the three distributions: score by autograd, posterior mean on a grid."""
-    return [(score(each, x, s, k), bayes(each, x, s, k)) for each, k in three(c)]
 
 
 @check("Eq. s.1", "mean from the autograd score = Bayes' rule on a grid, 3 distributions", below=1e-9)
 def tweedie_backwards():
     x, s, c = points(60, least=0.2)
-    return worst(*(losses.mean_from_score(a, x, s) - mean for a, mean in scores_and_means(x, s, c)))
+    pairs = zip(three_scores(x, s, c), three_means(x, s, c, bayes))
+    return worst(*(losses.mean_from_score(exact, x, s) - mean for exact, mean in pairs))
 
 
 @check("Eq. s.2-s.3", "gap of two posterior means (grid) = gap of two scores (autograd)", below=1e-9)
 def gaps():
     x, s, c = points(60, least=0.2)
-    null, data, fake = scores_and_means(x, s, c)
+    null, data, fake = zip(three_scores(x, s, c), three_means(x, s, c, bayes))
     return worst(*(a[1] - data[1] - losses.mean_gap(a[0], data[0], s) for a in (null, fake)))
 
 
@@ -62,7 +68,7 @@ def reverse_kl():
     z, w = hermite(14, 4)
     x, area = grid(7.0, 140)
     a, b = torch.tensor(A, dtype=torch.float64, requires_grad=True), B.clone().requires_grad_()
-    error = 0.0
+    differences = []
     for c in range(q.C):
         # Samples: theta = (a, b) moves x_s = (1-s)(a x_t + b) + s eps; delta is the gradient of the KL at x_s.
         left = 0.0
@@ -73,30 +79,20 @@ def reverse_kl():
         # Eq. 9 itself, with theta inside the density.
         log_p, log_q = (each.log_density(x, S, c) for each in (q.pushforward(a, b, T), q))
         right = area * (log_p.exp() * (log_p - log_q)).sum()
-        pair = zip(torch.autograd.grad(left, (a, b)), torch.autograd.grad(right, (a, b)))
-        error = max(error, worst(*(one - two for one, two in pair)))
-    return error
+        pairs = zip(*(torch.autograd.grad(side, (a, b)) for side in (left, right)))
+        differences += [one - two for one, two in pairs]
+    return worst(*differences)
 
 
 @check("Eq. 12", "guided score = autograd of log [ q(x|c)^w q(x)^(1-w) ], w = 0, 1, 5", below=1e-11)
 def guidance_sharpens():
     x, s, c = points()
-    y, error = x.clone().requires_grad_(), 0.0
+    null, data, _ = three_scores(x, s, c)
+    y, differences = x.clone().requires_grad_(), []
     for w in (0.0, 1.0, 5.0):
         sharp = w * q.log_density(y, s, c) + (1 - w) * q.log_density(y, s, q.null(c))
-        guided = losses.guided_score(score(q, x, s, c), score(q, x, s, q.null(c)), w)
-        error = max(error, worst(guided - torch.autograd.grad(sharp.sum(), y)[0]))
-    return error
-
-
-def three_scores(x: Tensor, s: Tensor, c: Tensor) -> list[Tensor]:
-    """The scores that Eq. 13 needs: unconditional, conditional, model."""
-    return [score(each, x, s, k) for each, k in three(c)]
-
-
-def three_means(x: Tensor, s: Tensor, c: Tensor) -> list[Tensor]:
-    """What perfect networks would answer at (x_s, s, s): G_null, G_c, G_fake."""
-    return [each.posterior_mean(x, s, k) for each, k in three(c)]
+        differences.append(losses.guided_score(data, null, w) - torch.autograd.grad(sharp.sum(), y)[0])
+    return worst(*differences)
 
 
 @check("Eq. 13", "its two terms add up to Eq. 10 against the guided score", below=1e-11)
@@ -105,22 +101,22 @@ def two_terms():
     w, y = 5.0, x.clone().requires_grad_()
     log_null, log_data, log_model = (each.log_density(y, s, k) for each, k in three(c))
     log_ratio = log_model - w * log_data + (w - 1) * log_null
-    whole = torch.autograd.grad(log_ratio.sum(), y, retain_graph=True)[0]
+    both = torch.autograd.grad(log_ratio.sum(), y, retain_graph=True)[0]
     # Alone, the classifier term is -(w - 1) times the gradient of the implicit classifier log q(c | x_s).
     certainty = torch.autograd.grad((log_data - log_null).sum(), y)[0]
     classifier, auxiliary = losses.self_evaluation_scores(*three_scores(x, s, c), w)
-    return worst(classifier + auxiliary - whole, classifier + (w - 1) * certainty)
+    return worst(classifier + auxiliary - both, classifier + (w - 1) * certainty)
 
 
 @check("Eq. s.6, 13", "Delta with k = (w-1)/w is Eq. 13 times sigma^2 / (alpha w), w = 1, 2, 10", below=1e-11)
 def k_is_a_guidance_scale():
     x, s, c = points()
-    error = 0.0
+    means, scores, differences = three_means(x, s, c), three_scores(x, s, c), []
     for w in (1.0, 2.0, 10.0):  # k = 0, 0.5, 0.9
-        Delta = losses.self_evaluation(*three_means(x, s, c), k=(w - 1) / w)
-        ideal = sum(losses.self_evaluation_scores(*three_scores(x, s, c), w))
-        error = max(error, worst(Delta - (s**2 / (1 - s) / w)[:, None] * ideal))
-    return error
+        ideal = sum(losses.self_evaluation_scores(*scores, w))
+        Delta = losses.self_evaluation(*means, k=(w - 1) / w)
+        differences.append(Delta - (s**2 / (1 - s) / w)[:, None] * ideal)
+    return worst(*differences)
 
 
 # ------------------------------------------------------------------------------------------------------------
