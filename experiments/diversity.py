@@ -89,10 +89,10 @@ def measure(asked: list[dict], found: list[list[list]], side: int, world: data.W
         if len(p) == 1:
             continue
         n = counter.total()
-        own = entropy(np.array(list(counter.values())))
+        seen = entropy(np.array(list(counter.values())))
         samples = rng(0, f"diversity of {kind} {what} {prompt}", n).multinomial(n, p, REPEATS)
         for key in ((tag, kind), ("overall", kind)):
-            sums[key] = sums.get(key, 0) + n * np.array([1, own, entropy(samples).mean()])
+            sums[key] = sums.get(key, 0) + n * np.array([1, seen, entropy(samples).mean()])
 
     result: dict[str, dict] = {}
     for (tag, kind), (n, *entropies) in sums.items():

@@ -82,9 +82,7 @@ def score(row: str, seed: int, run: Path, args: argparse.Namespace, device) -> N
     """Write OUT/ROW-SEED.json."""
     searched = args.out / f"{row}-search.json"
     if seed != args.seeds[0] and not searched.exists():
-        raise errors.UserError(
-            f"{searched} is missing: run seed {args.seeds[0]} of {row} first, which is searched"
-        )
+        raise errors.UserError(f"{searched} is missing: run seed {args.seeds[0]} of {row} first")
     began = time.perf_counter()
     loaded = tables.load(run, device, "--no-compile" not in args.budget)
     scores = Scores(source_of(loaded.config), args.prompts)

@@ -59,10 +59,8 @@ def world_of(config: dict) -> data.World:
     """The world that a model was trained on, from its config.json. Raises UserError for other data."""
     name = (config.get("data") or ["nothing"])[0]
     if name not in data.SETS:
-        others = "for others: python -m experiments.export, and GenEval's own scorer"
-        raise errors.UserError(
-            f"the model was trained on {name}; only the built-in shapes are scored; {others}"
-        )
+        way_out = "export the pictures (experiments.export) for GenEval's own scorer"
+        raise errors.UserError(f"only models of the built-in shapes are scored, not of {name}: {way_out}")
     return data.SETS[name]
 
 
@@ -238,16 +236,10 @@ def main() -> None:
     machine.keep_freed_memory()
     device = machine.pick_device(args.device)
     loaded = sample.load(args.checkpoint, device)
-    side, world, choices, (least, most) = (
-        loaded.config["side"],
-        world_of(loaded.config),
-        choices_of(args),
-        SIDES,
-    )
+    side, world, choices = loaded.config["side"], world_of(loaded.config), choices_of(args)
+    least, most = SIDES
     if not least <= side <= most:
-        raise errors.UserError(
-            f"pictures of {least} to {most} pixels a side can be judged; these have {side}"
-        )
+        raise errors.UserError(f"pictures of {least} to {most} pixels a side can be judged, not of {side}")
     out = args.out or args.checkpoint / "evaluation.json"
     results = machine.provenance(device) | {"checkpoint": str(args.checkpoint), "seed": args.seed}
     results |= {"images": args.images, "per_tag": args.per_tag}

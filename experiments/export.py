@@ -106,9 +106,7 @@ def main() -> None:
     loaded = sample.load(args.checkpoint, machine.pick_device(args.device))
     choices = choices_of(args)
     if args.out.exists() and any(args.out.iterdir()) and not (args.out / "settings.json").exists():
-        raise errors.UserError(
-            f"{args.out} is not empty, and holds no export to go on with: choose another --out"
-        )
+        raise errors.UserError(f"{args.out} is not empty, and holds no export: choose another --out")
     read = {"prompts": args.prompts, "weights": args.checkpoint / "model.safetensors"}
     settings = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in read.items()}
     settings |= {"steps": args.steps, "seed": args.seed, "precision": str(loaded.network.precision)}

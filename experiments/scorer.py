@@ -35,9 +35,7 @@ AT_BORDER = 0.75  # an object goes on beyond the border where a pixel there is c
 SHARED = 1.5  # square units that two objects may both claim; a hidden part of an object is a missing part
 SMALLEST = 4.0  # square units; less is a speck, which the test of what is left over judges
 OUTSIDE, INSIDE = 25.0, 50.0  # unexplained colour, the mean of 3 x 3 units, away from and within objects
-CLEARLY = (
-    0.4  # "left of": how far apart the centres lie along the axis, as a share of both diameters, at least
-)
+CLEARLY = 0.4  # "left of": how far apart the centres lie along the axis, as a share of both diameters
 
 PALETTE = np.array(list(data.COLORS.values()), dtype=float)
 COLOR_NAMES = list(data.COLORS)
@@ -140,9 +138,7 @@ def overlap(seen: np.ndarray, candidates: np.ndarray) -> np.ndarray:
 NEIGHBOURS = np.concatenate([np.zeros((1, 3)), np.eye(3), -np.eye(3)])  # in (x, y, r)
 
 
-def fit(
-    seen: np.ndarray, rows: np.ndarray, columns: np.ndarray, unit: float
-) -> tuple[str, np.ndarray, float]:
+def fit(seen: np.ndarray, rows: np.ndarray, columns: np.ndarray, unit: float) -> tuple:
     """The shape that agrees best with an observed coverage: (shape, (x, y, r), agreement in [0, 1]).
 
     Area and centre of mass give the first guess for each shape; the shapes that come near the best of these guesses are

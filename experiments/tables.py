@@ -99,13 +99,12 @@ def search(loaded: sample.Loaded, eta: float | str, out: Path, args: argparse.Na
         tags = {tag: entry["score"] for tag, entry in scores["tags"].items()}
         return {"overall": scores["overall"]["score"], "tags": tags}
 
+    steps, objective = result["steps"], loaded.config["objective"]
     for n in args.steps:
-        if str(n) not in result["steps"]:
-            tune(
-                result["steps"], n, functools.partial(measure, n), "overall", loaded.config["objective"], eta
-            )
+        if str(n) not in steps:
+            tune(steps, n, functools.partial(measure, n), "overall", objective, eta)
             checkpoint.write_json(out, result)
-    return best(result["steps"], args.steps)
+    return best(steps, args.steps)
 
 
 def best(searched: dict, steps: list[int]) -> dict[int, dict]:

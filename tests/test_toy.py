@@ -18,9 +18,7 @@ from toy.training import STEPS, Member, Net, batches, train
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize(
-    "line", identities.CHECKS, ids=[line.function.__name__ for line in identities.CHECKS]
-)
+@pytest.mark.parametrize("line", identities.CHECKS, ids=lambda line: line.function.__name__)
 def test_identity(line):
     number = line.function()
     assert line.holds(number), f"{line.equation}: {line.claim}: {number:.2e} against {line.bound:.0e}"

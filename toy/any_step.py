@@ -23,9 +23,7 @@ from toy.training import STEPS, Member, trained
 
 def main() -> None:
     parser = errors.Parser("-m toy.any_step", __doc__.split("\n")[0])
-    parser.add_argument(
-        "--study", default="objectives", help="the question (objectives); list names them all"
-    )
+    parser.add_argument("--study", default="objectives", help="the question; list names them all")
     parser.add_argument("--layout", choices=list(LAYOUTS), help="one layout only (all of the study's)")
     parser.add_argument("--seed", type=int, help="one seed only (0, 1 and 2)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps ({STEPS})")

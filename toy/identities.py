@@ -51,9 +51,7 @@ def main() -> int:
         print(f"{line.equation:22s} {line.claim:82s} {error}  {verdict}", flush=True)
 
     if not args.only:
-        print(
-            "\nStandard deviation that the posterior mean leaves, data 0.500 (N evaluations, Gaussian data):"
-        )
+        print("\nStandard deviation that the posterior mean leaves, data 0.500 (N evaluations):")
         print(f"  {'rule':10s}" + "".join(f"{f'N = {n}':>9s}" for n in BUDGETS))
         for eta in ETAS:
             name = eta if isinstance(eta, str) else f"eta = {eta:g}"

@@ -31,8 +31,9 @@ class Mixture:
         self.means = torch.as_tensor(means, dtype=dtype)
         self.C, self.M = self.means.shape[:2]
         self.std = torch.as_tensor(std, dtype=dtype).expand(self.C, self.M)
-        weights = torch.full((self.C, self.M), 1 / self.M) if weights is None else weights
-        self.weights = torch.as_tensor(weights, dtype=dtype)
+        self.weights = torch.full((self.C, self.M), 1 / self.M, dtype=dtype)
+        if weights is not None:
+            self.weights = torch.as_tensor(weights, dtype=dtype)
         if not torch.allclose(self.weights.sum(1), torch.ones(self.C, dtype=dtype)):
             raise ValueError("the weights of each condition must sum to 1")
         self.m, self.v = self.means.flatten(0, 1), self.std.flatten() ** 2  # [K, 2], [K]

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 
 from engine import checkpoint, errors, machine
-from toy import kept
 from toy.measures import BUDGETS, evaluate
 from toy.mixture import LAYOUTS
 from toy.training import Member, trained
@@ -162,7 +161,9 @@ STUDIES = {
 def run(name: str, out: Path, seeds: tuple, layouts: tuple, steps: int) -> dict:
     """Fill OUT/NAME.json, setting by setting, and return it."""
     study, path = STUDIES[name], out / f"{name}.json"
-    results = {"records": []} | kept.opened(path, study=name, question=study.question)
+    results = {"records": [], "study": name, "question": study.question}
+    if path.exists():
+        results = checkpoint.read_json(path)
     made_by = machine.provenance(torch.device("cpu"))
     without_labels = all(not sampling.get("labels", True) for _, sampling in study.settings.values())
     floor = {"floor": (None, {"labels": False} if without_labels else {})}  # fresh data, as if generated
