@@ -13,9 +13,9 @@ Symbols, as in the paper
     V       [B, C, H, W]  the network's output, a velocity (eps - x0 where s = t)                Eq. 6
     d       the model width; h heads of size d / h
 
-One embedder is added to FLUX: `gap_in`, whose input is t - s (Eq. s.9). Parameter names are FLUX's, so a FLUX state
-dict loads with `gap_in.*` as its only missing part. At s = t the input is 0. Flow matching trains with s = t alone, so
-its `gap_in` has seen no other input, and its models must be sampled at s_k = t_k.
+One embedder is added to FLUX: `gap_in`, whose input is t - s (Eq. s.9). Parameters are named as in FLUX, so only
+`gap_in.*` is missing in the weights of a FLUX of the same dimensions. At s = t the input is 0. Flow matching trains
+with s = t alone: its `gap_in` has seen no other input, and its models must be sampled at s_k = t_k.
 """
 
 import functools

@@ -46,7 +46,8 @@ def main() -> int:
         row = {"equation": line.equation, "claim": line.claim, "number": float(number), "bound": line.bound}
         row["holds"] = bool(line.holds(number))
         table.append(row)
-        sign, verdict = ">" if line.is_above else "<", "holds" if row["holds"] else "FAILS"
+        sign = ">" if line.is_above else "<"
+        verdict = "holds" if row["holds"] else f"FAILS ({line.function.__name__})"
         error = f"{number:9.1e} {sign} {line.bound:8.1e}"
         print(f"{line.equation:22s} {line.claim:82s} {error}  {verdict}", flush=True)
 
