@@ -32,7 +32,7 @@ def pick_device(name: str = "auto") -> torch.device:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__  # torch goes on for a page
         raise errors.UserError(f"device {name!r} is not usable here: {reason}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
