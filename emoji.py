@@ -1,6 +1,6 @@
 """Pictures of emoji by three makers, with captions from exact to open (S.2: text-to-image data).
 
-    source = emoji.Emoji(32, "emoji")                # 285 animals, plants, foods; "emoji-all" has 1,015
+    source = emoji.Emoji(32, "emoji")                # 285 animals, plants, foods; others in SETS
     picture, caption, key = source.sample(g, seed)   # a function of (seed, g), like every source of data.py
 
     python -m engine.feed --data emoji --side 32     # looks at them
@@ -61,10 +61,14 @@ MAKERS = {
 WORDS = ("emojibase-data", "17.0.0")  # labels, tags, groups
 PACKAGES = [f"{name}@{version}" for name, version, *_ in (*MAKERS.values(), WORDS)]
 
-# What --data calls them -> groups of Emojibase. People, symbols and flags are left out: many differ in
-# little, or are writing.
+# What --data calls them -> groups of Emojibase, or subgroups: 285, 57 and 1,015 concepts. People, symbols and flags are
+# left out: many differ in little, or are writing.
 SOME = ("animals-nature", "food-drink")
-SETS = {"emoji": SOME, "emoji-all": ("smileys-emotion", *SOME, "travel-places", "activities", "objects")}
+SETS = {
+    "emoji": SOME,
+    "emoji-few": ("birds", "marine life", "fruit"),
+    "emoji-all": ("smileys-emotion", *SOME, "travel-places", "activities", "objects"),
+}
 KINDS = {"exact": 0.4, "label": 0.2, "tag": 0.3, "group": 0.1}  # of caption -> share of samples
 FEWEST = 4  # concepts that share a tag, 12 pictures; a tag of fewer is nearly a label, and not used
 SHIFT = 1  # pixels, in both directions. No flips: they would leave a side open where the caption is exact.
@@ -220,7 +224,9 @@ class Emoji:
         if side > TILE:
             raise data.DataError(f"the emoji have {TILE} x {TILE} pixels: choose a side of at most {TILE}")
         tiles, concepts = read(path or TILES)
-        chosen = [i for i, concept in enumerate(concepts) if concept.group in SETS[name]]
+        chosen = [
+            i for i, concept in enumerate(concepts) if {concept.group, concept.subgroup} & set(SETS[name])
+        ]
         self.side, self.name = side, name
         self.concepts = [concepts[i] for i in chosen]
         self.pictures = np.stack([[self.resized(t) for t in tiles[i]] for i in chosen])
