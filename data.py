@@ -124,7 +124,7 @@ LAYOUTS = {
 }
 MOVES = {1: 1.0, 2: 0.75, 3: 1.0, 4: 1.0}
 DIAMETERS = {1: (14.0, 22.0), 2: (9.5, 12.0), 3: (8.0, 10.5), 4: (8.0, 10.5)}
-GAP = 1.5  # what the three leave at least between two shapes, and to the border (a test checks it)
+GAP = 1.5  # the least distance that these leave between two shapes, and to the border (a test checks it)
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,8 @@ def text_encoder(name: str, txt_len: int | None = None, device: torch.device | s
 # "words": hashed word vectors
 #
 # A word's vector is 128 bits of its hash, read as signs. Two words' vectors are nearly orthogonal (cosine 0 +- 0.09),
-# which is all that a network needs to tell one from the other; that "circle" and "circles" have to do with each other
-# it learns from pictures. No table, no file, no random generator: integers and signs come out alike on every machine
+# which is all that a network needs to tell one from the other; it learns from pictures that "circle" and "circles" are
+# related. No table, no file, no random generator: integers and signs come out alike on every machine
 # and with every library version, so a checkpoint always gets the vectors that it was trained with.
 # (Lower-casing and NFKC are promised not to change for a character once Unicode has it; Python 3.10 has Unicode 13.)
 # ------------------------------------------------------------------------------------------------------------
@@ -157,8 +157,8 @@ class WordVectors(TextEncoder):
     A state is four slots side by side, so that a linear layer can read each by itself:
 
         [0:128]    word i              what it is
-        [128:176]  word i - 1          what it belongs to: "red circle left of blue square" has the same words as
-        [176:224]  word i + 1          "blue circle left of red square", and only neighbours tell which shape is red
+        [128:176]  word i - 1          what it belongs to: only neighbours tell "red circle left of blue square" from
+        [176:224]  word i + 1          "blue circle left of red square", which has the same words
         [224:256]  the position i      FLUX gives all text tokens one position (ids 0), so attention cannot tell which
                                        word stands first unless the states do
 

@@ -110,8 +110,8 @@ def one_step_estimate(x_t: Tensor, t: Tensor, V: Tensor) -> Tensor:
 def G(V: Callable, x_t: Tensor, t: Tensor, s: Tensor, c: tuple) -> Tensor:
     """The sample head: the clean sample [B, ...] that the network V predicts from x_t (Sec. 3).
 
-    V is any callable V(x_t, t, s, *c) -> tensor like x_t; x_t is [B, ...] of any trailing shape, t and s are [B], c is a
-    tuple of tensors with leading dimension B. At t = 0 the prediction is x_t itself.
+    V is any callable V(x_t, t, s, *c) -> tensor like x_t; x_t is [B, ...], t and s are [B], c is a tuple of tensors
+    with leading dimension B. At t = 0 the prediction is x_t itself.
     """
     return one_step_estimate(x_t, t, V(x_t, t, s, *c))
 
@@ -205,19 +205,19 @@ def self_evaluation(G_null: Tensor, G_c: Tensor, G_fake: Tensor | None = None, k
 def pseudo_target(x0_hat: Tensor, Delta: Tensor) -> Tensor:
     """The model's prediction, corrected by its own evaluation. No gradient flows through it.
 
-    With gradient, Eq. 15 would teach nothing: x0_hat - x_self is Delta, which is constant in x0_hat. Under Eq. 18 and
-    20, which train, the gradient 2 (x0_hat - target) would have another length and, through the normalisation,
-    another direction.
+    With gradient, Eq. 15 would teach nothing: x0_hat - x_self is Delta, a constant. In Eq. 20, the loss that trains,
+    the gradient would differ from 2 (x0_hat - target) in length and, through Eq. 19, in direction.
     """
     return (x0_hat - Delta).detach()
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Eq. 15     L_self-evaluate = || x0_hat - x_self ||^2                                            (s.4 is the same line)
-# Eq. s.5, s.7   its gradient with respect to x_s_hat is 2 Delta / alpha_s: for s.7 (k = (w - 1) / w)
-#                2 sigma_s^2 / alpha_s^2 * Eq. 13 / w, for s.5 (k = 1) the same with the classifier score alone, without
-#                1 / w. The paper reads Eq. 8 backwards here, x0_hat = (x_s_hat - sigma_s eps) / alpha_s. In training
-#                nothing flows through x_s_hat, and the gradient with respect to x0_hat is 2 Delta.
+# Eq. s.5, s.7   its gradient with respect to x_s_hat is 2 Delta / alpha_s, with posterior means for G:
+#                s.5 (k = 1)             2 sigma_s^2 / alpha_s^2 * (grad log q(x_s) - grad log q(x_s | c))
+#                s.7 (k = (w - 1) / w)   2 sigma_s^2 / alpha_s^2 * Eq. 13 / w
+#                Here the paper reads Eq. 8 backwards, x0_hat = (x_s_hat - sigma_s eps) / alpha_s. In training nothing
+#                flows through x_s_hat; the gradient with respect to x0_hat is 2 Delta.
 # ------------------------------------------------------------------------------------------------------------
 def self_evaluation_loss(x0_hat: Tensor, x_self: Tensor) -> Tensor:
     """The self-evaluation loss of each sample, [B]. Its value is ||Delta||^2; what counts is its gradient, 2 Delta."""
@@ -250,7 +250,7 @@ def fake_loss(V_fake: Tensor, x0_hat: Tensor, eps: Tensor) -> Tensor:
 def lam(t: Tensor, s: Tensor) -> Tensor:
     """lambda_{s,t} >= 0, [B]: 0 where s = t, and it grows without end as t -> 1.
 
-    The paper leaves open what happens at t = 1. Here the denominator is at least eps^2, eps being the rounding error, so
+    The paper leaves open what happens at t = 1. Here the denominator is at least the square of the rounding error, so
     lambda is huge but finite there, and 0 at s = t = 1.
     """
     return (t - s) / (alpha(t) * alpha(s)).clamp_min(torch.finfo(t.dtype).eps ** 2)
@@ -269,8 +269,11 @@ def hybrid_loss(x0_hat: Tensor, x0: Tensor, x_self: Tensor, lam: Tensor) -> Tens
 # Eq. 18     x_tar = (x0 + lam x_self) / (1 + lam) = (1 - mix) x0 + mix x_self,   mix = lam / (1 + lam)
 # ------------------------------------------------------------------------------------------------------------
 def implicit_target(x0: Tensor, x_self: Tensor, lam: Tensor) -> Tensor:
-    """The point at which the gradient of Eq. 16 vanishes; lam is [B]. A convex mix, in which nothing is large when lambda
-    is. Eq. 19 does not depend on the scale of its argument, so it may take this for x0 + lam x_self."""
+    """The point at which the gradient of Eq. 16 vanishes; lam is [B].
+
+    As a mix it stays finite for a huge lambda. Eq. 19 rescales it, so there it serves as well as x0 + lam x_self. The
+    share of x0 is what keeps predictions from collapsing onto the prompt's likeliest pictures (Sec. 3.2).
+    """
     mix = lam / (1 + lam)
     return like(1 - mix, x0) * x0 + like(mix, x0) * x_self
 
@@ -430,15 +433,14 @@ class SelfE(nn.Module):
         x_t = add_noise(x0, t, draws.eps)  # [B, ...] Eq. 1
         x0_hat = G(self.network, x_t, t, s, c)  # [B, ...] Eq. 6: the only pass with gradient, but for s.8
         loss = data_loss(x0_hat, x0)  # [B] Eq. 7
-        # The paper sums over values; the mean differs by a constant and reads the same at every size
-        D = x0[0].numel()
+        D = x0[0].numel()  # the paper sums over values; divided by D, losses read the same at every size
         stats = {"t": t, "s": s}
 
         half = draws.below  # [n] the positions with s < t; flow matching has none
         loss_fake = t.new_zeros(len(half))  # [n] s.8
         if len(half):
             prompts = rows(c, half), rows(null, half), rows(fake, half) if aux else None
-            # Eq. 8, s.6
+            # Delta [n, ...] and the loss of the fake branch [n]: Eq. 8, s.6, s.8
             Delta, loss_fake = self.self_evaluate(
                 x0_hat[half], s[half], *prompts, is_null[half], draws.eps_s[half]
             )

@@ -27,10 +27,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Every number of the two big sizes is from S.2 (a)-(d); `laptop` and `0.1b` are ours. `double` and `single` count the blocks;
-# `axes` are the RoPE dimensions over (frame, y, x) and sum to the head size d / heads. `patch` is the side of a patch,
-# so a token holds channels * patch^2 values: 16 * 2^2 = 64 for FLUX latents. V has to carry the noise through the
-# width, hence width must exceed that number; 8 x 8 RGB patches (192 values) through width 128 leave every picture
+# The numbers of `0.5b` and `2b` are from S.2 (a)-(d); `laptop` and `0.1b` are ours. `double` and `single` count the
+# blocks; `axes` are the RoPE dimensions over (frame, y, x) and sum to the head size d / heads. `patch` is the side of a
+# patch, so a token holds channels * patch^2 values: 16 * 2^2 = 64 for FLUX latents. V has to carry a token's noise
+# through the width, so width must exceed that number: 8 x 8 RGB patches (192 values) at width 128 leave every picture
 # grainy.
 FLUX = dict(double=8, single=16, channels=16, patch=2, txt_dim=4096, vec_dim=768)
 PIXELS = dict(double=2, single=4, channels=3, patch=4, txt_dim=256, vec_dim=256)
@@ -82,9 +82,8 @@ def rope_table(txt_len: int, rows: int, cols: int, axes: tuple, device: torch.de
     """
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
     position = torch.stack([torch.zeros_like(x), y, x], dim=-1).reshape(-1, 3)  # [rows * cols, 3]
-    position = torch.cat(
-        [position.new_zeros(txt_len, 3), position]
-    ).double()  # text first, as in the attention
+    # Text first, as in the attention
+    position = torch.cat([position.new_zeros(txt_len, 3), position]).double()
     angles = [
         position[:, i : i + 1] * 10000.0 ** (-torch.arange(0, n, 2).double() / n) for i, n in enumerate(axes)
     ]
@@ -277,7 +276,7 @@ class Denoiser(nn.Module):
             )
         self.axes, self.patch, self.channels, self.precision = tuple(axes), patch, channels, precision
         self.time_factor = time_factor
-        # So many blocks forget their activations and compute them again in the backward pass
+        # The first so many blocks keep no activations: the backward pass computes them again
         self.recompute = 0
         self.img_in = nn.Linear(channels * patch**2, width)
         self.txt_in = nn.Linear(txt_dim, width)
@@ -336,7 +335,7 @@ class Denoiser(nn.Module):
         # pass, so a pass without gradient cannot leave casts without gradient behind for the pass that needs them
         # (pytorch issue 112583).
         with torch.autocast(x_t.device.type, self.precision, enabled=self.precision != torch.float32):
-            # [B, rows * cols, d]
+            # img [B, rows * cols, d]: a token per patch
             img = self.img_in(rearrange(x_t, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=p, pw=p))
             txt = self.txt_in(txt)  # [B, L, d]
             for i, block in enumerate(self.double_blocks):

@@ -44,13 +44,13 @@ class Objective(NamedTuple):
     """What everyone but the objective's own module must know of it."""
 
     build: Callable  # (network, ema, the flags of train.py) -> the module
-    below: float  # the share of samples with s < t,
-    evaluations: float  # and the passes without gradient that each of them takes
-    guided: float = 0.0  # such passes more for guidance in the target, per sample of the batch
+    below: float  # the share of samples with s < t
+    evaluations: float  # passes without gradient for each of these samples
+    guided: float = 0.0  # more such passes for guidance in the target, per sample of the batch
     group: int = 2  # batch and micro-batch are multiples of it
     flags: tuple[str, ...] = ()  # its own, of FLAGS
-    s_rules: tuple[float, ...] = (0.0, 0.5, 1.0)  # for s_k that make sense (sampler.py), its default first
-    # Of the time features (model.sinusoid); 1 for peers/, as their authors have it
+    s_rules: tuple[float, ...] = (0.0, 0.5, 1.0)  # the sensible ones of sampler.py, its default first
+    # Of the time features (model.sinusoid); 1 for all peers but IMM, as their authors have it
     time_factor: float = 1000.0
     derives: bool = False  # the target holds a time derivative of the network: exact, or a difference in fp32
     other_draw: Callable | None = None  # instead of losses.draw

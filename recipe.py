@@ -115,7 +115,7 @@ class Recipe:
     ema: float = 0.9999
     dropout: float = 0.1  # share of prompts replaced by ""
     wrong_captions: float = 0.0  # share of samples that carry the caption of another (data.WrongCaptions)
-    # Micro-batches are multiples of it: of two samples one has s < t (s.13); IMM's groups have 4
+    # Micro-batches are multiples of it: of two samples one has s < t (s.13); other objectives need 4 or 8
     group: int = 2
 
     # --------------------------------------------------------------------------------------------------------

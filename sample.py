@@ -4,7 +4,8 @@
     python sample.py --checkpoint runs/laptop --prompt "a photo of a ring" --prompt "a photo of a cross" --steps 1 2 4 8
     python sample.py --checkpoint runs/tars --prompts prompts.txt --shape 192x336 --out-dir pictures/
 
-One prompt at one step count gives that picture; more give a labelled sheet, prompts in rows and steps in columns. Each
+By default eta = 1 and s_k = t_{k+1}, with the checkpoint's own guidance (its config.json). One prompt at one step count
+gives that picture; more give a labelled sheet, prompts in rows and steps in columns. Each
 PNG tells in its text how it was made (exiftool, or Image.open(path).text). The same seed gives the same picture,
 whatever else is sampled with it, up to rounding: matrix products of another batch size may differ in the last digit,
 which occasionally changes a value by one of its 256 steps.
@@ -164,7 +165,7 @@ def draw_batch(
 
 
 def sheet(rows: list, counts: Sequence[int], captions: list[str], scale: int = 0) -> Image.Image:
-    """Captions in rows, step counts in columns; pixels enlarged `scale` times, or (0) until a picture is about 96 wide."""
+    """Captions in rows, step counts in columns; pixels enlarged `scale` times; 0 makes pictures about 96 wide."""
     labels = [f"{n} step{'s' if n > 1 else ''}" for n in counts]
     return data.label_grid(rows, labels, captions, scale or max(1, 96 // rows[0][0].shape[1]))
 
@@ -217,9 +218,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     args = parser.parse_args(argv)
     if not args.prompt and not args.prompts:
-        args.prompts = Path(
-            errors.model(str(args.checkpoint)), "prompts.txt"
-        )  # included checkpoints have some
+        # Included checkpoints have some
+        args.prompts = Path(errors.model(str(args.checkpoint)), "prompts.txt")
         args.steps = args.steps or [1, 2, 4, 8]
         if not args.prompts.is_file():
             parser.error("give at least one --prompt, or --prompts FILE")

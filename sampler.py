@@ -9,10 +9,10 @@ One update serves every sampler of the paper, from (x_t, x0_hat) at time t to th
 
     choice            std                                                      what it is
     eta = 0           0                                                        Eq. 22, the deterministic (DDIM) step
-    eta = 1           sigma_t' sqrt(1 - (alpha_t sigma_t' / (alpha_t' sigma_t))^2)  exact q(x_t' | x_t, x0_hat): the paper
+    eta = 1           sigma_t' sqrt(1 - (alpha_t sigma_t' / (alpha_t' sigma_t))^2)  q(x_t' | x_t, x0_hat), the paper's
     0 < eta < 1       eta times that                                           in between
     eta = "renoise"   sigma_t'                                                 Eq. 8: discard eps_hat, noise x0_hat anew
-    eta = "public"    sigma_t' sqrt(1 - (sigma_t' / sigma_t)^2)                a co-author's public code (minFM), its eta = 1
+    eta = "public"    sigma_t' sqrt(1 - (sigma_t' / sigma_t)^2)                eta = 1 in a co-author's code (minFM)
     at t' = 0         0                                                        every choice returns x0_hat itself
 
 From t = 1 (alpha_t = 0), eta = 1 has std = sigma_t'. Then none of the old noise is kept: x_t' is x0_hat, noised anew.
@@ -130,7 +130,7 @@ def trajectory(
     space: str = "v",
     draw_noise: Callable[[int], Tensor] | None = None,
 ) -> Iterator[tuple[float, Tensor, Tensor]]:
-    """Yield (t_{k+1}, x at that time, x0_hat) for k = 1 .. steps, from x at time 1; the last x is the sample.
+    """Yield (t', x at t', x0_hat) after each step, t' being its end, from x at time 1; the last x is the sample.
 
     V(x_t, t, s, *cond) is the network; x [B, ...] standard normal, fp32 or fp64; cond and null tuples of tensors with
     leading dimension B. draw_noise(k), k = 0 .. steps - 2, gives the fresh noise of each step but the last, like x;

@@ -38,7 +38,7 @@ from engine.run import Run, rehearse
 from engine.watch import Watch
 from objectives import OBJECTIVES
 
-EAGER_STEPS = 20  # iterations before torch.compile comes in, and the first picture grid
+EAGER_STEPS = 20  # iterations before the first picture grid, and before torch.compile comes in
 SAVE_SECONDS = 1800  # between states, unless --save-every says otherwise
 
 
@@ -47,7 +47,7 @@ def train(
 ) -> None:
     """The run. `closing` closes threads and files, after an error too. Raises UserError."""
     states = checkpoint.complete_states(folder) if args.resume else []
-    start = checkpoint.step_of(states[-1]) if states else 0  # iterations have been made
+    start = checkpoint.step_of(states[-1]) if states else 0  # iterations made before
     if start > plan.steps:
         raise errors.UserError(f"{folder} is at iteration {start} already, past --steps {plan.steps}")
     entry = OBJECTIVES[args.objective]
@@ -81,7 +81,9 @@ def train(
         closing.enter_context(checkpoint.taken(folder, args.resume, states))
     state = checkpoint.load_state(states, network, ema, optimizer, run.continuity()) if states else {}
     if ranks.is_first:
-        checkpoint.set_back(folder, states)  # what was written after the state goes: it comes again
+        checkpoint.set_back(
+            folder, states
+        )  # the folder goes back to that state: what came after it comes again
     if device.type == "cuda":
         rehearse(run, network, objective, optimizer)
 
@@ -95,10 +97,10 @@ def train(
     closing.callback(stream.close)
     step, stopping, saved_at = start, False, time.perf_counter()
     while step < plan.steps and not stopping:
-        if step == start or step in plan.begins():  # checkpoints make pictures of the resolution of the stage
+        if step == start or step in plan.begins():  # a checkpoint draws at its stage's resolution
             config |= run.pictures_of_stage(step)
         with run.stop.held():
-            # The first iterations run as they are: they end in a first picture grid before the compiler takes its minute.
+            # The first iterations run uncompiled, so a first picture grid comes before the compiler's minute.
             if step == max(start, EAGER_STEPS):
                 watch.say(f"  from iteration {step} on {run.compile(network, ema)}")
 
@@ -108,8 +110,7 @@ def train(
             for m in range(count):
                 batch = next(stream)
                 mu = losses.mu_of_length(network.tokens(batch.x0))  # s.12: by the size of these pictures
-                # Gradients are reduced once an iteration, with the last micro-batch. (This is what DDP's no_sync()
-                # sets; under static_graph no_sync itself would lose them.)
+                # Processes average gradients once an iteration, with the last micro-batch (as in DDP's no_sync()).
                 step_module.require_backward_grad_sync = m == count - 1
                 part, stats = step_module(
                     batch.x0, batch.c, batch.null, batch.fake, batch.is_null, batch.draws, tau, mu, aux
@@ -153,7 +154,7 @@ def train(
                 optimizer.consolidate_state_dict(to=0)
             if ranks.is_first:
                 checkpoint.save_state(folder, network, ema, optimizer, config, watch.state(step), args)
-            ranks.barrier()  # nobody leaves before it is on the disk: a launcher may end the others with the first
+            ranks.barrier()  # no process leaves before the state is on disk: a launcher may end all with the first
             saved_at = time.perf_counter()
     watch.conclude(step)
 

@@ -233,8 +233,8 @@ def config_of(args: argparse.Namespace, plan: recipe.Recipe, sizes: dict, precis
         "autoencoder": encoders.canonical(plan.autoencoder),
         "data": list(plan.data),
         "wrong_captions": plan.wrong_captions,
-        "s_rule": OBJECTIVES[args.objective].s_rules[0],
-        "eta": 1.0,  # S.3.1
+        "s_rule": OBJECTIVES[args.objective].s_rules[0],  # Sec. 3.4
+        "eta": 1.0,  # S.2
         "guidance": plan.guidance,
         "guidance_space": "v",
         "steps": plan.steps,
