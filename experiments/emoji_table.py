@@ -150,7 +150,7 @@ SHOWN = {"exact": 1, "label": 2, "tag": 2, "group": 1}  # how many prompts of a 
 def draw_samples(args: argparse.Namespace) -> None:
     """OUT/samples.png: flow matching beside Self-E, the same prompts and noise, each at its searched settings."""
     runs = {row: args.runs / f"{row}-{args.seeds[0]}" for row in ("flow_matching", "self_e")}
-    if not report.all_here(runs):
+    if not runs.keys() <= report.read_rows(args.out).keys() or not report.all_here(runs):
         return
     source = source_of(checkpoint.read_json(runs["self_e"] / "config.json"))
     asked = [

@@ -40,7 +40,7 @@ MOST_BYTES = 5_000_000  # of the page
 ROOM = 4_300_000  # of the pictures' weights in it
 LEVELS = (127, 90, 64, 45, 32, 26, 22, 19)  # how finely weights may be rounded
 OBJECTIVES = ("flow matching", "control Delta = 0", "Self-E")  # of the study `objectives`
-TOLD = 3000  # training samples that tell words and pictures of the captions
+READ = 3000  # training samples, from which words and captions are taken
 
 # Prompts that are offered, and what counts as right: first those that leave something open, then exact ones, then what
 # no caption has. Of other data, the first captions.
@@ -134,14 +134,14 @@ def pictures(*folders: Path) -> dict:
         raise errors.UserError("these models are too large for the page; try Self-E's alone")
     config = models["self_e"].config
     source = feed.open_side(tuple(config["data"]), config["side"], 1, 1, feed.Reading())
-    samples = [source.sample(g) for g in range(TOLD)]
+    samples = [source.sample(g) for g in range(READ)]
     captions = [one.caption for one in samples]
     off = []
     for name, model in models.items():
         before = draw(model, captions[:12])
         model.network.load_state_dict(packed[name][1])
         off.append(np.abs(draw(model, captions[:12]) - before))
-    told = ("model", "side", "mu", "txt_len", "guidance", "guidance_space", "eta", "s_rule")
+    copied = ("model", "side", "mu", "txt_len", "guidance", "guidance_space", "eta", "s_rule")
     return {
         "note": f"The pictures' weights are rounded, most rows to {2 * finest + 1} values. Over 12 training captions in "
         f"1, 2, 4 and 8 steps, a value of a picture moves by {np.mean(off):.1f} of 255 in the mean, "
@@ -150,19 +150,21 @@ def pictures(*folders: Path) -> dict:
         "prompts": offered(config["data"][0], samples),
         "vocabulary": sorted({word for caption in captions for word in encoders.split_words(caption)}),
         "models": {
-            name: {"config": {key: model.config[key] for key in told}, "weights": packed[name][0]}
+            name: {"config": {key: model.config[key] for key in copied}, "weights": packed[name][0]}
             for name, model in models.items()
         },
     }
 
 
 def offered(name: str, samples: list) -> list[dict]:
-    """The prompts of the page, what counts as right, and the first training picture of each: a PNG in base64, "" where
-    there is none."""
+    """The prompts of the page, what counts as right, and the first training picture of each: a PNG in base64; "" where
+    there is none, and for emoji, whose art is not ours to pass on."""
     first = {}
     for picture, caption, _ in samples:
         first.setdefault(caption, picture)
     known = SHAPES if name in data.SETS else EMOJI if name in emoji.SETS else dict.fromkeys([*first][:8], "")
+
+    shown = {} if name in emoji.SETS else first
 
     def png(picture: np.ndarray) -> str:
         file = BytesIO()
@@ -170,7 +172,7 @@ def offered(name: str, samples: list) -> list[dict]:
         return base64.b64encode(file.getvalue()).decode("ascii")
 
     return [
-        {"prompt": prompt, "right": right, "picture": png(first[prompt]) if prompt in first else ""}
+        {"prompt": prompt, "right": right, "picture": png(first[prompt]) if prompt in shown else ""}
         for prompt, right in known.items()
     ]
 
