@@ -69,6 +69,8 @@ SETS = {
     "emoji-few": ("birds", "marine life", "fruit"),
     "emoji-all": ("smileys-emotion", *SOME, "travel-places", "activities", "objects"),
 }
+SETS["emoji-named"] = SETS["emoji-all"]
+NAMED = {"emoji-named": 2 / 3}  # the share of tags and groups that come with the maker, too: "a soft bird"
 KINDS = {"exact": 0.4, "label": 0.2, "tag": 0.3, "group": 0.1}  # of caption -> share of samples
 FEWEST = 4  # concepts that share a tag, 12 pictures; a tag of fewer is nearly a label, and not used
 SHIFT = 1  # pixels, in both directions. No flips: they would leave a side open where the caption is exact.
@@ -248,12 +250,21 @@ class Emoji:
         _, label, tags, subgroup, _ = self.concepts[concept]
         tags = [tag for tag in tags if tag in self.tags]
         share = KINDS if tags else KINDS | {"tag": 0.0, "group": KINDS["tag"] + KINDS["group"]}
-        return [
-            Caption("exact", with_article(f"{list(MAKERS)[maker]} {label}"), share["exact"]),
+        word, named = list(MAKERS)[maker], NAMED.get(self.name, 0.0)
+        captions = [
+            Caption("exact", with_article(f"{word} {label}"), share["exact"]),
             Caption("label", with_article(label), share["label"]),
-            *(Caption("tag", with_article(tag), share["tag"] / len(tags)) for tag in tags),
-            Caption("group", subgroup, share["group"]),
         ]
+        for tag in tags:
+            captions.append(Caption("tag", with_article(tag), share["tag"] / len(tags) * (1 - named)))
+        captions.append(Caption("group", subgroup, share["group"] * (1 - named)))
+        if named:
+            for tag in tags:
+                captions.append(
+                    Caption("named", with_article(f"{word} {tag}"), share["tag"] / len(tags) * named)
+                )
+            captions.append(Caption("named", f"{word} {subgroup}", share["group"] * named))
+        return captions
 
     def carriers(self, pairs: list[tuple[int, int]]) -> dict[str, dict[tuple[int, int], float]]:
         """Every caption -> those of the (concept, maker) pairs that may carry it, and its probability there.

@@ -41,7 +41,7 @@ RANGES |= {name: flag["range"] for name, flag in objectives.FLAGS.items() if "ra
 # ------------------------------------------------------------------------------------------------------------
 def the_run(parser: argparse.ArgumentParser) -> None:
     a = parser.add_argument_group("the run").add_argument
-    data = "one-shape, scenes, emoji, emoji-few, emoji-all, a folder of captioned pictures or of tars, tars, or caches"
+    data = "one-shape, scenes, emoji, emoji-few, emoji-all, emoji-named, a folder of pictures or of tars, tars, caches"
     wrong = "share of samples with the caption of another; 0 is off"
     a("--size", default="laptop", choices=list(SIZES), help="model and recipe")
     a("--data", metavar="DIR", type=errors.name, nargs="+", action="extend", help=data)

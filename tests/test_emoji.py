@@ -66,6 +66,13 @@ def test_captions_come_in_their_shares_and_are_true(source):
     assert loner["fruit"] / loner.total() == pytest.approx(0.4, abs=0.07)
 
 
+def test_two_captions_of_three_name_the_maker(source):
+    captions = [emoji.Emoji(16, "emoji-named").sample(g).caption for g in range(3000)]
+    words = [caption.removeprefix("a ").split()[0] for caption in captions]
+    assert np.mean([word in MAKERS for word in words]) == pytest.approx(2 / 3, abs=0.03)
+    assert {"a soft common", "flat fruit"} <= set(captions)
+
+
 def test_a_tenth_of_the_pairs_is_held_out_and_never_drawn(source):
     lots = Counter(emoji.held_out(f"{i:x}") for i in range(5000))
     assert sum(lots[m] for m in range(3)) / (5000 * 3) == pytest.approx(0.1, abs=0.01)
