@@ -1,7 +1,4 @@
-"""encoders.py against hand-made word vectors, and against transformers and diffusers on tiny models saved to a folder.
-
-Nothing here touches a network: the models are created, saved and loaded on the spot.
-"""
+"""encoders.py against hand-made word vectors, and against transformers and diffusers on tiny models made on the spot."""
 
 import functools
 import hashlib
@@ -26,23 +23,6 @@ PAIR = ["a photo of a red circle left of a blue square", "a photo of a blue circ
 @pytest.fixture(scope="module")
 def words():
     return encoders.text_encoder("words", 16, "cpu")
-
-
-SENTENCE = "81da74c3085becc85feff3bc2a1a5ea860fd748138480d63a74a8a47811dcbff"
-UNICODE = "e1bd9965372d880ce8d72ec4ce3622b6edc7e161af3a5c6183a43a5bd3a61afa"
-
-
-def sha256(*tensors):
-    digest = hashlib.sha256()
-    for x in tensors:
-        digest.update(x.numpy().astype("<f4").tobytes())
-    return digest.hexdigest()
-
-
-def test_words_are_these_very_vectors(words):
-    """The digests were computed once; a platform, library or code that moves a single bit shows here."""
-    assert sha256(*words(["A photo of 3 red circles, left of a blue café"])) == SENTENCE
-    assert sha256(*words(["", "🙂 红色 ｆｕｌｌ", "fake image Ünïcödé!"])) == UNICODE
 
 
 def test_words_layout_by_hand(words):
@@ -72,9 +52,11 @@ def test_words_any_vocabulary(words):
     odd += ["\ud800 lone", "\x00", "e\u0301"]
     tokens, pooled = words(odd)
     assert tokens[:, 0].abs().eq(1).all()  # every one has a first token, all signs
-    assert len({sha256(t) for t in tokens}) == len(odd) == len({sha256(p) for p in pooled})
+    for vectors in (tokens, pooled):
+        assert len({tuple(v.flatten().tolist()) for v in vectors}) == len(odd)
     assert words(["e\u0301"])[0].equal(words(["É"])[0])  # composed or not, capital or not: one word
-    assert encoders.split_words("a cat: “two”—3\n❤️👩‍🚀红圆") == "a cat : “ two ” — 3 ❤ 👩 🚀 红 圆".split()
+    text = "a cat: “two”—3\nｆｕｌｌ❤️👩‍🚀红圆"
+    assert encoders.split_words(text) == "a cat : “ two ” — 3 full ❤ 👩 🚀 红 圆".split()
 
 
 def test_a_letter_has_thirty_marks_at_most(words):
@@ -316,24 +298,14 @@ def test_vae(vae):
 
 
 # ------------------------------------------------------------------- the default names, from a cache without network
-@pytest.fixture
-def snapshot(tmp_path, monkeypatch):
-    """snapshot(repository): the folder where the hub's client keeps its download of a repository."""
+def test_default_names_load_from_a_hugging_face_cache(tmp_path, monkeypatch, t5, clip, vae):
+    """A repository laid out like FLUX.1-schnell's, with tiny weights."""
     cached = functools.partial(encoders.load, cache_dir=str(tmp_path), local_files_only=True)
     monkeypatch.setattr(encoders, "load", cached)
-
-    def make(name: str) -> Path:
-        repository = tmp_path / f"models--{name.replace('/', '--')}"
-        (repository / "refs").mkdir(parents=True)
-        (repository / "refs" / "main").write_text("0" * 40)
-        return repository / "snapshots" / ("0" * 40)
-
-    return make
-
-
-def test_default_names_load_from_a_hugging_face_cache(snapshot, t5, clip, vae):
-    """A repository laid out like FLUX.1-schnell's, with tiny weights."""
-    place = snapshot("black-forest-labs/FLUX.1-schnell")
+    repository = tmp_path / "models--black-forest-labs--FLUX.1-schnell"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    place = repository / "snapshots" / ("0" * 40)
     no_tokenizer = shutil.ignore_patterns("tokenizer*", "special_tokens*")
     no_model = shutil.ignore_patterns("model*", "config.json", "generation*")
     for source, number in ((clip[0], ""), (t5[0], "_2")):
@@ -349,14 +321,6 @@ def test_default_names_load_from_a_hugging_face_cache(snapshot, t5, clip, vae):
     images = torch.full((1, 3, 16, 16), 0.5)
     assert encoders.autoencoder(encoders.FLUX_VAE, "cpu").encode(images).equal(ae.encode(images))
     torch.testing.assert_close(ae.encode(images), encoders.autoencoder("kl:" + vae[0]).encode(images))
-
-
-def test_a_repository_with_pickled_weights_alone_is_refused(snapshot, bert):
-    place = shutil.copytree(bert[0], snapshot("owner/pickled"))
-    assert encoders.text_encoder("hf:owner/pickled", 8, "cpu").d_txt == 12
-    (place / "model.safetensors").unlink()
-    torch.save(bert[1].state_dict(), place / "pytorch_model.bin")
-    assert "owner/pickled" in refused(encoders.text_encoder, "hf:owner/pickled", 8, "cpu")
 
 
 def test_half_precision_inside_single_outside(monkeypatch, t5, clip, bert, vae):
@@ -389,9 +353,7 @@ def refused(call, *arguments):
     [
         (encoders.text_encoder, "bert", '"words"'),
         (encoders.text_encoder, "hf:a/b,c/d,e/f", "3 encoders"),
-        (encoders.text_encoder, "hf:../x,a/b", "no such folder"),
         (encoders.text_encoder, "hf:a/b,", "no such folder"),
-        (encoders.text_encoder, "hf:no-such-owner/no-such-model", "no-such-owner/no-such-model"),
         (encoders.text_encoder, "hf:not a name!", "not a name!"),
         (encoders.autoencoder, "vae", '"pixels"'),
         (encoders.autoencoder, "kl:/no/such/vae", "/no/such/vae"),
@@ -402,10 +364,6 @@ def test_unknown_names(call, name, said, monkeypatch):
     if name == "flux":
         monkeypatch.setitem(sys.modules, "diffusers", None)
     assert said in refused(call, name)
-
-
-def test_a_text_too_short_for_the_fake_prompt():
-    assert "at least 4" in refused(encoders.text_encoder, "words", 3)
 
 
 @pytest.mark.parametrize("kind", ["text", "auto-encoder"])
