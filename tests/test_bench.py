@@ -9,7 +9,7 @@ import types
 import programs
 import pytest
 import torch
-from programs import refused, run
+from programs import run
 
 import bench
 import model
@@ -102,18 +102,3 @@ def test_as_a_user_runs_it(tmp_path, monkeypatch, capsys):
         assert row["pictures_per_s"] == pytest.approx(4 / row["seconds"])
     assert report["rows"]["flow_matching"]["ratio"] == 1
     assert "self_e, aux" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "flags, complaint",
-    [
-        ("--batch 12", "multiple of 8"),  # shortcut models learn from an eighth
-        ("--side 18", "multiple of 4"),
-        (f"--side {2**40}", "--side"),
-        ("--blocks 0 0", "a block"),
-        ("--objectives telepathy", "telepathy"),
-        ("--out /nowhere/at/all.json", "--out"),
-    ],
-)
-def test_bad_input_is_one_line(flags, complaint, monkeypatch, capsys):
-    assert complaint in refused(monkeypatch, capsys, bench, *FLAGS, *flags.split())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from programs import refused, run
+from programs import run
 from test_shards import SIZES, half_a_picture, picture, write_shards, write_tar
 
 import data
@@ -120,17 +120,3 @@ def test_parts_as_a_user_would(tmp_path, folder, monkeypatch, capsys):
     run(monkeypatch, cache, *words)
     assert "cache: complete" in capsys.readouterr().out
     assert cache.CachedShards(tmp_path / "cache", 2).sample(0).latent.shape == (3, 32, 32)
-
-
-@pytest.mark.parametrize(
-    "arguments, complaint",
-    [
-        ([], "--side"),
-        (["--side", 64, "--part", "2/2"], "--part"),
-        (QUICK, "lower the batch"),
-        (["--side", 0], "--side"),
-    ],
-)
-def test_what_the_user_can_mend_is_one_line(tmp_path, folder, monkeypatch, capsys, arguments, complaint):
-    assert complaint in refused(monkeypatch, capsys, cache, folder, tmp_path / "new", *arguments)
-    assert not list(tmp_path.iterdir())

@@ -157,21 +157,6 @@ def test_the_command_prints_the_table_and_writes_json(tiny, command):
     assert set(results["splits"]["pairs"]["1"]["tags"]) == {"colors", "position", "color_attr"}
 
 
-NO_PROMPTS = ["--prompts", "none.jsonl", "--checkpoint", "c", "--out", "out"]
-MISTAKES = [
-    (evaluate, ["--checkpoint", "nowhere"], "no such checkpoint folder: nowhere"),
-    (evaluate, ["--steps", "0"], "--steps must lie between 1 and"),
-    (evaluate, ["--out", "nowhere/a.json"], "a file in a folder that exists"),
-    (export, NO_PROMPTS, "no such prompt file: none.jsonl"),
-]
-
-
-@pytest.mark.parametrize("program, words, complaint", MISTAKES)
-def test_what_the_user_can_mend_is_one_line(program, words, complaint, command):
-    code, printed = command(program, *words)
-    assert code == 2 and complaint in printed and printed.count("\n") == 1 and not list(Path().iterdir())
-
-
 BAD_FILES = [("", "is empty"), ('{"tag": 1}\n', 'with a "prompt"'), ("{\n", "line 1")]
 
 

@@ -128,21 +128,6 @@ def test_the_comparison_draws_its_figures(command, tmp_path):
     assert made == {"objectives.json", "objectives_between.png", "fields.png"}
 
 
-BAD = [["--steps", "0"], ["--study", "nothing"], ["--seed", "-1"], ["--out", "a_file"], ["--layout", "x"]]
-
-
-@pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad[0])
-def test_bad_arguments_are_one_line_and_exit_2(bad, tmp_path, monkeypatch, capsys):
-    (tmp_path / "a_file").write_text("")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["any_step.py", *bad])
-    with pytest.raises(SystemExit) as end:
-        errors.run(any_step.main)
-    complaint = capsys.readouterr().err
-    assert end.value.code == 2 and len(complaint.strip().splitlines()) == 1 and bad[0] in complaint
-    assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
-
-
 def test_kept_results_name_what_made_them_and_are_what_the_programs_would_write():
     files = sorted((ROOT / "toy" / "results").glob("*.json"))
     assert files
