@@ -312,13 +312,15 @@ def test_pictures_are_made_smaller_by_lanczos():
 
 
 @pytest.mark.parametrize(
-    "mode, ink", [("RGBA", (9, 9, 9, 255)), ("LA", (9, 255)), ("RGB", (9, 9, 9)), ("L", 9)]
+    "mode, ink", [("RGBA", (9, 9, 9, 255)), ("LA", (9, 255)), ("RGB", (9, 9, 9)), ("L", 9), ("P", 9)]
 )
 def test_what_is_transparent_lies_over_white(mode, ink):
     """By an alpha channel, or by a colour that a PNG calls transparent (tRNS); the rest keeps its own colour."""
     image = Image.new(mode, (20, 20))
+    if mode == "P":
+        image.putpalette([level for level in range(256) for _ in "RGB"])
     image.paste(ink, (0, 0, 20, 10))
-    options = {"RGB": {"transparency": (0, 0, 0)}, "L": {"transparency": 0}}.get(mode, {})
+    options = {} if "A" in mode else {"transparency": (0, 0, 0) if mode == "RGB" else 0}
     picture = files.cover(files.opened(encoded(image, **options)), 20, 20)
     assert (picture[12:] == 255).all() and (picture[:8] == 9).all()
 

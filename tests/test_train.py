@@ -90,6 +90,14 @@ def test_a_run_goes_on_as_what_it_was(copy, flags, complaint, monkeypatch, capsy
     assert (copy / "metrics.jsonl").read_bytes() == metrics
 
 
+def test_a_state_of_another_objective_is_refused(copy, monkeypatch, capsys):
+    """What the state says of itself decides, whatever the folder's config.json says."""
+    state = last(copy) / "state.json"
+    checkpoint.write_json(state, checkpoint.read_json(state) | {"objective": "flow_matching"})
+    line = refused(monkeypatch, capsys, train, "--resume", "--out", "r", "--steps", 8, "--device", "cpu")
+    assert "--objective flow_matching" in line
+
+
 def test_relative_data_is_found_from_another_folder(tiny, monkeypatch, capsys):
     Path("pictures").mkdir()
     for i in range(4):
@@ -145,6 +153,13 @@ def test_two_runs_that_begin_in_one_folder(tiny, monkeypatch):
         run(monkeypatch, train, "--steps", 2, "--out", "r", *QUICK)
     assert last(Path("r")).name == "step_00000001"
     assert len(records(Path("r"))) == 1
+
+
+def test_a_folder_in_which_no_state_can_lie(tiny, monkeypatch, capsys):
+    Path("r").mkdir()
+    Path("r/state").write_text("theirs")
+    refused(monkeypatch, capsys, train, "--steps", 4, "--out", "r", *QUICK)
+    assert [path.read_text() for path in Path("r").iterdir()] == ["theirs"]
 
 
 def test_a_run_outlives_its_grids_and_its_terminal(tiny, monkeypatch):
