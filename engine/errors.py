@@ -1,11 +1,18 @@
 """Errors that the user can fix: one clear line on stderr, exit code 2.
 
+    raise errors.UserError("no such folder: pictures/")
+    parser = errors.Parser("train.py", "Train Self-E.")
+    parser.add_argument("--out", type=errors.file_to_write)
+    parser.check_ranges(args, steps=(1, 10**6))
+    errors.run(main)
+
 Programs raise UserError at their edges, where arguments and files come in; every other exception is a defect of ours
 and keeps its traceback.
 """
 
 import argparse
 import contextlib
+import difflib
 import functools
 import os
 import sys
@@ -62,6 +69,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(textwrap.shorten(message, 500, placeholder=" ..."))
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        found, unknown = self.parse_known_args(args, namespace)
+        for word in unknown:
+            near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, 1)
+            self.error(f"there is no {word}" + (f"; did you mean {near[0]}?" if near else ""))
+        return found
 
     def check_ranges(self, args: argparse.Namespace, **ranges: tuple[float, float]) -> None:
         """Complain about a number, or one of a list, that does not lie in its range; None passes."""

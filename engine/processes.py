@@ -1,5 +1,10 @@
 """Several processes that make one run: what they exchange, what they decide together, and how they stop.
 
+    ranks = processes.Ranks.of_environment()         # torchrun's WORLD_SIZE and RANK; 1 and 0 without it
+    ranks.agree({"iteration": 1200})                 # an error unless all of them say the same
+    bad, stop = ranks.any(is_bad, is_stopped)        # true on all where it is true on one
+    stop = processes.StopSignal()                    # true after the first Ctrl-C or SIGTERM
+
 Every method of Ranks but `is_first` must be called by all processes together.
 """
 
@@ -7,6 +12,8 @@ import contextlib
 import datetime
 import os
 import signal
+import sys
+import threading
 from typing import NamedTuple
 
 import torch
@@ -38,6 +45,9 @@ class Ranks(NamedTuple):
             return
         place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         others = f"the other {self.world - 1} of {self.world} processes at {place}"
+        line = f"process {self.rank} waits for {others}, {patience:g} s at most"
+        waiting = threading.Timer(5, print, [line], {"file": sys.stderr})
+        waiting.start()
         limit, hour = (datetime.timedelta(seconds=n) for n in (patience, 3600))
         try:
             store, rank, world = next(dist.rendezvous("env://", timeout=limit))
@@ -49,6 +59,8 @@ class Ranks(NamedTuple):
                 f"process {self.rank} did not meet {others} within {patience:g} s "
                 f"({str(error).splitlines()[0]}): start all of them with torchrun"
             ) from error
+        finally:
+            waiting.cancel()
         yield
         dist.destroy_process_group()  # not after an error: the others may be waiting, and so would this
 

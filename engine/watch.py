@@ -1,10 +1,16 @@
 """What a run reports while it trains: progress, records, picture grids, updates that are left out.
 
+    watch = watch.Watch(run, precision, state, closing)
+    watch.seen(batch, stats, aux)              # a micro-batch
+    watch.updated(norm)                        # or, after a gradient that is not finite, watch.left_out(...)
+    watch.log(step); watch.draw(step, ema)     # where they are due
+
 Grids: the data's first prompts in rows, each from one noise, and sample.STEP_COUNTS in columns.
 """
 
 import contextlib
 import math
+import re
 import shlex
 import signal
 import sys
@@ -24,6 +30,7 @@ from engine.run import Run
 from objectives import OBJECTIVES
 
 PATIENCE = 5  # iterations in a row without a finite gradient before the run stops
+DIVERGED = 10.0  # a loss that ends at so many times that of the first record is no success
 
 
 def grid_prompts(source, n: int = 8) -> dict[str, tuple[int, int]]:
@@ -58,6 +65,7 @@ class Watch:
         self.peak = machine.peak_flops(run.codec.device, precision)
         self.began, self.elapsed_before = time.perf_counter(), state.get("elapsed", 0.0)
         self.nonfinite = state.get("nonfinite", 0)  # updates left out so far
+        self.first_loss, self.last_loss = state.get("first_loss"), None  # of the records
         self.in_a_row, self.failure = 0, ""
         if self.is_first:
             price.tell(run.args, run.plan, run.config["model"], run.codec.factor, run.ranks.world, run.start)
@@ -76,7 +84,7 @@ class Watch:
 
     def state(self, step: int) -> dict:
         """What state.json says after `step` iterations."""
-        counts = {"elapsed": self.elapsed(), "nonfinite": self.nonfinite}
+        counts = {"elapsed": self.elapsed(), "nonfinite": self.nonfinite, "first_loss": self.first_loss}
         return {"step": step, "steps": self.run.plan.steps} | self.run.continuity() | counts
 
     def say(self, text: str) -> None:
@@ -114,8 +122,9 @@ class Watch:
         self.say(f"iteration {step}: no finite gradient (loss {loss}, norm {norm}); its update is left out")
         if self.in_a_row == PATIENCE:
             self.failure = (
-                f"no finite gradient in {PATIENCE} iterations in a row, last with {', '.join(suspects[:8])}; "
-                "the weights from before them are saved, and --resume goes on behind them, with a lower --lr if need be"
+                f"no finite gradient in {PATIENCE} iterations in a row, last with {', '.join(suspects[:8])} (all are in "
+                f"{self.run.folder / 'metrics.jsonl'}); the weights from before them are saved, and --resume goes on "
+                "behind them, with a lower --lr if need be"
             )
         return bool(self.failure)
 
@@ -135,10 +144,15 @@ class Watch:
                 self.say(f"left out {files.printable(key)}: {found[key]}")
             self.skipped |= found
         if self.is_first and record:
+            self.last_loss = record["loss"]
+            self.first_loss = self.first_loss or self.last_loss
             record["skipped"] = len(self.skipped)
             record["images_per_s"] = record["iterations_per_s"] * run.plan.stage(last).batch_size
-            plan = run.plan
-            record |= {"lr": plan.learning_rate(last), "tau": plan.tau(last), "aux": plan.aux(last)}
+            record |= {
+                "lr": run.plan.learning_rate(last),
+                "tau": run.plan.tau(last),
+                "aux": run.plan.aux(last),
+            }
             record |= {"nonfinite": self.nonfinite, "elapsed": self.elapsed()}
             self.log_file.write({"step": step} | record)
             self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['images_per_s']:.0f} images/s")
@@ -166,7 +180,7 @@ class Watch:
         """Say how to go on, or how to make pictures. Raises UserError for a run that failed; a run that was stopped ends
         the process with 128 and the signal's number."""
         self.bar.close()
-        run = self.run
+        run, ratio = self.run, (self.last_loss or 0) / (self.first_loss or 1)
         if self.failure:
             raise errors.UserError(self.failure)
         if step < run.plan.steps:
@@ -175,11 +189,15 @@ class Watch:
                 print(f"stopped by {by} after iteration {step}; the state is saved. To go on:")
                 print(f"  {run.command('train.py --resume --out')}")
             sys.exit(128 + (run.stop.number or signal.SIGTERM))
+        if ratio > DIVERGED:
+            raise errors.UserError(
+                f"the loss ended at {ratio:.0f} times what it was at first: the run has diverged, and {run.folder} draws "
+                "nothing; begin again with a lower --lr"
+            )
         if self.is_first:
             if run.start == step:
                 print(f"{run.folder} has its {step:,} iterations; --steps N makes more")
             prompt = files.printable(" ".join(next(iter(self.prompts)).split())[:200])
+            shown = f'"{prompt}"' if re.fullmatch(r"[\w ,.'-]*", prompt) else shlex.quote(prompt)
             program = run.command("sample.py --checkpoint")
-            print(
-                f"done: {run.folder}. To make pictures:\n  {program} --steps 1 2 4 8 50 --prompt {shlex.quote(prompt)}"
-            )
+            print(f"done: {run.folder}. To make pictures:\n  {program} --steps 1 2 4 8 50 --prompt {shown}")

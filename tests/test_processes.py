@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -124,15 +125,18 @@ def test_processes_that_do_not_agree_refuse_to_start(tmp_path):
 
 
 @pytest.mark.parametrize("address", [{}, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}], ids=str)
-def test_processes_that_do_not_meet_say_so_and_give_up(address, monkeypatch):
-    """No address, or nobody there."""
+def test_processes_that_do_not_meet_say_so_and_give_up(address, monkeypatch, capsys):
+    """No address, or nobody there; who waits for whom is said while they wait."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in address.items() | {("WORLD_SIZE", "2"), ("RANK", "1")}:
         monkeypatch.setenv(name, value)
+    timer = threading.Timer
+    monkeypatch.setattr(processes.threading, "Timer", lambda seconds, *a: timer(0, *a))
     with pytest.raises(errors.UserError, match="process 1 did not meet the other 1 of 2 processes"):
         with processes.Ranks.of_environment().connected(torch.device("cpu"), 1):
             pass
+    assert "process 1 waits for" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rank, order", [(0, ["work", "barrier"]), (1, ["barrier", "work"])])

@@ -98,6 +98,18 @@ def test_a_state_of_another_objective_is_refused(copy, monkeypatch, capsys):
     assert "--objective flow_matching" in line
 
 
+def test_a_run_whose_loss_has_grown_is_no_success(tiny, monkeypatch, capsys):
+    """Far above its first record, also one of before a stop: the state is saved, and the last line says so."""
+    monkeypatch.setattr(watch, "DIVERGED", 0.1)
+    line = refused(monkeypatch, capsys, train, "--steps", 2, "--out", "d", *QUICK)
+    assert "diverged" in line and "--lr" in line and last(Path("d")).name == "step_00000002"
+    monkeypatch.setattr(watch, "DIVERGED", 10)
+    state = last(Path("d")) / "state.json"
+    saved = checkpoint.read_json(state)
+    checkpoint.write_json(state, saved | {"first_loss": saved["first_loss"] / 1e6})
+    assert "diverged" in refused(monkeypatch, capsys, train, "--resume", "--out", "d", "--steps", 3)
+
+
 def test_relative_data_is_found_from_another_folder(tiny, monkeypatch, capsys):
     Path("pictures").mkdir()
     for i in range(4):
