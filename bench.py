@@ -1,4 +1,4 @@
-"""What a training step costs on this machine: time, arithmetic, memory (S.2).
+"""What a training step costs on this machine: time, its parts, arithmetic, memory (S.2).
 
     python bench.py                                                                     # the laptop model
     python bench.py --size 2b --batch 48 --compile --objectives self_e --out 2b.json    # on a GPU
@@ -9,20 +9,26 @@ pictures and prompts, with tau = 1, all in one precision (train.py takes fp32 fo
 turns, so that the machine's moods hit all alike, and medians count. Ratios are to flow matching, which is always
 measured; each is the median of the rounds' own ratios.
 
-    passes    forward passes of the whole batch (objectives.py); one with a backward pass counts 3
+    passes    forward passes of the whole batch, counted as they happen; one with a backward pass counts 3
     MFU       passes x price.forward_flops, by the best rate of a large matrix product in the same rounds;
               recomputation is not counted as work
     kept      what autograd keeps for the backward pass, each tensor once; on CUDA `peak` has all memory of a step
+    parts     taken in rounds of their own, because each is waited for
+
+Where diffusers is installed, forward + backward of the network are set beside its FluxTransformer2DModel.
 """
 
 import argparse
+import contextlib
 import copy
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from statistics import median
 
 import torch
+from einops import rearrange
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -34,6 +40,7 @@ from engine.run import made_up_batch
 from objectives import OBJECTIVES, VARIANTS
 
 WARM_UP = 2  # rounds that are not counted
+PARTS = ("forward", "evaluations", "backward", "targets and loss", "clipping", "Adam", "EMA")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -115,18 +122,46 @@ class Step:
         mu = losses.mu_of_length(self.network.tokens(x0))
         draws = objective.draw(0, 0, list(range(len(x0))), x0.shape[1:], device=self.device)
         self.inputs = (*batch, draws, 1.0, mu, aux)
-        self.passes = OBJECTIVES[name].forwards(aux, guided=bool(flags))
 
     def loss(self) -> torch.Tensor:
         return self.objective(*self.inputs)[0]
 
-    def __call__(self) -> None:
-        self.loss().backward()
+    def __call__(self, lap: Callable = lambda part: None) -> None:
+        loss = self.loss()
+        lap("targets and loss")
+        loss.backward()
+        lap("backward")
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), recipe.Recipe.clip)
+        lap("clipping")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
+        lap("Adam")
         average = get_ema_multi_avg_fn(recipe.Recipe.ema)
         average(list(self.ema.parameters()), list(self.network.parameters()), 0)
+        lap("EMA")
+
+    def taken_apart(self) -> tuple[dict[str, float], float]:
+        """Seconds of each part of a step, no second in two of them, and its forward passes of the whole batch."""
+        parts, samples, last = Counter(), [], now()
+
+        def lap(part):
+            nonlocal last
+            before, last = last, now()
+            parts[part] += last - before
+
+        def enter(network, inputs):
+            lap("targets and loss")
+
+        def leave(network, inputs, out):
+            samples.append(len(out) * (3 if out.requires_grad else 1))
+            lap("forward" if out.requires_grad else "evaluations")
+
+        with contextlib.ExitStack() as hooks:
+            for network in (self.network, self.ema):
+                hooks.enter_context(network.register_forward_pre_hook(enter))
+                hooks.enter_context(network.register_forward_hook(leave))
+            self(lap)
+        return parts, sum(samples) / len(self.inputs[0])
 
     def memory(self) -> dict[str, float]:
         kept = {"kept_mib": kept_bytes(self.loss, self.network) / 2**20}
@@ -148,17 +183,70 @@ def measure(steps: dict[str, Step], picture_flops: float, repeats: int) -> dict:
 
     seconds, rows = in_turns(steps | {"matrix product": matrix_product}, repeats), {}
     for name, step in steps.items():
-        typical = median(seconds[name])
-        rate = step.passes * batch * picture_flops / typical
+        apart = [step.taken_apart() for _ in range(repeats)]
+        typical, passes = median(seconds[name]), apart[0][1]
+        rate = passes * batch * picture_flops / typical
         rows[name] = {
             "seconds": typical,
             "ratio": ratio(seconds[name], seconds["flow_matching"]),
             "pictures_per_s": batch / typical,
-            "passes": step.passes,
+            "passes": passes,
             "tflops": rate / 1e12,
             "mfu": rate / max(rates),
+            "parts": {part: median(parts[part] for parts, _ in apart) for part in PARTS},
         } | memory[name]
     return {"peak_tflops": max(rates) / 1e12, "rows": rows}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The network beside diffusers' FLUX
+# ------------------------------------------------------------------------------------------------------------
+def diffusers_flux(size: dict, device: torch.device, compiled: bool) -> nn.Module:
+    """diffusers' transformer of the same size. Raises ImportError without diffusers."""
+    from diffusers import FluxTransformer2DModel
+
+    with device:
+        flux = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=size["channels"] * size["patch"] ** 2,
+            num_layers=size["double"],
+            num_single_layers=size["single"],
+            attention_head_dim=size["width"] // size["heads"],
+            num_attention_heads=size["heads"],
+            joint_attention_dim=size["txt_dim"],
+            pooled_projection_dim=size["vec_dim"],
+            axes_dims_rope=size["axes"],
+        )
+    for block in [*flux.transformer_blocks, *flux.single_transformer_blocks] if compiled else []:
+        block.compile(dynamic=False)
+    return flux
+
+
+def both_ways(network: model.Denoiser, flux: nn.Module, batch: tuple) -> dict[str, Callable]:
+    """Forward + backward of our network and of diffusers', on the same numbers."""
+    x, (txt, vec), *_ = batch
+    device, p, precision = x.device, network.patch, network.precision
+    t = torch.rand(len(x), device=device)
+    rows, columns = (torch.arange(float(side // p)) for side in x.shape[2:])
+    theirs = {
+        "hidden_states": rearrange(x, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=p, pw=p),
+        "encoder_hidden_states": txt,
+        "pooled_projections": vec,
+        "timestep": t,
+        "img_ids": torch.cartesian_prod(torch.zeros(1), rows, columns).to(device),  # (0, y, x), row by row
+        "txt_ids": torch.zeros(txt.shape[1], 3, device=device),
+    }
+
+    def end(out, net):
+        out.float().square().mean().backward()
+        net.zero_grad(set_to_none=True)
+
+    def diffusers():
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            out = flux(**theirs, return_dict=False)[0]
+        end(out, flux)
+
+    return {"ours": lambda: end(network(x, t, t, txt, vec), network), "diffusers": diffusers}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -207,6 +295,15 @@ def show(report: dict) -> None:
         memory = f"{row['peak_gib']:.1f} GiB peak" if "peak_gib" in row else f"{row['kept_mib']:.1f} MiB kept"
         cells = f"{1e3 * row['seconds']:.1f}", f"{row['ratio']:.2f}", f"{row['pictures_per_s']:.1f}"
         line(name, *cells, f"{row['passes']:.2f}", f"{row['tflops']:.3f}", f"{row['mfu']:.1%}", memory)
+    print()
+    line("its parts", *PARTS)
+    for name, row in report["rows"].items():
+        line(name, *(f"{seconds / sum(row['parts'].values()):.1%}" for seconds in row["parts"].values()))
+    if pair := report.get("forward_backward"):
+        ours, theirs = (f"{1e3 * pair[name]:.1f} ms" for name in ("ours", "diffusers"))
+        print(f"\nforward + backward: {ours}, diffusers' FLUX {theirs} (ratio {pair['ratio']:.2f})")
+    else:
+        print("\ndiffusers is not installed: the network is not set beside its FLUX")
 
 
 def main() -> None:
@@ -230,6 +327,12 @@ def main() -> None:
     report = machine.provenance(device) | settings | {"image_tokens": tokens, "text_tokens": plan.txt_len}
     report |= measure(steps, price.forward_flops(size, tokens, plan.txt_len), args.repeats)
 
+    del steps, ema, adam  # they make room for the other network
+    with contextlib.suppress(ImportError):
+        flux = diffusers_flux(size, device, args.compile)
+        seconds = in_turns(both_ways(network, flux, batch), args.repeats)
+        pair = {name: median(values) for name, values in seconds.items()}
+        report["forward_backward"] = pair | {"ratio": ratio(seconds["ours"], seconds["diffusers"])}
     show(report)
     if args.out:
         checkpoint.write_json(args.out, report)

@@ -3,8 +3,11 @@
 How long anything takes is not tested.
 """
 
+import itertools
 import json
+import sys
 import types
+from collections import Counter
 
 import programs
 import pytest
@@ -37,15 +40,7 @@ def made(label: str, size: dict = TINY, shape: tuple = (8, 3, 16, 16), recompute
 def test_a_step_makes_the_passes_that_its_objective_names(label):
     name, flags, aux = KINDS[label]
     objective = OBJECTIVES[name]
-    step, samples = made(label), []
-
-    def leave(network, inputs, out):
-        samples.append(len(out) * (3 if out.requires_grad else 1))
-
-    for network in (step.network, step.ema):
-        network.register_forward_hook(leave)
-    step()
-    assert step.passes == objective.forwards(aux, guided=bool(flags)) == sum(samples) / len(step.inputs[0])
+    assert made(label).taken_apart()[1] == objective.forwards(aux, guided=bool(flags))
 
 
 def test_what_a_backward_pass_needs_is_counted_once_and_without_weights():
@@ -80,18 +75,49 @@ def test_turns_are_taken_and_the_warm_up_is_not_counted(monkeypatch):
     assert bench.ratio([2.0, 8.0, 3.0], [1.0, 2.0, 3.0]) == 2.0  # of each round, not of the medians
 
 
+@pytest.mark.parametrize(
+    "label, evaluations", [("flow_matching", 0), ("self_e", 2), ("self_e, aux", 2), ("imm", 1), ("tim", 2)]
+)
+def test_each_second_belongs_to_one_part(label, evaluations, monkeypatch):
+    """By a clock that ticks whenever it is read: a part takes as many seconds as it has ends."""
+    step = made(label)
+    step()
+    monkeypatch.setattr(bench.time, "perf_counter", itertools.count().__next__)
+    forwards = 2 if label.endswith("aux") else 1
+    parts = {"forward": forwards, "evaluations": evaluations, "targets and loss": forwards + evaluations + 1}
+    parts |= {"backward": 1, "clipping": 1, "Adam": 1, "EMA": 1}
+    assert step.taken_apart()[0] == Counter(parts)
+
+
+def test_both_networks_go_both_ways():
+    """That they are the same but for the gap is a test of test_model.py."""
+    step = made("flow_matching", shape=(4, 3, 8, 12))
+    flux = bench.diffusers_flux(TINY, CPU, False)
+    works = bench.both_ways(step.network, flux, step.inputs)
+    for name, network in (("ours", step.network), ("diffusers", flux)):
+        reached = set()
+        for p in network.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: reached.add(id(p)))
+        works[name]()
+        assert reached == {id(p) for p in network.parameters()}
+        assert all(p.grad is None for p in network.parameters())
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The command
 # ------------------------------------------------------------------------------------------------------------
 FLAGS = ["--device", "cpu", "--precision", "fp32"]
 
 
-def test_as_a_user_runs_it(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("diffusers", [True, False])
+def test_as_a_user_runs_it(diffusers, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(model.SIZES, "laptop", TINY)
+    if not diffusers:
+        monkeypatch.setitem(sys.modules, "diffusers", None)
     out = tmp_path / "bench.json"
     words = ["--batch", 4, "--repeats", 2, "--side", 8, "--objectives", "self_e", "--out", out]
     run(monkeypatch, bench, *FLAGS, *words)
-    report = json.loads(out.read_text())
+    report, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert {"command", "commit", "hardware", "date"} <= set(report) and report["blocks"] == [1, 2]
     assert (report["image_tokens"], report["text_tokens"], report["precision"]) == (4, 14, "float32")
     assert list(report["rows"]) == ["flow_matching", "self_e", "self_e, aux"]
@@ -101,4 +127,4 @@ def test_as_a_user_runs_it(tmp_path, monkeypatch, capsys):
         assert row["mfu"] == pytest.approx(rate / (1e12 * report["peak_tflops"]))
         assert row["pictures_per_s"] == pytest.approx(4 / row["seconds"])
     assert report["rows"]["flow_matching"]["ratio"] == 1
-    assert "self_e, aux" in capsys.readouterr().out
+    assert ("forward_backward" in report) is diffusers is ("diffusers is not installed" not in printed)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel
 from torch._dynamo.utils import counters
 
+import bench
 import losses
 import model
 from engine import machine
@@ -178,21 +178,6 @@ def as_diffusers(tensors: dict[str, torch.Tensor], width: int) -> dict[str, torc
     return out
 
 
-def diffusers_flux(config: dict) -> torch.nn.Module:
-    """diffusers' transformer of the same size."""
-    return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=config["channels"] * config["patch"] ** 2,
-        num_layers=config["double"],
-        num_single_layers=config["single"],
-        attention_head_dim=config["width"] // config["heads"],
-        num_attention_heads=config["heads"],
-        joint_attention_dim=config["txt_dim"],
-        pooled_projection_dim=config["vec_dim"],
-        axes_dims_rope=config["axes"],
-    )
-
-
 def assert_within(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
     """Equal to 1e-5, relative to the largest entry where that exceeds 1 (a gradient's sum over many terms)."""
     error, size = (actual - expected).abs().max().item(), max(1.0, expected.abs().max().item())
@@ -202,7 +187,7 @@ def assert_within(actual: torch.Tensor, expected: torch.Tensor, name: str) -> No
 @pytest.mark.parametrize("config", [OTHER, DEEP], ids=["other", "deep"])
 def test_equals_the_flux_of_diffusers_when_the_gap_embedder_is_zero(config):
     """Outputs, and the gradients of every weight and every input, at weights away from zero."""
-    network, flux = away_from_zero(config), diffusers_flux(config)
+    network, flux = away_from_zero(config), bench.diffusers_flux(config, torch.device("cpu"), False)
     with torch.no_grad():
         for p in network.gap_in.parameters():
             p.zero_()
