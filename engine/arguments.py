@@ -115,9 +115,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             now, then = (value_of(a, name) for a in (args, begun))
             if now != then:
                 was = f"{args.out} was begun with {flag_of(name)} {then}, not {now}"
-                raise errors.UserError(
-                    f"{was}: leave that out, or begin a new run (--init {args.out} --out NEW)"
-                )
+                raise errors.UserError(f"{was}: leave that out, or begin a new run (--init)")
     elif args.init:
         take_from_init(args)
     check(parser, args)
