@@ -177,14 +177,6 @@ def test_of_several_captions_each_sample_draws_one(folder):
     assert len(counts) == 4 and abs(counts - 100).max() < 5 * (400 * 3 / 16) ** 0.5
 
 
-def test_a_folder_says_what_it_holds_and_leaves_out(folder, capsys):
-    (folder / "lost.png").write_bytes(b"")
-    (folder / "lost.txt").write_text("lost")
-    source = data.ImageFolder(folder, 8)
-    assert source.summary == f"{folder}: 7 pictures, 10 captions; left out: 1 broken picture (lost.png)"
-    assert not capsys.readouterr().err  # said once, by whoever prints the plan
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Sheets
 # ------------------------------------------------------------------------------------------------------------

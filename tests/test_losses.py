@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import losses
-from peers import variants
 
 F64 = torch.float64
 
@@ -106,12 +105,6 @@ def batch(dtype=F64, **other_draws) -> tuple:
     x0, c, null, fake = (x.to(dtype) for x in (x0, c, null, fake))
     draws = losses.Draws(*(x.to(dtype) if x.is_floating_point() else x for x in draws))
     return x0, (c,), (null,), (fake,), IS_NULL, draws
-
-
-@pytest.mark.parametrize("options", [dict(target="Renorm"), dict(null_target="zero")])
-def test_unknown_choices_are_refused(options):
-    with pytest.raises(ValueError, match="unknown"):
-        variants.Variant(*networks(), **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])

@@ -68,17 +68,3 @@ def test_muon_is_torchs(precision):
         assert torch.equal(mine.state[p]["momentum_buffer"], torchs.state[q]["momentum_buffer"])
         assert torch.equal(p, q) if precision == torch.bfloat16 else torch.allclose(p, q, atol=1e-3)
         assert not torch.equal(p, q) or precision == torch.bfloat16
-
-
-@pytest.mark.parametrize("shape", [(5, 5), (3, 7), (7, 3)])
-def test_orthogonal_moves_each_singular_value_by_the_polynomial(shape):
-    torch.manual_seed(0)
-    matrix = torch.randn(shape, dtype=torch.float64)
-    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
-    values = values / values.square().sum().sqrt()
-    a, b, c = optimizers.POLYNOMIAL
-    for _ in range(optimizers.ROUNDS):
-        values = a * values + b * values**3 + c * values**5
-    before = matrix.clone()
-    assert torch.allclose(optimizers.orthogonal(matrix[None], torch.float64)[0], u @ values.diag() @ v)
-    assert torch.equal(matrix, before)

@@ -108,13 +108,6 @@ def test_the_constants_that_the_paper_leaves_open(row, what, number, ours, writt
     assert written in re.findall(r"\d+(?:\.\d+)?k?", line.split("|", 2)[2])
 
 
-def test_sides_take_turns_batch_by_batch():
-    plan = recipe.RECIPES["2b"]
-    assert {plan.side(step) for step in range(1000)} == {256}
-    sides = [plan.side(500_000 + i) for i in range(100)]
-    assert sides.count(256) == sides.count(512) == 50 and all(a != b for a, b in itertools.pairwise(sides))
-
-
 def test_positions_never_repeat_and_start_stages_at_whole_batches():
     plan = recipe.make("2b", steps=50)  # stages of 35 and 15 iterations: 35 * 1024 is no multiple of 768
     spans = [(plan.first(step), plan.first(step) + plan.stage(step).batch_size) for step in range(50)]

@@ -1,6 +1,4 @@
-"""rng.py: the same numbers everywhere, different numbers for different purposes, and the right distribution."""
-
-import math
+"""rng.py: the same numbers everywhere, different numbers for different purposes."""
 
 import numpy as np
 import torch
@@ -43,15 +41,3 @@ def test_the_numbers_themselves():
     assert randomness.rng(7, "noise", 3, 11).integers(0, 2**32, 4).tolist() == integers
     normals = [0.98642856, 0.96624613, -0.68490297, 0.44363254]
     np.testing.assert_allclose(randomness.normal(7, "noise", [(3, 11)], (4,))[0], normals, rtol=1e-6)
-
-
-def test_normals_have_the_normal_law_and_neighbours_are_independent():
-    """A Kolmogorov-Smirnov test at the 0.1% level within and across rows, and correlations of adjacent keys."""
-    x = randomness.normal(0, "noise", [(step, i) for step in range(20) for i in range(100)], (10,)).double()
-    for values in (x.flatten(), x[:, 0]):
-        F = 0.5 * (1 + torch.erf(values.sort().values / math.sqrt(2)))
-        n = len(F)
-        distance = max((torch.arange(1, n + 1) / n - F).max(), (F - torch.arange(n) / n).max())
-        assert distance < 1.95 / n**0.5
-    n = x.numel()
-    assert abs((x[1:] * x[:-1]).mean()) < 4 / n**0.5 and abs((x[:, 1:] * x[:, :-1]).mean()) < 4 / n**0.5
