@@ -2,12 +2,12 @@
 
 import io
 import json
-import tarfile
 from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_shards import write_tar
 
 import data
 import emoji
@@ -108,15 +108,6 @@ def test_articles(words):
     assert emoji.with_article(words.split()[-1]) == words
 
 
-def pack(path, files: dict[str, bytes]):
-    with tarfile.open(path, "w:gz") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"package/{name}")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
 def picture(color: tuple, form: str, side: int) -> bytes:
     file = io.BytesIO()
     Image.new("RGBA", (side, side), color).save(file, form, lossless=True)
@@ -144,7 +135,10 @@ def archives(tmp_path):
         "t.tgz": {f"img/twitter/64/{code}.png": small for code in ("1f43f-fe0f", "1f98a")},
         "w.tgz": {f"{name}.json": json.dumps(value).encode() for name, value in words.items()},
     }
-    return [pack(tmp_path / name, content) for name, content in contents.items()]
+    return [
+        write_tar(tmp_path / name, {f"package/{file}": content for file, content in some.items()}, "w:gz")
+        for name, some in contents.items()
+    ]
 
 
 def test_tiles_of_what_all_makers_drew_lie_over_white(archives, tmp_path, monkeypatch):

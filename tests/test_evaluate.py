@@ -2,13 +2,12 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from programs import TINY
+from programs import TINY, refused, run
 from test_tables import draw_objects
 
 import data
@@ -111,45 +110,21 @@ def tiny(tmp_path_factory):
     sizes = TINY | {"width": 32, "axes": (4, 6, 6), "patch": 8}
     torch.manual_seed(0)
     checkpoint.save_weights(folder / "model.safetensors", model.Denoiser(**sizes))
-    config = {
-        "format": 1,
-        "model": sizes,
-        "objective": "flow_matching",
-        "data": ["shapes"],
-        "side": 32,
-        "mu": 0.0,
-    }
+    config = {"format": 1, "model": sizes, "objective": "flow_matching"}
+    config |= {"data": ["shapes"], "side": 32, "mu": 0.0}
     config |= {"text_encoder": "words", "txt_len": 16, "autoencoder": "pixels", "precision": "float32"}
     config |= {"s_rule": 0.0, "eta": 1.0, "guidance": 1.0, "guidance_space": "v"}
     checkpoint.write_json(folder / "config.json", config)
     return folder
 
 
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Calls a program in an empty folder and returns its exit code and what it printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(program, *words):
-        monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", "--device", "cpu", *map(str, words)])
-        code = 0
-        try:
-            errors.run(program.main)
-        except SystemExit as end:
-            code = end.code
-        printed = capsys.readouterr()
-        return code, printed.err if code else printed.out
-
-    return call
-
-
-def test_the_command_prints_the_table_and_writes_json(tiny, command):
-    numbers = ("--steps", 1, 2, "--per-tag", 2, "--images", 2, "--seed", 3, "--out", "a.json")
-    code, printed = command(evaluate, "--checkpoint", tiny, *numbers)
-    assert code == 0
+def test_the_command_prints_the_table_and_writes_json(tiny, tmp_path, monkeypatch, capsys):
+    numbers = ("--steps", 1, 2, "--per-tag", 2, "--images", 2, "--seed", 3, "--out", tmp_path / "a.json")
+    run(monkeypatch, evaluate, "--device", "cpu", "--checkpoint", tiny, *numbers)
+    printed = capsys.readouterr().out
     for word in ("Steps", "Overall", "Attribute Binding", "test prompts, 24 pictures a row", "pairs prompts"):
         assert word in printed
-    results = checkpoint.read_json(Path("a.json"))
+    results = checkpoint.read_json(tmp_path / "a.json")
     assert results["choices"]["s_rule"] == 1.0  # flow matching's, whatever its config says
     assert results["seed"] == 3 and results["hardware"] and results["commit"] and "seconds" in results
     assert "--per-tag 2" in results["command"] and set(results["splits"]["test"]) == {"1", "2"}
@@ -177,12 +152,12 @@ def read_like_geneval(folder):
     return found
 
 
-def test_an_export_is_what_geneval_reads_and_goes_on_where_it_stopped(tiny, command):
-    asked = evaluate.prompts("test", 1)[:3]
-    Path("prompts.jsonl").write_text("".join(json.dumps(m) + "\n" for m in asked))
-    words = ("--checkpoint", tiny, "--steps", 2, "--images", 2, "--prompts", "prompts.jsonl", "--out", "out")
-    assert command(export, *words)[0] == 0
-    out = Path("out")
+def test_an_export_is_what_geneval_reads_and_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch, capsys):
+    asked, prompts, out = evaluate.prompts("test", 1)[:3], tmp_path / "prompts.jsonl", tmp_path / "out"
+    prompts.write_text("".join(json.dumps(m) + "\n" for m in asked))
+    words = ("--device", "cpu", "--checkpoint", tiny, "--steps", 2, "--images", 2)
+    words += ("--prompts", prompts, "--out", out)
+    run(monkeypatch, export, *words)
     assert read_like_geneval(out) == {i: (m, ["0000.png", "0001.png"]) for i, m in enumerate(asked)}
     before = {f: f.read_bytes() for f in sorted(out.rglob("*.png"))}
     assert len(set(before.values())) == 6  # every picture has its own noise
@@ -190,12 +165,12 @@ def test_an_export_is_what_geneval_reads_and_goes_on_where_it_stopped(tiny, comm
     for file in list(before)[3:5]:
         file.unlink()  # a run that was stopped here
     kept = {f: f.stat().st_mtime_ns for f in before if f.exists()}
-    assert "2 new pictures, 6 in all" in command(export, *words, "--batch-size", 1)[1]
+    run(monkeypatch, export, *words, "--batch-size", 1)
+    assert "2 new pictures, 6 in all" in capsys.readouterr().out
     assert {f: f.read_bytes() for f in before} == before  # the same pictures, in batches of another size
     assert {f: f.stat().st_mtime_ns for f in kept} == kept
 
-    code, printed = command(export, *words, "--seed", 1)
-    assert code == 2 and "other settings" in printed
+    assert "other settings" in refused(monkeypatch, capsys, export, *words, "--seed", 1)
     assert {f: f.read_bytes() for f in before} == before
 
 

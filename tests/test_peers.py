@@ -146,11 +146,3 @@ def test_two_processes_and_the_compiler_change_nothing(name, tmp_path):
     one, *others = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two", "compiled"))
     for other in others:  # Adam moved them by 1e-2
         assert max(float((one[key] - other[key]).abs().max()) for key in one) < 1e-4
-
-
-def test_the_flags_reach_the_objectives():
-    flags = "--objective meanflow --train-guidance 3 --loss-power 0.75 --derivative forward"
-    args = arguments.parse(flags.split())
-    built = objectives.OBJECTIVES["meanflow"].build(torch.nn.Linear(1, 1), None, args)
-    assert (built.guidance, built.power, built.improved) == (3, 0.75, False) and args.compile is False
-    assert built.derivative is meanflow.path_derivative

@@ -34,9 +34,9 @@ def half_a_picture(size) -> bytes:
     return content[: len(content) // 2]
 
 
-def write_tar(path, members: dict[str, bytes]) -> Path:
+def write_tar(path, members: dict[str, bytes], mode="w") -> Path:
     path.parent.mkdir(exist_ok=True, parents=True)
-    with tarfile.open(path, "w") as archive:
+    with tarfile.open(path, mode) as archive:
         for name, content in members.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)

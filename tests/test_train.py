@@ -24,6 +24,7 @@ import train
 from engine import arguments, checkpoint, errors, feed, machine, watch
 from engine.processes import Ranks
 from experiments import evaluate, export, tables
+from peers import meanflow
 from scale import cache, shards
 from toy import any_step, identities
 
@@ -237,13 +238,19 @@ def test_flow_matching_is_sampled_at_s_equal_t(tiny, monkeypatch):
         sample.generate(loaded, ["x"], [(0,)], steps=3, s_rule=0.0)
 
 
-def test_the_flags_of_the_objective_reach_it():
+def test_the_flags_of_an_objective_reach_it():
     network, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     others = "--target tar --delta-scale 0 --aux-from 0 --k 0 --null-branch ema".split()
     for flags, expected in (([], ("renorm", 1, 0.9)), (others, ("tar", 0, 0))):
         built = objectives.OBJECTIVES["self_e"].build(network, ema, arguments.parse(flags))
         assert (built.target, built.delta_scale, built.k) == expected and built.ema is ema
         assert built.unconditional is (ema if "ema" in flags else network)
+    args = arguments.parse(
+        "--objective meanflow --train-guidance 3 --loss-power 0.75 --derivative forward".split()
+    )
+    built = objectives.OBJECTIVES["meanflow"].build(network, ema, args)
+    assert (built.guidance, built.power, built.improved) == (3, 0.75, False) and args.compile is False
+    assert built.derivative is meanflow.path_derivative
 
 
 # ------------------------------------------------------------------------------------------------------------
