@@ -58,6 +58,8 @@ MAKERS = {
     "soft": ("emoji-datasource-google", "16.0.0", r"package/img/google/64/(.+)\.png"),
     "flat": ("emoji-datasource-twitter", "16.0.0", r"package/img/twitter/64/(.+)\.png"),
 }
+CREDIT = "Trained on Fluent Emoji 3D by Microsoft (MIT), Noto Emoji by Google (Apache-2.0) and Twemoji by Twitter and "
+CREDIT += "others (CC BY 4.0)."
 WORDS = ("emojibase-data", "17.0.0")  # labels, tags, groups
 PACKAGES = [f"{name}@{version}" for name, version, *_ in (*MAKERS.values(), WORDS)]
 

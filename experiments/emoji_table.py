@@ -25,12 +25,12 @@ import sample
 from engine import checkpoint, errors, machine
 from experiments import emoji_judge, report, tables
 from experiments.rows import ROWS, SEEDS
+from toy import emoji_world
 
 KINDS = emoji_judge.KINDS
 # The longest of these captions has seven words.
 BUDGET = "--data emoji --side 32 --txt-len 10 --optimizer muon --precision bf16 --grid-every 0 --steps 36000"
 QUICK = "--data emoji --side 32 --txt-len 10 --steps 4 --batch-size 8 --grid-every 0 --no-compile"
-PREDICTIONS = Path(__file__).resolve().parents[1] / "toy" / "results" / "emoji_world.json"
 PREDICTED = {  # row -> the perfect evaluator that it is compared with
     "flow_matching": "flow matching",
     "control": "control, Delta = 0",
@@ -109,12 +109,13 @@ Made by `python -m experiments.emoji_table --report` from the files beside it, e
 hardware and time. Test prompts; the share of right pictures, and the variety of the right ones
 (`experiments/emoji_judge.py`); means over seeds, ± half the 95% interval over seeds (Student's t).
 "predicted" is what perfect evaluators have
-([emoji_world.json](../../toy/results/emoji_world.json)), who know no held-out pairs."""
+(`toy/emoji_world.py`), who know no held-out pairs."""
 
 
-def predictions(row: str, kind: str, n: int) -> list[dict]:
-    """The scores that toy/emoji_world.py has for a row, one for each of its seeds."""
-    records = checkpoint.read_json(PREDICTIONS)["kinds"].get(kind, {}).get("records", [])
+def predictions(data: str, row: str, kind: str, n: int) -> list[dict]:
+    """The scores that toy/emoji_world.py has for a row on one of emoji.SETS, one for each of its seeds."""
+    path = emoji_world.result_of(data)
+    records = checkpoint.read_json(path)["kinds"].get(kind, {}).get("records", []) if path.exists() else []
     return [r for r in records if (r["objective"], r["steps"]) == (PREDICTED.get(row), n)]
 
 
@@ -137,7 +138,8 @@ def write_page(out: Path) -> None:
         for row, seeds in measured.items():
             found = [[result["kinds"][kind][str(n)] for result in seeds.values()] for n in steps]
             cells.append([row, len(seeds), *map(cell, found)])
-            predicted = [cell(predictions(row, kind, n)) for n in steps]
+            data = next(iter(seeds.values()))["training"]["data"][0]
+            predicted = [cell(predictions(data, row, kind, n)) for n in steps]
             if any(predicted):
                 cells.append(["predicted", "", *predicted])
         lines += report.table(["row", "seeds", *steps], cells)

@@ -56,11 +56,11 @@ def test_the_page_sets_the_prediction_below_what_was_measured(tmp_path, monkeypa
     record = {"objective": "classifier only", "steps": 2, "variety": None}
     records = [record | {"right": 0.25}, record | {"right": 0.75, "variety": 0.5}]
     world = {"kinds": {"tag": {"records": records}}}
-    monkeypatch.setattr(emoji_table, "PREDICTIONS", tmp_path / "emoji_world.json")
-    emoji_table.PREDICTIONS.write_text(json.dumps(world))
+    monkeypatch.setattr(emoji_table.emoji_world, "result_of", lambda name: tmp_path / f"{name}.json")
+    (tmp_path / "emoji.json").write_text(json.dumps(world))
     for seed, right in enumerate((0.5, 0.7)):
         kinds = {kind: {"2": {"right": right, "variety": 0.8}} for kind in emoji_judge.KINDS}
-        result = json.dumps({"row": "self_e", "seed": seed, "kinds": kinds})
+        result = json.dumps({"row": "self_e", "seed": seed, "kinds": kinds, "training": {"data": ["emoji"]}})
         (tmp_path / f"self_e-{seed}.json").write_text(result)
     (tmp_path / "self_e-search.json").write_text("{}")
     emoji_table.write_page(tmp_path)

@@ -1,7 +1,7 @@
 """What the objective asks for on emoji: perfect evaluators, by kind of prompt. No network.
 
-    python -m toy.emoji_world               # toy/results/emoji_world.json; half an hour of one core
-    python -m toy.emoji_world --scale 0.5   # pictures at another scale than encoders.PIXEL_SCALE
+    python -m toy.emoji_world                               # toy/results/emoji_world.json; half an hour of one core
+    python -m toy.emoji_world --data emoji-few --side 24    # toy/results/emoji_world-few.json; minutes
 
 The pictures of training, unmoved, are the whole data set, so posterior means are exact:
 
@@ -13,7 +13,7 @@ and the rule for s_k are chosen on validation prompts. Held-out pairs are not as
 nothing to compose. A run that was stopped goes on by the same command.
 
 A warning: so few pictures are easy to tell apart. Below t = 0.6 the posterior is one picture, and a blend at t = 1
-ends in the picture nearest to it. A network is not that sharp. A smaller --scale keeps blends alive for longer.
+ends in the picture nearest to it. A network is not that sharp.
 """
 
 import time
@@ -30,7 +30,6 @@ from rng import rng
 from toy import kept, pictures
 from toy.pictures import ROUNDS, STEPS
 
-SIDE = 32
 OBJECTIVES = ("flow matching", "control, Delta = 0", "classifier only", "k = 0.9")
 SEEDS = (0, 1)
 PROMPTS, IMAGES = 35, 4  # of a kind at most; pictures of each, with each seed
@@ -56,16 +55,16 @@ def draw(world: World, judge: emoji_judge.Judge, label: str, n: int, settings: d
     return emoji_judge.summary(world.source, world.texts, of_prompt)
 
 
-def run(scale: float, path: Path) -> None:
+def run(source: emoji.Emoji, path: Path) -> None:
     """Measure what PATH lacks, which is written after each objective; print a table for each kind of prompt."""
-    settings = {"scale": scale, "side": SIDE, "rounds": ROUNDS, "prompts": PROMPTS, "images": IMAGES}
+    settings = {"scale": encoders.PIXEL_SCALE, "side": source.side}
+    settings |= {"rounds": ROUNDS, "prompts": PROMPTS, "images": IMAGES}
     results = machine.provenance(torch.device("cpu")) | {"seconds": 0.0, "kinds": {}}
     results |= kept.opened(path, **settings)
-    source = emoji.Emoji(SIDE)
     judge = emoji_judge.Judge(source)
     for kind in emoji.KINDS:
         asked = [emoji_judge.asked(source, kind, split, PROMPTS) for split in ("validation", "test")]
-        validation, test = (World(source, texts, scale) for texts in asked)
+        validation, test = (World(source, texts) for texts in asked)
         if kind not in results["kinds"]:
             results["kinds"][kind] = pictures.budget(test) | {"records": []}
         found = results["kinds"][kind]
@@ -95,14 +94,19 @@ def scores(records: list[dict], label: str, measure: str) -> list[list[float]]:
     return [[np.nan if score is None else score for score in seeds] for seeds in found]
 
 
+def result_of(name: str) -> Path:
+    """Where the results for one of emoji.SETS are kept: emoji_world-few.json for emoji-few."""
+    return kept.folder(None, usual=True) / f"{name.replace('emoji', 'emoji_world')}.json"
+
+
 def main() -> None:
     parser = errors.Parser("-m toy.emoji_world", __doc__.split("\n")[0])
-    parser.add_argument("--scale", type=float, default=encoders.PIXEL_SCALE, help="of the pictures (2)")
+    parser.add_argument("--data", choices=emoji.SETS, default="emoji", help="which emoji (emoji)")
+    parser.add_argument("--side", type=int, default=32, help="of the pictures, in pixels (32)")
     args = parser.parse_args()
-    parser.check_ranges(args, scale=(0.05, 20))
+    parser.check_ranges(args, side=(8, emoji.TILE))
     torch.set_num_threads(1)
-    name = "emoji_world" if args.scale == encoders.PIXEL_SCALE else f"emoji_world-scale-{args.scale:g}"
-    run(args.scale, kept.folder(None, usual=True) / f"{name}.json")
+    run(emoji.Emoji(args.side, args.data), result_of(args.data))
 
 
 if __name__ == "__main__":

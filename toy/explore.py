@@ -145,7 +145,7 @@ def pictures(*folders: Path) -> dict:
     return {
         "note": f"The pictures' weights are rounded, most rows to {2 * finest + 1} values. Over 12 training captions in "
         f"1, 2, 4 and 8 steps, a value of a picture moves by {np.mean(off):.1f} of 255 in the mean, "
-        f"by at most {np.max(off)}.",
+        f"by at most {np.max(off)}. {emoji.CREDIT if config['data'][0] in emoji.SETS else ''}",
         "folder": os.path.relpath(folders[0].resolve(), ROOT),
         "prompts": offered(config["data"][0], samples),
         "vocabulary": sorted({word for caption in captions for word in encoders.split_words(caption)}),
