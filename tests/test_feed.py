@@ -173,16 +173,6 @@ def test_what_cannot_be_opened(tars, names, sides, said):
         feed.open_source(tuple(name.format(tars) for name in names), recipe.Stage(0, sides, 4), 4)
 
 
-def test_sides_take_turns_by_whole_batches(tars):
-    mixed = feed.open_source((str(tars / "tars"),), recipe.Stage(0, (16, 32), 4), 4)
-    sources = [shards.Shards(tars / "tars", side, 4, multiple=4) for side in (16, 32)]
-    for g in range(48):
-        (turn, which), place = divmod(g // 4, 2), g % 4
-        expected, found = sources[which].sample(4 * turn + place, 2), mixed.sample(g, 2)
-        assert found.key == expected.key and found.picture.shape == expected.picture.shape
-        assert mixed.bucket(g, 2) == expected.picture.shape[:2]
-
-
 def test_the_shapes_that_a_model_will_draw(tars):
     """Those of the stage's largest side with their shares, the most frequent first; of a folder its square."""
     plan = plan_of((0, (16,), 4), (0.5, (32, 16), 4), data=(str(tars / "tars"),), steps=12)
