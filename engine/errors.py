@@ -1,5 +1,11 @@
 """Errors that the user can fix: one clear line on stderr, exit code 2.
 
+    raise errors.UserError("no such folder: pictures/")
+    parser = errors.Parser("train.py", "Train Self-E.")
+    parser.add_argument("--out", type=errors.file_to_write)
+    parser.check_ranges(args, steps=(1, 10**6))
+    errors.run(main)
+
 Programs raise UserError at their edges, where arguments and files come in; every other exception is a defect of ours
 and keeps its traceback.
 """

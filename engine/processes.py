@@ -1,5 +1,10 @@
 """Several processes that make one run: what they exchange, what they decide together, and how they stop.
 
+    ranks = processes.Ranks.of_environment()         # torchrun's WORLD_SIZE and RANK; 1 and 0 without it
+    ranks.agree({"iteration": 1200})                 # an error unless all of them say the same
+    bad, stop = ranks.any(is_bad, is_stopped)        # true on all where it is true on one
+    stop = processes.StopSignal()                    # true after the first Ctrl-C or SIGTERM
+
 Every method of Ranks but `is_first` must be called by all processes together.
 """
 

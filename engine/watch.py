@@ -1,5 +1,10 @@
 """What a run reports while it trains: progress, records, picture grids, updates that are left out.
 
+    watch = watch.Watch(run, precision, state, closing)
+    watch.seen(batch, stats, aux)              # a micro-batch
+    watch.updated(norm)                        # or, after a gradient that is not finite, watch.left_out(...)
+    watch.log(step); watch.draw(step, ema)     # where they are due
+
 Grids: the data's first prompts in rows, each from one noise, and sample.STEP_COUNTS in columns.
 """
 

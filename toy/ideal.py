@@ -10,8 +10,9 @@ What a trained network generates depends on the objective and on its own errors.
     t and s are fixed                              no sharing between times (trained, G_fake blends all t of an s)
 
 The predictions move towards their target until they converge: x0_hat <- x0_hat + rate (target - x0_hat), each time with
-a new x0 from q(x0 | x_t, c) and new noise in Eq. 8. They start from that of flow matching, E[x0 | x_t, c]. The distance
-is measured between p(x_s | c) and q(x_s | c), which the paper wants to be equal (Sec. 3.2), and at s = 0.
+a new x0 from q(x0 | x_t, c) and new noise in Eq. 8. Where they converge depends on the objective alone. They start from
+that of flow matching, E[x0 | x_t, c]. The distance is measured between p(x_s | c) and q(x_s | c), which the paper wants
+to be equal (Sec. 3.2), and at s = 0.
 """
 
 import itertools

@@ -8,9 +8,9 @@ pictures. With a share X of wrong captions
 
     q(picture | c) = (1 - X) on the pictures of c, in equal parts, + X on all pictures
 
-At each step of the sampler the predictions x0_hat move towards their target for some rounds (ideal.settle).
-experiments/scorer.py judges the pictures. Guidance and the rule for s_k are chosen per objective and step count, on
-other noise than the scores. A map that was stopped goes on by the same command.
+At each step of the sampler the predictions x0_hat move towards their target for some rounds (ideal.settle), and
+sampler.py continues from there. experiments/scorer.py judges the pictures. Guidance and the rule for s_k are chosen per
+objective and step count, on other noise than the scores. A map that was stopped goes on by the same command.
 
 Delta's budget: over snr = ((1-t) / t)^2 the integral of E||G_null - G_c||^2 is 2 I(c; picture) (I-MMSE; Guo, Shamai
 and Verdu 2005). There are at least 100 pictures per prompt: with fewer, the posterior mean is one picture nearly
