@@ -342,10 +342,8 @@ class KLAutoencoder:
     """
 
     def __init__(self, name: str, device: torch.device | str):
-        try:
-            import diffusers
-        except ImportError as error:
-            raise EncoderError(f"auto-encoder {name!r} needs diffusers: pip install diffusers") from error
+        import diffusers
+
         place = (FLUX_VAE if name == "flux" else name).removeprefix("kl:")
         self.name, self.device, self.dtype = canonical(name), device, precision(device)
         # low_cpu_mem_usage=True needs the accelerate package

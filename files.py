@@ -32,9 +32,6 @@ TEXTS = ("txt", "caption", "json")  # beside a picture; the first that says some
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
 KEYS = ("text", "caption", "prompt")
 KEY_HELP = "of captions in tables and .json (default: text, caption or prompt)"
-# What people have who have no captions
-NEAR = dict.fromkeys(("zip", "gz", "tgz", "7z", "rar"), "unpack it")
-NEAR |= {kind: f"call it metadata.{kind}" for kind in ("csv", "jsonl", "json")}
 MAX_PIXELS = 2**26  # 8192 x 8192: a larger picture is refused from its header, before memory is taken for it
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, a warning
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd EXIF data and the like, for each picture
@@ -332,8 +329,6 @@ def walk(folder: Path, left_out: dict[str, str]) -> list[str]:
 
 def find(place: Path, key: str | None = None) -> Found:
     """The pictures of a folder with all below, or of a .parquet. Raises DataError where there are none with captions."""
-    if table_kind(place.name) is not None:
-        place = place.parent
     if not place.exists():
         raise DataError(f"no such folder: {place}")
     if place.is_file() and ending(place.name) != "parquet":
@@ -376,8 +371,7 @@ def find(place: Path, key: str | None = None) -> Found:
         missing = "captions: give each picture a .txt, or the folder a metadata.jsonl"
         if not any(ending(name) in PICTURES for name in names):
             missing = f"pictures (.{', .'.join(PICTURES)})"
-        near = [f" ({n}: {NEAR[ending(n)]})" for n in names if ending(n) in NEAR and table_kind(n) is None]
-        raise DataError(f"{place} holds no {missing}{''.join(near[:1])}{summary(left_out)}")
+        raise DataError(f"{place} holds no {missing}{summary(left_out)}")
     return Found(captions, read, left_out)
 
 

@@ -115,7 +115,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             now, then = (value_of(a, name) for a in (args, begun))
             if now != then:
                 was = f"{args.out} was begun with {flag_of(name)} {then}, not {now}"
-                raise errors.UserError(f"{was}: leave that out, or begin with --init {args.out} --out NEW")
+                raise errors.UserError(f"{was}: leave that out, or begin a new run (--init)")
     elif args.init:
         take_from_init(args)
     check(parser, args)
@@ -168,6 +168,14 @@ def check(parser: errors.Parser, args: argparse.Namespace) -> None:
             parser.error(f"{flag_of(name)} is for {' and '.join(others)}; {args.objective} has none of it")
     if "k" in changed and not plan_of(args).aux_from < 1:
         parser.error("--k weighs the auxiliary term, which never joins here: give --aux-from too")
+
+
+def refuse(words: list[str], flags: tuple[str, ...]) -> None:
+    """Raise UserError for one of `flags` among the words of a command line for train.py, in full or cut short."""
+    for word in words:
+        name = word.partition("=")[0]
+        if found := [flag for flag in flags if name.startswith("-") and flag.startswith(name)]:
+            raise errors.UserError(f"{found[0]} is this program's to choose: leave out {word}")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -321,8 +321,7 @@ def load_state(states: list[Path], network: nn.Module, ema: nn.Module, optimizer
             if begun[name] != now:
                 what = "other data" if name == "data" else f"--{name} {begun[name]}"
                 # No damage, for which an older state would be better
-                was = f"{run} was begun with {what}"
-                raise errors.UserError(f"{was}: restore that, or begin with --init {run} --out NEW")
+                raise errors.UserError(f"{run} was begun with {what}: restore that, or begin anew (--init)")
         load_weights(folder / "network.safetensors", network)
         load_weights(folder / "model.safetensors", ema)
         load_optimizer(folder / "adam.pt", optimizer, next(network.parameters()).is_cuda)

@@ -72,7 +72,6 @@ def parse_arguments() -> argparse.Namespace:
     a("--out", metavar="DIR", type=Path, required=True, help="of the pictures")
     a("--steps", metavar="N", type=int, default=2, help="evaluations of the network (default: 2)")
     a("--images", metavar="N", type=int, default=4, help="pictures per prompt (default: 4)")
-    a("--shape", metavar="HxW", type=sample.shape_of, help="in pixels (default: the most frequent)")
     a("--seed", metavar="N", type=int, default=0, help="of the noise (default: 0)")
     a("--batch-size", metavar="N", type=int, default=8, help="pictures at once (default: 8)")
     sampling_flags(parser)
@@ -93,13 +92,12 @@ def main() -> None:
     read = {"prompts": args.prompts, "weights": args.checkpoint / "model.safetensors"}
     settings = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in read.items()}
     settings |= {"steps": args.steps, "seed": args.seed, "precision": str(loaded.network.precision)}
-    shape = args.shape or loaded.shape
-    settings |= sample.choose(loaded.config, **choices) | {"shape": list(shape)}
+    settings |= sample.choose(loaded.config, **choices) | {"shape": list(loaded.shape)}
     checkpoint.keep_settings(args.out, settings, "choose another --out")
 
     def draw(jobs):
         texts = [asked[i]["prompt"] for i, _ in jobs]
-        how = {"shapes": [shape] * len(jobs), "seed": args.seed, "steps": args.steps}
+        how = {"shapes": [loaded.shape] * len(jobs), "seed": args.seed, "steps": args.steps}
         return sample.generate(loaded, texts, jobs, **how, **choices)
 
     made = export(args.out, asked, args.images, args.batch_size, draw)
