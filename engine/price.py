@@ -25,8 +25,10 @@ ASSUMED_MFU = 0.40
 # ------------------------------------------------------------------------------------------------------------
 def forward_flops(size: dict, image_tokens: int, text_tokens: int) -> float:
     """Floating-point operations of one forward pass for one sample (a multiply-add is two); `size` is that of SIZES.
-    "6 N per token" is wrong here: the weights of a modulation act once per sample, those of a double block on one
-    stream."""
+
+    Counted layer by layer, because "6 N per token" is wrong here: the weights of a modulation act once per sample, and
+    those of a double block once per token of one stream.
+    """
     d, N = size["width"], image_tokens + text_tokens
     blocks = size["double"] + size["single"]
     # qkv 3, proj 1, MLP 8; a single block's two linears, 7 + 5, are as many

@@ -1,9 +1,12 @@
 """What right pictures choose where their prompt leaves colours and places open, and what the training data would.
 
-"A photo of a square" leaves a colour open. The effective number of colours is exp(H), H the entropy of the colours
-that its right pictures have: 4 where four colours are equally frequent. A small sample looks less diverse than it is,
-so each number stands beside the data's own, from samples of the training distribution that are as large, question by
-question.
+    found = evaluate.measure(loaded, asked, images=8, steps=2)            # the objects of every right picture
+    diversity.measure(asked, found, side, world)["two_object"]["colors"]  # {"effective": 3.9, "data": 4.0, ...}
+
+"A photo of a square" leaves a colour open. The effective number of colours is exp(H), H the entropy of the colours that
+its right pictures have: 4 where four colours are equally frequent, 1 where there is one only. Few pictures cannot show
+many colours, so a small sample looks less diverse than it is. Therefore each number stands beside the data's own, from
+samples of the training distribution that are exactly as large, question by question.
 """
 
 import itertools
@@ -20,8 +23,11 @@ KINDS = ("colors", "places")
 
 
 def choices(metadata: dict, objects: Sequence, side: float) -> Iterator[tuple[str, str, str]]:
-    """What a right picture chose where its prompt is open: (kind, of what, the choice). objects: scorer.Found or
-    data.Object. side: of the picture, in the unit of their centres."""
+    """What a right picture chose where its prompt is open: (kind, of what, the choice).
+
+    objects: scorer.Found or data.Object. side: of the picture, in the unit of their centres. Of several objects of a
+    class the first counts for the colour.
+    """
     items = metadata["include"]
     for item in items:
         if "color" not in item:

@@ -28,8 +28,10 @@ FEWEST = 2  # a tag with fewer prompts of its own in a split asks training promp
 
 @functools.cache
 def all_prompts(world: data.World = data.SETS["shapes"]) -> tuple[dict, ...]:
-    """The metadata of every prompt that a world asks, in an order fixed by their hashes within each tag. Those of the
-    position tag name no colours, as in GenEval, or both."""
+    """The metadata of every prompt that a world asks, in an order fixed by their hashes within each tag.
+
+    The prompts of the position tag name no colours, as in GenEval, or both.
+    """
     ask, found = data.prompt_metadata, []
     for shape in world.shapes:
         found.append(ask("single_object", [shape], [None]))
@@ -65,10 +67,11 @@ def world_of(config: dict) -> data.World:
 def prompts(split: str, per_tag: int | None = None, world: data.World = data.SETS["shapes"]) -> list[dict]:
     """The metadata of a split's prompts, one of SPLITS, tag after tag, always the same.
 
-    "train", "validation" and "test" ask GenEval's six kinds of prompt, those of the position tag without colours. A
-    tag with fewer than two prompts of its own in the split asks training prompts too. "pairs" asks for what was held
-    out of every training picture, in the tags that can: colors, position (with colours) and color_attr. "fixed" are
-    64: the 41 single_object and colors prompts of training, cycling.
+    "train", "validation" and "test" ask GenEval's six kinds of prompt, those of the position tag without colours. A tag
+    that has fewer than two prompts of its own in the split (data.split_of gives all one-object prompts to training)
+    asks training prompts too. "pairs" asks for what was held out of every training picture, in the tags that can:
+    colors, position (with colours) and color_attr. "fixed" are the 64 of the README's goal: the 41 single_object and
+    colors prompts of training, cycling.
 
     per_tag: so many of each tag, cycling if there are fewer; None gives every prompt once.
     """
@@ -101,7 +104,8 @@ def mean_interval(shares: list[tuple[int, int]]) -> tuple[float, float, float]:
     """The unweighted mean of independent shares (right, total) and its 95% interval: (mean, low, high).
 
     Square-and-add (Newcombe; Zou and Donner): the distances from each share to its own Wilson limits are added as
-    squares. The prompts are taken as given: the interval is about the noise of sampling.
+    squares. It keeps a width where all is right or all wrong, which a bootstrap does not. The prompts are taken as
+    given: the interval is about the noise of sampling, and a little too wide where prompts differ in difficulty.
     """
     rates = [right / total for right, total in shares]
     limits = [wilson(*share) for share in shares]
@@ -118,8 +122,10 @@ def measure(
     loaded: sample.Loaded, asked: list[dict], images: int, steps: int, *, seed=0, stream=0, **choices
 ) -> list[list[list[Found]]]:
     """The objects of every right picture among `images` of each prompt at one step count, one list per prompt.
-    choices: guidance, eta, s_rule, space of sample.generate. The noise of a picture is a function of (seed, stream,
-    position of the prompt, number of the image)."""
+
+    asked: metadata, as from `prompts`. choices: guidance, eta, s_rule, space of sample.generate. The noise of a picture
+    is a function of (seed, stream, position of the prompt, number of the image), so models are compared on one noise.
+    """
     jobs = list(itertools.product(range(len(asked)), range(images)))
     parts = [jobs[i : i + BATCH] for i in range(0, len(jobs), BATCH)]
     found: list[list[list[Found]]] = [[] for _ in asked]

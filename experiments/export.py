@@ -40,8 +40,10 @@ def read_prompts(path: Path) -> list[dict]:
 
 
 def export(folder: Path, asked: list[dict], images: int, batch_size: int, draw: Callable) -> int:
-    """Write the pictures that are not there yet; returns how many were made. draw([(prompt, image), ...]) gives uint8
-    pictures that depend on these two numbers alone."""
+    """Write the pictures that are not there yet; returns how many were made.
+
+    draw([(prompt, image), ...]) gives uint8 pictures that depend on these two numbers alone.
+    """
     jobs = []
     for i, metadata in enumerate(asked):
         samples = folder / f"{i:05}" / "samples"

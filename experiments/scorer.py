@@ -1,5 +1,8 @@
 """What a picture of the built-in shapes shows, exactly: GenEval's detector in miniature (Sec. 4, Tables 1 and 2).
 
+    scorer.score(picture, metadata)                 # whether a uint8 picture [H, W, 3] is right by its prompt's metadata
+    objects, reason = scorer.judge(picture, metadata)   # its objects if it is, none otherwise, and why
+
 GenEval asks a detector what a picture shows. Here the objects are flat shapes of eight colours on a grey background, so
 the question has an exact answer. A picture is right when a rendering of known objects explains it, and these are the
 objects asked for, all of them, and nothing else. Anti-aliasing and slight grain are part of "explains". A missing,
@@ -136,8 +139,11 @@ NEIGHBOURS = np.concatenate([np.zeros((1, 3)), np.eye(3), -np.eye(3)])  # in (x,
 
 
 def fit(seen: np.ndarray, rows: np.ndarray, columns: np.ndarray, unit: float) -> tuple:
-    """The shape that agrees best with an observed coverage: (shape, (x, y, r), agreement in [0, 1]). Area and centre
-    of mass give the first guesses; those near the best are refined by a pattern search in (x, y, r)."""
+    """The shape that agrees best with an observed coverage: (shape, (x, y, r), agreement in [0, 1]).
+
+    Area and centre of mass give the first guess for each shape; the shapes that come near the best of these guesses are
+    refined by a pattern search in (x, y, r), sharp and blurred.
+    """
     total = seen.sum()
     x = (seen.sum(0) * (columns + 0.5)).sum() / total
     y = (seen.sum(1) * (rows + 0.5)).sum() / total
@@ -164,7 +170,11 @@ def fit(seen: np.ndarray, rows: np.ndarray, columns: np.ndarray, unit: float) ->
 
 def softness(seen: np.ndarray, shape: str, x: float, y: float, r: float) -> float:
     """How much wider the outline of a shape is in seen [H, W], the coverage of a picture, than in a rendering: pixels.
-    Where coverage a falls from 1 to 0 over w pixels, the sum of a (1 - a) is w / 6 for each pixel of the outline."""
+
+    Where coverage a falls from 1 to 0 over w pixels, the sum of a (1 - a) is w / 6 for each pixel of the outline's
+    length. The mean of pictures that differ in size or place falls over as many pixels as they differ, whatever its
+    best fit.
+    """
     pixel = np.arange(len(seen))
     distance = distance_to(shape, x, y, r, pixel, pixel)[0]
     seen, rendered = without_grain(seen), without_grain(covered(distance))
@@ -181,7 +191,10 @@ def box_mean(x: np.ndarray, side: int) -> np.ndarray:
 
 def explain(picture: np.ndarray) -> tuple[list[Found], str]:
     """The objects that a picture shows, and the first thing in it that they do not explain; "" where they explain all.
-    picture: uint8 [H, W, 3], square, 16 to 64 pixels a side. Raises ValueError for anything else."""
+
+    picture: uint8 [H, W, 3], square, 16 to 64 pixels a side; below 24, crowded scenes have objects of too few pixels to
+    be told apart and true ones are refused now and then. Raises ValueError for anything else.
+    """
     size, unit, (least, most) = len(picture), len(picture) / 32, SIDES
     if picture.dtype != np.uint8 or picture.shape != (size, size, 3) or not least <= size <= most:
         given = f"not {picture.dtype} {picture.shape}"
@@ -234,8 +247,11 @@ def explain(picture: np.ndarray) -> tuple[list[Found], str]:
 
 
 def left_over(p: np.ndarray, ground: np.ndarray, objects: list[Found]) -> str:
-    """What a rendering of the objects leaves unexplained in a picture [H, W, 3], or "": in averages over about 3 x 3
-    units, in which grain cancels, away from outlines by more than a unit."""
+    """What a rendering of the objects leaves unexplained in a picture [H, W, 3], or "".
+
+    Compared are averages over about 3 x 3 units, in which grain cancels and an object does not, away from outlines by
+    more than a unit: how well those fit has been judged already.
+    """
     size, unit = len(p), len(p) / 32
     pixel, edge = np.arange(size), max(1.0, unit)
     outside, inside = np.ones((size, size), dtype=bool), np.zeros((size, size), dtype=bool)
@@ -260,8 +276,12 @@ def left_over(p: np.ndarray, ground: np.ndarray, objects: list[Found]) -> str:
 
 
 def stands(relation: str, a: Found, b: Found) -> bool:
-    """Whether a is clearly "left of" (or ...) b: the extents must not overlap along the axis, with a tenth of the
-    sizes as slack. (GenEval subtracts a tenth too, and then wants an angle below 60 degrees to the axis.)"""
+    """Whether a is clearly "left of" (or ...) b.
+
+    GenEval subtracts a tenth of the sizes from the offset of the centres and then wants an angle below 60 degrees to
+    the axis. Here the extents must not overlap along the axis, at any angle, with a tenth of the sizes as slack; the
+    scenes of data.py keep to it without any.
+    """
     axis, sign = {"left of": ("x", 1), "right of": ("x", -1), "above": ("y", 1), "below": ("y", -1)}[relation]
     return sign * (getattr(b, axis) - getattr(a, axis)) > CLEARLY * (a.diameter + b.diameter)
 
@@ -297,8 +317,8 @@ def judge(picture: np.ndarray, metadata: dict) -> tuple[list[Found], str]:
     """The objects of a picture that shows exactly what its prompt asks for, none of any other picture; and the reason.
 
     picture: uint8 [H, W, 3]. metadata: GenEval's `include` (class, count, color, position: [relation, index of the
-    entry it refers to]) and `exclude` (class, count, color). Stricter than GenEval: the objects of `include` must be
-    there in exactly their numbers, and nothing else.
+    entry it refers to]) and `exclude` (class, count, color), whatever the tag, so a prompt may mix all of them.
+    Stricter than GenEval: the objects of `include` must be there in exactly their numbers, and nothing else.
     """
     objects, complaint = explain(picture)
     if complaint:
