@@ -1,4 +1,7 @@
-"""The figures of toy/README.md: mid-tone colours on a transparent background, readable on white and on dark pages."""
+"""The figures of toy/README.md: mid-tone colours on a transparent background, readable on white and on dark pages.
+
+Two kinds are enough: `table` has a drawing in each cell, `curves` has panels of lines with error bars.
+"""
 
 import textwrap
 from collections.abc import Callable
@@ -89,9 +92,9 @@ def samples(networks: dict, member: Member, path: Path) -> None:
 def fields(layouts: list[str], path: Path, times: tuple = (0.05, 0.2, 0.5, 0.8)) -> None:
     """Eq. 13 as a field: where -Delta of s.6 moves a sample of condition 0, for its two terms apart.
 
-    The samples are the blends that flow matching predicts from t = 0.8; as modes of almost no width they make a
-    mixture p with a closed G_fake. The longest arrows are cut. The number is the root mean square of Delta at the
-    samples.
+    The samples are the blends that flow matching predicts from t = 0.8. As modes of almost no width they make a mixture
+    p, so that G_fake is a closed form, too. Arrows stand where samples or data are, and the longest are cut. The number
+    is the root mean square of Delta at the samples.
     """
     terms = {"classifier term": 1.0, "auxiliary term": 0.0}  # as k of s.6
 

@@ -55,8 +55,9 @@ def mean_of_answers(x_s: Tensor, s: float, x0_hat: Tensor, others: Tensor | None
 def follow(x0_hat: Tensor, t: Tensor, s: Tensor, goal: tuple, rounds: int, data, noise, evaluate) -> Tensor:
     """Predictions x0_hat [B, ...] at times t, s [B] after some rounds towards their target: SelfE's step, no network.
 
-    goal is one of GOALS, not None. data() draws x0 ~ q(x0 | x_t, c); noise() is standard normal like x0_hat;
-    evaluate(x_s, x0_hat) gives G_null, G_c and G_fake. The falling rate averages out what the draws add.
+    goal is one of GOALS, not None. data() draws x0 ~ q(x0 | x_t, c), because training meets every x0 that an x_t could
+    have come from; noise() is standard normal like x0_hat; evaluate(x_s, x0_hat) gives G_null, G_c and G_fake. The
+    falling rate averages out what the draws add.
     """
     k, normalised, scale = goal
     lam = losses.lam(t, s)
@@ -72,8 +73,11 @@ def follow(x0_hat: Tensor, t: Tensor, s: Tensor, goal: tuple, rounds: int, data,
 
 
 def settle(q, x0_hat: Tensor, t: float, s: float, c: Tensor, goal: tuple, rounds: int, data, g) -> Tensor:
-    """`follow` with perfect evaluators: predictions [B, D] for the prompts c [B], which start at x0_hat. q, a Mixture
-    or a World of toy/pictures.py, knows posterior means. g draws the noise."""
+    """`follow` with perfect evaluators: predictions [B, D] for the prompts c [B], which start at x0_hat.
+
+    q is a Mixture, or a World of toy/pictures.py: it knows posterior means. The answers of one prompt are all that the
+    model draws for it. g draws the noise.
+    """
     others = c[:, None] != c
 
     def noise() -> Tensor:

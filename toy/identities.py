@@ -3,10 +3,11 @@
     python -m toy.identities                 # a few seconds; a table, and exit code 1 if a line fails
     python -m toy.identities --only 19       # the lines whose equation contains "19"
 
-Each line is a check, a function in toy/checks/. It computes something with the project's code and the same thing by
-another route: automatic differentiation of a log density, quadrature, or sampling with its error bar. It returns one
-number: the largest error (or, for "is not zero" lines, the smallest size), which the table compares with the bound.
-Everything runs in float64, so "equal" means equal to a dozen digits.
+Each line of the table is a check, a function in toy/checks/, one file for each part of the paper. It computes something
+with the project's code and the same thing by another route: automatic differentiation of a log density, quadrature on a
+grid, Gauss-Hermite quadrature, or sampling with its error bar. It returns one number: the largest error (or, for "is
+not zero" lines, the smallest size), which the table compares with the bound. Everything runs in float64, so "equal"
+means equal to a dozen digits.
 
 The stage (toy/checks/stage.py) is the mixture "between" of mixture.py with wider modes: three conditions, three modes
 each. q is the data. p is the distribution of the one-line model x0_hat = a x_t + b; it is a mixture too, and so has

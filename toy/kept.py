@@ -1,4 +1,8 @@
-"""Results that last: a JSON file for each program, with all that made it; and the tables that programs print."""
+"""Results that last: a JSON file for each program, with all that made it; and the tables that programs print.
+
+out = kept.folder(args.out, usual=args.seed == 0)            # where pages look, or runs/toy-results
+results = kept.opened(out / "name.json", seed=0, scale=2.0)  # what an earlier call has measured, or nothing yet
+"""
 
 import json
 from pathlib import Path
@@ -11,8 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def folder(out: Path | None, usual: bool) -> Path:
-    """Where results go: `out`; else toy/results, or runs/toy-results where the settings are not the `usual` ones,
-    those that pages show. Raises UserError for a file."""
+    """Where results go: `out`; else toy/results, or runs/toy-results where the settings are not those that pages show.
+
+    Raises UserError for a file.
+    """
     out = out or ROOT / ("toy/results" if usual else "runs/toy-results")
     if out.exists() and not out.is_dir():
         raise errors.UserError(f"--out must be a folder; {out} is a file")
@@ -21,8 +27,10 @@ def folder(out: Path | None, usual: bool) -> Path:
 
 
 def opened(path: Path, **settings) -> dict:
-    """What PATH holds of an earlier call with the same settings, which then goes on; else the settings alone. Raises
-    UserError where PATH has others."""
+    """What PATH holds of an earlier call with the same settings, which then goes on; else the settings alone.
+
+    Raises UserError where PATH has other settings, or is another program's.
+    """
     settings = json.loads(json.dumps(settings))  # tuples become lists
     kept = checkpoint.read_json(path) if path.exists() else settings
     if not isinstance(kept, dict) or not settings.items() <= kept.items():

@@ -1,4 +1,8 @@
-"""Samples of the toy networks, and how far they are from the data."""
+"""Samples of the toy networks, and how far they are from the data.
+
+evaluate(net, member)              # {"1": measures, "2": ..., "50": ...} by number of steps
+evaluate(None, member)             # the floor: fresh data, measured as if it had been generated
+"""
 
 import numpy as np
 import torch
@@ -13,8 +17,11 @@ SAMPLES, REFERENCE = 1000, 4000  # per condition: generated, and fresh data to c
 
 
 def generate(net: Net, member: Member, c: Tensor, steps: int, objective="self_e", **choices) -> Tensor:
-    """Samples [n, 2] for the conditions c [n]. The choices go to the sampler of `objective`. The noise is a function
-    of the member's seed and the step, the same for all objectives and choices."""
+    """Samples [n, 2] for the conditions c [n]. The choices go to sampler.trajectory, or to the sampler of `objective`
+    where it has its own.
+
+    The noise is a function of the member's seed and the step, so it is the same for every objective and every choice.
+    """
 
     def noise(k: int) -> Tensor:
         return normal(member.seed, "toy sampling", [(k,)], (len(c), 2))[0]
@@ -62,8 +69,10 @@ class Truth:
 
 
 def evaluate(net: Net | None, member: Member, labels=True, **choices) -> dict:
-    """{"1": measures, ..., "50": measures} by number of steps, averaged over the conditions, or of the null prompt
-    where `labels` is False. net None measures fresh data against fresh data, the floor."""
+    """{"1": measures, ..., "50": measures}, averaged over the conditions.
+
+    labels False asks the null prompt instead. net None measures fresh data against fresh data, the floor.
+    """
     q, result = member.q, {}
     conditions = list(range(q.C)) if labels else [q.C]
     truth = [Truth(member, k) for k in conditions]

@@ -3,8 +3,8 @@
     python -m toy.pictures                                     # single and several shapes; 10 to 30 minutes of one core
     python -m toy.pictures --world scenes --shares 0 .15 .3    # all six kinds of prompt (data.SETS); hours of one core
 
-Some thousand pictures are the whole data set, so posterior means are exact: E[x0 | x_t, c] is a softmax over the
-pictures. With a share X of wrong captions
+It stands between 2-D (ideal.py) and a trained network. Some thousand pictures are the whole data set, so posterior
+means are exact: E[x0 | x_t, c] is a softmax over the pictures. With a share X of wrong captions
 
     q(picture | c) = (1 - X) on the pictures of c, in equal parts, + X on all pictures
 
@@ -12,9 +12,9 @@ At each step of the sampler the predictions x0_hat move towards their target for
 sampler.py continues from there. experiments/scorer.py judges the pictures. Guidance and the rule for s_k are chosen per
 objective and step count, on other noise than the scores. A map that was stopped goes on by the same command.
 
-Delta's budget: over snr = ((1-t) / t)^2 the integral of E||G_null - G_c||^2 is 2 I(c; picture) (I-MMSE; Guo, Shamai
-and Verdu 2005). There are at least 100 pictures per prompt: with fewer, the posterior mean is one picture nearly
-everywhere.
+Delta's budget: over snr = ((1-t) / t)^2 the integral of E||G_null - G_c||^2 is 2 I(c; picture) (I-MMSE; Guo, Shamai and
+Verdu 2005), so the information in the captions bounds Delta. Keep at least 100 pictures per prompt. With fewer, the
+posterior mean is one picture nearly everywhere, and every objective seems to solve the task.
 """
 
 import itertools
@@ -152,8 +152,10 @@ class Shapes(World):
 # Delta's budget: the integral of E||G_null - G_c||^2 over snr, and where in s it lies
 # ------------------------------------------------------------------------------------------------------------
 def budget(world: World, samples: int = 300, points: int = 60) -> dict:
-    """delta_budget, the integral, by the trapezoidal rule in log snr on fresh noisy data; half_at, the s below which
-    half of it lies; and information, half of it exactly."""
+    """delta_budget, the integral; half_at, the s below which half of it lies; and information, half of it exactly.
+
+    By the trapezoidal rule in log snr on fresh noisy data.
+    """
     g = rng(0, "toy pictures budget")
     c = torch.from_numpy(g.integers(0, world.C, samples))
     generator = torch.Generator().manual_seed(0)
@@ -176,8 +178,10 @@ def budget(world: World, samples: int = 300, points: int = 60) -> dict:
 # The objective on a sampler's path
 # ------------------------------------------------------------------------------------------------------------
 def perfect(world: World, goal: tuple | None, rounds: int, g: np.random.Generator) -> Callable:
-    """V(x_t, t, s, c) that predicts what a perfect network would learn from the objective (toy/ideal.py; None: flow
-    matching). A null prompt learns the data alone."""
+    """V(x_t, t, s, c) that predicts what a perfect network would learn from the objective (toy/ideal.py).
+
+    A null prompt learns the data alone, at every (t, s). goal None is flow matching.
+    """
 
     def V(x_t: Tensor, t: Tensor, s: Tensor, c: Tensor) -> Tensor:
         posterior, asked = world.posterior(x_t, float(t[0]), c), c < world.C
@@ -216,8 +220,11 @@ def samples(
 # The map
 # ------------------------------------------------------------------------------------------------------------
 def measure(label: str, seeds: tuple, validate: Callable, test: Callable) -> list[dict]:
-    """The records of one objective: for each step count n the settings of the highest validate(n, settings); then,
-    for each seed, what test(n, settings, seed) yields, the scores of each group of prompts."""
+    """The records of one objective, which toy/emoji_world.py makes in the same way.
+
+    For each step count n the settings of the highest validate(n, settings); then, for each seed, what
+    test(n, settings, seed) yields: the scores of each group of prompts.
+    """
     records = []
     tries = [settings for settings in SETTINGS if label != "flow matching" or settings["s_rule"] == 0.0]
     for n in STEPS:
@@ -277,11 +284,14 @@ def run(name: str, size: Map, path: Path) -> dict:
             results["seconds"] = round(results["seconds"] + time.perf_counter() - start, 1)
             checkpoint.write_json(path, results)
         about = next(about for about in results["worlds"] if here.items() <= about.items())
-        budget_line = f"Delta's budget {about['delta_budget']:.2f}, half of it at s > {about['half_at']:.2f}"
-        print(f"\n{kind}, {share:.0%} of captions wrong; {budget_line}")
+        print(
+            f"\n{kind}, {share:.0%} of captions wrong; Delta's budget {about['delta_budget']:.2f},", end=" "
+        )
+        print(f"half of it at s > {about['half_at']:.2f}; {about['pictures_a_prompt']} pictures a prompt")
         for group in size.groups(kind):
-            scores = scores_of(results, group, share)
-            print(kept.table(group, [f"N = {n}" for n in STEPS], scores), flush=True)
+            print(
+                kept.table(group, [f"N = {n}" for n in STEPS], scores_of(results, group, share)), flush=True
+            )
     return results
 
 

@@ -1,8 +1,12 @@
 """What the paper leaves open, asked in 2-D: the questions, and the settings that answer them.
 
-A study is a table of settings. Each is (departures of the training from training.PAPER, choices of the sampler) and is
-run for every layout and three seeds. toy/results/NAME.json keeps one record per (setting, layout, seed) with commit,
-hardware and time; a study that was interrupted goes on where it stopped.
+    python -m toy.any_step --study list           # the questions
+    python -m toy.any_step --study s_rule         # train and measure what toy/results/s_rule.json lacks, print tables
+
+A study is a table of settings. Each setting is (departures of the training from training.PAPER, choices of the sampler)
+and is run for every layout and three seeds. toy/results/NAME.json keeps one record per (setting, layout, seed) with
+commit, hardware and time; a study that was interrupted goes on where it stopped, and one that is complete only prints
+its tables.
 """
 
 import itertools

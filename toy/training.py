@@ -1,5 +1,7 @@
 """A small two-time network in 2-D, and its training with losses.SelfE, the very module that train.py uses.
 
+    net = train(Member("between", 0), target="tar")                 # returns the moving average of the weights
+
 PAPER below lists every choice of the objective with the paper's value; train takes departures from it.
 """
 
@@ -88,7 +90,9 @@ PAPER = dict(
 
 def batches(member: Member, steps: int, labels: bool, wrong: float = 0.0, at_once: int = 100):
     """Yield (x0, c, is_null, z, u, eps, eps_s) for each step: a function of the member's layout, seed and the step.
-    With probability `wrong` a sample is shown with the condition of another one."""
+
+    With probability `wrong` a sample is shown with the condition of another one.
+    """
     q = member.q
     for start in range(0, steps, at_once):
         g, n = rng(member.seed, "toy batches", start), at_once * BATCH
