@@ -43,8 +43,9 @@ FLUX_TEXT = "hf:black-forest-labs/FLUX.1-schnell/text_encoder_2,black-forest-lab
 FLUX_VAE = "kl:black-forest-labs/FLUX.1-schnell/vae"
 
 # x0 = (picture - shift) * scale for "pixels". Flow matching mixes data with noise of variance 1 and expects data of
-# about that size. In [-1, 1] the built-in shapes have a standard deviation of 0.35 and emoji on white one of 0.57; so
-# pictures are doubled. Constants, so that a checkpoint means the same whatever data it was trained on.
+# about that size. In [-1, 1] the built-in shapes have a standard deviation of 0.35 and emoji on white one of 0.57,
+# around a mean that depends on the background; so pictures are doubled and not shifted. Fixed constants, not the
+# statistics of a data set: then a checkpoint means the same thing whatever folder it was trained on.
 PIXEL_SHIFT = 0.0
 PIXEL_SCALE = 2.0
 
@@ -53,15 +54,19 @@ class EncoderError(errors.UserError):
     """An encoder that cannot be had as asked for; the message is one line for the user."""
 
 
+# ------------------------------------------------------------------------------------------------------------
+# S.1.2      the prompts that are not the user's: the null prompt phi is "", c_fake is the prompt of generated pictures
+# ------------------------------------------------------------------------------------------------------------
 def fake_prompt(prompt: str) -> str:
-    """The condition c_fake of S.1.2: "fake image" joined with the prompt. It stands first, and truncation cuts at the
-    end. (The null prompt phi is "".)"""
+    """The condition c_fake: "fake image" joined with the prompt. It stands first, and truncation cuts at the end."""
     return "fake image " + prompt
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ============================================================================================================
 # Text
-# ------------------------------------------------------------------------------------------------------------
+# ============================================================================================================
+
+
 class TextEncoder:
     """text(prompts) -> (tokens [B, txt_len, d_txt], pooled [B, d_vec]), both fp32 on `device`, without gradient.
 
@@ -129,7 +134,7 @@ def split_words(prompt: str) -> list[str]:
 
 @functools.lru_cache(maxsize=65536)
 def hashed_signs(kind: bytes, word: str) -> np.ndarray:
-    """[128] of +-1 in fp32, a function of (kind, word)."""
+    """[128] of +-1 in fp32, a function of (kind, word). `kind` keeps words apart from positions and marks."""
     digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=16, person=kind).digest()
     signs = 2 * np.unpackbits(np.frombuffer(digest, np.uint8)).astype(np.float32) - 1
     signs.setflags(write=False)  # the cache hands the same array to everyone
@@ -318,9 +323,11 @@ class HuggingFaceText(TextEncoder):
         return len(self.of_tokens.tokenizer(prompt, verbose=False)["input_ids"]) > self.txt_len
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ============================================================================================================
 # Pictures
-# ------------------------------------------------------------------------------------------------------------
+# ============================================================================================================
+
+
 class Pixels:
     """The picture itself as latent, at the scale of the noise (PIXEL_SHIFT and PIXEL_SCALE say why)."""
 

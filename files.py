@@ -1,5 +1,9 @@
 """Pictures and their captions as people keep them: the one reading that folders and tars share.
 
+    captions, left_out = files.pair(names, read)    # names of files, and a way to read the bytes of one
+    found = files.find(Path("pictures/"))           # a folder with all below, or a .parquet
+    picture = files.cover(files.opened(found.read(name)), 256, 256)     # uint8 [256, 256, 3]
+
     beside a.png      a.txt, a.caption, a.png.txt (each line is a caption), a.json: {"text": "...", ...}
     in a table        metadata.jsonl, .csv or .parquet, with columns file_name and text; .json, a list or {name: text}
     in a .parquet     columns image {bytes, path} and text, as image sets on the hub are
@@ -32,6 +36,9 @@ TEXTS = ("txt", "caption", "json")  # beside a picture; the first that says some
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json")
 KEYS = ("text", "caption", "prompt")
 KEY_HELP = "of captions in tables and .json (default: text, caption or prompt)"
+# What people have who have no captions
+NEAR = dict.fromkeys(("zip", "gz", "tgz", "7z", "rar"), "unpack it")
+NEAR |= {kind: f"call it metadata.{kind}" for kind in ("csv", "jsonl", "json")}
 MAX_PIXELS = 2**26  # 8192 x 8192: a larger picture is refused from its header, before memory is taken for it
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, a warning
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd EXIF data and the like, for each picture
@@ -59,7 +66,10 @@ def orientation(image: Image.Image) -> int:
 
 
 def opened(content: bytes, decode: bool = True) -> Image.Image:
-    """The picture in a file, or with decode=False its header alone. Raises Unusable, whatever Pillow raises."""
+    """The picture in a file, or with decode=False its header alone. Raises Unusable.
+
+    Whatever Pillow raises over one file is that file's fault; a full memory is not.
+    """
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
@@ -129,8 +139,8 @@ def well_formed(text: str) -> str:
 
 
 def captions_of(value, key: str | None = None) -> list[str]:
-    """The captions of a line of a table or a JSON text: a text, a list of texts, or one of the two under `key` or the
-    first of KEYS that says something; [""] where all are blank. Raises Unusable."""
+    """The captions that a line of a table or a JSON text holds: a text, a list of texts, or one of the two under `key`
+    or the first of KEYS that says something; [""] where all are blank. Raises Unusable."""
     if isinstance(value, dict):
         values = [value[name] for name in ([key] if key else KEYS) if value.get(name) is not None]
         if not values:
@@ -194,8 +204,10 @@ def entries(name: str, content: bytes, key: str | None) -> list:
 
 
 def read_table(name: str, content: bytes, key: str | None, names: list[str]) -> tuple[dict, dict]:
-    """({picture: captions}, {picture or line: why it is left out}). A picture may have several lines. Of `names` a
-    table may have the letters put together otherwise, as where a Mac has been between."""
+    """({picture: captions}, {picture or line: why it is left out}). A picture may have several lines.
+
+    Of `names` a table may have the letters put together otherwise, as where a Mac has been between.
+    """
     captions, left_out = {}, {}
     known = {unicodedata.normalize("NFC", name): name for name in names}
     for number, entry in enumerate(entries(name, content, key), 1):
@@ -242,8 +254,11 @@ def not_for_training(names: list[str]) -> set[str]:
 def pair(names: list[str], read: Callable[[str], bytes], key: str | None = None) -> tuple[dict, dict]:
     """({picture: its captions}, {what is left out: why}) of files, whose names have a "/" below folders.
 
-    read gives the bytes of a file, or raises Unusable. A table speaks for all pictures of its folder and below;
-    whether there is a picture that only a table names shows when it is read.
+    read    gives the bytes of a file, or raises Unusable
+    key     where captions stand in tables and .json, if not under one of KEYS
+
+    A table speaks for all pictures of its folder and below. Whether there is a picture that only a table names shows
+    when it is read.
     """
     captions, left_out, tables, groups = {}, {}, {}, {}
     elsewhere = not_for_training(names)
@@ -329,6 +344,8 @@ def walk(folder: Path, left_out: dict[str, str]) -> list[str]:
 
 def find(place: Path, key: str | None = None) -> Found:
     """The pictures of a folder with all below, or of a .parquet. Raises DataError where there are none with captions."""
+    if table_kind(place.name) is not None:
+        place = place.parent
     if not place.exists():
         raise DataError(f"no such folder: {place}")
     if place.is_file() and ending(place.name) != "parquet":
@@ -371,7 +388,8 @@ def find(place: Path, key: str | None = None) -> Found:
         missing = "captions: give each picture a .txt, or the folder a metadata.jsonl"
         if not any(ending(name) in PICTURES for name in names):
             missing = f"pictures (.{', .'.join(PICTURES)})"
-        raise DataError(f"{place} holds no {missing}{summary(left_out)}")
+        near = [f" ({n}: {NEAR[ending(n)]})" for n in names if ending(n) in NEAR and table_kind(n) is None]
+        raise DataError(f"{place} holds no {missing}{''.join(near[:1])}{summary(left_out)}")
     return Found(captions, read, left_out)
 
 

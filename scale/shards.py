@@ -55,9 +55,9 @@ WIDEST = 2.0  # the largest ratio of two sides; what is wider is cropped to it
 PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how gzip, bzip2, xz and zstd begin
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ============================================================================================================
 # The index of a tar
-# ------------------------------------------------------------------------------------------------------------
+# ============================================================================================================
 # One row per usable sample: where the picture lies in the tar, and its key and captions in the .captions file; its
 # size; and a checksum of the texts and of the picture's first bytes.
 ROW = np.dtype(
@@ -215,9 +215,11 @@ def read_index(names, folder: str | None = None, caption_key: str | None = None,
     return Index(list(tars.values()), texts, shard, rows, captions, skipped)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ============================================================================================================
 # Aspect-ratio buckets
-# ------------------------------------------------------------------------------------------------------------
+# ============================================================================================================
+
+
 def check_sides(sides: tuple[int, ...], multiple: int) -> None:
     """Raise DataError for a side that is no multiple of the auto-encoder's factor times the patch."""
     for side in sides:
@@ -300,9 +302,11 @@ class Blocks:
         return bucket, int(self.shuffled(seed, bucket, turn)[i])
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ============================================================================================================
 # The source
-# ------------------------------------------------------------------------------------------------------------
+# ============================================================================================================
+
+
 class Shards:
     """The captioned pictures of tars, in blocks of batch_size pictures of one size (the text on top).
 
@@ -381,9 +385,11 @@ class Shards:
         return self.text(number)[1]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ============================================================================================================
 # Making tars
-# ------------------------------------------------------------------------------------------------------------
+# ============================================================================================================
+
+
 def pack(folder: str, out: str | Path, per_shard: int = 1000, caption_key: str | None = None) -> str:
     """Put the pictures of a folder (files.find) in tars, unchanged; returns what to say of it. Sample 000120007 is
     number 7 of 00012.tar: the picture, and a .json with its captions and its old name. `out` appears in one piece.

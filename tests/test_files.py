@@ -246,7 +246,9 @@ def test_pictures_in_parquet(tmp_path, monkeypatch):
     "layout, said",
     [
         ({}, "holds no pictures"),
+        ({"a.zip": b"PK"}, r"holds no pictures .*\(a.zip: unpack it\)"),
         (TWO, r"holds no captions: .*metadata.jsonl; left out: 2 no caption \(1.png, 2.png\)"),
+        (ONE | {"captions.csv": "file,text\n1.png,one"}, r"\(captions.csv: call it metadata.csv\)"),
         (ONE | {"1.txt": b"\xff"}, "1 not UTF-8 text"),
         (ONE | {"metadata.csv": "image;text\n1.png;one"}, "1 no file_name, but image;text"),
         ({"metadata.jsonl": table("one")}, "none of its pictures can be used; left out: 1 no such file"),
@@ -260,9 +262,10 @@ def test_folders_that_are_refused_with_the_reason(layout, said, tmp_path):
 
 
 def test_ways_to_name_a_folder(tmp_path):
-    """Pictures may be called by their whole paths. What is no folder is refused."""
+    """By its table; pictures may be called by their whole paths. What is no folder is refused."""
     write(tmp_path, TWO | {"metadata.csv": f"file_name,text\n{tmp_path / '1.png'},one\n2.png,two"}, "folder")
-    assert seen(tmp_path, "folder") == ({1: ["one"], 2: ["two"]}, {})
+    for place in (tmp_path, tmp_path / "metadata.csv"):
+        assert seen(place, "folder") == ({1: ["one"], 2: ["two"]}, {})
     for name, said in (("absent", "no such folder"), ("1.png", "is a file: name the folder")):
         with pytest.raises(data.DataError, match=said):
             data.ImageFolder(tmp_path / name, 16)
