@@ -115,7 +115,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             now, then = (value_of(a, name) for a in (args, begun))
             if now != then:
                 was = f"{args.out} was begun with {flag_of(name)} {then}, not {now}"
-                raise errors.UserError(f"{was}: leave that out, or begin a new run (--init)")
+                raise errors.UserError(
+                    f"{was}: leave that out, or begin a new run (--init {args.out} --out NEW)"
+                )
     elif args.init:
         take_from_init(args)
     check(parser, args)

@@ -199,7 +199,9 @@ def check_folder(run: Path, resume: bool) -> None:
     if not resume and states:
         raise CheckpointError(f"{run} already holds a run; add --resume to go on, or choose another --out")
     if not resume and (run / "model.safetensors").exists():
-        raise CheckpointError(f"{run} already holds a model: choose another --out (--init begins with it)")
+        raise CheckpointError(
+            f"{run} already holds a model: choose another --out, --init {run} takes its weights"
+        )
 
 
 @contextlib.contextmanager
@@ -280,9 +282,10 @@ def save_state(run: Path, network, ema, optimizer, config: dict, state: dict, ar
     except (OSError, CheckpointError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
         last = [state.name for state in complete_states(run)][-1:]
-        way_on = f"--resume goes on from {last[0]}" if last else "start again"
-        reason = f"{str(error).splitlines()[0]}; make room if the disk is full"
-        raise CheckpointError(f"cannot save iteration {step} in {run} ({reason}); {way_on}") from error
+        way_on = f"the last complete state is {last[0]}, --resume goes on from it" if last else "start again"
+        raise CheckpointError(
+            f"cannot save iteration {step} in {run} ({str(error).splitlines()[0]}); {way_on}; make room if the disk is full"
+        ) from error
     for old in complete_states(run)[: -args.keep]:
         if not args.milestone_every or step_of(old) % args.milestone_every:
             gone = old.with_name(old.name + ".partial")  # half-deleted, it must not pass for a complete one
@@ -321,7 +324,9 @@ def load_state(states: list[Path], network: nn.Module, ema: nn.Module, optimizer
             if begun[name] != now:
                 what = "other data" if name == "data" else f"--{name} {begun[name]}"
                 # No damage, for which an older state would be better
-                raise errors.UserError(f"{run} was begun with {what}: restore that, or begin anew (--init)")
+                raise errors.UserError(
+                    f"{run} was begun with {what}: restore that, or begin a new one (--init {run})"
+                )
         load_weights(folder / "network.safetensors", network)
         load_weights(folder / "model.safetensors", ema)
         load_optimizer(folder / "adam.pt", optimizer, next(network.parameters()).is_cuda)

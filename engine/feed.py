@@ -85,8 +85,10 @@ def open_side(names: tuple[str, ...], side: int, batch_size: int, multiple: int,
 
 
 class Mixed:
-    """Several sources in equal parts, by whole batches (S.2: 256^2 and 512^2, 1:1): of n, block b is block b div n of
-    source b mod n."""
+    """Several sources in equal parts, by whole batches (S.2: 256^2 and 512^2, 1:1).
+
+    Of n sources, block b is block b div n of source b mod n; a block is batch_size samples.
+    """
 
     def __init__(self, sources: list, batch_size: int):
         self.sources, self.batch_size = sources, batch_size
@@ -144,8 +146,10 @@ class Codec(NamedTuple):
 
 
 def open_codec(plan: Recipe, size: dict, device: torch.device, draws: bool) -> tuple[Codec, dict]:
-    """The frozen encoders (None where caches serve, unless this process draws pictures), and the entries of
-    model.SIZES as they settle them."""
+    """The frozen encoders, and the entries of model.SIZES as they settle them.
+
+    Where caches serve, the encoders are None unless this process draws pictures.
+    """
     cached = all(map(cache.spec_of, plan.data))
     text = autoencoder = None
     if not cached or draws:
@@ -163,11 +167,12 @@ def open_codec(plan: Recipe, size: dict, device: torch.device, draws: bool) -> t
 class Feed:
     """The micro-batches of one process.
 
+    plan    recipe.Recipe
     draw    losses.draw or another objective's: the random numbers of a micro-batch
     start   the first iteration that is asked for; stages before it are not opened
     waited  seconds that `stream` has kept its caller waiting for the threads
 
-    Raises DataError when the source of a stage to come cannot be opened.
+    Raises DataError when a stage's source cannot be opened: at the start, for all stages to come.
     """
 
     def __init__(

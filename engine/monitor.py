@@ -37,8 +37,10 @@ BINS = 4  # of t
 
 
 class Meter:
-    """Sums what the loss reports, on the device and without waiting for it. An iteration's micro-batches are `add`ed,
-    and then counted by `keep` or forgotten by `drop`."""
+    """Sums what the loss reports, on the device and without waiting for it; one reduction over processes a record.
+
+    An iteration's micro-batches are `add`ed, and then counted by `keep` or forgotten by `drop`.
+    """
 
     NAMES = "n loss below log_lambda evaluated mix delta_norm fakes fake_loss".split()
     NAMES += [f"{kind}_t{b}" for b in range(BINS) for kind in ("n", "loss")]
@@ -50,9 +52,11 @@ class Meter:
         self.began, self.waited_before = time.perf_counter(), 0.0
 
     def add(self, stats: dict[str, Tensor], flops: float) -> None:
-        """Take one micro-batch's stats and its operations. Every objective gives t, s and loss, one value per sample
-        or group; Self-E lam and delta_norm besides, one per sample with s < t, and with the auxiliary term
-        fake_loss."""
+        """Take one micro-batch's stats and its operations.
+
+        Every objective gives t, s and loss, detached, one value per sample or group. Those that evaluate themselves
+        give lam and delta_norm besides, one value per sample with s < t, and with the auxiliary term fake_loss.
+        """
         t, s, loss = stats["t"], stats["s"], stats["loss"]
         evaluated, fakes = stats.get("delta_norm", t[:0]), stats.get("fake_loss", t[:0])
         lam = stats.get("lam", t[:0]).clamp_min(1e-12)
@@ -80,9 +84,11 @@ class Meter:
         self.pending.zero_()
 
     def record(self, world: int, peak: float, waited: float) -> dict[str, float]:
-        """The means since the last record, empty when no iteration was kept; all processes must call it together.
-        peak is one process's matrix-product rate in FLOP/s, waited its seconds of waiting for data since the run
-        began."""
+        """The means since the last record; all processes must call it together.
+
+        peak is one process's matrix-product rate in FLOP/s; waited its seconds of waiting for data since the run began.
+        Empty when no iteration was kept.
+        """
         seconds = time.perf_counter() - self.began
         wait, self.waited_before = waited - self.waited_before, waited
         sums = torch.cat([self.sums, self.sums.new_tensor([wait])])
@@ -129,8 +135,10 @@ class Log:
         try:
             self.file.write(json.dumps(record).encode() + b"\n")
         except OSError as error:
-            what = f"{self.file.name} cannot be written ({error.strerror})"
-            raise errors.UserError(f"{what}; --resume goes on from the last state") from error
+            way_on = "make room if the disk is full; --resume goes on from the last state"
+            raise errors.UserError(
+                f"{self.file.name} cannot be written ({error.strerror}); {way_on}"
+            ) from error
         if self.board:
             for name, value in record.items():
                 if name != "step" and isinstance(value, (int, float)):

@@ -55,8 +55,10 @@ class Ranks(NamedTuple):
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=hour)
         except (ValueError, dist.DistError) as error:  # no such address, or a process that never came
-            reason = f"within {patience:g} s: {str(error).splitlines()[0]}"
-            raise errors.UserError(f"process {self.rank} did not meet {others} {reason}") from error
+            raise errors.UserError(
+                f"process {self.rank} did not meet {others} within {patience:g} s "
+                f"({str(error).splitlines()[0]}): start all of them with torchrun"
+            ) from error
         finally:
             waiting.cancel()
         yield

@@ -10,6 +10,7 @@ Grids: the data's first prompts in rows, each from one noise, and sample.STEP_CO
 
 import contextlib
 import math
+import re
 import shlex
 import signal
 import sys
@@ -50,8 +51,10 @@ def draw_grid(loaded: sample.Loaded, prompts: dict, stop: Callable[[], bool]) ->
 
 
 class Watch:
-    """The eyes on one run. Only rank 0 prints, writes and draws; the sums are taken over all ranks. `state` is what
-    the last state.json said, {} at the beginning."""
+    """The eyes on one run. Only rank 0 prints, writes and draws; the sums are taken over all ranks.
+
+    `state` is what the last state.json said, {} at the beginning.
+    """
 
     def __init__(self, run: Run, precision: torch.dtype, state: dict, closing: contextlib.ExitStack):
         self.run, self.is_first = run, run.ranks.is_first
@@ -104,8 +107,10 @@ class Watch:
         self.meter.keep(norm)
 
     def left_out(self, step: int, loss: float, norm: float, keys: list[str]) -> bool:
-        """Say which samples led to a loss or gradient that is not finite: those of the processes whose loss is not, or
-        of all. True where that came too often in a row."""
+        """Say which samples led to a loss or gradient that is not finite; true where that came too often in a row.
+
+        The samples of the processes whose loss is not finite, or of all where only the gradient is not.
+        """
         self.nonfinite, self.in_a_row = self.nonfinite + 1, self.in_a_row + 1
         self.meter.drop()
         everyone = self.run.ranks.gather((math.isfinite(loss), keys))
@@ -116,8 +121,11 @@ class Watch:
             self.log_file.write(record)
         self.say(f"iteration {step}: no finite gradient (loss {loss}, norm {norm}); its update is left out")
         if self.in_a_row == PATIENCE:
-            last = ", ".join(suspects[:8])
-            self.failure = f"no finite gradient {PATIENCE} times in a row, last with {last}; --resume goes on"
+            self.failure = (
+                f"no finite gradient in {PATIENCE} iterations in a row, last with {', '.join(suspects[:8])} (all are in "
+                f"{self.run.folder / 'metrics.jsonl'}); the weights from before them are saved, and --resume goes on "
+                "behind them, with a lower --lr if need be"
+            )
         return bool(self.failure)
 
     # --------------------------------------------------------------------------------------------------------
@@ -189,6 +197,7 @@ class Watch:
         if self.is_first:
             if run.start == step:
                 print(f"{run.folder} has its {step:,} iterations; --steps N makes more")
-            prompt = shlex.quote(files.printable(" ".join(next(iter(self.prompts)).split())[:200]))
-            print(f"done: {run.folder}. To make pictures:")
-            print(f"  {run.command('sample.py --checkpoint')} --steps 1 2 4 8 50 --prompt {prompt}")
+            prompt = files.printable(" ".join(next(iter(self.prompts)).split())[:200])
+            shown = f'"{prompt}"' if re.fullmatch(r"[\w ,.'-]*", prompt) else shlex.quote(prompt)
+            program = run.command("sample.py --checkpoint")
+            print(f"done: {run.folder}. To make pictures:\n  {program} --steps 1 2 4 8 50 --prompt {shown}")

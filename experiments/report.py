@@ -90,6 +90,13 @@ def write(lines: list[str], path: Path) -> None:
     print(f"wrote {path}")
 
 
+def save(figure: plt.Figure, path: Path, **look) -> None:
+    with checkpoint.in_one_piece(path, shared=True) as partial:
+        figure.savefig(partial, format="png", **look)
+    plt.close(figure)
+    print(f"wrote {path}")
+
+
 def scores_of(rows: Rows, tag: str, steps: list[int]) -> list[str]:
     """A table of one tag: rows down, step counts across."""
     lines = []
@@ -156,10 +163,7 @@ def draw_pictures(blocks: dict[str, list], steps: list[int], captions: list[str]
                 panel.imshow(row[c], interpolation="nearest", extent=extent)
     panel.set(xlim=(-letters, width - letters), ylim=(height - 0.8, -0.8), aspect="equal")
     panel.axis("off")
-    with checkpoint.in_one_piece(path, shared=True) as partial:
-        figure.savefig(partial, format="png", dpi=200, transparent=True, bbox_inches="tight", pad_inches=0.03)
-    plt.close(figure)
-    print(f"wrote {path}")
+    save(figure, path, dpi=200, transparent=True, bbox_inches="tight", pad_inches=0.03)
 
 
 def all_here(runs: dict[str, Path]) -> bool:

@@ -183,7 +183,9 @@ class CachedShards:
         with opened(folder / "null.safetensors") as file:
             self.null = file.get_tensor("tokens"), file.get_tensor("pooled")
             self.null_fake = file.get_tensor("fake_tokens"), file.get_tensor("fake_pooled")
-        self.summary = f"{folder}: {sum(counts):,} encoded pictures{files.summary(self.skipped)}"
+        self.summary = (
+            f"{folder}: {sum(counts):,} encoded pictures with captions{files.summary(self.skipped)}"
+        )
 
     def check(self, text: str, txt_len: int, autoencoder: str) -> None:
         """Raise DataError unless the encoders of these names are those that the cache was made with."""
