@@ -349,8 +349,10 @@ class KLAutoencoder:
     """
 
     def __init__(self, name: str, device: torch.device | str):
-        import diffusers
-
+        try:
+            import diffusers
+        except ImportError as error:
+            raise EncoderError(f"auto-encoder {name!r} needs diffusers: pip install diffusers") from error
         place = (FLUX_VAE if name == "flux" else name).removeprefix("kl:")
         self.name, self.device, self.dtype = canonical(name), device, precision(device)
         # low_cpu_mem_usage=True needs the accelerate package

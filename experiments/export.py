@@ -6,9 +6,11 @@ Writes 00000/metadata.jsonl, 00000/samples/0000.png, ..., as the scorer reads th
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -25,8 +27,9 @@ def read_prompts(path: Path) -> list[dict]:
     if not path.is_file():
         raise errors.UserError(f"no such prompt file: {path}")
     found = []
-    lines = files.read_text(path).split("\n")  # JSON may hold the other ends of lines
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(
+        files.read_text(path).split("\n"), 1
+    ):  # JSON may hold the other ends of lines
         if line.strip():
             try:
                 metadata = json.loads(line)
@@ -39,6 +42,14 @@ def read_prompts(path: Path) -> list[dict]:
     return found
 
 
+@contextlib.contextmanager
+def put(path: Path) -> Iterator[Path]:
+    """Where to write a file, in one piece. The name until then begins with a dot: GenEval reads what begins like 0000.png."""
+    partial = path.with_name(f".{path.name}.partial")
+    yield partial
+    os.replace(partial, path)
+
+
 def export(folder: Path, asked: list[dict], images: int, batch_size: int, draw: Callable) -> int:
     """Write the pictures that are not there yet; returns how many were made.
 
@@ -48,13 +59,14 @@ def export(folder: Path, asked: list[dict], images: int, batch_size: int, draw: 
     for i, metadata in enumerate(asked):
         samples = folder / f"{i:05}" / "samples"
         samples.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(samples.parent / "metadata.jsonl", metadata)
+        with put(samples.parent / "metadata.jsonl") as partial:
+            partial.write_text(json.dumps(metadata), encoding="utf-8")
         jobs += [(i, j) for j in range(images) if not (samples / f"{j:04}.png").exists()]
     with tqdm(total=len(jobs), unit=" pictures", disable=None) as bar:
         for start in range(0, len(jobs), batch_size):
             part = jobs[start : start + batch_size]
             for (i, j), picture in zip(part, draw(part), strict=True):
-                with checkpoint.in_one_piece(folder / f"{i:05}" / "samples" / f"{j:04}.png") as partial:
+                with put(folder / f"{i:05}" / "samples" / f"{j:04}.png") as partial:
                     Image.fromarray(picture).save(partial, format="PNG")
             bar.update(len(part))
     return len(jobs)
@@ -63,17 +75,21 @@ def export(folder: Path, asked: list[dict], images: int, batch_size: int, draw: 
 def parse_arguments() -> argparse.Namespace:
     parser = errors.Parser("-m experiments.export", "Write a model's pictures for GenEval's public scorer.")
     a = parser.add_argument_group("what").add_argument
-    a("--checkpoint", metavar="DIR", type=Path, required=True, help="folder of a run")
-    a(
-        "--prompts",
-        metavar="FILE",
-        type=Path,
-        required=True,
-        help="GenEval's evaluation_metadata.jsonl, or like it",
+    metadata, folder = (
+        "GenEval's evaluation_metadata.jsonl, or like it",
+        "of the pictures, one for each step count",
     )
-    a("--out", metavar="DIR", type=Path, required=True, help="of the pictures")
+    a("--checkpoint", metavar="DIR", type=Path, required=True, help="folder of a run")
+    a("--prompts", metavar="FILE", type=Path, required=True, help=metadata)
+    a("--out", metavar="DIR", type=Path, required=True, help=folder)
     a("--steps", metavar="N", type=int, default=2, help="evaluations of the network (default: 2)")
     a("--images", metavar="N", type=int, default=4, help="pictures per prompt (default: 4)")
+    a(
+        "--shape",
+        metavar="HxW",
+        type=sample.shape_of,
+        help="in pixels (default: what the model has seen most)",
+    )
     a("--seed", metavar="N", type=int, default=0, help="of the noise (default: 0)")
     a("--batch-size", metavar="N", type=int, default=8, help="pictures at once (default: 8)")
     sampling_flags(parser)
@@ -94,12 +110,13 @@ def main() -> None:
     read = {"prompts": args.prompts, "weights": args.checkpoint / "model.safetensors"}
     settings = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in read.items()}
     settings |= {"steps": args.steps, "seed": args.seed, "precision": str(loaded.network.precision)}
-    settings |= sample.choose(loaded.config, **choices) | {"shape": list(loaded.shape)}
+    shape = args.shape or loaded.shape
+    settings |= sample.choose(loaded.config, **choices) | {"shape": list(shape)}
     checkpoint.keep_settings(args.out, settings, "choose another --out")
 
     def draw(jobs):
         texts = [asked[i]["prompt"] for i, _ in jobs]
-        how = {"shapes": [loaded.shape] * len(jobs), "seed": args.seed, "steps": args.steps}
+        how = {"shapes": [shape] * len(jobs), "seed": args.seed, "steps": args.steps}
         return sample.generate(loaded, texts, jobs, **how, **choices)
 
     made = export(args.out, asked, args.images, args.batch_size, draw)

@@ -1,4 +1,8 @@
-"""The page and the figure of what experiments/tables.py has measured, read from its files and nowhere else."""
+"""The page and the figures of what experiments/tables.py has measured, read from its files and nowhere else.
+
+rows = report.read_rows(Path("results/scenes/0"))     # row -> seed -> what tables.score wrote
+report.report(Path("results/scenes"), Path("runs/scenes"))   # table.md, scores.png, samples.png
+"""
 
 import sys
 import textwrap
@@ -142,6 +146,26 @@ def write_page(doses: dict[str, Rows], out: Path, steps: list[int], tags: list[s
     write(lines, out / "table.md")
 
 
+def draw_scores(doses: dict[str, Rows], path: Path, steps: list[int], tags: list[str]) -> None:
+    """A panel per share of wrong captions and tag; a line per row of the main group, its band from seed to seed."""
+    size = {"figsize": (2.3 * len(tags), 2.3 * len(doses) + 0.5), "squeeze": False}
+    figure, panels = plt.subplots(len(doses), len(tags), sharex=True, sharey=True, **size)
+    places = range(len(steps))
+    for line, (share, rows) in zip(panels, doses.items()):
+        line[0].set_ylabel(f"{float(share):.0%} wrong captions")
+        for panel, tag in zip(line, tags):
+            for i, row in enumerate(GROUPS["main"]):
+                if row in rows:
+                    values = np.array([[score(r, n, tag) for n in steps] for r in rows[row].values()])
+                    panel.plot(places, values.mean(0), ".-", color=f"C{i}", label=row)
+                    panel.fill_between(places, values.min(0), values.max(0), color=f"C{i}", alpha=0.2)
+            panel.set(xticks=places, xticklabels=steps, ylim=(0, 1), title=tag)
+            panel.grid(alpha=0.3)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower center", ncols=5)
+    figure.tight_layout(rect=(0, 0.25 / len(doses) / 2.3, 1, 1))
+    save(figure, path, dpi=100)
+
+
 def draw_pictures(blocks: dict[str, list], steps: list[int], captions: list[str], path: Path) -> None:
     """Prompts in rows, and for each model a block of columns, one for each step count (Fig. 3, 4, 6).
 
@@ -205,7 +229,7 @@ def draw_samples(rows: Rows, out: Path, runs: Path, steps: list[int]) -> None:
 
 
 def report(out: Path, runs: Path) -> None:
-    """Write table.md and draw samples.png. Raises UserError where nothing has been measured."""
+    """Write and draw all of it. Raises UserError where nothing has been measured."""
     folders = [path for path in out.glob("[0-9]*") if path.is_dir()]
     folders.sort(key=lambda path: float(path.name))
     doses = {path.name: rows for path in folders if (rows := read_rows(path))}
@@ -216,4 +240,5 @@ def report(out: Path, runs: Path) -> None:
     steps, known = list(map(int, first)), next(iter(first.values()))["tags"]
     tags = ["overall", *(tag for tag in evaluate.COLUMNS if tag in known)]
     write_page(doses, out, steps, tags)
+    draw_scores(doses, out / "scores.png", steps, tags)
     draw_samples(rows, out, runs / share, [n for n in steps if n < 10])

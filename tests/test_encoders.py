@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
@@ -320,9 +321,12 @@ def refused(call, *arguments):
         (encoders.text_encoder, "hf:not a name!", "not a name!"),
         (encoders.autoencoder, "vae", '"pixels"'),
         (encoders.autoencoder, "kl:/no/such/vae", "/no/such/vae"),
+        (encoders.autoencoder, "flux", "pip install diffusers"),
     ],
 )
-def test_unknown_names(call, name, said):
+def test_unknown_names(call, name, said, monkeypatch):
+    if name == "flux":
+        monkeypatch.setitem(sys.modules, "diffusers", None)
     assert said in refused(call, name)
 
 

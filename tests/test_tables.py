@@ -158,7 +158,7 @@ def test_the_quick_form_makes_every_file_and_goes_on_where_it_stopped(tmp_path):
     complaints, code = measure(2, 3)
     assert code == 0, complaints
     assert path.read_bytes() == written and (out / "0/self_e-3.json").exists()
-    assert (out / "samples.png").exists()
+    assert all((out / name).exists() for name in ("scores.png", "samples.png"))
     page = (out / "table.md").read_text()
     assert "self_e minus flow_matching" in page and "## 30% of captions wrong" in page and "| 0.610 |" in page
 

@@ -276,7 +276,7 @@ BAD = {
     export: "--prompts absent.jsonl --checkpoint c --out out",
     tables: "--seeds -1",
     any_step: "--steps 0; --study telepathy; --seed -1; --layout x; --out /dev/null/a",
-    identities: "--only telepathy",
+    identities: "--seed x",
 }
 LINES = [(program, words.strip()) for program, lines in BAD.items() for words in lines.split(";")]
 

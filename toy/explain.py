@@ -1,10 +1,11 @@
-"""Three figures that explain the method, drawn by calling losses.py, so that they follow the code.
+"""Four figures that explain the method, drawn by calling losses.py and sampler.py, so that they follow the code.
 
-    python -m toy.explain                 # a few seconds; three PNGs in toy/results
+    python -m toy.explain                 # a few seconds; four PNGs in toy/results
 
 explain_step.png      one training step: tensors, networks, stop-gradients under their names in losses.SelfE
 explain_times.png     the distribution of (t, s) as tau rises from 0 to 1 (s.11-s.13)
 explain_mix.png       the share of x_self in the target, lambda / (1 + lambda), over (t, s) (Eq. 17-18)
+explain_grids.png     the times that a sampler of 1, 2 and 4 steps tells the network (Eq. 22, s.12)
 """
 
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 import losses
+import sampler
 from engine import errors
 from rng import rng
 from toy import kept
@@ -163,7 +165,44 @@ def mixing_weight(path: Path, n: int = 201) -> None:
     save(figure, path)
 
 
-FIGURES = {"explain_step": training_step, "explain_times": time_pairs, "explain_mix": mixing_weight}
+def evaluated_times(steps: int, s_rule: float = 0.0) -> list[tuple[float, float]]:
+    """(t_k, s_k) of each evaluation that sampler.trajectory makes."""
+    seen = []
+
+    def V(x, t, s):
+        seen.append((float(t[0]), float(s[0])))
+        return x
+
+    sampler.sample(V, torch.zeros(1, 2), (), steps=steps, mu=MU, s_rule=s_rule, eta=0.0)
+    return seen
+
+
+def time_grids(path: Path, budgets: tuple = (4, 2, 1)) -> None:
+    """One line per number of steps, from noise at the left to data at the right, with (t_k, s_k) of each evaluation."""
+    figure, axis = plt.subplots(figsize=(10.5, 3.6))
+    axis.set(xlim=(1.03, -0.03), ylim=(-0.6, len(budgets) - 0.2), yticks=[], xlabel="time")
+    axis.set_xticks(np.linspace(1, 0, 11), ["1\nnoise", *(f"0.{i}" for i in range(9, 0, -1)), "0\ndata"])
+    axis.spines[["left", "right", "top"]].set_visible(False)
+    for row, steps in enumerate(budgets):
+        axis.plot([1, 0], [row, row], color=GREY, linewidth=0.8)
+        axis.plot(sampler.time_grid(steps, MU), [row] * (steps + 1), "|", color=GREY, markersize=9)
+        axis.text(1.0, row + 0.52, f"N = {steps}", va="center", fontsize=12, weight="bold")
+        for k, (t, s) in enumerate(evaluated_times(steps)):  # pairs, not moves: no arrows
+            height = row + (0.32 if k % 2 else 0.16)  # or s_k would hide behind t_(k+1)
+            axis.plot([t, s], [height] * 2, color=GREY, linewidth=1, linestyle=":", zorder=1)
+            axis.plot(t, height, "o", color=BLUE, label="t_k: noise level of the input")
+            axis.plot(s, height, "o", color=GREEN, markerfacecolor="white", label="s_k: the second time")
+            axis.text((t + s) / 2, row - 0.09, f"t = {t:.2f}\ns = {s:.2f}", **BELOW)
+    axis.legend(*(part[:2] for part in axis.get_legend_handles_labels()), loc="upper center", ncol=2)
+    save(figure, path)
+
+
+FIGURES = {
+    "explain_step": training_step,
+    "explain_times": time_pairs,
+    "explain_mix": mixing_weight,
+    "explain_grids": time_grids,
+}
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import torch
 
 from engine import checkpoint, errors, machine
 
-from toy.checks.stage import CHECKS  # isort: skip  the list; the files below fill it, in the order of the table
+from toy.checks.stage import CHECKS, SEED  # isort: skip  the list; the files below fill it, in the order of the table
 from toy.checks import flow_matching, scores, self_evaluation, objective, step, peers  # noqa: F401  # isort: skip
 from toy.checks.inference import BUDGETS, ETAS, std_of_the_sampler  # isort: skip
 
@@ -30,8 +30,11 @@ def main() -> int:
     """The exit code: 1 where a line fails. Raises UserError."""
     parser = errors.Parser("-m toy.identities", __doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="the lines whose equation contains this text (all)")
+    parser.add_argument("--seed", type=int, default=0, help="other points and samples for every line (0)")
     parser.add_argument("--out", type=errors.file_to_write, help="write the table as JSON, too")
     args = parser.parse_args()
+    parser.check_ranges(args, seed=(0, 2**53))
+    SEED[0] = 1000 * args.seed
     chosen = [line for line in CHECKS if args.only in line.equation]
     if not chosen:
         parser.error(f"no line has {args.only!r} in its equation; run without --only to see them all")
@@ -57,7 +60,7 @@ def main() -> int:
     seconds, held = time.perf_counter() - start, sum(row["holds"] for row in table)
     print(f"\n{held} of {len(table)} lines hold, {seconds:.1f} s")
     if args.out:
-        head = machine.provenance(torch.device("cpu")) | {"seconds": round(seconds, 1)}
+        head = machine.provenance(torch.device("cpu")) | {"seed": args.seed, "seconds": round(seconds, 1)}
         checkpoint.write_json(args.out, head | {"lines": table})
     return int(held < len(table))
 

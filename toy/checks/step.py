@@ -6,7 +6,7 @@ from torch import Tensor
 
 import losses
 from peers import variants
-from toy.checks.stage import check, points, random, worst
+from toy.checks.stage import SEED, check, points, random, worst
 
 PHI = 3  # the null prompt of the small network; "fake image " + prompt c is c + 4
 
@@ -16,7 +16,7 @@ class SmallNet(torch.nn.Module):
 
     def __init__(self, seed: int):
         super().__init__()
-        g = torch.Generator().manual_seed(seed)
+        g = torch.Generator().manual_seed(SEED[0] + seed)
         self.inner = torch.nn.Parameter(torch.randn(4 + 8, 6, dtype=torch.float64, generator=g))
         self.outer = torch.nn.Parameter(torch.randn(6, 2, dtype=torch.float64, generator=g))
 
