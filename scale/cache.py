@@ -39,14 +39,17 @@ from scale import shards
 
 
 class CachedSample(NamedTuple):
-    """One encoded sample, as it is stored."""
+    """One encoded sample: latent [C, h, w], (tokens [L, d_txt], pooled [d_vec]) of its caption and of its fake prompt.
 
-    latent: Tensor  # [C, h, w] fp32
+    Tensors are as they are stored: fp32, and tokens perhaps bf16. `fake` is None where the cache was made without it.
+    """
+
+    latent: Tensor
     caption: str
-    tokens: Tensor  # [L, d_txt] bf16 or fp32
-    pooled: Tensor  # [d_vec] fp32
+    tokens: Tensor
+    pooled: Tensor
     key: str
-    fake: tuple[Tensor, Tensor] | None  # tokens and pooled of the fake prompt, where the cache has them
+    fake: tuple[Tensor, Tensor] | None
 
 
 class Settings(NamedTuple):
@@ -68,8 +71,9 @@ class Settings(NamedTuple):
 def make(names, out: Path, side: int, frozen: tuple, settings: Settings = Settings(), part=(0, 1)) -> None:
     """Encode the pictures and captions of tars into the folder `out`; what is complete there is left as it is.
 
-    frozen are the text encoder and the auto-encoder; part (i, n) makes every n-th shard from the i-th on. A picture
-    that cannot be decoded is replaced as in Shards. Raises DataError when `out` has other tars or settings.
+    frozen are the text encoder and the auto-encoder. part (i, n) makes every n-th shard from the i-th on, so that n
+    processes can share the work. A picture that cannot be decoded is replaced as in Shards, and its shard remembers it.
+    Raises DataError when `out` holds a cache made from other tars or with other settings.
     """
     text, autoencoder = frozen
     if settings.multiple % autoencoder.factor:
@@ -152,7 +156,9 @@ def save_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] 
 # ------------------------------------------------------------------------------------------------------------
 class CachedShards:
     """What `make` wrote, as a source of CachedSample in the order of shards.Blocks: the interface of shards.Shards.
-    null is (tokens [1, L, d_txt], pooled [1, d_vec]) of "", null_fake of "fake image ".
+
+    spec        what is in cache.json
+    null        (tokens [1, L, d_txt], pooled [1, d_vec]) of "", and null_fake of "fake image ": for dropped prompts
 
     Raises DataError for an incomplete cache and for a batch larger than its smallest bucket.
     """
@@ -238,8 +244,10 @@ def cached_sizes(folder: Path) -> tuple[dict, int]:
 
 
 def collate(samples: list[CachedSample], dropped: list[bool], null: tuple, null_fake: tuple, with_fake: bool):
-    """(x0 [B, C, h, w], c, fake): what the loss takes, with the prompts of `dropped` samples replaced by "". c and
-    fake (None unless asked for) are (tokens [B, L, d_txt], pooled [B, d_vec])."""
+    """(x0 [B, C, h, w], c, fake): what the loss takes, with the prompts of `dropped` samples replaced by "".
+
+    c and fake are (tokens [B, L, d_txt], pooled [B, d_vec]), as they are stored; fake is None unless asked for.
+    """
 
     def stacked(rows: list[tuple], instead: tuple) -> tuple:
         rows = [[a[0] for a in instead] if drop else row for row, drop in zip(rows, dropped)]
@@ -271,6 +279,7 @@ def main() -> None:
     a("--txt-len", metavar="N", type=int, help="tokens a caption (default: the encoder's)")
     a("--autoencoder", metavar="SPEC", default="flux", help="frozen auto-encoder (default: flux)")
     a("--fake", action="store_true", help="encode what the auxiliary term needs too (default: off)")
+    a("--tokens", choices=("bf16", "fp32"), help="precision of the stored tokens (default: bf16)")
     a("--batch-size", metavar="N", type=int, help="the largest to train with (default: 1024)")
     a("--multiple", metavar="N", type=int, help="of which all sides are multiples (default: 16)")
     a("--per-shard", metavar="N", type=int, help="samples a cached shard (default: 256)")

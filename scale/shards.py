@@ -4,10 +4,14 @@
     python -m engine.feed --data tars/ --side 256 --workers 16  # index them; counts, buckets, what is left out
     python -m scale.cache tars/ cache256/ --side 256 --fake     # encode them once, with the frozen encoders
 
-A shard is a .tar in the layout of WebDataset and img2dataset, or with captions in any form that a folder may have
-(files.py). Each tar is read once for an index (name.tar.index and name.tar.captions, beside it or in a folder of your
-choice), and afterwards a sample is two reads at known offsets. So a run's place in its data is one integer, not the
-content of a shuffle buffer, and any number of processes sees one sequence.
+    source = shards.Shards("tars/", side=256, batch_size=1024)  # pictures, decoded as they are asked for
+    sample = source.sample(g, seed)                             # g = 0, 1, 2, ...: the global sample index
+
+A shard is a .tar in the layout of WebDataset and img2dataset: `000000000.jpg` with its caption in `000000000.txt` or
+`000000000.json`, or in any other form that a folder may have (files.py). Each tar is read once for an index
+(name.tar.index and name.tar.captions, beside it or in a folder of your choice), and afterwards a sample is two reads at
+known offsets. So a run's place in its data is one integer, not the content of a shuffle buffer, and any number of
+processes sees one sequence.
 
 A batch is one tensor, so its pictures have one size: each aligned block of batch_size consecutive g has one bucket.
 
@@ -16,7 +20,8 @@ A batch is one tensor, so its pictures have one size: each aligned block of batc
     an epoch    takes from a bucket of n pictures as many blocks as n fills, and shuffles the blocks of all buckets
     the rest    of a bucket is neither dropped nor doubled: it opens that bucket's first block of the next epoch
 
-A tar that cannot be read is a DataError that names it; a single sample is left out, counted and named.
+A tar that cannot be read (truncated, compressed, without captions) is a DataError that names it; a single sample that
+cannot be used is left out, counted and named.
 """
 
 import functools
@@ -58,8 +63,9 @@ PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how gzip, bz
 # ============================================================================================================
 # The index of a tar
 # ============================================================================================================
-# One row per usable sample: where the picture lies in the tar, and its key and captions in the .captions file; its
-# size; and a checksum of the texts and of the picture's first bytes.
+# One row per usable sample: where the picture lies in the tar, and its key and captions in the .captions file; what
+# bucketing needs to know; and a checksum of these texts and of the picture's first bytes, by which other content of the
+# same length is noticed.
 ROW = np.dtype(
     [("offset", "<i8"), ("size", "<i8"), ("width", "<i4"), ("height", "<i4")]
     + [("text_offset", "<i8"), ("text_size", "<i4"), ("check", "<u4")]
@@ -137,7 +143,10 @@ def scan(tar: Path, caption_key: str | None = None) -> tuple[np.ndarray, list[by
 
 def index_of(tar: Path, place: Path, caption_key: str | None) -> tuple[np.ndarray, int, dict[str, str]]:
     """The index of a tar (rows, captions, left out), read from PLACE.index or made and written there, with the texts in
-    PLACE.captions. It holds while the tar's size and modification time stay what they were."""
+    PLACE.captions.
+
+    An index holds while the tar's size and modification time stay what they were.
+    """
     index, texts = (place.with_name(f"{place.name}.{kind}") for kind in ("index", "captions"))
     if not tar.is_file():
         raise DataError(f"no such tar: {tar}")
@@ -165,8 +174,10 @@ RANGE = re.compile(r"(.*)\{(\d+)\.\.(\d+)\}(.*)")  # {00000..00012}.tar
 
 
 def find_tars(name: str) -> tuple[dict[str, Path], dict[str, str]]:
-    """(label -> tar of those that --data NAME means, what lies beside them in its folder -> why it is left out): NAME
-    is a tar, a range of them, or a folder with tars in it or below."""
+    """(label -> tar of those that --data NAME means, what lies beside them in its folder -> why it is left out).
+
+    NAME is a tar, a range of them, or a folder with tars in it or below; of anything else there are none.
+    """
     tars, beside = {}, {}
     if Path(name).is_dir():
         for below in files.walk(Path(name), beside):
@@ -186,8 +197,11 @@ def find_tars(name: str) -> tuple[dict[str, Path], dict[str, str]]:
 
 
 def read_index(names, folder: str | None = None, caption_key: str | None = None, workers: int = 1) -> Index:
-    """The index of all tars that `names` mean, kept in a folder of its own, or (None) beside the tars. Raises
-    DataError for the first tar that cannot be used."""
+    """The index of all tars that `names` mean, kept in a folder of its own, or (None) beside the tars.
+
+    Raises DataError for the first tar that cannot be used. Processes that start together on tars without an index each
+    read them all, so look at them (engine/feed.py) before a long run.
+    """
     tars, skipped = {}, {}
     for name in map(str, [names] if isinstance(names, (str, Path)) else names):
         found, beside = find_tars(name)
@@ -228,9 +242,11 @@ def check_sides(sides: tuple[int, ...], multiple: int) -> None:
 
 
 def bucket_sides(side: int, multiple: int = 16) -> list[tuple[int, int]]:
-    """The buckets of a stage, (height, width) from tallest to widest: for each width from the square's to
-    sqrt(WIDEST) times it, the height that comes nearest to the area; and each of them turned. side 256 has 13, side
-    512 has 27. Raises DataError for a side that is no multiple."""
+    """The buckets of a stage, (height, width) from tallest to widest: multiples of `multiple`, areas near side^2.
+
+    For each width from the square's to sqrt(WIDEST) times it, the height that comes nearest to the area; and each of
+    them turned. side 256 has 13, side 512 has 27. Raises DataError for a side that is no multiple.
+    """
     check_sides((side,), multiple)
     n = side // multiple
     wide = [(round(n * n / w), w) for w in range(n, int(n * math.sqrt(WIDEST)) + 1)]
@@ -240,8 +256,11 @@ def bucket_sides(side: int, multiple: int = 16) -> list[tuple[int, int]]:
 
 
 def choose_buckets(rows: np.ndarray, buckets: list, smallest: int) -> tuple[list, np.ndarray]:
-    """(the buckets in use, [N] which of them each picture belongs to), by the nearest log aspect ratio. A bucket with
-    fewer than `smallest` pictures is given up, the emptiest first, and its pictures go to their next nearest one."""
+    """(the buckets in use, [N] which of them each picture belongs to), by the nearest log aspect ratio.
+
+    A bucket with fewer than `smallest` pictures is given up, the emptiest first, and its pictures go to their next
+    nearest one: a block of 64 made of the three panoramas that there are would be three pictures, not 64.
+    """
     ratio = np.log(rows["width"] / rows["height"])
     ordered, used = np.sort(ratio), list(buckets)
     while True:
@@ -256,10 +275,11 @@ def choose_buckets(rows: np.ndarray, buckets: list, smallest: int) -> tuple[list
 class Blocks:
     """Which picture stands at global index g, for buckets of counts[k] pictures: blocks of batch_size, one bucket each.
 
-    Each bucket is an endless stream of its pictures, pass after pass, each shuffled by (seed, pass). A block is the
-    next batch_size pictures of one stream. By the end of epoch e = 0, 1, ... a bucket of n pictures has given
-    floor((e + 1) n / batch_size) blocks; those that epoch e adds, over all buckets, are shuffled by (seed, e). So
-    after e epochs each picture has been shown e or e - 1 times.
+    Each bucket is an endless stream: its pictures in an order shuffled by (seed, pass), then again in another order,
+    and so on. A block is the next batch_size pictures of one stream. By the end of epoch e = 0, 1, ... a bucket of n
+    pictures has given floor((e + 1) n / batch_size) blocks; those that epoch e adds, over all buckets, stand in an
+    order shuffled by (seed, e). So after e epochs each picture has been shown e or e - 1 times (if no bucket is smaller
+    than a block), and at every moment the showings of two pictures of one bucket differ by at most 1.
     """
 
     def __init__(self, counts: list[int], batch_size: int, side: int = 0):
@@ -312,8 +332,10 @@ class Shards:
 
     names       what --data has: a folder, tars, ranges of tars
     side        of the square bucket, in pixels; all buckets have about its area
-    batch_size  the global one: batch i is g = i * batch_size and what follows
+    batch_size  the global one, over all processes and micro-batches: batch i is g = i * batch_size and what follows
     multiple    of which all sides are multiples: the auto-encoder's factor times the patch, 16 for FLUX
+    index       the folder of the index, by default beside the tars
+    caption_key of captions in tables and .json, if not one of files.KEYS
     """
 
     def __init__(self, names, side: int, batch_size: int, *, multiple=16, index=None, caption_key=None):
@@ -347,7 +369,11 @@ class Shards:
             return json.loads(read_at(file, row["text_offset"], row["text_size"]))
 
     def content(self, n: int) -> bytes:
-        """The file of picture n, from its tar opened anew. Raises DataError where that has become shorter."""
+        """The file of picture n. Raises DataError where its tar has become shorter.
+
+        The tar is opened for each: threads and forked processes share no position, and no number of tars exhausts the
+        file descriptors.
+        """
         tar, row = self.index.tars[self.index.shard[n]], self.index.rows[n]
         with open(tar, "rb") as file:
             content = read_at(file, row["offset"], row["size"])
@@ -356,7 +382,8 @@ class Shards:
         return content
 
     def from_here(self, k: int, i: int) -> Iterator[int]:
-        """Picture i of bucket k, and the next ones in the order of the tars, which stand for it where it is broken."""
+        """Picture i of bucket k, and the next ones in the order of the tars, which stand for it where it is broken: a
+        function of the data alone, so every process replaces it by the same."""
         members = self.members[k]
         return (int(members[j % len(members)]) for j in range(i, i + len(members)))
 
@@ -391,9 +418,11 @@ class Shards:
 
 
 def pack(folder: str, out: str | Path, per_shard: int = 1000, caption_key: str | None = None) -> str:
-    """Put the pictures of a folder (files.find) in tars, unchanged; returns what to say of it. Sample 000120007 is
-    number 7 of 00012.tar: the picture, and a .json with its captions and its old name. `out` appears in one piece.
-    Raises DataError when it exists."""
+    """Put the pictures of a folder (files.find) in tars, unchanged; returns what to say of it.
+
+    Sample 000120007 is number 7 of 00012.tar: the picture, and a .json with its captions and its old name. `out`
+    appears in one piece, when all is written. Raises DataError when it exists.
+    """
     folder, out = Path(folder), Path(out)
     if out.exists():
         raise DataError(f"{out} exists: choose a new folder for the shards")
@@ -426,9 +455,11 @@ def main() -> None:
     a = parser.add_argument
     a("folder", metavar="FOLDER", type=errors.name, help="pictures with captions, see files.py")
     a("out", metavar="OUT", type=errors.name, help="a new folder for the tars")
+    a("--per-shard", metavar="N", type=int, default=1000, help="pictures a tar (default: 1000)")
     a("--caption-key", metavar="NAME", help=files.KEY_HELP)
     args = parser.parse_args()
-    print(pack(args.folder, args.out, caption_key=args.caption_key))
+    parser.check_ranges(args, per_shard=(1, 10**4))  # a key has four digits for the place in its tar
+    print(pack(args.folder, args.out, args.per_shard, args.caption_key))
     print(f"to look at them:\n  python -m engine.feed --data {shlex.quote(args.out)} --side 256")
 
 

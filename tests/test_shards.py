@@ -310,14 +310,14 @@ def test_pack_as_a_user_would(tmp_path, monkeypatch, capsys):
         lines += [f"{i}.{kind.lower()},number {i}"]
     (pictures / "7.png").write_bytes(b"broken")
     (pictures / "metadata.csv").write_text("\n".join(lines))
-    command = [sys.executable, "-m", "scale.shards", pictures, tmp_path / "tars"]
+    command = [sys.executable, "-m", "scale.shards", pictures, tmp_path / "tars", "--per-shard", "3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "packed 7 pictures" in done.stdout, done.stderr
     assert "1 no such file (absent.jpg)" in done.stdout and "1 broken picture (7.png)" in done.stdout
     source = shards.Shards(tmp_path / "tars", 32, 1)
     captions, keys = zip(*[source.picture(0, i)[1:] for i in range(7)])
     assert list(captions) == [["zero", "number 0"], *([f"number {i}"] for i in range(1, 7))]
-    assert keys[2:4] == ("00000/000000002", "00000/000000003")
+    assert keys[2:4] == ("00000/000000002", "00001/000010000")
     assert source.content(1) == (pictures / "1.jpeg").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures", "tars"]
     assert "exists" in refused(monkeypatch, capsys, shards, pictures, tmp_path / "tars")

@@ -267,7 +267,7 @@ BAD = {
         --prompt x --eta 1.5; --prompt x --s-rule before; --prompt x --out /dev/null/x.png; --prompt x --out x.txt;
         --prompts absent.txt""",
     feed: "--data absent",
-    shards: "absent new",
+    shards: "absent new; absent new --per-shard 10001",
     cache: """absent new --side 32 --text words --autoencoder pixels; absent new --side 64 --part 2/2;
         new x --side 0""",
     bench: """--batch 12; --side 18; --side 1099511627776; --blocks 0 0; --objectives telepathy;
