@@ -12,7 +12,7 @@
     text encoder        what it is                                                                d_txt   d_vec
     "words"             hashed word vectors, built in: no download, no training, any vocabulary     256     256
     "flux"              T5-XXL tokens and CLIP ViT-L/14 pooled, as in S.2 (c); short for FLUX_TEXT  4096     768
-    "hf:A"              a T5 or CLIP of Hugging Face for both tokens and pooled                     its own width
+    "hf:A"              one Hugging Face encoder for both tokens and pooled                         its own width
     "hf:A,B"            tokens from A, pooled from B                                                their widths
 
     auto-encoder        what it is                                                                channels  factor
@@ -20,8 +20,10 @@
     "flux"              FLUX's VAE (S.2 a), through diffusers; short for FLUX_VAE                      16       8
     "kl:A"              any AutoencoderKL, through diffusers                                           its own
 
-A and B are a local folder (no comma in the path), a Hugging Face name `owner/name`, or `owner/name/folder` for a folder
-inside the repository.
+A and B are a local folder (./folder, ~/folder, /folder or any folder that exists; no comma in the path) or a Hugging
+Face name `owner/name`, or `owner/name/folder` for a folder inside the repository.
+
+What a user can fix raises `EncoderError`, a ValueError whose message is one readable line.
 """
 
 import functools
@@ -70,11 +72,14 @@ def fake_prompt(prompt: str) -> str:
 class TextEncoder:
     """text(prompts) -> (tokens [B, txt_len, d_txt], pooled [B, d_vec]), both fp32 on `device`, without gradient.
 
+    name      rebuilds the encoder: `text_encoder(text.name, text.txt_len, device)`; its folders are absolute paths
+    txt_len   tokens a prompt is cut or padded to; the denoiser sees all of them, unmasked, as in FLUX
+
     A subclass has encode(prompts), and cuts(prompt): whether a prompt is longer than txt_len, so its end is not read.
     """
 
-    name: str  # rebuilds the encoder, wherever one stands: its folders are absolute paths
-    txt_len: int  # tokens a prompt is cut or padded to; the denoiser sees all of them, unmasked, as in FLUX
+    name: str
+    txt_len: int
     d_txt: int
     d_vec: int
 
@@ -108,8 +113,8 @@ def text_encoder(name: str, txt_len: int | None = None, device: torch.device | s
 # (Lower-casing and NFKC are promised not to change for a character once Unicode has it; Python 3.10 has Unicode 13.)
 # ------------------------------------------------------------------------------------------------------------
 
-# Code points that are a word each: punctuation, symbols, emoji, and scripts without spaces (Chinese, Japanese). Written
-# out, because the classes of `re` follow the Unicode edition of the Python in use.
+# Code points that are a word each: punctuation and symbols, emoji, and scripts without spaces (Chinese, Japanese).
+# Written out, because the classes of Python's `re` follow the Unicode edition of the Python in use.
 SINGLE = (
     r"!-/:-@\[-`{-~\u00a1-\u00bf\u00d7\u00f7\u2010-\u2bff\u2e00-\u2e7f\u3001-\u30ff\u3400-\u9fff\uf900-\ufaff"
     r"\U0001f000-\U0001faff\U00020000-\U0003ffff"
@@ -122,8 +127,8 @@ WORD = re.compile(rf"(?![{GAP}])[{SINGLE}]|[^{SINGLE}{GAP}]+")
 def split_words(prompt: str) -> list[str]:
     """Lower-cased words and single symbols: "A red-hot café!" -> a, red, -, hot, café, !
 
-    NFKC first, so that composed and decomposed letters are one word. It takes quadratic time over the marks of one
-    letter; those beyond 30 (Unicode's annex 15) are not read.
+    NFKC first, so that composed and decomposed letters, full-width and plain ones are one word. It takes quadratic time
+    over the marks of one letter; those beyond 30 (Unicode's annex 15) are not read.
     """
     kept, marks = [], 0
     for letter in prompt:
@@ -160,8 +165,9 @@ class WordVectors(TextEncoder):
     A prompt ends with an end token, so that "" is one token and not nothing; then zeros. Beyond the first and the last
     token stands one more mark. Over-long prompts lose words before the end token.
 
-    pooled = [bag of the word vectors | their first moment in position]: which words, and roughly where. Both are sums of
-    small integers, exact in fp32 in any order, divided by the power of two nearest to their standard deviation.
+    pooled = [bag of the word vectors | their first moment in position]: which words, and roughly where; the moment
+    makes the vector depend on their order. Both are sums of +-1 (times small integers), exact in fp32 in any order,
+    divided by the power of two nearest to their standard deviation, so entries are O(1) for any number of words.
     """
 
     d_txt, d_vec = 256, 256
@@ -196,8 +202,10 @@ class WordVectors(TextEncoder):
 # Where a frozen network comes from
 # ------------------------------------------------------------------------------------------------------------
 def locate(place: str) -> tuple[str, str]:
-    """A folder or Hugging Face name -> (folder or repository, folder inside it or ""). Raises EncoderError for a folder
-    that is not there."""
+    """A folder or Hugging Face name -> (folder or repository, folder inside the repository, may be empty).
+
+    Raises EncoderError for a folder that is not there.
+    """
     place = place.strip()
     folder = os.path.expanduser(place)
     if place and os.path.isdir(folder):
@@ -209,8 +217,10 @@ def locate(place: str) -> tuple[str, str]:
 
 
 def canonical(name: str) -> str:
-    """One spelling for every way to name the same encoder or auto-encoder, as caches and checkpoints compare it. Nothing
-    is loaded. Raises EncoderError for a folder that is not there."""
+    """One spelling for every way to name the same encoder or auto-encoder: "flux" for FLUX's own, folders absolute.
+
+    Caches and checkpoints compare these. Nothing is loaded. Raises EncoderError for a folder that is not there.
+    """
     if name in (FLUX_TEXT, FLUX_VAE):
         return "flux"
     kind, colon, places = name.partition(":")
@@ -230,13 +240,13 @@ def load(what: str, place: str, from_pretrained, **arguments):
         raise EncoderError(f"cannot load the {what} from the {kind} {place}: {reason}") from error
 
 
-def load_network(what: str, place: str, model_class, device, **arguments) -> torch.nn.Module:
-    """A frozen network, on the device. Raises EncoderError, also where its file lacks weights."""
+def load_network(
+    what: str, place: str, model_class, device, **arguments
+) -> tuple[torch.nn.Module, list[str]]:
+    """(a frozen network, the names of weights that its file lacks, which are now random). Raises EncoderError."""
     arguments |= {"use_safetensors": True, "output_loading_info": True}  # .bin can run code
     network, info = load(what, place, model_class.from_pretrained, **arguments)
-    if lost := [key for key in info["missing_keys"] if not key.endswith("position_ids")]:
-        raise EncoderError(f"{place} lacks {len(lost)} weights of the {what}, such as {lost[0]}")
-    return network.eval().requires_grad_(False).to(device)
+    return network.eval().requires_grad_(False).to(device), list(info["missing_keys"])
 
 
 def precision(device: torch.device | str) -> torch.dtype:
@@ -245,24 +255,32 @@ def precision(device: torch.device | str) -> torch.dtype:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# "hf:": T5 and CLIP
+# "hf:": any Hugging Face encoder
 # ------------------------------------------------------------------------------------------------------------
 
-# What is loaded of each family: T5's encoder half, CLIP's text tower
-PARTS = dict(t5="T5EncoderModel", mt5="MT5EncoderModel", umt5="UMT5EncoderModel")
-PARTS |= dict(clip="CLIPTextModel", clip_text_model="CLIPTextModel")
+# The families of which only a part is wanted: T5's encoder half, CLIP's text tower. Others load whole, with AutoModel.
+TEXT_PART = {
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "clip": "CLIPTextModel",
+    "clip_text_model": "CLIPTextModel",
+}
 
 
 class FrozenTransformer:
-    """A T5 or CLIP with its tokenizer: prompts -> (states [B, length, width], pooled [B, width]), fp32. Both see the
-    padding, as in FLUX. pooled is CLIP's end token, or the mean of T5's states of real tokens."""
+    """One Hugging Face encoder with its tokenizer: prompts -> (states [B, length, width], pooled [B, width]), fp32.
+
+    pooled is the model's own (CLIP's end token, BERT's pooler) or, without one, the mean of the states of real tokens.
+    """
 
     def __init__(self, place: str, device: torch.device | str):
         import transformers
 
         config = load("text encoder", place, transformers.AutoConfig.from_pretrained)
-        if config.model_type not in PARTS:
-            raise EncoderError(f"{place} is a {config.model_type} model, not T5 or CLIP")
+        part = TEXT_PART.get(config.model_type)
+        if part is None and (hasattr(config, "text_config") or config.is_encoder_decoder):
+            raise EncoderError(f"{place} is a {config.model_type} model: use a text encoder (T5, CLIP, BERT)")
         from_pretrained = transformers.AutoTokenizer.from_pretrained
         self.tokenizer = load("tokenizer", tokenizer_place(place), from_pretrained, config=config)
         # Without vocabulary files some versions of transformers make an empty tokenizer, to which all words are alike.
@@ -270,22 +288,29 @@ class FrozenTransformer:
             raise EncoderError(f"the tokenizer of {place} tells no words apart: its vocabulary is missing")
         if self.tokenizer.pad_token is None:
             raise EncoderError(f"the tokenizer of {place} has no padding token")
-        # Cut and pad at the end, so that "fake image" survives.
+        # Cut and pad at the end, whatever the tokenizer's own habit, so that "fake image" survives.
         self.tokenizer.truncation_side = self.tokenizer.padding_side = "right"
 
         dtype = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-        model_class, of_device = getattr(transformers, PARTS[config.model_type]), {dtype: precision(device)}
-        self.model = load_network("text encoder", place, model_class, device, **of_device)
+        model_class, of_device = getattr(transformers, part or "AutoModel"), {dtype: precision(device)}
+        self.model, missing = load_network("text encoder", place, model_class, device, **of_device)
+        # A pooler may be missing (masked language models are saved without one) and is then not used.
+        self.has_pooler = not any("pooler" in key for key in missing)
+        if lost := [key for key in missing if not key.endswith("position_ids") and "pooler" not in key]:
+            raise EncoderError(f"{place} lacks {len(lost)} weights of its model, such as {lost[0]}")
         self.device, self.width = device, self.model.config.hidden_size
         positions = getattr(self.model.config, "max_position_embeddings", 10**9)
         self.limit = min(self.tokenizer.model_max_length, positions)
+        # FLUX lets T5 and CLIP see the padding, and so does this; BERT and its kin read padding only behind a mask.
+        self.masked = part is None
 
     def __call__(self, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
         one_length = {"padding": "max_length", "truncation": True, "max_length": length}
         batch = self.tokenizer(prompts, **one_length, return_tensors="pt")
         ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
-        out = self.model(input_ids=ids)
-        states, pooled = out.last_hidden_state.float(), getattr(out, "pooler_output", None)
+        out = self.model(input_ids=ids, attention_mask=mask if self.masked else None)
+        states = out.last_hidden_state.float()
+        pooled = getattr(out, "pooler_output", None) if self.has_pooler else None
         if pooled is None:
             real = mask[..., None].float()  # never all 0: tokenizers add an end or a start to ""
             pooled = (states * real).sum(dim=1) / real.sum(dim=1).clamp_min(1.0)
@@ -357,7 +382,10 @@ class KLAutoencoder:
         self.name, self.device, self.dtype = canonical(name), device, precision(device)
         # low_cpu_mem_usage=True needs the accelerate package
         arguments = {"torch_dtype": self.dtype, "low_cpu_mem_usage": False}
-        self.vae = vae = load_network("auto-encoder", place, diffusers.AutoencoderKL, device, **arguments)
+        vae, lost = load_network("auto-encoder", place, diffusers.AutoencoderKL, device, **arguments)
+        if lost:
+            raise EncoderError(f"{place} lacks {len(lost)} weights of an auto-encoder, such as {lost[0]}")
+        self.vae = vae
         self.channels = vae.config.latent_channels
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # each level but the last halves the side
         self.shift, self.scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor

@@ -158,6 +158,20 @@ def clip(tmp_path_factory):
     return saved(tmp_path_factory, "clip", model, "<s> $A </s>", bos_token="<s>"), model
 
 
+def bert_config():
+    from transformers import BertConfig
+
+    return BertConfig(**SMALL, hidden_size=12, intermediate_size=16, max_position_embeddings=40)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    from transformers import BertModel
+
+    model = BertModel(bert_config())
+    return saved(tmp_path_factory, "bert", model, "<s> $A </s>"), model
+
+
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
     from diffusers import AutoencoderKL
@@ -200,6 +214,28 @@ def test_clip_alone(clip):
     torch.testing.assert_close(pooled[1], tokens[1, 1])
     with pytest.raises(ValueError, match="reads at most 9 tokens: txt_len 16 is too long"):
         encoders.text_encoder("hf:" + folder, 16, "cpu")
+
+
+def test_bert_like_folder_with_its_pooler(bert):
+    folder, reference = bert
+    text, longer = (encoders.text_encoder("hf:" + folder, n, "cpu") for n in (8, 20))
+    tokens, pooled = text(["blue square of a photo", "red"])
+    with torch.no_grad():
+        want = reference(input_ids=torch.tensor([[3, 9, 1]]))  # the short prompt by itself, without padding
+    torch.testing.assert_close(tokens[1, :3], want.last_hidden_state[0])
+    torch.testing.assert_close(pooled[1], want.pooler_output[0])
+    torch.testing.assert_close(longer(["red"])[0][0, :3], tokens[1, :3])  # masked: padding changes nothing
+
+
+def test_bert_saved_without_pooler(tmp_path):
+    """A masked language model has no pooler; AutoModel would fill one with random numbers, different at each start."""
+    from transformers import BertForMaskedLM
+
+    shake(BertForMaskedLM(bert_config())).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, "<s> $A </s>", pad_token="<pad>")
+    first, second = (encoders.text_encoder(f"hf:{tmp_path}", 8, "cpu")(["red circle"]) for _ in range(2))
+    assert first[1].equal(second[1])
+    torch.testing.assert_close(first[1][0], first[0][0, :4].mean(dim=0))
 
 
 def test_pair_and_rebuilding_from_its_name(t5, clip, monkeypatch):
@@ -287,12 +323,12 @@ def test_default_names_load_from_a_hugging_face_cache(tmp_path, monkeypatch, t5,
     torch.testing.assert_close(ae.encode(images), encoders.autoencoder("kl:" + vae[0]).encode(images))
 
 
-def test_half_precision_inside_single_outside(monkeypatch, t5, clip, vae):
+def test_half_precision_inside_single_outside(monkeypatch, t5, clip, bert, vae):
     """What runs on CUDA, here on the CPU: bf16 weights, fp32 results close to those of fp32 weights."""
     images, latents, results = torch.rand(1, 3, 16, 16), torch.ones(1, 16, 2, 2), []
     for dtype in (torch.float32, torch.bfloat16):
         monkeypatch.setattr(encoders, "precision", lambda device, dtype=dtype: dtype)
-        texts = [encoders.text_encoder(f"hf:{spec}", 8, "cpu") for spec in (f"{t5[0]},{clip[0]}", t5[0])]
+        texts = [encoders.text_encoder(f"hf:{spec}", 8, "cpu") for spec in (f"{t5[0]},{clip[0]}", bert[0])]
         ae = encoders.autoencoder("kl:" + vae[0], "cpu")
         for network in (*(text.of_pooled.model for text in texts), ae.vae):
             assert {p.dtype for p in network.parameters()} == {dtype}
@@ -331,10 +367,10 @@ def test_unknown_names(call, name, said, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["text", "auto-encoder"])
-def test_folders_that_are_not_what_they_should_be(kind, tmp_path, clip, vae):
+def test_folders_that_are_not_what_they_should_be(kind, tmp_path, bert, vae):
     """Weights cut short, weights that lack one, and a pickle in their place, which is never opened."""
     (source, model), call, prefix, lost = (
-        (clip, encoders.text_encoder, "hf:", "encoder.layers.1.mlp.fc2.weight")
+        (bert, encoders.text_encoder, "hf:", "encoder.layer.1.output.dense.weight")
         if kind == "text"
         else (vae, encoders.autoencoder, "kl:", "decoder.conv_in.weight")
     )
@@ -350,8 +386,8 @@ def test_folders_that_are_not_what_they_should_be(kind, tmp_path, clip, vae):
     assert "safetensors" in refused(call, f"{prefix}{folder}")
 
 
-def test_tokenizers_that_are_not_there(tmp_path, clip):
-    without = shutil.copytree(clip[0], tmp_path / "no_tokenizer", ignore=shutil.ignore_patterns("*token*"))
+def test_tokenizers_that_are_not_there(tmp_path, bert):
+    without = shutil.copytree(bert[0], tmp_path / "no_tokenizer", ignore=shutil.ignore_patterns("*token*"))
     assert "tokenizer" in refused(encoders.text_encoder, f"hf:{without}", 16)
     save_tokenizer(without, "$A </s>")
     assert "no padding token" in refused(encoders.text_encoder, f"hf:{without}", 16)
