@@ -1,4 +1,8 @@
-"""The flags of train.py, the recipe they make, and what config.json keeps of both."""
+"""The flags of train.py, the recipe they make, and what config.json keeps of both.
+
+args = arguments.parse()                # with --resume, flags that are not given come from the run that goes on
+plan = arguments.plan_of(args)          # recipe.py's, with what the flags change
+"""
 
 import argparse
 import os
@@ -114,9 +118,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         for name in FIXED:
             now, then = (value_of(a, name) for a in (args, begun))
             if now != then:
-                was = f"{args.out} was begun with {flag_of(name)} {then}, not {now}"
                 raise errors.UserError(
-                    f"{was}: leave that out, or begin a new run (--init {args.out} --out NEW)"
+                    f"{args.out} was begun with {flag_of(name)} {then}, not {now}: leave that out, or begin a new run "
+                    f"with these weights (--init {args.out} --out NEW)"
                 )
     elif args.init:
         take_from_init(args)

@@ -6,7 +6,7 @@
         config.json  model.safetensors (EMA)  network.safetensors  adam.pt  state.json
     RUN/metrics.jsonl  RUN/grids/       what happened on the way
 
-    python -m engine.checkpoint runs/laptop model/ --dtype fp16   # weights and config.json, to give away
+    python -m engine.checkpoint runs/laptop model/ --dtype fp16   # the part of a run worth giving away
 
 Every file or folder is written beside its final name, brought to the disk and then renamed, so what has the final name
 is complete: a run may be killed at any moment, a disk may fill up, and the last complete state is still there.
@@ -53,7 +53,8 @@ def to_disk(path: Path) -> None:
 def in_one_piece(path: Path, shared: bool = False):
     """A path beside `path` to write a file to, renamed to it when the block ends well and removed when it does not.
 
-    `shared`: several processes may write it at the same time, each its own partial file; the last rename wins.
+    `shared` is for a file that several processes may write at the same time: each has its own partial file, and the
+    last rename wins. Otherwise the name is fixed, and what a killed process left there is written over.
     """
     unique = f".{uuid.uuid4().hex}" if shared else ""
     partial = path.with_name(f"{path.name}{unique}.partial")
@@ -125,7 +126,9 @@ def read_checked(path: Path, kinds: dict) -> dict:
         value = found.get(name) if isinstance(found, dict) else None
         types = (int, float) if kind is float else kind
         if value not in kind if isinstance(kind, tuple) else value is None or not isinstance(value, types):
-            raise CheckpointError(f"{path} is damaged: {name} cannot be {reprlib.repr(value)}")
+            raise CheckpointError(
+                f"{path}: {name} cannot be {reprlib.repr(value)}: it is damaged, or another program's"
+            )
     return found
 
 
@@ -164,8 +167,10 @@ def read_weights(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, to
 
 
 def load_weights(path: Path, module: nn.Module) -> None:
-    """Load safetensors into a module, every tensor of the same name and shape, finite, whatever the precision. One on the
-    meta device takes the memory of the tensors read. Raises CheckpointError."""
+    """Load safetensors into a module, every tensor of the same name and shape, finite, whatever the precision.
+
+    A module on the meta device, which has no memory yet, takes that of the tensors read. Raises CheckpointError.
+    """
     try:
         module.load_state_dict(read_weights(path), assign=next(module.parameters()).is_meta)
     except RuntimeError as error:
@@ -190,9 +195,11 @@ def step_of(state: Path) -> int:
 def check_folder(run: Path, resume: bool) -> None:
     """Raise CheckpointError unless a run can lie in the folder: asked at once, not after the data is read."""
     there = next(path for path in (run, *run.absolute().parents) if path.exists() or path.is_symlink())
+    if not there.is_dir():
+        raise CheckpointError(f"{run} cannot be a folder: {there} is a file; choose another --out")
     for path in (there, run / "state"):
-        if path.exists() and not (path.is_dir() and os.access(path, os.W_OK | os.X_OK)):
-            raise CheckpointError(f"{path} is no folder that this user can write to: choose another --out")
+        if path.exists() and not os.access(path, os.W_OK | os.X_OK):
+            raise CheckpointError(f"{path} cannot be written by this user: choose another --out")
     states = complete_states(run)
     if resume and not states:
         raise CheckpointError(f"nothing to resume: {run / 'state'} holds no complete state")
@@ -200,14 +207,17 @@ def check_folder(run: Path, resume: bool) -> None:
         raise CheckpointError(f"{run} already holds a run; add --resume to go on, or choose another --out")
     if not resume and (run / "model.safetensors").exists():
         raise CheckpointError(
-            f"{run} already holds a model: choose another --out, --init {run} takes its weights"
+            f"{run} already holds a model, without a state to resume: choose another --out, with --init {run} to "
+            "begin with its weights"
         )
 
 
 @contextlib.contextmanager
 def taken(run: Path, resume: bool, states: list[Path]):
-    """The folder is this run's alone while the block lasts. Raises CheckpointError where it is another's. The lock goes
-    with the process, however it ends; Windows and some network file systems have none."""
+    """The folder is this run's alone while the block lasts. Raises CheckpointError where it is another's.
+
+    The lock goes with the process, however it ends. Windows and some network file systems have none.
+    """
     (run / "grids").mkdir(parents=True, exist_ok=True)
     with open(run / "lock", "a") as file:
         try:
@@ -215,7 +225,9 @@ def taken(run: Path, resume: bool, states: list[Path]):
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise CheckpointError(f"another process is training in {run}: choose another --out") from error
+            raise CheckpointError(
+                f"another process is training in {run}: wait for it, or choose another --out"
+            ) from error
         except (ImportError, OSError) as error:
             print(f"{run} cannot be locked ({error}): see that nothing else trains there", file=sys.stderr)
         check_folder(run, resume)  # again: reading the data may have taken long
@@ -236,8 +248,10 @@ def publish(run: Path, state: Path) -> None:
 
 
 def set_back(run: Path, states: list[Path]) -> None:
-    """Let a run's folder say what it said at its last state. metrics.jsonl forgets later iterations, which a resumed run
-    will report again, and half a line of a killed process."""
+    """Let a run's folder say what it said at its last state; a process killed while it saved may not have got so far.
+
+    metrics.jsonl forgets later iterations, which a resumed run will report again, and half a line of a killed process.
+    """
     step, metrics, kept = step_of(states[-1]) if states else 0, run / "metrics.jsonl", []
     for line in metrics.read_bytes().splitlines() if metrics.exists() else ():
         with contextlib.suppress(ValueError, TypeError, KeyError):
@@ -253,11 +267,12 @@ def set_back(run: Path, states: list[Path]) -> None:
 # The training state
 # ------------------------------------------------------------------------------------------------------------
 def save_state(run: Path, network, ema, optimizer, config: dict, state: dict, args) -> Path:
-    """Write RUN/state/step_N, RUN/model.safetensors and RUN/config.json, then remove older states but for the newest
-    args.keep and multiples of args.milestone_every (0: none). Returns the state's folder.
+    """Write RUN/state/step_N, RUN/model.safetensors and RUN/config.json, then remove older states. Returns the state's
+    folder.
 
-    Raises CheckpointError when it cannot be written, or when the weights are not finite; what was complete before is
-    untouched then.
+    config and state go into the JSON files of these names. The newest `args.keep` states stay, and for good those whose
+    iteration is a multiple of args.milestone_every (0: none). Raises CheckpointError when it cannot be written, or when
+    the weights are not finite; what was complete before is untouched then.
     """
     step = state["step"]
     folder = run / "state" / f"step_{step:08d}"
@@ -305,15 +320,18 @@ def load_init(folder: Path, network: nn.Module, codec) -> None:
     pairs += [(name, config[name], encoder.name) for name, encoder in encoders.items() if encoder]
     for name, theirs, ours in pairs:
         if theirs != ours:
-            raise CheckpointError(f"--init {folder} was trained with the {name} {theirs}, not {ours}")
+            raise CheckpointError(
+                f"--init {folder} was trained with the {name} {theirs}, not {ours}: choose that, or leave out --init"
+            )
     load_weights(folder / "model.safetensors", network)
 
 
 def load_state(states: list[Path], network: nn.Module, ema: nn.Module, optimizer, continuity: dict) -> dict:
     """Load the newest training state into network, ema and optimizer; returns what its state.json says.
 
-    `continuity` is what it must say of the sequence of samples. Learning rate and betas stay those of the recipe. Raises
-    UserError for other data or settings, CheckpointError for damage: older states are not taken unasked.
+    `continuity` is what it must say of the sequence of samples. Learning rate, betas and the like stay those of the
+    recipe, whatever adam.pt says. Raises CheckpointError; for a damaged state with what to do: older ones are not taken
+    unasked.
     """
     folder = states[-1]
     run = folder.parents[1]
@@ -323,9 +341,9 @@ def load_state(states: list[Path], network: nn.Module, ema: nn.Module, optimizer
         for name, now in continuity.items():
             if begun[name] != now:
                 what = "other data" if name == "data" else f"--{name} {begun[name]}"
-                # No damage, for which an older state would be better
-                raise errors.UserError(
-                    f"{run} was begun with {what}: restore that, or begin a new one (--init {run})"
+                raise errors.UserError(  # no damage, for which an older state would be better
+                    f"{run} was begun with {what}: restore that, or begin a new run with these weights (--init {run} "
+                    "--out NEW)"
                 )
         load_weights(folder / "network.safetensors", network)
         load_weights(folder / "model.safetensors", ema)
@@ -362,8 +380,11 @@ KEPT = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})
 
 
 def checked(saved: dict, optimizer) -> dict:
-    """A saved optimizer state with the optimizer's own settings. Raises ValueError, or what another form makes Python
-    raise, unless it fits the parameters: Adam's fused update reads what lies behind a tensor that is too small."""
+    """A saved optimizer state that fits the optimizer's parameters, with the optimizer's own settings.
+
+    Adam's fused update reads whatever lies behind a tensor that is too small, so each must have the shape and type of
+    its parameter. Raises ValueError, or what a saved state of another form makes Python raise.
+    """
     if hasattr(optimizer, "parts"):  # Muon and Adam
         pairs = zip(saved["parts"], optimizer.parts, strict=True)
         return {"parts": [checked(part, its_optimizer) for part, its_optimizer in pairs]}
@@ -392,20 +413,29 @@ def checked(saved: dict, optimizer) -> dict:
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def export(source: Path, out: Path, dtype: torch.dtype) -> None:
-    """Copy what sample.py needs of a run or state, its weights as `dtype`. Raises CheckpointError when `source` holds no
-    model, and when `out` holds one."""
+def export(source: Path, out: Path, dtype: torch.dtype, lines: int = 200) -> None:
+    """Copy what sample.py needs of a run or state, its weights as `dtype`, and about `lines` lines of its metrics.
+
+    fp16 halves the file and keeps 11 bits of every weight; the model still computes in what sample.py chooses. Raises
+    CheckpointError when `source` holds no model, and when `out` holds one.
+    """
     config, weights = read_config(source), read_weights(source / "model.safetensors", dtype)
+    metrics = source / "metrics.jsonl"
+    rows = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
     if (out / "model.safetensors").exists() or (out / "state").exists():
         raise CheckpointError(f"{out} holds a model already: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", config)
+    if rows:
+        with in_one_piece(out / "metrics.jsonl") as partial:  # the last row, and every so many before it
+            partial.write_bytes(b"".join(rows[:: -(len(rows) // lines + 1)][::-1]))
     with in_one_piece(out / "model.safetensors") as partial:  # the last: with it the folder is a model
         save_file(weights, partial)
 
 
 def main() -> None:
-    parser = errors.Parser("-m engine.checkpoint RUN OUT", "Copy a model out of a run: weights and config.")
+    what = "Copy a model out of a run: weights, config and metrics."
+    parser = errors.Parser("-m engine.checkpoint RUN OUT", what)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run, or one of its states")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the weights")

@@ -2,6 +2,11 @@
 
     python -m engine.feed --data tars/ --side 32    # looks at data: what is used and why not, and a sheet of samples
 
+    codec = feed.Codec(text, autoencoder, device, patch=4)
+    feed = feed.Feed(plan, draw, seed, codec, Ranks(world=8, rank=0))
+    for batch in feed.stream(start=1200):      # this process's micro-batches, from iteration 1200 on, in order
+        loss(batch.x0, batch.c, batch.null, batch.fake, batch.is_null, batch.draws, tau, mu, aux)
+
 What a batch holds is a function of (seed, iteration, global index): which thread reads it, when, and on which of how
 many processes changes nothing. Threads do what needs no device (files, pictures, random numbers); the frozen encoders
 run where the network runs, when the batch is due.

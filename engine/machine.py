@@ -1,4 +1,10 @@
-"""The machine under the run: device, precision, compiler and memory, each chosen by looking, each printed."""
+"""The machine under the run: device, precision, compiler and memory, each chosen by looking, each printed.
+
+device = machine.pick_device("auto")
+precision = machine.pick_precision(device)          # torch.bfloat16 where it is faster, else torch.float32
+works, why = machine.compile_works(device)          # whether torch.compile can build code here
+machine.provenance(device)                          # what a result file says of where it comes from
+"""
 
 import ctypes
 import os
@@ -14,8 +20,10 @@ from engine import errors
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" takes CUDA (this process's LOCAL_RANK), then Apple MPS, then the CPU. Raises
-    UserError when it does not exist here."""
+    """The device called `name`; "auto" takes CUDA (this process's LOCAL_RANK), then Apple MPS, then the CPU.
+
+    Raises UserError when the named device does not exist here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -67,8 +75,10 @@ def allow_shapes(n: int) -> None:
 
 
 def compile_works(device: torch.device) -> tuple[bool, str]:
-    """(whether torch.compile builds and runs a small function on `device`, why not): it needs a C++ compiler and Python's
-    headers, or Triton, and the only sure way to know is to try."""
+    """(whether torch.compile builds and runs a small function on `device`, why not).
+
+    On CPUs it needs a C++ compiler and Python's headers, on CUDA Triton; the only sure way to know is to try.
+    """
     if device.type == "mps":
         return False, "not tried on MPS"
     try:
@@ -81,8 +91,11 @@ def compile_works(device: torch.device) -> tuple[bool, str]:
 
 
 def keep_freed_memory() -> None:
-    """Linux: let malloc keep freed blocks. glibc maps each large tensor afresh, so every step pays for zeroed pages again;
-    this made an eager step of the laptop model about three times faster."""
+    """Linux: let malloc keep freed blocks instead of handing them back to the kernel after every tensor.
+
+    glibc maps each large tensor afresh, so every step pays for zeroed pages again. Keeping them made a step of the
+    laptop model about three times faster in eager mode.
+    """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of malloc.h

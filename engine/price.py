@@ -1,4 +1,9 @@
-"""What a run will be, hold and cost, known from its arguments alone (train.py --dry-run)."""
+"""What a run will be, hold and cost, known from its arguments alone (train.py --dry-run).
+
+price.forward_flops(size, image_tokens=256, text_tokens=256)    # one forward pass for one sample
+price.run_flops(size, plan, "self_e", factor=8)                 # all passes of a run
+price.tell(args, plan, sizes, factor, world, start)             # prints the recipe as the run will follow it
+"""
 
 import argparse
 import math

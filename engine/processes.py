@@ -77,8 +77,10 @@ class Ranks(NamedTuple):
         for rank, other in enumerate(others, 1):
             for name in what:
                 if other[name] != first[name]:
-                    differs = f"process {rank} has {name} {other[name]}, process 0 has {first[name]}"
-                    raise errors.UserError(f"{differs}: do all see the same --out, --data and code?")
+                    raise errors.UserError(
+                        f"process {rank} has {name} {other[name]}, process 0 has {first[name]}: "
+                        "do all of them see the same --out and --data, and the same code?"
+                    )
 
     def any(self, *flags: torch.Tensor) -> list[bool]:
         """Whether each flag (0-d, on the run's device) is set on any process: all must skip, stop and save alike."""

@@ -110,7 +110,9 @@ def rehearse(run: Run, network: model.Denoiser, objective: torch.nn.Module, opti
                 objective(*batch, draws, 1.0, 0.0, aux)[0].backward()
             except torch.OutOfMemoryError as error:
                 term = " with the auxiliary term" if aux else ""
-                what = f"{B} pictures of {side} x {side}{term} do not fit into the device's memory"
-                raise errors.UserError(f"{what}: a smaller --micro-batch, --recompute N or --zero") from error
+                raise errors.UserError(
+                    f"{B} pictures of {side} x {side}{term} do not fit into the device's memory: a smaller "
+                    f"--micro-batch, --recompute N or --zero ({str(error).splitlines()[0]})"
+                ) from error
             network.zero_grad(set_to_none=True)
     del moments
