@@ -176,17 +176,6 @@ def check(parser: errors.Parser, args: argparse.Namespace) -> None:
         parser.error("--k weighs the auxiliary term, which never joins here: give --aux-from too")
 
 
-def refuse(words: list[str], flags: tuple[str, ...]) -> None:
-    """Raise UserError for one of `flags` among the words of a command line for train.py, in full or cut short."""
-    for word in words:
-        name = word.partition("=")[0]
-        if found := [flag for flag in flags if name.startswith("-") and flag.startswith(name)]:
-            raise errors.UserError(f"{found[0]} is this program's to choose: leave out {word}")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What follows from them
-# ------------------------------------------------------------------------------------------------------------
 def plan_of(args: argparse.Namespace) -> recipe.Recipe:
     """The recipe of --size with what the flags change."""
     objective = OBJECTIVES[args.objective]
