@@ -176,6 +176,9 @@ def check(parser: errors.Parser, args: argparse.Namespace) -> None:
         parser.error("--k weighs the auxiliary term, which never joins here: give --aux-from too")
 
 
+# ------------------------------------------------------------------------------------------------------------
+# What follows from them
+# ------------------------------------------------------------------------------------------------------------
 def plan_of(args: argparse.Namespace) -> recipe.Recipe:
     """The recipe of --size with what the flags change."""
     objective = OBJECTIVES[args.objective]
