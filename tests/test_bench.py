@@ -33,9 +33,7 @@ def made(label: str, size: dict = TINY, shape: tuple = (8, 3, 16, 16), recompute
     return bench.Step(KINDS[label], networks, adam, bench.made_up_batch(networks[0], shape, TEXT))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What is counted
-# ------------------------------------------------------------------------------------------------------------
+# --- What is counted ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("label", KINDS)
 def test_a_step_makes_the_passes_that_its_objective_names(label):
     name, flags, aux = KINDS[label]
@@ -58,9 +56,7 @@ def test_only_the_auxiliary_term_and_not_recomputing_keep_more():
     assert made("self_e", recompute=3).memory()["kept_mib"] < 0.5 * kept["self_e"]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What is timed
-# ------------------------------------------------------------------------------------------------------------
+# --- What is timed ------------------------------------------------------------------------------------------
 def test_turns_are_taken_and_the_warm_up_is_not_counted(monkeypatch):
     clock, order = [0.0], []
     monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
@@ -103,9 +99,7 @@ def test_both_networks_go_both_ways():
         assert all(p.grad is None for p in network.parameters())
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------------------
+# --- The command --------------------------------------------------------------------------------------------
 FLAGS = ["--device", "cpu", "--precision", "fp32"]
 
 

@@ -258,9 +258,7 @@ def test_a_config_of_another_form_is_refused(tmp_path, name, value):
     assert checkpoint.read_checked(Path("checkpoints/laptop/config.json"), checkpoint.CONFIG) == GOOD
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Models to give away
-# ------------------------------------------------------------------------------------------------------------
+# --- Models to give away ------------------------------------------------------------------------------------
 @pytest.fixture
 def trained(tmp_path):
     """What a run publishes: a model of the laptop's size with other weights."""

@@ -130,9 +130,7 @@ def test_pictures_and_tensors_are_inverse():
     assert all(np.array_equal(a, b) for a, b in zip(data.to_pictures(x), pictures))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Folders (what they may look like: test_files.py)
-# ------------------------------------------------------------------------------------------------------------
+# --- Folders (what they may look like: test_files.py) -------------------------------------------------------
 @pytest.fixture
 def folder(tmp_path):
     """Seven pictures whose colour is in their caption; the third has three captions more."""
@@ -162,9 +160,7 @@ def test_of_several_captions_each_sample_draws_one(folder):
     assert len(counts) == 4 and abs(counts - 100).max() < 5 * (400 * 3 / 16) ** 0.5
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sheets
-# ------------------------------------------------------------------------------------------------------------
+# --- Sheets -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("caption", ["x" * 200_000, "two\nlines\tand more", "\u202e\U0001f600", ""])
 def test_any_caption_fits_on_a_sheet_of_pictures_of_any_shape(caption):
     wide, tall = np.zeros((16, 32, 3), np.uint8), np.zeros((24, 16, 3), np.uint8)

@@ -19,7 +19,7 @@ import encoders
 PAIR = ["a photo of a red circle left of a blue square", "a photo of a blue circle left of a red square"]
 
 
-# --------------------------------------------------------------------------------------------------- word vectors
+# --- word vectors -------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def words():
     return encoders.text_encoder("words", 16, "cpu")
@@ -91,7 +91,7 @@ def test_words_are_the_same_in_any_batch_and_rebuilt(words):
     assert (words.d_txt, words.d_vec, encoders.text_encoder("words").txt_len) == (256, 256, 14)
 
 
-# ------------------------------------------------------------------------------------------- tiny Hugging Face models
+# --- tiny Hugging Face models -------------------------------------------------------------------------------
 
 
 VOCABULARY = "<pad> </s> <unk> <s> fake image a photo of red blue circle square".split()
@@ -268,7 +268,7 @@ def test_fake_prefix_survives_truncation(tmp_path, t5, clip):
     assert ids(fake, 12)[0, :2].tolist() == [4, 5]
 
 
-# ------------------------------------------------------------------------------------------------- auto-encoders
+# --- auto-encoders ------------------------------------------------------------------------------------------
 def test_pixels():
     ae = encoders.autoencoder("pixels", "cpu")
     images = torch.rand(2, 3, 6, 5) * 2 - 1
@@ -297,7 +297,7 @@ def test_vae(vae):
     assert encoders.autoencoder(ae.name, "cpu").encode(images).equal(latents)
 
 
-# ------------------------------------------------------------------- the default names, from a cache without network
+# --- the default names, from a cache without network --------------------------------------------------------
 def test_default_names_load_from_a_hugging_face_cache(tmp_path, monkeypatch, t5, clip, vae):
     """A repository laid out like FLUX.1-schnell's, with tiny weights."""
     cached = functools.partial(encoders.load, cache_dir=str(tmp_path), local_files_only=True)
@@ -338,7 +338,7 @@ def test_half_precision_inside_single_outside(monkeypatch, t5, clip, bert, vae):
         assert 0 < (single - half).abs().max() and (single - half).norm() < 0.05 * single.norm()
 
 
-# ---------------------------------------------------------------------------------------------------- what goes wrong
+# --- what goes wrong ----------------------------------------------------------------------------------------
 def refused(call, *arguments):
     """The message of the error: one readable line."""
     with pytest.raises(encoders.EncoderError) as caught:

@@ -293,9 +293,7 @@ def test_a_folder_that_cannot_be_read_is_told(kind, tmp_path, monkeypatch):
     assert seen(tmp_path, kind) == ({1: ["one"]}, {"closed": "cannot be read (Permission denied)"})
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pixels
-# ------------------------------------------------------------------------------------------------------------
+# --- Pixels -------------------------------------------------------------------------------------------------
 def lanczos(line: np.ndarray, n: int) -> np.ndarray:
     """Values [N, ...] along a line -> [n, ...], n < N, by the formula: weights sinc(x) sinc(x / 3) for |x| < 3, where x
     is the distance in pixels of the result; what lies beyond an end has no weight."""

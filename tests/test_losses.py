@@ -28,9 +28,7 @@ def close(actual: Tensor, expected: Tensor, tol: float = 1e-11) -> None:
     torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
 
 
-# ============================================================================================================
-# Single functions
-# ============================================================================================================
+# --- Single functions ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("t", [0.2, 1e-2, 1e-5])
 def test_the_weight_is_not_clamped(t):
     """1 / t^2 down to times that s.11 draws once in 10^30, where it still makes Eq. 7 the flow matching loss."""
@@ -67,9 +65,7 @@ def test_renormalising_a_zero_target_gives_zero(norm):
     assert torch.equal(losses.renormalise(noise, x0), torch.zeros(2, 4))
 
 
-# ============================================================================================================
-# The whole step
-# ============================================================================================================
+# --- The whole step -----------------------------------------------------------------------------------------
 class Net(nn.Module):
     """A velocity with four parameters, smooth in all its arguments, that remembers its outputs."""
 
@@ -148,9 +144,7 @@ def test_the_statistics_are_those_of_the_step(aux):
     assert stats["loss"].shape == (B,) and not any(value.requires_grad for value in stats.values())
 
 
-# ============================================================================================================
-# S.2: the numbers behind (t, s)
-# ============================================================================================================
+# --- S.2: the numbers behind (t, s) -------------------------------------------------------------------------
 def test_the_law_of_what_is_drawn():
     """z is normal and u uniform, by Kolmogorov and Smirnov at the 0.1% level. What s.11 to s.13 make of them, and that
     no two draws share numbers, are identities."""

@@ -50,7 +50,7 @@ def inputs(config: dict, rows: int = 6, cols: int = 4, txt_len: int = 5, batch: 
     return x_t, t, s, txt, torch.randn(batch, config["vec_dim"], generator=generator)
 
 
-# --- sizes -----------------------------------------------------------------------------------------------------------
+# --- sizes --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size, billions, total", [("0.5b", 0.55, 0.55e9), ("2b", 2.21, 2.2e9)])
@@ -71,7 +71,7 @@ def test_width_exceeds_the_values_of_a_token(size):
     assert numbers["width"] > numbers["channels"] * numbers["patch"] ** 2
 
 
-# --- Eq. s.9, s.10 ---------------------------------------------------------------------------------------------------
+# --- Eq. s.9, s.10 ------------------------------------------------------------------------------------------
 def sinusoid_by_numpy(t: np.ndarray, features: int = 256) -> np.ndarray:
     """cos and sin of 1000 t / 10000^(i / 128), in float64."""
     angles = np.outer(1000.0 * t, 10000.0 ** (-np.arange(features // 2) / (features // 2)))
@@ -103,7 +103,7 @@ def test_the_two_embedders_see_t_and_the_gap_in_fp32(precision):
         np.testing.assert_allclose(features, sinusoid_by_numpy(time.numpy()), atol=FP32_ANGLE)
 
 
-# --- rotations ---------------------------------------------------------------------------------------------
+# --- rotations ----------------------------------------------------------------------------------------------
 
 
 def test_rotations_are_complex_products_in_fp32_whatever_comes_in():
@@ -123,7 +123,7 @@ def test_rotations_are_complex_products_in_fp32_whatever_comes_in():
     np.testing.assert_allclose(out[..., 1::2], turned.imag, rtol=0, atol=1e-6)
 
 
-# --- FLUX ------------------------------------------------------------------------------------------------------------
+# --- FLUX ---------------------------------------------------------------------------------------------------
 
 
 RENAMED = """
@@ -225,7 +225,7 @@ def test_equals_the_flux_of_diffusers_when_the_gap_embedder_is_zero(config):
         assert_within(gradients[name], parameter.grad, name)
 
 
-# --- initialisation and precision ------------------------------------------------------------------------------------
+# --- initialisation and precision ---------------------------------------------------------------------------
 def test_initialisation():
     """V = 0 exactly, no bias, modulation zero, the other matrices within Xavier's bound."""
     torch.manual_seed(0)
@@ -253,7 +253,7 @@ def test_the_callers_autocast_changes_nothing(precision):
     assert torch.equal(alone, inside)
 
 
-# --- known traps: what autocast, recomputation, the compiler and DDP do to gradients ---------------------------------
+# --- known traps: what autocast, recomputation, the compiler and DDP do to gradients ------------------------
 @functools.cache
 def gradients(precision=torch.float32, recompute=0, compiled=False, evaluate_first=False) -> torch.Tensor:
     """All gradients of one Self-E step with the auxiliary term, at weights away from zero, as one vector."""

@@ -49,9 +49,7 @@ def alike(a: Path, b: Path) -> bool:
     return few and losses_of(a) == pytest.approx(losses_of(b), rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Processes and resuming
-# ------------------------------------------------------------------------------------------------------------
+# --- Processes and resuming ---------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Six iterations with the auxiliary stage from the fourth on, whole and cut after the third: one process with all
@@ -169,9 +167,7 @@ def test_torchrun_itself(tmp_path):
     assert last(tmp_path / "r").name == "step_00000002"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Stopped at any moment
-# ------------------------------------------------------------------------------------------------------------
+# --- Stopped at any moment ----------------------------------------------------------------------------------
 def killed_and_resumed(out: Path, steps: int, kills: int, seed: int) -> list[str]:
     """Train, killed `kills` times at random moments and resumed; what each kill found on the disk."""
     moments, found = random.Random(seed), []
@@ -311,9 +307,7 @@ def test_a_full_disk_leaves_the_last_state_whole(tmp_path):
     assert last(tmp_path / "r").name == "step_00000006"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Numbers that are not finite
-# ------------------------------------------------------------------------------------------------------------
+# --- Numbers that are not finite ----------------------------------------------------------------------------
 POISON = """
 import os, losses
 forward, calls = losses.SelfE.forward, [0]

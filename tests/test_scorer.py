@@ -48,9 +48,7 @@ def mean_of(*pictures):
     return np.mean([picture.astype(float) for picture in pictures], axis=0).round().astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# True renderings
-# ------------------------------------------------------------------------------------------------------------
+# --- True renderings ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("grain", [0, 6])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("n", [36, pytest.param(2000, marks=slow)])
@@ -249,9 +247,7 @@ def test_softness_is_how_much_wider_an_outline_is_than_a_pixel(shape, wide):
     assert np.mean(measured) == pytest.approx((1 - 2 * scorer.GRAIN) * (wide - 1), abs=0.12)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Metadata is judged by its fields
-# ------------------------------------------------------------------------------------------------------------
+# --- Metadata is judged by its fields -----------------------------------------------------------------------
 def item(shape, count=1, **fields):
     return {"class": shape, "count": count} | fields
 

@@ -62,9 +62,7 @@ def folder(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("data") / "tars", SIZES)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The index
-# ------------------------------------------------------------------------------------------------------------
+# --- The index ----------------------------------------------------------------------------------------------
 def test_the_index_says_what_tarfile_and_pillow_say(folder):
     index = shards.read_index(folder)
     for n in (0, 9, 10, 36):
@@ -118,9 +116,7 @@ def test_ways_to_name_tars(names, tmp_path):
     assert source.summary.endswith("2 pictures in 2 tars, 2 captions" + files.summary(left_out))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Buckets
-# ------------------------------------------------------------------------------------------------------------
+# --- Buckets ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("side, multiple, count", [(256, 16, 13), (512, 16, 27), (512, 32, 13), (32, 16, 1)])
 def test_bucket_sides(side, multiple, count):
     buckets = shards.bucket_sides(side, multiple)
@@ -150,9 +146,7 @@ def test_small_buckets_join_their_neighbours():
     assert len(used) == 2 and np.bincount(which).tolist() == [33, 27]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The order
-# ------------------------------------------------------------------------------------------------------------
+# --- The order ----------------------------------------------------------------------------------------------
 def test_every_block_has_one_bucket_and_shows_what_it_says(folder):
     source = shards.Shards(folder, 64, 4)
     used = set()
@@ -202,9 +196,7 @@ def test_the_order_changes_with_the_seed_the_side_and_the_epoch():
     assert not groups[0] & groups[1]  # other blocks, not only another order of the same
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Damage
-# ------------------------------------------------------------------------------------------------------------
+# --- Damage -------------------------------------------------------------------------------------------------
 def test_a_truncated_tar_is_named_wherever_it_was_cut(tmp_path):
     """Cut in a header, in a picture, in padding, between two members, and just before the end mark; overwritten."""
     tar = write_shards(tmp_path, SIZES[:20]) / "00001.tar"
@@ -297,9 +289,7 @@ def test_a_bucket_without_a_readable_picture_and_a_tar_that_shrank(tmp_path):
         source.sample(0)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------------------
+# --- The command --------------------------------------------------------------------------------------------
 def test_pack_as_a_user_would(tmp_path, monkeypatch, capsys):
     """What a folder holds, whatever its layout, is in the tars unchanged; what training cannot use is named."""
     pictures = tmp_path / "pictures"

@@ -253,9 +253,7 @@ def test_the_flags_of_an_objective_reach_it():
     assert built.derivative is meanflow.path_derivative
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Bad input: one line, exit code 2, nothing half-written
-# ------------------------------------------------------------------------------------------------------------
+# --- Bad input: one line, exit code 2, nothing half-written -------------------------------------------------
 BAD = {
     train: """--data absent; --size 2b; --size 7b; --txt-len 3; --steps 0; --batch-size 3; --micro-batch 6; --k 1.5;
         --aux-from 2; --device abacus; --resume --out absent; --out /dev/null/run; --side 30; --dry-run --side 6; --init absent;
