@@ -6,7 +6,6 @@ On a machine with a GPU run the whole suite: train.py, sample.py and the rest pi
 import copy
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -124,28 +123,6 @@ def test_what_does_not_fit_is_one_line_before_the_first_iteration(tmp_path):
     done = call("train.py", *flags, tmp_path / "r", code=2)
     assert "do not fit into the device's memory: a smaller --micro-batch" in done.stderr
     assert done.stderr.count("\n") == 1
-
-
-@only_cuda
-def test_one_process_of_torchrun_over_nccl(tmp_path):
-    """The reductions themselves, by NCCL, in a group of one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = (
-        "import torch, torch.distributed as dist; torch.cuda.set_device(0); dist.init_process_group('nccl'); "
-        "import copy, losses, model; from torch.nn.parallel import DistributedDataParallel as DDP; "
-        f"V = model.Denoiser(**{SIZE!r}).cuda(); step = losses.SelfE(V, copy.deepcopy(V).requires_grad_(False)); "
-        "ddp = DDP(step, gradient_as_bucket_view=True); "
-        "c = torch.randn(4, 5, 16).cuda(), torch.zeros(4, 8).cuda(); x = torch.randn(4, 3, 16, 16).cuda(); "
-        "draws = losses.draw(0, 0, [0, 1, 2, 3], (3, 16, 16), device='cuda'); "
-        "ddp(x, c, c, c, torch.zeros(4, dtype=torch.bool).cuda(), draws, 0.5, 0.0, True)[0].backward(); "
-        "n = sum(p.grad is not None for p in V.parameters()); ones = torch.ones(1).cuda(); "
-        "dist.all_reduce(ones); dist.destroy_process_group(); print(n, int(ones))"
-    )
-    alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    done = call("-c", script, **alone)
-    assert done.stdout.split() == [str(len(list(network().parameters()))), "1"]
 
 
 def test_the_precision_chosen_is_one_that_works_there():

@@ -137,16 +137,6 @@ def test_processes_that_do_not_meet_say_so_and_give_up(address, monkeypatch, cap
     assert "process 1 waits for" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("rank, order", [(0, ["work", "barrier"]), (1, ["barrier", "work"])])
-def test_the_first_process_works_alone(rank, order, monkeypatch):
-    """The others wait until it has made the index of tars, and find it made."""
-    seen = []
-    monkeypatch.setattr(processes.dist, "barrier", lambda: seen.append("barrier"))
-    with processes.Ranks(2, rank).first_alone():
-        seen.append("work")
-    assert seen == order
-
-
 @pytest.mark.slow
 def test_the_compiler_recomputation_bf16_and_zero_under_ddp(tmp_path):
     """Two compiled processes with recomputation, bf16 and ZeRO make the run of one plain one, to bf16's rounding."""

@@ -236,17 +236,6 @@ def test_the_mean_of_eight_pictures_of_a_prompt_is_rejected(size, tag, most):
     assert len(asked) >= 5 and np.mean(passed) <= most
 
 
-@pytest.mark.parametrize("wide", [1.0, 2.0, 4.0])
-@pytest.mark.parametrize("shape", data.SHAPES)
-def test_softness_is_how_much_wider_an_outline_is_than_a_pixel(shape, wide):
-    """Coverage that falls linearly over `wide` pixels; a rendering's falls over one. GRAIN cuts a share off both ends."""
-    pixel, measured = np.arange(64) + 0.5, []
-    for x, y in rng(7, "softness").uniform(31.5, 32.5, (100, 2)):
-        distance = data.signed_distance(shape, pixel[None] - x, pixel[:, None] - y, 21.0)
-        measured.append(scorer.softness(np.clip(0.5 - distance / wide, 0.0, 1.0), shape, x, y, 21.0))
-    assert np.mean(measured) == pytest.approx((1 - 2 * scorer.GRAIN) * (wide - 1), abs=0.12)
-
-
 # --- Metadata is judged by its fields -----------------------------------------------------------------------
 def item(shape, count=1, **fields):
     return {"class": shape, "count": count} | fields
