@@ -32,16 +32,6 @@ def test_posterior_means_are_bayes_rule_picture_by_picture(source):
         assert mean.numpy() == pytest.approx(top / bottom, abs=1e-4)
 
 
-def test_deltas_budget_is_twice_what_the_prompts_tell(source):
-    """Where pictures are few and equally likely the divergence is the logarithm of a ratio of counts."""
-    world = emoji_world.World(source, ["a thing 1", "a thing 5"])
-    shown = [sum(i == concept for i, _ in source.pairs) for concept in (1, 5)]
-    expected = np.mean([np.log(len(source.pairs) / n) for n in shown])
-    found = pictures.budget(world, samples=400)
-    assert found["information"] == pytest.approx(expected, rel=1e-4)
-    assert found["delta_budget"] == pytest.approx(2 * expected, rel=0.05)
-
-
 def test_flow_matching_on_exact_prompts_draws_them_at_once(source):
     judge, texts = emoji_judge.Judge(source), source.prompts("exact")[:5]
     world = emoji_world.World(source, texts)

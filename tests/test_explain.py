@@ -53,12 +53,3 @@ def test_the_diagram_shows_the_passes_of_a_training_step():
         values = meant[0] if arguments[0] == "x_t" else meant[1]
         assert (name, learns) == (drawn, gradient)
         assert all(torch.allclose(a, values[b]) for a, b in zip(given, arguments, strict=True)), arguments
-
-
-def test_the_grids_end_where_the_next_step_begins():
-    """With the default rule s_k is the next time; with s_rule 1 it is t_k (S.3.1)."""
-    for steps in (1, 2, 4):
-        times = explain.evaluated_times(steps)
-        assert len(times) == steps and times[0][0] == 1 and times[-1][1] == 0
-        assert all(s == t for (_, s), (t, _) in zip(times, times[1:]))
-        assert all(t == s for t, s in explain.evaluated_times(steps, s_rule=1.0))

@@ -43,33 +43,29 @@ def pngs(*numbers: int) -> dict[str, bytes]:
 
 
 ONE, TWO = pngs(1), pngs(1, 2)
-# name: (files, what training sees: number -> captions, what is left out -> why). Text stands for its UTF-8.
+# name: (files; what training sees: number -> captions; what is left out -> why, if anything). Text is its UTF-8.
 LAYOUTS = {
     "a text beside each": (
         pngs(1, 2, 3, 4) | {"1.txt": " one\n", "2.TXT": "two", "3.caption": "three", "4.png.txt": "four"},
         {1: ["one"], 2: ["two"], 3: ["three"], 4: ["four"]},
-        {},
     ),
     "a json beside each": (
         pngs(1, 2, 3, 4)
         | {"1.json": '{"text": "one", "width": 20}', "2.json": '{"caption": "two"}'}
         | {"3.json": '{"prompt": ["three", "drei"]}', "4.json": '{"text": "", "caption": "four"}'},
         {1: ["one"], 2: ["two"], 3: ["three", "drei"], 4: ["four"]},
-        {},
     ),
     "txt before json": (
         pngs(1, 2, 3)
         | {"1.txt": "one", "2.txt": " \n", "3.txt": b"\xff"}
         | {f"{i}.json": json.dumps({"text": str(i)}) for i in (1, 2, 3)},
         {1: ["one"], 2: ["2"], 3: ["3"]},
-        {},
     ),
     "odd texts": (
         pngs(1, 2, 3, 4)
         | {"1.txt": "one\r\n\neins\n", "2.txt": "\n", "3.txt": b"\xef\xbb\xbfcaf\xc3\xa9"}
         | {"4.json": '{"text": "a \\ud83d half\\u2028line"}'},
         {1: ["one", "eins"], 2: [""], 3: ["café"], 4: ["a \ufffd half\u2028line"]},
-        {},
     ),
     "no captions": (
         pngs(1, 2, 3, 4, 5, 6, 7)
@@ -84,7 +80,6 @@ LAYOUTS = {
         {"a.b.png": png(1), "a.c.png": png(2), "a.b.txt": "one", "a.c.txt": "two"}
         | {"d.image.png": png(3), "d.caption.txt": "three", "f.g/4.png": png(4), "f.g/4.txt": "four"},
         {1: ["one"], 2: ["two"], 3: ["three"], 4: ["four"]},
-        {},
     ),
     "two pictures of a name": (
         {"1.jpg": png(1, kind="JPEG"), "1.txt": "one", "1.png": png(2), "1.mask.png": png(3)},
@@ -96,14 +91,14 @@ LAYOUTS = {
         {1: ["one"]},
         {"test/2.png": "not for training", "test/2.txt": "not for training"},
     ),
-    "a part by itself": ({"test/1.png": png(1), "test/1.txt": "one"}, {1: ["one"]}, {}),
+    "a part by itself": ({"test/1.png": png(1), "test/1.txt": "one"}, {1: ["one"]}),
     "hidden": (
         ONE | {"1.txt": "one", "._1.txt": b"\0\5", "._1.png": b"\0", ".git/x.txt": "no", ".DS_Store": b""},
         {1: ["one"]},
         {"._1.txt": "hidden", "._1.png": "hidden", ".git/x.txt": "hidden"},
     ),
-    "jsonl": (TWO | {"metadata.jsonl": table("one", ["two", "zwei"])}, {1: ["one"], 2: ["two", "zwei"]}, {}),
-    "jsonl of captions": (ONE | {"metadata.jsonl": table("one", name="caption")}, {1: ["one"]}, {}),
+    "jsonl": (TWO | {"metadata.jsonl": table("one", ["two", "zwei"])}, {1: ["one"], 2: ["two", "zwei"]}),
+    "jsonl of captions": (ONE | {"metadata.jsonl": table("one", name="caption")}, {1: ["one"]}),
     "jsonl with paths and several lines a picture": (
         ONE
         | {"a/2.png": png(2)}
@@ -112,7 +107,6 @@ LAYOUTS = {
         }
         | {"a/metadata.jsonl": '{"file_name": "..\\\\a/2.png", "text": "two"}'},
         {1: ["one", "eins"], 2: ["two"]},
-        {},
     ),
     "jsonl of a few": (
         TWO | {"metadata.jsonl": table("one"), "2.txt": "two"},
@@ -134,14 +128,12 @@ LAYOUTS = {
     "letters put together otherwise": (
         {"cafe\u0301 1.png": png(1), "metadata.csv": "file_name,text\ncaf\u00e9 1.png,one"},
         {1: ["one"]},
-        {},
     ),
-    "json, a list": (ONE | {"metadata.json": '[{"file_name": "1.png", "text": "one"}]'}, {1: ["one"]}, {}),
-    "json, an object": (ONE | {"metadata.json": '{"file_name": "1.png", "text": "one"}'}, {1: ["one"]}, {}),
+    "json, a list": (ONE | {"metadata.json": '[{"file_name": "1.png", "text": "one"}]'}, {1: ["one"]}),
+    "json, an object": (ONE | {"metadata.json": '{"file_name": "1.png", "text": "one"}'}, {1: ["one"]}),
     "json by name": (
         TWO | {"metadata.json": '{"1.png": "one", "2.png": {"caption": "two"}}'},
         {1: ["one"], 2: ["two"]},
-        {},
     ),
     "two tables": (
         ONE | {"metadata.jsonl": table("one"), "metadata.csv": "file_name,text\n1.png,eins"},
@@ -152,7 +144,6 @@ LAYOUTS = {
         {f"{i}.{kind.lower()}": png(i, kind=kind) for i, kind in enumerate(files.FORMATS)}
         | {f"{i}.txt": str(i) for i in range(5)},
         {i: [str(i)] for i in range(5)},
-        {},
     ),
     "damaged": (
         ONE
@@ -195,8 +186,8 @@ def seen(place: Path, kind: str, key=None) -> tuple[dict, dict]:
 @pytest.mark.parametrize("kind", ["folder", "tar"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts(name, kind, tmp_path):
-    layout, captions, left_out = LAYOUTS[name]
-    assert seen(write(tmp_path, layout, kind), kind) == (captions, left_out)
+    layout, captions, *left_out = LAYOUTS[name]
+    assert seen(write(tmp_path, layout, kind), kind) == (captions, *(left_out or [{}]))
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])

@@ -64,13 +64,6 @@ def test_the_big_sizes_have_the_parameters_of_the_paper(size, billions, total):
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(total, rel=0.03)
 
 
-@pytest.mark.parametrize("size", model.SIZES)
-def test_width_exceeds_the_values_of_a_token(size):
-    """V has to carry the noise of a whole patch through the width."""
-    numbers = model.SIZES[size]
-    assert numbers["width"] > numbers["channels"] * numbers["patch"] ** 2
-
-
 # --- Eq. s.9, s.10 ------------------------------------------------------------------------------------------
 def sinusoid_by_numpy(t: np.ndarray, features: int = 256) -> np.ndarray:
     """cos and sin of 1000 t / 10000^(i / 128), in float64."""

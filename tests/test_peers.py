@@ -4,7 +4,6 @@ Their fixed points and whole steps, times included, are lines of toy/identities.
 """
 
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import programs
@@ -86,29 +85,6 @@ def test_bf16_drowns_the_finite_difference_so_auto_takes_fp32_for_it(monkeypatch
         if arguments.precision_of(args, torch.device("cpu"), Ranks()) == torch.float32:
             found.append(name)
     assert found == ["tim", "meanflow", "improved_meanflow"]
-
-
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-@pytest.mark.parametrize("name", NAMES)
-def test_the_price_is_what_is_evaluated(name, guidance):
-    """Forward passes of a step: 3 for each picture that the gradient passes through, 1 for each other evaluation."""
-    rows = {True: 0, False: 0}
-
-    class Counting(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = torch.nn.Parameter(torch.zeros(()))
-
-        def forward(self, x, t, s, *c):
-            rows[torch.is_grad_enabled()] += len(x)
-            return self.w + 0 * x
-
-    n, objective = 32, objectives.OBJECTIVES[name]
-    flags = SimpleNamespace(train_guidance=guidance, derivative="difference", loss_power=1.0)
-    draws = objective.draw(0, 0, list(range(n)), (3, 4, 4))
-    c = (torch.zeros(n, 2),)
-    objective.build(Counting(), Counting(), flags)(torch.ones(n, 3, 4, 4), c, c, None, None, draws, 1.0, 0.0)
-    assert (3 * rows[True] + rows[False]) / n == objective.forwards(guided=guidance != 1)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "imm"])
