@@ -159,24 +159,6 @@ def small_world():
     return pictures.Shapes("shapes", "single_object", 0.3)
 
 
-def test_the_exact_posterior_mean_of_pictures_is_bayes_rule(small_world):
-    """Against densities written out in float64, picture by picture."""
-    world, t = small_world, 0.6
-    c = torch.tensor([0, 3, world.C])
-    noise = torch.randn(3, world.x.shape[1], generator=torch.Generator().manual_seed(0))
-    x_t = (1 - t) * world.x[[5, 350, 120]] + t * noise
-    found = world.posterior_mean(x_t, t, c)
-    N, each = len(world.x), world.each
-    for row in range(3):
-        log_q = torch.stack([-((x_t[row] - (1 - t) * x).double() ** 2).sum() / (2 * t**2) for x in world.x])
-        prior = torch.full((N,), 0.3 / N if row < 2 else 1 / N, dtype=torch.float64)
-        if row < 2:
-            prior[int(c[row]) * each : (int(c[row]) + 1) * each] += 0.7 / each
-        weights = (log_q + prior.log()).softmax(0)
-        assert torch.allclose(found[row].double(), weights @ world.x.double(), atol=2e-3)
-    assert torch.equal(world.posterior_mean(x_t, 0.0, c), x_t) and world.each >= 100
-
-
 def test_deltas_budget_is_twice_the_information_of_the_captions(small_world):
     """I-MMSE: an integral over noise levels against a sum over prompts."""
     found = pictures.budget(small_world, samples=200)

@@ -10,7 +10,6 @@ from PIL import Image
 from test_shards import half_a_picture, write_tar
 from test_shards import picture as png
 
-import data
 import encoders
 import recipe
 import train
@@ -57,18 +56,6 @@ def test_a_share_of_captions_is_swapped_the_same_in_every_epoch_and_nothing_else
         assert np.array_equal(a.picture, b.picture) and a.key == b.key
     assert plain.bucket(7, 3) == wrong.bucket(7, 3) and plain.numbers == N and plain.skipped == wrong.skipped
     assert len({open_source(folder / kind, share).fingerprint for share in (0.0, 0.4, 0.41)}) == 3
-
-
-def test_the_share_is_what_was_asked_for_in_the_built_in_shapes():
-    """Of 2,000 samples the share whose caption is not that of their scene: X times the chance that another's says
-    otherwise."""
-    n, plain, wrong = 2000, data.Shapes(16, "one-shape"), open_source("one-shape", 0.3)
-    captions, swapped = ([source.sample(g, 5).caption for g in range(n)] for source in (plain, wrong))
-    shares = np.unique(captions, return_counts=True)[1] / n
-    expected = 0.3 * (1 - np.sum(shares**2))
-    changed = np.mean([a != b for a, b in zip(captions, swapped)])
-    assert abs(changed - expected) < 4 * (expected * (1 - expected) / n) ** 0.5
-    assert set(swapped) == set(captions)  # only captions of the data
 
 
 def captions_by_key(source, count):
