@@ -82,6 +82,7 @@ def test_a_run_is_never_overwritten(copy, monkeypatch, capsys):
         ("--seed 3", "begun with --seed 0"),
         ("--batch-size 8", "begun with --batch-size 4, not 8"),
         ("--data scenes", "other data"),
+        ("--wrong-captions 0.3", "begun with --wrong-captions 0"),
     ],
 )
 def test_a_run_goes_on_as_what_it_was(copy, flags, complaint, monkeypatch, capsys):
@@ -260,7 +261,7 @@ BAD = {
         --text telepathy; --autoencoder kl:./absent; --lr nan; --seed 99999999999999999999999; --micro-batch 3 --batch-size 36;
         --objective telepathy; --objective flow_matching --target tar; --objective imm --aux-from 0; --k 0.5;
         --objective imm --micro-batch 2; --objective tim --derivative forward; --dry-run --data absent; --zero --optimizer muon;
-        --objective meanflow --derivative forward --compile; --objective meanflow --precision bf16""",
+        --wrong-captions -0.1; --wrong-captions nan; --objective meanflow --derivative forward --compile; --objective meanflow --precision bf16""",
     sample: """--checkpoint absent --prompt x; --prompt x --scale 200000; --prompt x --steps 0; --prompt x --guidance nan;
         --prompt x --eta 1.5; --prompt x --s-rule before; --prompt x --out /dev/null/x.png; --prompt x --out x.txt;
         --prompts absent.txt""",

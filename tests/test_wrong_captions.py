@@ -1,10 +1,6 @@
 """Wrong captions as a property of data: how many, whose, always the same ones, in every kind of source."""
 
-import functools
-import json
-
 import numpy as np
-import programs
 import pytest
 from PIL import Image
 from test_shards import half_a_picture, write_tar
@@ -12,7 +8,6 @@ from test_shards import picture as png
 
 import encoders
 import recipe
-import train
 from engine import errors, feed
 from scale import cache, shards
 
@@ -95,17 +90,3 @@ def test_a_cache_is_refused(folder, tmp_path):
     cache.make(folder / "tars", tmp_path / "cache", 16, encode, settings)
     with pytest.raises(errors.UserError, match="keeps its own"):
         open_source(tmp_path / "cache", 0.1)
-
-
-def test_a_run_knows_its_share_and_goes_on_with_no_other(tmp_path, monkeypatch):
-    out, run = tmp_path / "run", functools.partial(programs.run, monkeypatch, train)
-    run("--steps", 1, "--out", out, "--wrong-captions", 0.4, *programs.QUICK)
-    assert json.loads((out / "config.json").read_text())["wrong_captions"] == 0.4
-    assert "0.4 of the captions wrong" in (programs.last(out) / "state.json").read_text()
-    for share in (0.3, 0):
-        with pytest.raises(errors.UserError, match="was begun with --wrong-captions 0.4"):
-            run("--resume", "--out", out, "--steps", 3, "--wrong-captions", share)
-    for share in ("-0.1", "nan"):
-        with pytest.raises(errors.UserError, match="between 0 and 1"):
-            run("--wrong-captions", share, "--out", tmp_path / "never")
-    assert not (tmp_path / "never").exists()
