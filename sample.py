@@ -196,8 +196,8 @@ def shape_of(text: str) -> tuple[int, int]:
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = errors.Parser("sample.py", "Make pictures from prompts.")
     a = parser.add_argument_group("what").add_argument
-    laptop = Path("checkpoints/laptop")
-    a("--checkpoint", metavar="DIR", type=Path, default=laptop, help=f"folder of a run (default: {laptop})")
+    included = Path("checkpoints/emoji")
+    a("--checkpoint", metavar="DIR", type=Path, default=included, help=f"folder of a run (default: {included})")
     a("--prompt", action="append", default=[], help="what to draw; may be given several times")
     a("--prompts", metavar="FILE", type=Path, help="a text file with one prompt per line")
     a("--images", metavar="N", type=int, default=1, help="pictures per prompt (default: 1)")

@@ -315,20 +315,20 @@ def test_words_that_are_not_read_or_not_known_are_named():
     assert "“dog”" in said[1] and "Not read" not in said[1] and "photo" not in said[1]
     assert "Not read: “zebra”" in said[2] and "Not known" not in said[2]
     known = WORLD["pictures"]["vocabulary"]
-    assert {"red", "circle", "photo"} <= set(known) and "dog" not in known
+    assert {"a", "3d", "octopus"} <= set(known) and "zebra" not in known
 
 
 def test_a_training_picture_stands_beside_the_prompts_that_training_knows():
-    source = data.Shapes(WORLD["pictures"]["models"]["self_e"]["config"]["side"], "shapes")
-    samples = [source.sample(g) for g in range(explore.TOLD)]
-    kept = WORLD["pictures"]["prompts"]
-    assert kept == explore.offered("shapes", samples)
-    captions = {one.caption for one in samples}
-    assert [one["prompt"] for one in kept if one["picture"]] == [p for p in explore.SHAPES if p in captions]
-    first = next(one.picture for one in samples if one.caption == kept[0]["prompt"])
-    assert np.array_equal(Image.open(io.BytesIO(base64.b64decode(kept[0]["picture"]))), first)
+    source = data.Shapes(16, "shapes")
+    samples = [source.sample(g) for g in range(explore.READ)]
+    captions, offered = {one.caption for one in samples}, explore.offered("shapes", samples)
+    assert [one["prompt"] for one in offered if one["picture"]] == [p for p in explore.SHAPES if p in captions]
+    first = next(one.picture for one in samples if one.caption == offered[0]["prompt"])
+    assert np.array_equal(Image.open(io.BytesIO(base64.b64decode(offered[0]["picture"]))), first)
     other = explore.offered("a-folder", samples)
     assert len(other) == 8 and all(one["picture"] for one in other)
+    art = explore.offered("emoji-few", [(samples[0].picture, "a bird", "key")])
+    assert not any(one["picture"] for one in art)  # it is others'
 
 
 # Other sizes than the included one: tokens that are no multiple of 4, an odd number of text tokens, several patches.
@@ -358,8 +358,9 @@ def small_model(size: dict, **config) -> tuple[sample.Loaded, dict]:
     return loaded, {"config": config, "weights": weights}
 
 
-def included() -> tuple[sample.Loaded, dict]:
-    held = WORLD["pictures"]["models"]["self_e"]
+def included(name: str = "self_e") -> tuple[sample.Loaded, dict]:
+    """The included model with the page's weights, or (flow) one of its shape with flow matching's."""
+    held = WORLD["pictures"]["models"][name]
     loaded = sample.load(explore.ROOT / WORLD["pictures"]["folder"], torch.device("cpu"))
     state, own = unpacked(held["weights"]), loaded.network.state_dict()
     loaded.network.load_state_dict({name: state[name].view_as(value) for name, value in own.items()})

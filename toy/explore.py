@@ -58,11 +58,12 @@ SHAPES = {
 EMOJI = {
     "a bird": "Any bird, by any of the three makers.",
     "a fruit": "Any fruit, by any of the three makers.",
+    "marine life": "A fish, a whale, an octopus and more, by any of the three makers.",
     "an octopus": "One thing, by any of the three makers.",
     "a 3D octopus": "One picture.",
-    "a flat pizza": "One picture.",
-    "a soft fox": "One picture.",
-    "a dog with a hat": "No training picture shows that.",
+    "a flat pineapple": "One picture.",
+    "a soft parrot": "One picture.",
+    "a bird in a tree": "No training picture shows that.",
     "": "Without a prompt, anything that training shows is right.",
 }
 

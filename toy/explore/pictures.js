@@ -66,10 +66,9 @@ const picture_canvas = () => make("canvas", { width: 1, height: 1, role: "img", 
 function show_aim(v) {
   const { prompt, eta, guidance, flow_guidance } = v.set;
   const { right = "", picture = "" } = v.world.pictures.prompts.find((one) => one.prompt === prompt) ?? {};
-  set(find("#training img"), { src: picture ? `data:image/png;base64,${picture}` : null,
-    alt: picture ? `A training picture: ${prompt}` : "No training picture" });
-  find("#training figcaption").textContent =
-    `${picture ? "The first training picture with this caption." : "No training picture with this caption is kept here."} ${right}`;
+  set(find("#training img"), { src: picture ? `data:image/png;base64,${picture}` : null, hidden: picture ? null : "",
+    alt: `A training picture: ${prompt}` });
+  find("#training figcaption").textContent = `${picture ? "The first training picture with this caption. " : ""}${right}`;
   find("#picture-sampler").textContent = `Here η = ${eta}, guidance ${guidance} for Self-E and ${flow_guidance} for flow ` +
     "matching; in the plane above it was η = 0 and guidance 1 (none).";
 }
