@@ -196,8 +196,8 @@ def shape_of(text: str) -> tuple[int, int]:
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = errors.Parser("sample.py", "Make pictures from prompts.")
     a = parser.add_argument_group("what").add_argument
-    included = Path("checkpoints/emoji")
-    a("--checkpoint", metavar="DIR", type=Path, default=included, help=f"folder of a run (default: {included})")
+    emoji = Path("checkpoints/emoji")
+    a("--checkpoint", metavar="DIR", type=Path, default=emoji, help=f"folder of a run (default: {emoji})")
     a("--prompt", action="append", default=[], help="what to draw; may be given several times")
     a("--prompts", metavar="FILE", type=Path, help="a text file with one prompt per line")
     a("--images", metavar="N", type=int, default=1, help="pictures per prompt (default: 1)")

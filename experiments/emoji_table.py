@@ -29,7 +29,8 @@ from toy import emoji_world
 
 KINDS = emoji_judge.KINDS
 # By the rules of results/emoji/README.md. The longest of these captions has seven words.
-BUDGET = "--data emoji-few --side 24 --txt-len 10 --optimizer muon --precision bf16 --grid-every 0 --steps 18000"
+BUDGET = "--data emoji-few --side 24 --txt-len 10 --optimizer muon --precision bf16 --grid-every 0"
+BUDGET += " --steps 18000"
 QUICK = "--data emoji-few --side 24 --txt-len 10 --steps 4 --batch-size 8 --grid-every 0 --no-compile"
 PREDICTED = {  # row -> the perfect evaluator that it is compared with
     "flow_matching": "flow matching",

@@ -322,7 +322,8 @@ def test_a_training_picture_stands_beside_the_prompts_that_training_knows():
     source = data.Shapes(16, "shapes")
     samples = [source.sample(g) for g in range(explore.READ)]
     captions, offered = {one.caption for one in samples}, explore.offered("shapes", samples)
-    assert [one["prompt"] for one in offered if one["picture"]] == [p for p in explore.SHAPES if p in captions]
+    known = [prompt for prompt in explore.SHAPES if prompt in captions]
+    assert [one["prompt"] for one in offered if one["picture"]] == known
     first = next(one.picture for one in samples if one.caption == offered[0]["prompt"])
     assert np.array_equal(Image.open(io.BytesIO(base64.b64decode(offered[0]["picture"]))), first)
     other = explore.offered("a-folder", samples)
