@@ -228,9 +228,8 @@ class Emoji:
         if side > TILE:
             raise data.DataError(f"the emoji have {TILE} x {TILE} pixels: choose a side of at most {TILE}")
         tiles, concepts = read(path or TILES)
-        chosen = [
-            i for i, concept in enumerate(concepts) if {concept.group, concept.subgroup} & set(SETS[name])
-        ]
+        groups = set(SETS[name])
+        chosen = [i for i, concept in enumerate(concepts) if groups & {concept.group, concept.subgroup}]
         self.side, self.name = side, name
         self.concepts = [concepts[i] for i in chosen]
         self.pictures = np.stack([[self.resized(t) for t in tiles[i]] for i in chosen])
@@ -257,15 +256,14 @@ class Emoji:
             Caption("exact", with_article(f"{word} {label}"), share["exact"]),
             Caption("label", with_article(label), share["label"]),
         ]
-        for tag in tags:
-            captions.append(Caption("tag", with_article(tag), share["tag"] / len(tags) * (1 - named)))
-        captions.append(Caption("group", subgroup, share["group"] * (1 - named)))
+        several = [
+            ("tag", with_article(tag), with_article(f"{word} {tag}"), share["tag"] / len(tags))
+            for tag in tags
+        ]
+        several.append(("group", subgroup, f"{word} {subgroup}", share["group"]))
+        captions += [Caption(kind, text, part * (1 - named)) for kind, text, _, part in several]
         if named:
-            for tag in tags:
-                captions.append(
-                    Caption("named", with_article(f"{word} {tag}"), share["tag"] / len(tags) * named)
-                )
-            captions.append(Caption("named", f"{word} {subgroup}", share["group"] * named))
+            captions += [Caption("named", text, part * named) for _, _, text, part in several]
         return captions
 
     def carriers(self, pairs: list[tuple[int, int]]) -> dict[str, dict[tuple[int, int], float]]:
