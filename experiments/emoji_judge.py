@@ -12,6 +12,7 @@ three, "a bird" every bird (emoji.Emoji.carriers). Open prompts ask besides how 
 """
 
 import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -103,6 +104,12 @@ class Judge:
 
     def name(self, near: Near) -> str:
         return self.source.captions(near.concept, near.maker)[0].text
+
+
+def predicted_in(name: str) -> Path:
+    """The file of what perfect evaluators draw of one of emoji.SETS (toy/emoji_world.py): emoji_world-few.json."""
+    results = Path(__file__).resolve().parents[1] / "toy" / "results"
+    return results / f"emoji_world{name.removeprefix('emoji')}.json"
 
 
 KINDS = (*emoji.KINDS, "held-out")  # the last: exact captions of the pairs that training never shows

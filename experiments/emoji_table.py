@@ -25,7 +25,6 @@ import sample
 from engine import checkpoint, errors, machine
 from experiments import emoji_judge, report, tables
 from experiments.rows import ROWS, SEEDS
-from toy import emoji_world
 
 KINDS = emoji_judge.KINDS
 # By the rules of results/emoji/README.md. The longest of these captions has seven words.
@@ -113,11 +112,10 @@ hardware and time. Test prompts; the share of right pictures, and the variety of
 (`toy/emoji_world.py`), who know no held-out pairs."""
 
 
-def predictions(data: str, row: str, kind: str, n: int) -> list[dict]:
-    """The scores that toy/emoji_world.py has for a row on one of emoji.SETS, one for each of its seeds."""
-    path = emoji_world.result_of(data)
-    records = checkpoint.read_json(path)["kinds"].get(kind, {}).get("records", []) if path.exists() else []
-    return [r for r in records if (r["objective"], r["steps"]) == (PREDICTED.get(row), n)]
+def predictions(name: str) -> dict:
+    """What toy/emoji_world.py has for one of emoji.SETS: kind of prompt -> its records. Nothing where it was not run."""
+    path = emoji_judge.predicted_in(name)
+    return checkpoint.read_json(path)["kinds"] if path.exists() else {}
 
 
 def cell(scores: list[dict]) -> str:
@@ -132,17 +130,18 @@ def write_page(out: Path) -> None:
     measured, lines = report.read_rows(out), [HEAD]
     if not measured:
         raise errors.UserError(f"nothing has been measured in {out}")
-    steps = list(map(int, next(iter(next(iter(measured.values())).values()))["kinds"]["exact"]))
+    first = next(iter(next(iter(measured.values())).values()))
+    steps, predicted = list(map(int, first["kinds"]["exact"])), predictions(first["training"]["data"][0])
     for kind in KINDS:
         lines += ["", f"## {kind}"]
-        cells = []
+        records, cells = predicted.get(kind, {}).get("records", []), []
         for row, seeds in measured.items():
             found = [[result["kinds"][kind][str(n)] for result in seeds.values()] for n in steps]
             cells.append([row, len(seeds), *map(cell, found)])
-            data = next(iter(seeds.values()))["training"]["data"][0]
-            predicted = [cell(predictions(data, row, kind, n)) for n in steps]
-            if any(predicted):
-                cells.append(["predicted", "", *predicted])
+            asked = [(PREDICTED.get(row), n) for n in steps]
+            same = [[r for r in records if (r["objective"], r["steps"]) == one] for one in asked]
+            if any(same):
+                cells.append(["predicted", "", *map(cell, same)])
         lines += report.table(["row", "seeds", *steps], cells)
     report.write(lines, out / "table.md")
 

@@ -56,7 +56,7 @@ def test_the_page_sets_the_prediction_below_what_was_measured(tmp_path, monkeypa
     record = {"objective": "classifier only", "steps": 2, "variety": None}
     records = [record | {"right": 0.25}, record | {"right": 0.75, "variety": 0.5}]
     world = {"kinds": {"tag": {"records": records}}}
-    monkeypatch.setattr(emoji_table.emoji_world, "result_of", lambda name: tmp_path / f"{name}.json")
+    monkeypatch.setattr(emoji_judge, "predicted_in", lambda name: tmp_path / f"{name}.json")
     (tmp_path / "emoji.json").write_text(json.dumps(world))
     for seed, right in enumerate((0.5, 0.7)):
         kinds = {kind: {"2": {"right": right, "variety": 0.8}} for kind in emoji_judge.KINDS}

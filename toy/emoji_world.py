@@ -101,11 +101,6 @@ def scores(records: list[dict], label: str, measure: str) -> list[list[float]]:
     return [[np.nan if score is None else score for score in seeds] for seeds in found]
 
 
-def result_of(name: str) -> Path:
-    """Where the results for one of emoji.SETS are kept: emoji_world-few.json for emoji-few."""
-    return kept.folder(None, usual=True) / f"{name.replace('emoji', 'emoji_world')}.json"
-
-
 def main() -> None:
     parser = errors.Parser("-m toy.emoji_world", __doc__.split("\n")[0])
     parser.add_argument("--data", choices=emoji.SETS, default="emoji", help="which emoji (emoji)")
@@ -113,7 +108,7 @@ def main() -> None:
     args = parser.parse_args()
     parser.check_ranges(args, side=(8, emoji.TILE))
     torch.set_num_threads(1)
-    run(emoji.Emoji(args.side, args.data), result_of(args.data))
+    run(emoji.Emoji(args.side, args.data), emoji_judge.predicted_in(args.data))
 
 
 if __name__ == "__main__":
