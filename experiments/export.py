@@ -26,10 +26,8 @@ def read_prompts(path: Path) -> list[dict]:
     """The lines of a prompt file of GenEval's format: JSON objects with at least a "prompt". Raises UserError."""
     if not path.is_file():
         raise errors.UserError(f"no such prompt file: {path}")
-    found = []
-    for number, line in enumerate(
-        files.read_text(path).split("\n"), 1
-    ):  # JSON may hold the other ends of lines
+    found, lines = [], files.read_text(path).split("\n")  # JSON may hold the other ends of lines
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 metadata = json.loads(line)
@@ -75,10 +73,8 @@ def export(folder: Path, asked: list[dict], images: int, batch_size: int, draw: 
 def parse_arguments() -> argparse.Namespace:
     parser = errors.Parser("-m experiments.export", "Write a model's pictures for GenEval's public scorer.")
     a = parser.add_argument_group("what").add_argument
-    metadata, folder = (
-        "GenEval's evaluation_metadata.jsonl, or like it",
-        "of the pictures, one for each step count",
-    )
+    metadata = "GenEval's evaluation_metadata.jsonl, or like it"
+    folder = "of the pictures, one for each step count"
     a("--checkpoint", metavar="DIR", type=Path, required=True, help="folder of a run")
     a("--prompts", metavar="FILE", type=Path, required=True, help=metadata)
     a("--out", metavar="DIR", type=Path, required=True, help=folder)

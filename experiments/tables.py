@@ -45,14 +45,8 @@ def train(row: str, share: float, seed: int, run: Path, budget: str) -> None:
     """A run of train.py, or the rest of one that was stopped. Raises KeyboardInterrupt when it is stopped again."""
     flags = ["--resume"]
     if not checkpoint.complete_states(run):
-        flags = [
-            *budget.split(),
-            "--wrong-captions",
-            f"{share:g}",
-            "--seed",
-            str(seed),
-            *ROWS[row].flags.split(),
-        ]
+        flags = [*budget.split(), "--wrong-captions", f"{share:g}", "--seed", str(seed)]
+        flags += ROWS[row].flags.split()
     elif finished(run):
         return
     process = subprocess.Popen([sys.executable, "train.py", *flags, "--out", str(run)])
