@@ -29,7 +29,8 @@ Made by `python -m experiments.tables --report` from the files beside it, each w
 time. Test prompts; a score is the share of right pictures of a kind of prompt, "overall" the mean of the kinds. Means
 over seeds, ± half the 95% interval over seeds (Student's t). After a score, where prompts leave colours or places open:
 their effective number in right pictures, and in samples of the data as large (`experiments/diversity.py`); differences
-are of their ratios. "_64" has twice the batch: at s = t it sees as many pictures as flow matching.
+are of their ratios. "_64" has twice the batch: at s = t it sees as many pictures as flow matching. "_16" has half of
+it: as many as Self-E at s = t.
 """
 PAPER = """## The paper
 
