@@ -131,7 +131,7 @@ def write_page(doses: dict[str, Rows], out: Path, steps: list[int], tags: list[s
     lines = [HEAD]
     for share, rows in doses.items():
         lines += [f"## {float(share):.0%} of captions wrong"]
-        main = {name: rows[name] for name in GROUPS["main"] if name in rows}
+        main = {name: rows[name] for name in GROUPS["main"] + GROUPS["batches"] if name in rows}
         for tag in tags:
             lines += ["", f"### {tag}", *scores_of(rows if tag == "overall" else main, tag, steps)]
         lines += ["", "### Differences, paired by seed"]
@@ -149,7 +149,7 @@ def write_page(doses: dict[str, Rows], out: Path, steps: list[int], tags: list[s
 
 def draw_scores(doses: dict[str, Rows], path: Path, steps: list[int], tags: list[str]) -> None:
     """A panel per share of wrong captions and tag; a line per row of the main group, its band from seed to seed."""
-    size = {"figsize": (2.3 * len(tags), 2.3 * len(doses) + 0.5), "squeeze": False}
+    size = {"figsize": (1.6 * len(tags), 1.9 * len(doses) + 0.6), "squeeze": False}
     figure, panels = plt.subplots(len(doses), len(tags), sharex=True, sharey=True, **size)
     places = range(len(steps))
     for line, (share, rows) in zip(panels, doses.items()):
@@ -158,13 +158,15 @@ def draw_scores(doses: dict[str, Rows], path: Path, steps: list[int], tags: list
             for i, row in enumerate(GROUPS["main"]):
                 if row in rows:
                     values = np.array([[score(r, n, tag) for n in steps] for r in rows[row].values()])
-                    panel.plot(places, values.mean(0), ".-", color=f"C{i}", label=row)
+                    panel.plot(places, values.mean(0), ".-", color=f"C{i}", label=ROWS[row].title)
                     panel.fill_between(places, values.min(0), values.max(0), color=f"C{i}", alpha=0.2)
-            panel.set(xticks=places, xticklabels=steps, ylim=(0, 1), title=tag)
+            panel.set(xticks=places, xticklabels=steps, ylim=(0, 1))
+            panel.set_title(tag.replace("_", " "), fontsize=10)
             panel.grid(alpha=0.3)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower center", ncols=5)
-    figure.tight_layout(rect=(0, 0.25 / len(doses) / 2.3, 1, 1))
-    save(figure, path, dpi=100)
+    panels[-1, len(tags) // 2].set_xlabel("steps")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower center", ncols=3)
+    figure.tight_layout(rect=(0, 0.3 / figure.get_figheight(), 1, 1))
+    save(figure, path, dpi=130)
 
 
 def draw_pictures(blocks: dict[str, list], steps: list[int], captions: list[str], path: Path) -> None:

@@ -58,7 +58,8 @@ ROWS = {
 }
 NAMES = list(ROWS)
 GROUPS = {
-    "main": NAMES[:6],
+    "main": NAMES[:3],
+    "batches": NAMES[3:6],
     "ablations": NAMES[NAMES.index("eq16") : NAMES.index("self_e_ema")],
     "silences": NAMES[NAMES.index("self_e_ema") : NAMES.index("fed_share")],
     "fed": NAMES[NAMES.index("fed_share") : NAMES.index("matching")],
