@@ -1,7 +1,7 @@
 """What does the objective ask for on pictures? Perfect evaluators on a finite set of rendered pictures, no network.
 
-    python -m toy.pictures                                     # single and several shapes; 10 to 30 minutes of one core
-    python -m toy.pictures --world scenes --shares 0 .15 .3    # all six kinds of prompt (data.SETS); hours of one core
+    python -m toy.pictures                   # single and several shapes; 10 to 30 minutes of one core
+    python -m toy.pictures --world scenes    # all six kinds of prompt (data.SETS); an hour
 
 It stands between 2-D (ideal.py) and a trained network. Some thousand pictures are the whole data set, so posterior
 means are exact: E[x0 | x_t, c] is a softmax over the pictures. With a share X of wrong captions
@@ -38,6 +38,15 @@ from rng import rng
 from toy import figures, kept
 from toy.ideal import GOALS, settle
 
+OBJECTIVES = {
+    "flow matching": GOALS["flow matching"],
+    "control, Delta = 0": GOALS["Eq. 19, Delta = 0"],
+    "classifier only": GOALS["Eq. 19, classifier only"],
+    "k = 0.9": GOALS["Eq. 19, k = 0.9"],
+    "k = 0": GOALS["Eq. 19, k = 0"],
+    "Eq. 18": GOALS["Eq. 18, classifier only"],
+}
+
 
 class Map(NamedTuple):
     """What is asked of one of data.SETS, and how much is computed."""
@@ -49,6 +58,7 @@ class Map(NamedTuple):
     prompts: int | None = None  # of a tag, at most
     judged: int = 48  # pictures that a score is made of, about, and one a prompt
     by_tag: bool = False  # a score for each tag
+    objectives: tuple[str, ...] = tuple(OBJECTIVES)
 
     def groups(self, kind: str) -> tuple[str, ...]:
         """What of a world has a score of its own."""
@@ -65,15 +75,15 @@ MAPS = {
         },
         shares=(0.0, 0.3),
     ),
-    "scenes": Map(24, {"scenes": data.TAGS}, (0.0, 0.15, 0.3), prompts=12, judged=72, by_tag=True),
-}
-OBJECTIVES = {
-    "flow matching": GOALS["flow matching"],
-    "control, Delta = 0": GOALS["Eq. 19, Delta = 0"],
-    "classifier only": GOALS["Eq. 19, classifier only"],
-    "k = 0.9": GOALS["Eq. 19, k = 0.9"],
-    "k = 0": GOALS["Eq. 19, k = 0"],
-    "Eq. 18": GOALS["Eq. 18, classifier only"],
+    "scenes": Map(
+        side=24,
+        worlds={"scenes": data.TAGS},
+        shares=(0.0, 0.3),
+        prompts=12,
+        judged=72,
+        by_tag=True,
+        objectives=tuple(OBJECTIVES)[:4],
+    ),
 }
 SETTINGS = [dict(guidance=w, s_rule=r) for w, r in itertools.product((1.0, 2.0), (0.0, 0.5))]
 FEWEST = 100  # pictures a prompt
@@ -273,7 +283,7 @@ def run(name: str, size: Map, path: Path) -> dict:
     for kind, share in itertools.product(size.worlds, size.shares):
         here = {"world": kind, "wrong_captions": share}
         done, world = scores_of(results, size.groups(kind)[0], share), None
-        for label in [label for label in OBJECTIVES if label not in done]:
+        for label in [label for label in size.objectives if label not in done]:
             start = time.perf_counter()
             if world is None:
                 world = Shapes(name, kind, share)
