@@ -24,7 +24,7 @@ import emoji
 import sample
 from engine import checkpoint, errors, machine
 from experiments import emoji_judge, report, tables
-from experiments.rows import ROWS, SEEDS
+from experiments.rows import DIFFERENCES, ROWS, SEEDS
 
 KINDS = emoji_judge.KINDS
 # By the rules of results/emoji/README.md. The longest of these captions has seven words.
@@ -118,11 +118,26 @@ def predictions(name: str) -> dict:
     return checkpoint.read_json(path)["kinds"] if path.exists() else {}
 
 
-def cell(scores: list[dict]) -> str:
-    if not scores:
-        return ""
-    variety = report.cell([s["variety"] for s in scores if s["variety"] is not None])
-    return report.cell([s["right"] for s in scores]) + (f"; {variety}" if variety else "")
+def cell(scores: list[dict], show=report.cell) -> str:
+    """Right; variety, where there is one. `show` writes the values of all seeds."""
+    parts = [[s["right"] for s in scores], [s["variety"] for s in scores if s["variety"] is not None]]
+    return "; ".join(show(values) for values in parts if values)
+
+
+def mean(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.3f}"
+
+
+def differences(measured: report.Rows, a: str, b: str, steps: list[int]) -> list[list[str]]:
+    """Lines of a table: kinds down, step counts across."""
+
+    def right(kind: str, n: int):
+        return lambda result: result["kinds"][kind][str(n)]["right"]
+
+    return [
+        [kind, *(report.cell(report.paired(measured, a, b, right(kind, n)), "+") for n in steps)]
+        for kind in KINDS
+    ]
 
 
 def write_page(out: Path) -> None:
@@ -141,8 +156,12 @@ def write_page(out: Path) -> None:
             asked = [(PREDICTED.get(row), n) for n in steps]
             same = [[r for r in records if (r["objective"], r["steps"]) == one] for one in asked]
             if any(same):
-                cells.append(["predicted", "", *map(cell, same)])
+                cells.append(["predicted", "", *(cell(scores, mean) for scores in same)])
         lines += report.table(["row", "seeds", *steps], cells)
+    lines += ["", "## Differences of right, paired by seed"]
+    for a, b in DIFFERENCES:
+        if set(measured.get(a, ())) & set(measured.get(b, ())):
+            lines += report.table([f"{a} minus {b}", *steps], differences(measured, a, b, steps))
     report.write(lines, out / "table.md")
 
 

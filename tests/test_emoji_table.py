@@ -58,16 +58,18 @@ def test_the_page_sets_the_prediction_below_what_was_measured(tmp_path, monkeypa
     world = {"kinds": {"tag": {"records": records}}}
     monkeypatch.setattr(emoji_judge, "predicted_in", lambda name: tmp_path / f"{name}.json")
     (tmp_path / "emoji.json").write_text(json.dumps(world))
-    for seed, right in enumerate((0.5, 0.7)):
+    for row, seed, right in (("self_e", 0, 0.5), ("self_e", 1, 0.7), ("control", 1, 0.4)):
         kinds = {kind: {"2": {"right": right, "variety": 0.8}} for kind in emoji_judge.KINDS}
-        result = json.dumps({"row": "self_e", "seed": seed, "kinds": kinds, "training": {"data": ["emoji"]}})
-        (tmp_path / f"self_e-{seed}.json").write_text(result)
+        result = json.dumps({"row": row, "seed": seed, "kinds": kinds, "training": {"data": ["emoji"]}})
+        (tmp_path / f"{row}-{seed}.json").write_text(result)
     (tmp_path / "self_e-search.json").write_text("{}")
     emoji_table.write_page(tmp_path)
-    section = (tmp_path / "table.md").read_text().split("## tag")[1].split("##")[0]
-    measured, predicted = [line for line in section.splitlines() if line.startswith("| ")][2:]
-    assert "| self_e | 2 | 0.600 ± " in measured and "; 0.800 ± 0.000 |" in measured
-    assert predicted.startswith("| predicted |  | 0.500 ± ") and predicted.endswith("; 0.500 |")
+    page = (tmp_path / "table.md").read_text()
+    assert "| self_e minus control | 2 |" in page and "| tag | +0.300 |" in page
+    lines = page.split("## tag")[1].split("##")[0].splitlines()
+    measured = next(i for i, line in enumerate(lines) if line.startswith("| self_e | 2 | 0.600 ± "))
+    assert lines[measured].endswith("; 0.800 ± 0.000 |")
+    assert lines[measured + 1] == "| predicted |  | 0.500; 0.500 |"
 
 
 def test_settings_are_chosen_for_each_kind_by_their_score(source, tmp_path, monkeypatch):
