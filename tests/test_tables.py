@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import data
-from engine import checkpoint
-from experiments import diversity, evaluate, report, rows, tables
+from engine import arguments, checkpoint
+from experiments import diversity, emoji_table, evaluate, report, rows, tables
 from rng import rng
 
 SCENES = data.SETS["scenes"]
@@ -117,6 +117,12 @@ def tried(row: str) -> list[dict]:
 def test_every_row_has_equally_many_settings_to_choose_from():
     for row in rows.ROWS:
         assert len(tried(row)) == len({tuple(sorted(map(str, x.items()))) for x in tried(row)}) == 18, row
+
+
+@pytest.mark.parametrize("budget", [rows.BUDGET, emoji_table.BUDGET])
+def test_train_takes_the_flags_of_every_row(budget):
+    for row in rows.ROWS.values():
+        arguments.parse([*budget.split(), *row.flags.split()])  # exits where flags do not go together
 
 
 def test_paired_differences_against_students_t():
