@@ -121,7 +121,7 @@ def sheet(models: dict[str, tuple[sample.Loaded, Pairs, float]], steps: int):
         drawn = draw(loaded, texts, "test", len(texts), steps=steps, guidance=guidance)
         for row, picture in zip(rows, drawn):
             row.append(picture)
-    return data.label_grid(rows, [*emoji.MAKERS, *models], texts, 4)
+    return data.label_grid(rows, [*emoji.MAKERS, *models], texts, 5)
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -150,7 +150,8 @@ def main() -> None:
         found = measure(loaded, pairs, args.steps)
         training = {"train": loaded.config["command"], "training": loaded.config}
         result["models"][str(run)] = found | training
-        models[f"{source.name}"] = loaded, pairs, found["guidance"]
+        label = f"{source.name.removeprefix('emoji-')}, {loaded.config['objective']}"
+        models[label] = loaded, pairs, found["guidance"]
         print(run, {name: round(value, 3) for name, value in found.items()}, flush=True)
     for name, references in result["worlds"].items():
         for what, scores in references.items():
