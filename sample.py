@@ -193,6 +193,21 @@ def shape_of(text: str) -> tuple[int, int]:
     raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, such as 192x336")
 
 
+def sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """How to sample; what is left open (None) is the checkpoint's own choice (`choices_of`)."""
+    a = parser.add_argument_group("how (default: as the checkpoint says)").add_argument
+    eta, rule = fraction_or_name({"renoise": "renoise"}), fraction_or_name(S_RULES)
+    a("--guidance", metavar="X", type=float, help="scale of energy-preserving guidance; 1 is off")
+    a("--eta", metavar="X", type=eta, help='0 deterministic .. 1 ancestral, or "renoise"')
+    a("--s-rule", metavar="X", type=rule, help='second time: "next" (t_k+1), "same" (t_k) or a fraction')
+    a("--space", choices=("v", "x0"), help="what keeps its norm under guidance: velocity or prediction")
+    a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
+
+
+def choices_of(args: argparse.Namespace) -> dict:
+    return {name: getattr(args, name) for name in ("guidance", "eta", "s_rule", "space")}
+
+
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = errors.Parser("sample.py", "Make pictures from prompts.")
     a = parser.add_argument_group("what").add_argument
@@ -206,16 +221,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--out", metavar="FILE", type=errors.file_to_write, default="samples.png", help="a PNG")
     a("--out-dir", metavar="DIR", type=Path, help="one PNG a picture, in this folder, instead of a sheet")
     a("--scale", metavar="N", type=int, default=0, help="enlarge pixels N times; 0 picks N (default: 0)")
-    a = parser.add_argument_group("how (what has no default here: the checkpoint's own)").add_argument
     steps = "evaluations of the network; several give a sheet (default: 2; without prompts 1 2 4 8)"
     a("--steps", metavar="N", type=int, nargs="+", help=steps)
-    a("--guidance", metavar="X", type=float, help="scale of energy-preserving guidance; 1 is off")
     a("--negative", metavar="PROMPT", default="", help="what guidance leads away from (default: no prompt)")
-    eta, rule = fraction_or_name({"renoise": "renoise"}), fraction_or_name(S_RULES)
-    a("--eta", metavar="X", type=eta, help='0 deterministic .. 1 ancestral, or "renoise"')
-    a("--s-rule", metavar="X", type=rule, help='second time: "next" (t_k+1), "same" (t_k) or a fraction')
-    a("--space", choices=("v", "x0"), help="what keeps its norm under guidance: velocity or prediction")
-    a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
+    sampling_flags(parser)
     args = parser.parse_args(argv)
     if not args.prompt and not args.prompts:
         # Included checkpoints have some
@@ -275,7 +284,7 @@ def main() -> None:
     shape = args.shape or loaded.shape
     scale = args.scale or max(1, 128 // min(shape))
     check_request(args, loaded, shape, scale)
-    how = {"guidance": args.guidance, "eta": args.eta, "s_rule": args.s_rule, "space": args.space}
+    how = choices_of(args)
     facts = {"seed": args.seed, "checkpoint": args.checkpoint, "shape": f"{shape[0]}x{shape[1]}"}
     facts |= choose(loaded.config, **how) | ({"negative": args.negative} if args.negative else {})
     if "mu" in facts:

@@ -198,21 +198,6 @@ def table(by_steps: dict[int, dict]) -> str:
     return "\n".join(lines)
 
 
-def sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """How to sample; what is left open (None) is the checkpoint's own choice."""
-    a = parser.add_argument_group("how (default: as the checkpoint says)").add_argument
-    etas = {"renoise": "renoise"}
-    a("--guidance", type=float, help="scale of guidance; 1 is off")
-    a("--eta", type=sample.fraction_or_name(etas), help='0 deterministic .. 1 ancestral; "renoise"')
-    a("--s-rule", type=sample.fraction_or_name(sample.S_RULES), help='"next", "same", or between: 0..1')
-    a("--space", choices=("v", "x0"), help="what keeps its norm under guidance: velocity or prediction")
-    a("--device", default="auto", help="cuda, mps, cpu (default: the best there is)")
-
-
-def choices_of(args: argparse.Namespace) -> dict:
-    return {name: getattr(args, name) for name in ("guidance", "eta", "s_rule", "space")}
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = errors.Parser("-m experiments.evaluate", "Score a model of the built-in shapes per step count.")
     a = parser.add_argument_group("what").add_argument
@@ -224,7 +209,7 @@ def parse_arguments() -> argparse.Namespace:
     a("--images", metavar="N", type=int, default=4, help="pictures per prompt (default: 4)")
     a("--seed", metavar="N", type=int, default=0, help="of the noise (default: 0)")
     a("--out", metavar="FILE", type=errors.file_to_write, help="(default: evaluation.json in the checkpoint)")
-    sampling_flags(parser)
+    sample.sampling_flags(parser)
     args = parser.parse_args()
     numbers = {"images": (1, 10**4), "per_tag": (1, 10**6), "seed": (0, 2**63 - 1), "guidance": (0, 100)}
     parser.check_ranges(args, steps=(1, 10**6), **numbers)
@@ -236,7 +221,7 @@ def main() -> None:
     machine.keep_freed_memory()
     device = machine.pick_device(args.device)
     loaded = sample.load(args.checkpoint, device)
-    side, world, choices = loaded.config["side"], world_of(loaded.config), choices_of(args)
+    side, world, choices = loaded.config["side"], world_of(loaded.config), sample.choices_of(args)
     least, most = SIDES
     if not least <= side <= most:
         raise errors.UserError(f"pictures of {least} to {most} pixels a side can be judged, not of {side}")

@@ -19,7 +19,6 @@ from tqdm import tqdm
 import files
 import sample
 from engine import checkpoint, errors, machine
-from experiments.evaluate import choices_of, sampling_flags
 
 
 def read_prompts(path: Path) -> list[dict]:
@@ -88,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     a("--seed", metavar="N", type=int, default=0, help="of the noise (default: 0)")
     a("--batch-size", metavar="N", type=int, default=8, help="pictures at once (default: 8)")
-    sampling_flags(parser)
+    sample.sampling_flags(parser)
     args = parser.parse_args()
     sizes = {"steps": (1, 10**6), "images": (1, 10**4), "batch_size": (1, 2**16)}
     parser.check_ranges(args, **sizes, seed=(0, 2**63 - 1), guidance=(0, 100))
@@ -100,7 +99,7 @@ def main() -> None:
     machine.keep_freed_memory()
     asked = read_prompts(args.prompts)
     loaded = sample.load(args.checkpoint, machine.pick_device(args.device))
-    choices = choices_of(args)
+    choices = sample.choices_of(args)
     if args.out.exists() and any(args.out.iterdir()) and not (args.out / "settings.json").exists():
         raise errors.UserError(f"{args.out} is not empty, and holds no export: choose another --out")
     read = {"prompts": args.prompts, "weights": args.checkpoint / "model.safetensors"}
