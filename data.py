@@ -191,10 +191,13 @@ def place(random: np.random.Generator, n: int, size: int) -> list[tuple[float, f
     return [tuple(map(float, row)) for row in np.hstack([centres, d]) * (size / 32)]
 
 
-def holds(relation: str, a: tuple, b: tuple) -> bool:
-    """Whether a = (x, y, diameter) is clearly "left of" (or ...) b: their extents do not overlap along that axis."""
-    axis, sign = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}[relation]
-    return sign * (b[axis] - a[axis]) > (a[2] + b[2]) / 2
+def stands(relation: str, a: Object, b: Object, share: float = 0.5) -> bool:
+    """Whether a is "left of" (or ...) b: their centres lie further apart along that axis than `share` of both diameters.
+
+    At a half, which training scenes keep to, their extents do not overlap along the axis.
+    """
+    axis, sign = {"left of": ("x", 1), "right of": ("x", -1), "above": ("y", 1), "below": ("y", -1)}[relation]
+    return sign * (getattr(b, axis) - getattr(a, axis)) > share * (a.diameter + b.diameter)
 
 
 def prompt_metadata(tag: str, shapes: list, colors: list, count: int = 1, relation: str = "") -> dict:
@@ -252,9 +255,9 @@ def draw_scene(random: np.random.Generator, size: int, tag: str, world: World) -
         if set(zip(colors, shapes)) & HELD_OUT_PAIRS or split_of(metadata["prompt"]) != "train":
             continue
         places = place(random, len(shapes), size)
-        if relation and not holds(relation, *places):
-            continue
         objects = tuple(Object(s, c, *p) for s, c, p in zip(shapes, colors, places))
+        if relation and not stands(relation, *objects):
+            continue
         return Scene(objects, int(random.integers(*GREYS)), metadata)
 
 

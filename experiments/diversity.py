@@ -25,7 +25,7 @@ KINDS = ("colors", "places")
 def choices(metadata: dict, objects: Sequence, side: float) -> Iterator[tuple[str, str, str]]:
     """What a right picture chose where its prompt is open: (kind, of what, the choice).
 
-    objects: scorer.Found or data.Object. side: of the picture, in the unit of their centres. Of several objects of a
+    objects: data.Object. side: of the picture, in the unit of their centres. Of several objects of a
     class the first counts for the colour.
     """
     items = metadata["include"]

@@ -20,7 +20,7 @@ import data
 import sample
 from engine import checkpoint, errors, machine
 from experiments import diversity
-from experiments.scorer import SIDES, Found, judge
+from experiments.scorer import SIDES, judge
 
 SPLITS = ("train", "validation", "test", "pairs", "fixed")
 FEWEST = 2  # a tag with fewer prompts of its own in a split asks training prompts too, with noise of its own
@@ -120,7 +120,7 @@ BATCH = 72  # pictures drawn at once
 
 def measure(
     loaded: sample.Loaded, asked: list[dict], images: int, steps: int, *, seed=0, stream=0, **choices
-) -> list[list[list[Found]]]:
+) -> list[list[list[data.Object]]]:
     """The objects of every right picture among `images` of each prompt at one step count, one list per prompt.
 
     asked: metadata, as from `prompts`. choices: guidance, eta, s_rule, space of sample.generate. The noise of a picture
@@ -128,7 +128,7 @@ def measure(
     """
     jobs = list(itertools.product(range(len(asked)), range(images)))
     parts = [jobs[i : i + BATCH] for i in range(0, len(jobs), BATCH)]
-    found: list[list[list[Found]]] = [[] for _ in asked]
+    found: list[list[list[data.Object]]] = [[] for _ in asked]
     for part in tqdm(parts, desc=f"{steps} steps", leave=False, disable=None):
         texts, keys = [asked[i]["prompt"] for i, _ in part], [(stream, *job) for job in part]
         pictures = sample.generate(loaded, texts, keys, seed=seed, steps=steps, batch_size=BATCH, **choices)

@@ -35,20 +35,12 @@ AT_BORDER = 0.75  # an object goes on beyond the border where a pixel there is c
 SHARED = 1.5  # square units that two objects may both claim; a hidden part of an object is a missing part
 SMALLEST = 4.0  # square units; less is a speck, which the test of what is left over judges
 OUTSIDE, INSIDE = 25.0, 50.0  # unexplained colour, the mean of 3 x 3 units, away from and within objects
-CLEARLY = 0.4  # "left of": how far apart the centres lie along the axis, as a share of both diameters
+# "left of": how far apart the centres lie along the axis, as a share of both diameters. GenEval subtracts a tenth of the
+# sizes from the offset and then wants an angle below 60 degrees to the axis; here that tenth is slack, at any angle.
+CLEARLY = 0.4
 
 PALETTE = np.array(list(data.COLORS.values()), dtype=float)
 COLOR_NAMES = list(data.COLORS)
-
-
-class Found(NamedTuple):
-    """One object of a picture: centre and diameter in pixels."""
-
-    shape: str
-    color: str
-    x: float
-    y: float
-    diameter: float
 
 
 class Outline(NamedTuple):
@@ -189,7 +181,7 @@ def box_mean(x: np.ndarray, side: int) -> np.ndarray:
     return (sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]) / side**2
 
 
-def explain(picture: np.ndarray) -> tuple[list[Found], str]:
+def explain(picture: np.ndarray) -> tuple[list[data.Object], str]:
     """The objects that a picture shows, and the first thing in it that they do not explain; "" where they explain all.
 
     picture: uint8 [H, W, 3], square, 16 to 64 pixels a side; below 24, crowded scenes have objects of too few pixels to
@@ -227,7 +219,7 @@ def explain(picture: np.ndarray) -> tuple[list[Found], str]:
         at_rows, at_columns = np.arange(top, top + seen.shape[0]), np.arange(left, left + seen.shape[1])
         shape, (x, y, r), agreement = fit(seen, at_rows, at_columns, unit)
         color = COLOR_NAMES[k]
-        objects.append(Found(shape, color, float(x), float(y), float(2 * r)))
+        objects.append(data.Object(shape, color, float(x), float(y), float(2 * r)))
         if complaint:
             continue
 
@@ -246,7 +238,7 @@ def explain(picture: np.ndarray) -> tuple[list[Found], str]:
     return objects, complaint or left_over(p, ground, objects)
 
 
-def left_over(p: np.ndarray, ground: np.ndarray, objects: list[Found]) -> str:
+def left_over(p: np.ndarray, ground: np.ndarray, objects: list[data.Object]) -> str:
     """What a rendering of the objects leaves unexplained in a picture [H, W, 3], or "".
 
     Compared are averages over about 3 x 3 units, in which grain cancels and an object does not, away from outlines by
@@ -275,23 +267,12 @@ def left_over(p: np.ndarray, ground: np.ndarray, objects: list[Found]) -> str:
     return ""
 
 
-def stands(relation: str, a: Found, b: Found) -> bool:
-    """Whether a is clearly "left of" (or ...) b.
-
-    GenEval subtracts a tenth of the sizes from the offset of the centres and then wants an angle below 60 degrees to
-    the axis. Here the extents must not overlap along the axis, at any angle, with a tenth of the sizes as slack; the
-    scenes of data.py keep to it without any.
-    """
-    axis, sign = {"left of": ("x", 1), "right of": ("x", -1), "above": ("y", 1), "below": ("y", -1)}[relation]
-    return sign * (getattr(b, axis) - getattr(a, axis)) > CLEARLY * (a.diameter + b.diameter)
-
-
-def matches(item: dict, o: Found) -> bool:
+def matches(item: dict, o: data.Object) -> bool:
     """Whether an object is of the class, and of the colour if it names one, of an entry of the metadata."""
     return o.shape == item["class"] and item.get("color", o.color) == o.color
 
 
-def assignments(items: list[dict], objects: list[Found]) -> Iterator[list[list[Found]]]:
+def assignments(items: list[dict], objects: list[data.Object]) -> Iterator[list[list[data.Object]]]:
     """Every way to give each object to an entry that it matches, so that each entry gets exactly its count."""
     if len(objects) != sum(item["count"] for item in items):
         return
@@ -303,17 +284,17 @@ def assignments(items: list[dict], objects: list[Found]) -> Iterator[list[list[F
                 yield groups
 
 
-def in_place(items: list[dict], groups: list[list[Found]]) -> bool:
+def in_place(items: list[dict], groups: list[list[data.Object]]) -> bool:
     """Whether all objects of an entry with a position stand there, seen from all of the entry it refers to."""
     for item, group in zip(items, groups):
         if "position" in item:
             relation, other = item["position"]
-            if not all(stands(relation, a, b) for a in group for b in groups[other]):
+            if not all(data.stands(relation, a, b, CLEARLY) for a in group for b in groups[other]):
                 return False
     return True
 
 
-def judge(picture: np.ndarray, metadata: dict) -> tuple[list[Found], str]:
+def judge(picture: np.ndarray, metadata: dict) -> tuple[list[data.Object], str]:
     """The objects of a picture that shows exactly what its prompt asks for, none of any other picture; and the reason.
 
     picture: uint8 [H, W, 3]. metadata: GenEval's `include` (class, count, color, position: [relation, index of the

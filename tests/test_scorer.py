@@ -28,7 +28,7 @@ def anywhere(random, scene, size):
             if all(max(abs(x - p.x), abs(y - p.y)) > (d + p.diameter) / 2 + 1.5 * unit for p in placed):
                 placed.append(dataclasses.replace(o, x=x, y=y, diameter=d))
         if len(placed) == len(scene.objects):
-            if not relation or data.holds(relation, *((o.x, o.y, o.diameter) for o in placed)):
+            if not relation or data.stands(relation, *placed):
                 return dataclasses.replace(scene, objects=tuple(placed))
 
 

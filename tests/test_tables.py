@@ -28,10 +28,12 @@ def draw_objects(random: np.random.Generator, metadata: dict, world: data.World)
         kinds += [(item["class"], color)] * item["count"]
     relation = next((item["position"][0] for item in metadata["include"] if "position" in item), "")
     while True:
-        places = data.place(random, len(kinds), 32)
+        objects = [
+            data.Object(*kind, *place) for kind, place in zip(kinds, data.place(random, len(kinds), 32))
+        ]
         # The metadata lists the reference of a relation first.
-        if not relation or data.holds(relation, places[1], places[0]):
-            return [data.Object(*kind, *place) for kind, place in zip(kinds, places)]
+        if not relation or data.stands(relation, objects[1], objects[0]):
+            return objects
 
 
 def test_what_the_data_would_choose_is_what_training_pictures_show():
