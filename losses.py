@@ -62,7 +62,7 @@ def squared_norm(x: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------------
 # Eq. 1      x_t = alpha_t x0 + sigma_t eps,   (alpha_t, sigma_t) = (1 - t, t): the noise path. Another one changes
-#            Eq. 2, 4 and 6 too (`velocity`, `one_step_estimate`), which hold for this path
+#            what holds for this path: Eq. 2, 4 and 6 (`velocity`, `one_step_estimate`), `lam` and `time_weight`
 # Eq. 8      the same line makes x_s ~ p_theta(x_s | c) from a generated x0_hat: x_s_hat = alpha_s x0_hat + sigma_s eps
 # ------------------------------------------------------------------------------------------------------------
 def alpha(t):
@@ -232,7 +232,7 @@ def fake_loss(V_fake: Tensor, x0_hat: Tensor, eps: Tensor) -> Tensor:
     """The loss of each sample, [B], that teaches the "fake image" prompt the posterior mean of the model's own samples.
 
     V_fake is the network's output at (x_s_hat, s, s, c_fake), x_s_hat was made without gradient from x0_hat and eps.
-    This branch does not see t, so at each s it learns the mean over all t of training; p_theta in Eq. 10 is of one t.
+    s.8 tells this branch s alone. So it learns the mean over all t of training, where Eq. 10 asks for that of one t.
     Written with the velocity, because dividing by s^2 afterwards loses all digits as s -> 0. (Eq. 21 may divide by t^2:
     s.11 hardly draws t near 0, but s.13 does draw s near 0.)
     """

@@ -49,7 +49,8 @@ def sinusoid(t: Tensor, features: int = 256, max_period: float = 10000.0, factor
     """[B] times in [0, 1] -> [B, features]: cos then sin of factor * t at geometrically spaced frequencies, in fp32.
 
     FLUX's factor of 1000 makes the fastest features oscillate within 0.006 of t. A network on top of them has a time
-    derivative that is mostly such oscillation. Objectives that learn from it (peers/) take the factor 1.
+    derivative that is mostly such oscillation. Objectives that learn from how it changes in time (peers/) take the
+    factor 1.
     """
     half = features // 2
     frequencies = torch.exp(

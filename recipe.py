@@ -26,7 +26,7 @@ AUX_FROM = 550 / 710
 
 SETTINGS = {
     # Classifier score only, the "Ours" of Table 2: in a quarter of an hour the auxiliary stage is not worth its cost.
-    # In so short a run Adam's longer memory (0.99) is worth a quarter of the iterations (one seed).
+    # Adam's longer memory (0.99) suits so short a run.
     "laptop": dict(
         steps=5200,
         stages=((0, (16,), 32),),  # (begin, as a share of the run; sides of the pictures; batch)
@@ -92,8 +92,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run. For the big sizes the numbers are the paper's where it gives one; `laptop` is what gave
-    the best pictures after a quarter of an hour."""
+    """One training run. For the big sizes the numbers are the paper's where it gives one; `laptop` is made
+    for a quarter of an hour."""
 
     steps: int  # iterations
     stages: tuple[Stage, ...]

@@ -2,7 +2,7 @@
 
     python sample.py --checkpoint runs/laptop --prompt "a photo of a red circle" --steps 2
     python sample.py --checkpoint runs/laptop --prompt "a photo of a ring" --prompt "a photo of a cross" --steps 1 2 4 8
-    python sample.py --checkpoint runs/tars --prompts prompts.txt --shape 192x336 --out-dir pictures/
+    python sample.py --checkpoint runs/mine --prompts prompts.txt --shape 24x40 --out-dir pictures/
 
 By default eta = 1 and s_k = t_{k+1}, with the checkpoint's own guidance (its config.json). One prompt at one step count
 gives that picture; more give a labelled sheet, prompts in rows and steps in columns. Each

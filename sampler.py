@@ -12,7 +12,7 @@ One update serves every sampler of the paper, from (x_t, x0_hat) at time t to th
     eta = 1           sigma_t' sqrt(1 - (alpha_t sigma_t' / (alpha_t' sigma_t))^2)  q(x_t' | x_t, x0_hat), the paper's
     0 < eta < 1       eta times that                                           in between
     eta = "renoise"   sigma_t'                                                 Eq. 8: discard eps_hat, noise x0_hat anew
-    eta = "public"    sigma_t' sqrt(1 - (sigma_t' / sigma_t)^2)                eta = 1 in a co-author's code (minFM)
+    eta = "public"    sigma_t' sqrt(1 - (sigma_t' / sigma_t)^2)                eta = 1 in a co-author's code (SILENCES.md)
     at t' = 0         0                                                        every choice returns x0_hat itself
 
 From t = 1 (alpha_t = 0), eta = 1 has std = sigma_t'. Then none of the old noise is kept: x_t' is x0_hat, noised anew.

@@ -1,6 +1,6 @@
 """Train Self-E: the one loop, from a laptop's CPU to many GPUs (Sec. 3.3, S.2).
 
-    python train.py                                           # the laptop model on the built-in shapes, on this machine
+    python train.py                                           # the laptop model on single shapes, on this machine
     python train.py --data pictures/ --out runs/mine          # your own folder of captioned pictures
     python train.py --objective flow_matching --out runs/fm   # the baseline of Table 2
     python train.py --resume --out runs/mine                  # go on where a run stopped
@@ -81,9 +81,7 @@ def train(
         closing.enter_context(checkpoint.taken(folder, args.resume, states))
     state = checkpoint.load_state(states, network, ema, optimizer, run.continuity()) if states else {}
     if ranks.is_first:
-        checkpoint.set_back(
-            folder, states
-        )  # the folder goes back to that state: what came after it comes again
+        checkpoint.set_back(folder, states)  # to that state: what came after it comes again
     if device.type == "cuda":
         rehearse(run, network, objective, optimizer)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+import data
+import emoji
 import encoders
 import files
 import objectives
@@ -41,10 +43,10 @@ RANGES |= {name: flag["range"] for name, flag in objectives.FLAGS.items() if "ra
 # ------------------------------------------------------------------------------------------------------------
 def the_run(parser: argparse.ArgumentParser) -> None:
     a = parser.add_argument_group("the run").add_argument
-    data = "one-shape, scenes, emoji, emoji-few, emoji-all, emoji-named, a folder of pictures or of tars, tars, caches"
+    sources = f"{', '.join((*data.SETS, *emoji.SETS))}, a folder of pictures or of tars, tars, caches"
     wrong = "share of samples with the caption of another; 0 is off"
     a("--size", default="laptop", choices=list(SIZES), help="model and recipe")
-    a("--data", metavar="DIR", type=errors.name, nargs="+", action="extend", help=data)
+    a("--data", metavar="DIR", type=errors.name, nargs="+", action="extend", help=sources)
     a("--caption-key", metavar="NAME", help=files.KEY_HELP)
     a("--wrong-captions", metavar="X", type=float, default=0.0, help=wrong)
     a("--out", metavar="DIR", type=errors.name, default="runs/laptop", help="folder of the run")

@@ -81,8 +81,8 @@ def search(loaded: sample.Loaded, scores: Scores, out: Path, args: argparse.Name
 def score(row: str, seed: int, run: Path, args: argparse.Namespace, device) -> None:
     """Write OUT/ROW-SEED.json."""
     searched = args.out / f"{row}-search.json"
-    if seed != args.seeds[0] and not searched.exists():
-        raise errors.UserError(f"{searched} is missing: run seed {args.seeds[0]} of {row} first")
+    if seed != SEEDS[0] and not searched.exists():
+        raise errors.UserError(f"{searched} is missing: run seed {SEEDS[0]} of {row} first")
     began = time.perf_counter()
     loaded = tables.load(run, device, "--no-compile" not in args.budget)
     scores = Scores(source_of(loaded.config), args.prompts)
@@ -170,7 +170,7 @@ SHOWN = {"exact": 1, "label": 2, "tag": 2, "group": 1}  # how many prompts of a 
 
 def draw_samples(args: argparse.Namespace) -> None:
     """OUT/samples.png: flow matching beside Self-E, the same prompts and noise, each at its searched settings."""
-    runs = {row: args.runs / f"{row}-{args.seeds[0]}" for row in ("flow_matching", "self_e")}
+    runs = {row: args.runs / f"{row}-{SEEDS[0]}" for row in ("flow_matching", "self_e")}
     if not runs.keys() <= report.read_rows(args.out).keys() or not report.all_here(runs):
         return
     source = source_of(checkpoint.read_json(runs["self_e"] / "config.json"))
@@ -192,7 +192,14 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a = parser.add_argument
     rows = ["flow_matching", "control", "self_e", "meanflow"]
     a("--rows", metavar="ROW", nargs="+", choices=ROWS, default=rows, help="of rows.py")
-    a("--seeds", metavar="N", type=int, nargs="+", default=list(SEEDS[:2]), help="the first is searched")
+    a(
+        "--seeds",
+        metavar="N",
+        type=int,
+        nargs="+",
+        default=list(SEEDS[:2]),
+        help=f"of the runs (2 3); settings are searched on {SEEDS[0]}",
+    )
     a("--budget", metavar="FLAGS", default=BUDGET, help="flags of train.py for every row")
     a("--steps", metavar="N", type=int, nargs="+", default=list(sample.STEP_COUNTS), help="step counts")
     a("--out", metavar="DIR", type=Path, default=Path("results/emoji-few"), help="where results go")

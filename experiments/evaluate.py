@@ -70,8 +70,8 @@ def prompts(split: str, per_tag: int | None = None, world: data.World = data.SET
     "train", "validation" and "test" ask GenEval's six kinds of prompt, those of the position tag without colours. A tag
     that has fewer than two prompts of its own in the split (data.split_of gives all one-object prompts to training)
     asks training prompts too. "pairs" asks for what was held out of every training picture, in the tags that can:
-    colors, position (with colours) and color_attr. "fixed" are the 64 of the README's goal: the 41 single_object and
-    colors prompts of training, cycling.
+    colors, position (with colours) and color_attr. "fixed" are 64: the 41 single_object and colors prompts
+    of training, cycling.
 
     per_tag: so many of each tag, cycling if there are fewer; None gives every prompt once.
     """
