@@ -16,7 +16,7 @@
     "hf:A,B"            tokens from A, pooled from B                                                their widths
 
     auto-encoder        what it is                                                                channels  factor
-    "pixels"            the picture itself, shifted and scaled                                          3       1
+    "pixels"            the picture itself, scaled                                                      3       1
     "flux"              FLUX's VAE (S.2 a), through diffusers; short for FLUX_VAE                      16       8
     "kl:A"              any AutoencoderKL, through diffusers                                           its own
 
@@ -44,11 +44,10 @@ from engine import errors
 FLUX_TEXT = "hf:black-forest-labs/FLUX.1-schnell/text_encoder_2,black-forest-labs/FLUX.1-schnell/text_encoder"
 FLUX_VAE = "kl:black-forest-labs/FLUX.1-schnell/vae"
 
-# x0 = (picture - shift) * scale for "pixels". Flow matching mixes data with noise of variance 1 and expects data of
+# x0 = scale * picture for "pixels". Flow matching mixes data with noise of variance 1 and expects data of
 # about that size. In [-1, 1] the built-in shapes have a standard deviation of 0.35 and emoji on white one of 0.57,
 # around a mean that depends on the background; so pictures are doubled and not shifted. Fixed constants, not the
 # statistics of a data set: then a checkpoint means the same thing whatever folder it was trained on.
-PIXEL_SHIFT = 0.0
 PIXEL_SCALE = 2.0
 
 
@@ -354,17 +353,17 @@ class HuggingFaceText(TextEncoder):
 
 
 class Pixels:
-    """The picture itself as latent, at the scale of the noise (PIXEL_SHIFT and PIXEL_SCALE say why)."""
+    """The picture itself as latent, at the scale of the noise (PIXEL_SCALE says why)."""
 
     name, channels, factor = "pixels", 3, 1
 
     def encode(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> [B, 3, H, W]"""
-        return (images - PIXEL_SHIFT) * PIXEL_SCALE
+        return images * PIXEL_SCALE
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, 3, H, W] in [-1, 1]"""
-        return (latents / PIXEL_SCALE + PIXEL_SHIFT).clamp(-1, 1)
+        return (latents / PIXEL_SCALE).clamp(-1, 1)
 
 
 class KLAutoencoder:

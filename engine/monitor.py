@@ -1,7 +1,6 @@
 """Seeing a run: what is watched, summed over iterations and processes, and where it is written.
 
 RUN/metrics.jsonl    a line per --log-every iterations, and one for each update left out, with its samples' keys
-RUN/tensorboard/     the same curves and the picture grids, if the package tensorboard is installed
 
 name               what it is                                                        what it should look like
 loss               mean over the batch, per value of x0                              falls; never NaN
@@ -25,10 +24,8 @@ import math
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 
 from engine import errors
@@ -118,17 +115,11 @@ class Meter:
 
 
 class Log:
-    """RUN/metrics.jsonl and, if it is installed, TensorBoard. Only the first process has one."""
+    """RUN/metrics.jsonl. Only the first process has one."""
 
-    def __init__(self, run: Path, start: int = 0):
+    def __init__(self, run: Path):
         # Unbuffered: after a full disk, closing has nothing left to write
         self.file = open(run / "metrics.jsonl", "ab", buffering=0)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.board = None
-        else:
-            self.board = SummaryWriter(run / "tensorboard", purge_step=start + 1)
 
     def write(self, record: dict) -> None:
         """Raises UserError where the disk is full."""
@@ -139,16 +130,6 @@ class Log:
             raise errors.UserError(
                 f"{self.file.name} cannot be written ({error.strerror}); {way_on}"
             ) from error
-        if self.board:
-            for name, value in record.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self.board.add_scalar(name, value, record["step"])
-
-    def grid(self, sheet: Image.Image, step: int) -> None:
-        if self.board:
-            self.board.add_image("grid", np.asarray(sheet), step, dataformats="HWC")
 
     def close(self) -> None:
         self.file.close()
-        if self.board:
-            self.board.close()

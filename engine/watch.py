@@ -71,7 +71,7 @@ class Watch:
             price.tell(run.args, run.plan, run.config["model"], run.codec.factor, run.ranks.world, run.start)
             for line in (*run.feed.tell(), f"on {run.config['machine']}, in {run.config['precision']}"):
                 print("  " + line, flush=True)
-            self.log_file = monitor.Log(run.folder, run.start)
+            self.log_file = monitor.Log(run.folder)
             closing.callback(self.log_file.close)
         often = 0.5 if sys.stderr.isatty() else 30  # seconds: a log of days stays readable
         looks = dict(unit="it", dynamic_ncols=True, smoothing=0.05, mininterval=often)
@@ -168,7 +168,6 @@ class Watch:
                 sheet = draw_grid(loaded, self.prompts, lambda: bool(run.stop))
             (run.folder / "grids").mkdir(exist_ok=True)  # somebody may have tidied up
             sheet.save(run.folder / "grids" / f"step_{step:06d}.png")
-            self.log_file.grid(sheet, step)
         except sample.Stopped:
             pass  # the run is about to end; its grid can be drawn again
         except OSError as error:

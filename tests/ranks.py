@@ -22,7 +22,7 @@ TINY = f"import model\nmodel.SIZES['laptop'] = {programs.TINY}\n" + TRAIN
 
 context = multiprocessing.get_context("forkserver")
 # What a run imports on its way, too: Adam imports the compiler, which takes longer than a short run.
-context.set_forkserver_preload(["train", "torch._dynamo", "torch.utils.tensorboard"])
+context.set_forkserver_preload(["train", "torch._dynamo"])
 
 
 def child(script: str, argv: list[str], environment: dict, outputs: list[str]) -> None:

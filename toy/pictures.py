@@ -99,11 +99,11 @@ class World:
     x [N, D] fp32, the pictures as the network would see them; log_weights [C + 1, N], log q(picture | c).
     """
 
-    shift, mu = encoders.PIXEL_SHIFT, losses.mu_of_length(16)
+    mu = losses.mu_of_length(16)
 
     def __init__(self, pictures: list[np.ndarray], weights: Tensor, scale: float):
         self.side, self.scale, self.C = len(pictures[0]), scale, len(weights) - 1
-        self.x = ((data.to_tensor(pictures) - self.shift) * scale).flatten(1)
+        self.x = (data.to_tensor(pictures) * scale).flatten(1)
         self.log_weights = weights.log()
 
     def posterior(self, x_t: Tensor, t: float, c: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class World:
         return torch.full_like(c, self.C)
 
     def pictures(self, x: Tensor) -> list[np.ndarray]:
-        return data.to_pictures((x / self.scale + self.shift).view(-1, 3, self.side, self.side))
+        return data.to_pictures((x / self.scale).view(-1, 3, self.side, self.side))
 
     def information(self) -> float:
         """The mean over the prompts of the divergence of q(picture | c) from q(picture), in nats: I(c; picture)."""
