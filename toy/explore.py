@@ -3,7 +3,6 @@
     python -m toy.explore                              # writes the page from its sources, in toy/explore/
     python -m toy.explore --pictures SELF_E [FLOW]     # ... with other models: two folders of train.py
     python -m toy.explore --networks                   # ... with the plane's nine networks trained anew (minutes)
-    python -m toy.explore --measure                    # ... and times it in Chromium: results/explore.json, .png
 
 Networks and models stay those that are in the page, unless new ones are asked for. So the same sources give the
 same bytes.
@@ -14,17 +13,12 @@ import gzip
 import json
 import os
 import re
-import shutil
-from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-import data
 import emoji
 import encoders
 import sample
@@ -42,19 +36,8 @@ LEVELS = (127, 90, 64, 45, 32, 26, 22, 19)  # how finely weights may be rounded
 OBJECTIVES = ("flow matching", "control Delta = 0", "Self-E")  # of the study `objectives`
 READ = 3000  # training samples, from which words and captions are taken
 
-# Prompts that are offered, and what counts as right: first those that leave something open, then exact ones, then what
-# no caption has. Of other data, the first captions.
-SHAPES = {
-    "a photo of a cross and a circle": "One cross and one circle. Colours and places are open.",
-    "a photo of two squares": "Two squares of one colour. The colour is open.",
-    "a photo of a circle": "One circle. Its colour is open.",
-    "a photo of three triangles": "Three triangles of one colour. The colour is open.",
-    "a photo of a red square and a blue circle": "Both colours are told; only the places are open.",
-    "a photo of a red circle": "Nothing but size and background is open.",
-    "a photo of a blue square left of a red circle": "Everything is told.",
-    "a photo of a green dog": "No training picture shows a dog.",
-    "": "Without a prompt, anything that training shows is right.",
-}
+# Prompts that are offered for emoji, and what counts as right: first those that leave something open, then exact ones,
+# then what no caption has. Of other data, the first captions.
 EMOJI = {
     "a bird": "Any bird, by any of the three makers.",
     "a fruit": "Any fruit, by any of the three makers.",
@@ -135,8 +118,7 @@ def pictures(*folders: Path) -> dict:
         raise errors.UserError("these models are too large for the page; try Self-E's alone")
     config = models["self_e"].config
     source = feed.open_side(tuple(config["data"]), config["side"], 1, 1, feed.Reading())
-    samples = [source.sample(g) for g in range(READ)]
-    captions = [one.caption for one in samples]
+    captions = [source.sample(g).caption for g in range(READ)]
     off = []
     for name, model in models.items():
         before = draw(model, captions[:12])
@@ -148,7 +130,7 @@ def pictures(*folders: Path) -> dict:
         f"1, 2, 4 and 8 steps, a value of a picture moves by {np.mean(off):.1f} of 255 in the mean, "
         f"by at most {np.max(off)}. {emoji.CREDIT if config['data'][0] in emoji.SETS else ''}",
         "folder": os.path.relpath(folders[0].resolve(), ROOT),
-        "prompts": offered(config["data"][0], samples),
+        "prompts": offered(config["data"][0], captions),
         "vocabulary": sorted({word for caption in captions for word in encoders.split_words(caption)}),
         "models": {
             name: {"config": {key: model.config[key] for key in copied}, "weights": packed[name][0]}
@@ -157,25 +139,10 @@ def pictures(*folders: Path) -> dict:
     }
 
 
-def offered(name: str, samples: list) -> list[dict]:
-    """The prompts of the page, what counts as right, and the first training picture of each: a PNG in base64; "" where
-    there is none, and for emoji, whose art is not ours to pass on."""
-    first = {}
-    for picture, caption, _ in samples:
-        first.setdefault(caption, picture)
-    known = SHAPES if name in data.SETS else EMOJI if name in emoji.SETS else dict.fromkeys([*first][:8], "")
-
-    shown = {} if name in emoji.SETS else first
-
-    def png(picture: np.ndarray) -> str:
-        file = BytesIO()
-        Image.fromarray(picture).save(file, "PNG", optimize=True)
-        return base64.b64encode(file.getvalue()).decode("ascii")
-
-    return [
-        {"prompt": prompt, "right": right, "picture": png(first[prompt]) if prompt in shown else ""}
-        for prompt, right in known.items()
-    ]
+def offered(name: str, captions: list[str]) -> list[dict]:
+    """The prompts of the page, and what counts as right."""
+    known = EMOJI if name in emoji.SETS else dict.fromkeys([*dict.fromkeys(captions)][:8], "")
+    return [{"prompt": prompt, "right": right} for prompt, right in known.items()]
 
 
 def draw(model: sample.Loaded, prompts: list[str]) -> np.ndarray:
@@ -218,64 +185,6 @@ def build(page: Path, **changes: dict) -> None:
     print(f"{page}: {size:,} bytes; open it in a browser")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The page in a real browser
-# ------------------------------------------------------------------------------------------------------------
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
-QUIET = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
-QUIET += "disable-component-update disable-sync"
-
-
-@contextmanager
-def chromium():
-    """The distribution's Chromium, headless, driven by Playwright. UserError when one of the two is missing."""
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError as error:
-        raise errors.UserError("Playwright is missing: pip install -r requirements-browser.txt") from error
-    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    if path is None:
-        raise errors.UserError("no Chromium found: install the distribution's package `chromium`")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=path, args=[f"--{flag}" for flag in QUIET.split()]
-        )
-        try:
-            yield browser
-        finally:
-            browser.close()
-
-
-def measure(page: Path, out: Path = ROOT / "results", frames: int = 300) -> None:
-    """Time the page's own loops (time.js): `frames` frames of each moving figure, and pictures in four guided steps."""
-    with chromium() as browser:
-        tab = browser.new_page(viewport={"width": 1240, "height": 945}, color_scheme="light")
-        tab.goto(page.resolve().as_uri())
-        times = tab.evaluate((FOLDER / "time.js").read_text("utf-8"), frames)
-        tab.evaluate(
-            'figures.step.change({part: 6, t: 0.9, k: 1, eps: null}, true).scrollIntoView({block: "center"})'
-        )
-        tab.wait_for_timeout(600)
-        drawn = Image.open(BytesIO(tab.screenshot()))
-        record = machine.provenance(CPU) | {
-            "command": "python -m toy.explore --measure",
-            "browser": f"Chromium {browser.version}, headless, no GPU",
-            "cores": os.cpu_count(),
-            "load": round(os.getloadavg()[0], 1),
-            "frames": frames,
-            "milliseconds": {
-                what: dict(
-                    zip(("fastest", "median", "p95"), np.percentile(values, (0, 50, 95)).round(2).tolist())
-                )
-                for what, values in times.items()
-            },
-        }
-    checkpoint.write_json(out / "explore.json", record)
-    drawn.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(out / "explore.png", optimize=True)
-    for what, values in record["milliseconds"].items():
-        print(f"{what}: {values} ms")
-
-
 def main() -> None:
     parser = errors.Parser("-m toy.explore", __doc__.split("\n")[0])
     parser.add_argument("--out", type=errors.file_to_write, default=PAGE, help="the page (toy/explore.html)")
@@ -283,7 +192,6 @@ def main() -> None:
     parser.add_argument(
         "--pictures", type=Path, nargs="+", metavar="FOLDER", help="models: Self-E's, then flow matching's"
     )
-    parser.add_argument("--measure", action="store_true", help="also time the page in headless Chromium")
     args = parser.parse_args()
     if len(args.pictures or []) > 2:
         parser.error("--pictures takes one folder or two: Self-E's, then flow matching's")
@@ -293,8 +201,6 @@ def main() -> None:
     changes = {"networks": networks()} if args.networks else {}
     changes |= {"pictures": pictures(*args.pictures)} if args.pictures else {}
     build(args.out, **changes)
-    if args.measure:
-        measure(args.out)
 
 
 if __name__ == "__main__":

@@ -62,13 +62,11 @@ function show_picture(canvas, x, side, text) {
 
 const picture_canvas = () => make("canvas", { width: 1, height: 1, role: "img", "aria-label": "not drawn yet" });
 
-/** What the prompt leaves open, beside the training picture of it; and how the pictures are sampled. */
+/** What the prompt leaves open, and how the pictures are sampled. */
 function show_aim(v) {
   const { prompt, eta, guidance, flow_guidance } = v.set;
-  const { right = "", picture = "" } = v.world.pictures.prompts.find((one) => one.prompt === prompt) ?? {};
-  set(find("#training img"), { src: picture ? `data:image/png;base64,${picture}` : null, hidden: picture ? null : "",
-    alt: `A training picture: ${prompt}` });
-  find("#training figcaption").textContent = `${picture ? "The first training picture with this caption. " : ""}${right}`;
+  const { right = "" } = v.world.pictures.prompts.find((one) => one.prompt === prompt) ?? {};
+  find("#aim").textContent = right;
   find("#picture-sampler").textContent = `Here η = ${eta}, guidance ${guidance} for Self-E and ${flow_guidance} for flow ` +
     "matching; in the plane above it was η = 0 and guidance 1 (none).";
 }
