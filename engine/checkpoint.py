@@ -413,28 +413,23 @@ def checked(saved: dict, optimizer) -> dict:
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def export(source: Path, out: Path, dtype: torch.dtype, lines: int = 200) -> None:
-    """Copy what sample.py needs of a run or state, its weights as `dtype`, and about `lines` lines of its metrics.
+def export(source: Path, out: Path, dtype: torch.dtype) -> None:
+    """Copy what sample.py needs of a run or state, its weights as `dtype`.
 
     fp16 halves the file and keeps 11 bits of every weight; the model still computes in what sample.py chooses. Raises
     CheckpointError when `source` holds no model, and when `out` holds one.
     """
     config, weights = read_config(source), read_weights(source / "model.safetensors", dtype)
-    metrics = source / "metrics.jsonl"
-    rows = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
     if (out / "model.safetensors").exists() or (out / "state").exists():
         raise CheckpointError(f"{out} holds a model already: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", config)
-    if rows:
-        with in_one_piece(out / "metrics.jsonl") as partial:  # the last row, and every so many before it
-            partial.write_bytes(b"".join(rows[:: -(len(rows) // lines + 1)][::-1]))
     with in_one_piece(out / "model.safetensors") as partial:  # the last: with it the folder is a model
         save_file(weights, partial)
 
 
 def main() -> None:
-    what = "Copy a model out of a run: weights, config and metrics."
+    what = "Copy a model out of a run: weights and config."
     parser = errors.Parser("-m engine.checkpoint RUN OUT", what)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run, or one of its states")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")

@@ -269,7 +269,6 @@ def trained(tmp_path):
         nn.init.normal_(p)
     checkpoint.save_weights(tmp_path / "r/model.safetensors", network)
     checkpoint.write_json(tmp_path / "r/config.json", config)
-    (tmp_path / "r/metrics.jsonl").write_text("{}\n")
     return tmp_path / "r"
 
 
