@@ -423,8 +423,9 @@ class SelfE(nn.Module):
     ) -> tuple[Tensor, dict]:
         """The loss of one micro-batch, per value of x0, and statistics for the log.
 
-        x0 [B, ...] fp32; c, null, fake tuples of tensors with leading dimension B (fake is read only with aux);
-        is_null [B] bool, where the prompt was dropped or is empty; tau in [0, 1] (s.13) and mu (s.12) shape the
+        x0 [B, ...] fp32. c, null and fake are prompts as the network takes them, tuples of tensors with leading dimension
+        B: the caption of each sample (for pictures its text tokens and pooled vector, encoders.py), the empty prompt,
+        and the prompt of generated pictures (read only with aux). is_null [B] bool, where c is the null prompt. tau in [0, 1] (s.13) and mu (s.12) shape the
         distribution of (t, s); aux switches the auxiliary term on. Returns the scalar loss and a dict of detached
         tensors: t, s, loss [B]; where some s < t delta_norm and lam [n], with aux fake_loss [n]; n is the number of
         positions in draws.below.
