@@ -109,7 +109,8 @@ Made by `python -m experiments.emoji_table --report` from the files beside it, e
 hardware and time. Test prompts; the share of right pictures, and the variety of the right ones
 (`experiments/emoji_judge.py`); means over seeds, ± half the 95% interval over seeds (Student's t).
 "predicted" is what perfect evaluators have
-(`toy/emoji_world.py`), who know no held-out pairs."""
+(`toy/emoji_world.py`), who know no held-out pairs. Settings were chosen on validation prompts: w, the scale of
+guidance, and what keeps its norm; eta; s, how far back s_k lies from t_(k+1), 0, to t_k, 1."""
 
 
 def predictions(name: str) -> dict:
@@ -158,6 +159,11 @@ def write_page(out: Path) -> None:
             if any(same):
                 cells.append(["predicted", "", *(cell(scores, mean) for scores in same)])
         lines += report.table(["row", "seeds", *steps], cells)
+    chosen = []
+    for (row, seeds), kind in itertools.product(measured.items(), KINDS):
+        found = next(iter(seeds.values()))["kinds"][kind]
+        chosen.append([row, kind, *(report.words(found[str(n)]["settings"]) for n in steps)])
+    lines += ["", "## Settings", *report.table(["row", "kind", *steps], chosen)]
     lines += ["", "## Differences of right, paired by seed"]
     for a, b in DIFFERENCES:
         if set(measured.get(a, ())) & set(measured.get(b, ())):

@@ -29,8 +29,9 @@ Made by `python -m experiments.tables --report` from the files beside it, each w
 time. Test prompts; a score is the share of right pictures of a kind of prompt, "overall" the mean of the kinds. Means
 over seeds, ± half the 95% interval over seeds (Student's t). After a score, where prompts leave colours or places open:
 their effective number in right pictures, and in samples of the data as large (`experiments/diversity.py`); differences
-are of their ratios. "_64" has twice the batch: at s = t it sees as many pictures as flow matching. "_16" has half of
-it: as many as Self-E at s = t.
+are of their ratios. Settings were chosen on validation prompts: w, the scale of guidance, and what keeps its norm; eta;
+s, how far back s_k lies from t_(k+1), 0, to t_k, 1. "_64" has twice the batch: at s = t it sees as many pictures as
+flow matching. "_16" has half of it: as many as Self-E at s = t.
 """
 PAPER = """## The paper
 
@@ -127,6 +128,19 @@ def differences_of(rows: Rows, a: str, b: str, tags: list[str], steps: list[int]
     return table([f"{a} minus {b}", *steps], lines)
 
 
+def words(settings: dict) -> str:
+    """The sampler's settings in a cell; one that has a guidance alone says no more."""
+    names = {"guidance": "w", "space": "", "eta": "eta", "s_rule": "s"}
+    return ", ".join(f"{names[key]} {value}".strip() for key, value in settings.items())
+
+
+def settings_of(rows: Rows, steps: list[int]) -> list[str]:
+    """A table of the sampler's settings, which all seeds of a row share: rows down, step counts across."""
+    first = {row: next(iter(seeds.values()))["steps"] for row, seeds in rows.items()}
+    lines = [[row, *(words(found[str(n)]["settings"]) for n in steps)] for row, found in first.items()]
+    return table(["row", *steps], lines)
+
+
 def write_page(doses: dict[str, Rows], out: Path, steps: list[int], tags: list[str]) -> None:
     lines = [HEAD]
     for share, rows in doses.items():
@@ -134,6 +148,7 @@ def write_page(doses: dict[str, Rows], out: Path, steps: list[int], tags: list[s
         main = {name: rows[name] for name in GROUPS["main"] + GROUPS["batches"] if name in rows}
         for tag in tags:
             lines += ["", f"### {tag}", *scores_of(rows if tag == "overall" else main, tag, steps)]
+        lines += ["", "### Settings", *settings_of(rows, steps)]
         lines += ["", "### Differences, paired by seed"]
         for a, b in DIFFERENCES:
             if set(rows.get(a, ())) & set(rows.get(b, ())):

@@ -59,13 +59,18 @@ def test_the_page_sets_the_prediction_below_what_was_measured(tmp_path, monkeypa
     monkeypatch.setattr(emoji_judge, "predicted_in", lambda name: tmp_path / f"{name}.json")
     (tmp_path / "emoji.json").write_text(json.dumps(world))
     for row, seed, right in (("self_e", 0, 0.5), ("self_e", 1, 0.7), ("control", 1, 0.4)):
-        kinds = {kind: {"2": {"right": right, "variety": 0.8}} for kind in emoji_judge.KINDS}
+        cell = {"right": right, "variety": 0.8, "settings": {"guidance": 1.5, "space": "x0", "s_rule": 0.5}}
+        kinds = {kind: {"2": cell} for kind in emoji_judge.KINDS}
         result = json.dumps({"row": row, "seed": seed, "kinds": kinds, "training": {"data": ["emoji"]}})
         (tmp_path / f"{row}-{seed}.json").write_text(result)
     (tmp_path / "self_e-search.json").write_text("{}")
     emoji_table.write_page(tmp_path)
     page = (tmp_path / "table.md").read_text()
-    assert "| self_e minus control | 2 |" in page and "| tag | +0.300 |" in page
+    assert (
+        "| self_e | tag | w 1.5, x0, s 0.5 |" in page
+        and "| self_e minus control | 2 |" in page
+        and "| tag | +0.300 |" in page
+    )
     lines = page.split("## tag")[1].split("##")[0].splitlines()
     measured = next(i for i, line in enumerate(lines) if line.startswith("| self_e | 2 | 0.600 ± "))
     assert lines[measured].endswith("; 0.800 ± 0.000 |")
