@@ -137,7 +137,7 @@ peers.shortcut:
     told s = t | self.network(x_t, t, t - d, *c) - goal | self.network(x_t, t, t, *c) - goal
 peers.variants:
     lam_scale ignored | self.lam_scale * losses | losses
-    lam_time ignored | self.lam_time(t, s) | s
+    lam_time ignored | (t + s) / 2 if self.lam_time == "middle" else s | s
     null target inverted | if self.null_target == "data" and | if self.null_target != "data" and
     never literal | if self.null_target == "literal" | if False
 """
