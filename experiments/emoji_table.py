@@ -196,7 +196,7 @@ def draw_samples(args: argparse.Namespace) -> None:
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = errors.Parser("-m experiments.emoji_table", "Train, search and score rows on emoji.")
     a = parser.add_argument
-    rows = ["flow_matching", "control", "self_e", "meanflow"]
+    rows = ["flow_matching", "flow_matching_16", "control", "self_e", "meanflow"]
     a("--rows", metavar="ROW", nargs="+", choices=ROWS, default=rows, help="of rows.py")
     a(
         "--seeds",
