@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from toy.identities import CHECKS
+
 ROOT = Path(__file__).parent.parent
 ROWS = re.findall(
     r"^\| ([s\d.]+) \| (.+?) \| `(\w+)\.([\w.]+)` \| (.+?) \|$", (ROOT / "EQUATIONS.md").read_text(), re.M
@@ -49,6 +51,14 @@ def test_the_function_stands_under_the_banner(number, module, name):
     numbers = {f"s.{n}" for a, b in spans for n in range(int(a), int(b) + 1)}
     numbers |= set(re.findall(r"(?<![\d.])(?:s\.)?\d+(?!\d|\.\d)", text))
     assert number in numbers, f"no {number} above {module}.{name}"
+
+
+def test_every_proof_is_there():
+    identities = {line.function.__name__ for line in CHECKS}
+    for *_, proof in ROWS:
+        name = proof.strip("`")
+        file, _, test = name.partition("::")
+        assert name in identities or f"def {test}(" in (ROOT / file).read_text(), name
 
 
 # A wrong function: everything floating point that the right one returns, a tenth too large and a little more.

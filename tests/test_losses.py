@@ -29,6 +29,20 @@ def close(actual: Tensor, expected: Tensor, tol: float = 1e-11) -> None:
 
 
 # --- Single functions ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape", [(2,), (3, 4, 5)])
+def test_the_prediction_undoes_the_noising(shape):
+    """With the true velocity eps - x0, G returns x0 from x_t = (1 - t) x0 + t eps, at every t; V gets what G is given."""
+    x0, eps = normal(2, 4, *shape)
+    t, s = torch.tensor([1.0, 0.7, 0.1, 0.0], dtype=F64), torch.tensor([0.2, 0.7, 0.0, 0.0], dtype=F64)
+    x_t = torch.stack([(1 - ti) * a + ti * b for ti, a, b in zip(t, x0, eps)])
+
+    def V(x, t_in, s_in, *c):
+        assert x is x_t and t_in is t and s_in is s and c == ("c", "d")
+        return eps - x0
+
+    close(losses.G(V, x_t, t, s, ("c", "d")), x0)
+
+
 @pytest.mark.parametrize("t", [0.2, 1e-2, 1e-5])
 def test_the_weight_is_not_clamped(t):
     """1 / t^2 down to times that s.11 draws once in 10^30, where it still makes Eq. 7 the flow matching loss."""
