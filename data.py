@@ -70,9 +70,9 @@ def to_pictures(x: Tensor) -> list[np.ndarray]:
 # (a) Built-in shapes: GenEval in miniature
 # ============================================================================================================
 # GenEval (Ghosh et al. 2023) asks for objects, colours, counts and places in six kinds of prompt. Here the objects are
-# flat shapes on a grey background, so that a program can judge every picture exactly (experiments/scorer.py). The shade of the
-# background and the sizes vary on purpose. If all pictures had one norm, the normalisation of Eq. 19 alone would give
-# away part of the answer.
+# flat shapes on a grey background, so that a program can judge every picture exactly (experiments/scorer.py). The shade
+# of the background and the sizes vary on purpose. If all pictures had one norm, the normalisation of Eq. 19 alone would
+# give away part of the answer.
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLORS = {

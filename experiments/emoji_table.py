@@ -198,14 +198,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a = parser.add_argument
     rows = ["flow_matching", "flow_matching_16", "control", "self_e", "meanflow"]
     a("--rows", metavar="ROW", nargs="+", choices=ROWS, default=rows, help="of rows.py")
-    a(
-        "--seeds",
-        metavar="N",
-        type=int,
-        nargs="+",
-        default=list(SEEDS[:2]),
-        help=f"of the runs (2 3); settings are searched on {SEEDS[0]}",
-    )
+    a("--seeds", metavar="N", type=int, nargs="+", default=list(SEEDS[:2]), help="of the runs (2 3)")
     a("--budget", metavar="FLAGS", default=BUDGET, help="flags of train.py for every row")
     a("--steps", metavar="N", type=int, nargs="+", default=list(sample.STEP_COUNTS), help="step counts")
     a("--out", metavar="DIR", type=Path, default=Path("results/emoji-few"), help="where results go")
