@@ -1,7 +1,7 @@
 """What does the objective ask for on pictures? Perfect evaluators on a finite set of rendered pictures, no network.
 
     python -m toy.pictures                   # single and several shapes; 10 to 30 minutes of one core
-    python -m toy.pictures --world scenes    # all six kinds of prompt (data.SETS); an hour
+    python -m toy.pictures --world scenes    # all six kinds of prompt (data.SETS); a quarter of an hour
 
 It stands between 2-D (ideal.py) and a trained network. Some thousand pictures are the whole data set, so posterior
 means are exact: E[x0 | x_t, c] is a softmax over the pictures. With a share X of wrong captions
