@@ -12,7 +12,6 @@ Writes composition.json, and composition.png to look at. Guidance is chosen on v
 """
 
 import argparse
-import math
 from pathlib import Path
 
 import numpy as np
@@ -90,9 +89,7 @@ class Pairs:
 
 def draw(loaded: sample.Loaded, texts: list[str], split: str, pictures: int, **choices) -> list[np.ndarray]:
     """At least so many pictures, as many of each prompt; their noise follows from (split, prompt, image)."""
-    images = math.ceil(pictures / len(texts))
-    keys = [(50 + (split == "test"), i, image) for i in range(len(texts)) for image in range(images)]
-    return sample.generate(loaded, [texts[i] for _, i, _ in keys], keys, **choices)
+    return emoji_table.draw(loaded, texts, pictures, (50 + (split == "test"),), **choices)[0]
 
 
 def measure(loaded: sample.Loaded, pairs: Pairs, steps: int) -> dict:

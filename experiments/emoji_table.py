@@ -38,6 +38,17 @@ PREDICTED = {  # row -> the perfect evaluator that it is compared with
 }
 
 
+def draw(
+    loaded: sample.Loaded, texts: list[str], pictures: int, stream: tuple[int, ...], **choices
+) -> tuple[list, int]:
+    """At least so many pictures, as many of each prompt in turn, and how many of each. Their noise follows from (stream,
+    prompt, image)."""
+    images = math.ceil(pictures / len(texts))
+    jobs = list(itertools.product(range(len(texts)), range(images)))
+    keys = [(*stream, *job) for job in jobs]
+    return sample.generate(loaded, [texts[i] for i, _ in jobs], keys, **choices), images
+
+
 class Scores:
     """The prompts of a source by kind, at most `most` of one; what a model's pictures of them are worth."""
 
@@ -50,10 +61,8 @@ class Scores:
         Their noise follows from (seed, split, kind, prompt, image).
         """
         texts = emoji_judge.asked(self.source, kind, split, self.most)
-        images = math.ceil(pictures / len(texts))
-        jobs = list(itertools.product(range(len(texts)), range(images)))
-        keys = [(40 + (split == "test"), KINDS.index(kind), *job) for job in jobs]
-        drawn = sample.generate(loaded, [texts[i] for i, _ in jobs], keys, **choices)
+        stream = 40 + (split == "test"), KINDS.index(kind)
+        drawn, images = draw(loaded, texts, pictures, stream, **choices)
         verdicts = [self.judge(drawn[i : i + images]) for i in range(0, len(drawn), images)]
         return emoji_judge.summary(self.source, texts, verdicts)
 
