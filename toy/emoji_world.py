@@ -36,7 +36,6 @@ from rng import rng
 from toy import kept, pictures
 from toy.pictures import ROUNDS, STEPS
 
-OBJECTIVES = ("flow matching", "control, Delta = 0", "classifier only", "k = 0.9")
 SEEDS = (0, 1)
 PROMPTS, IMAGES = 35, 4  # of a kind at most; pictures of each, with each seed
 
@@ -79,7 +78,7 @@ def run(source: emoji.Emoji, path: Path) -> None:
             f"\n{kind}: Delta's budget {found['delta_budget']:.2f} (twice the prompts' information:", end=""
         )
         print(f" {2 * found['information']:.2f}), half of it at s > {found['half_at']:.2f}")
-        for label in OBJECTIVES:
+        for label in pictures.COMPARED:
             if label not in [record["objective"] for record in found["records"]]:
                 start = time.perf_counter()
                 found["records"] += pictures.measure(
@@ -91,7 +90,7 @@ def run(source: emoji.Emoji, path: Path) -> None:
                 results["seconds"] = round(results["seconds"] + time.perf_counter() - start, 1)
                 checkpoint.write_json(path, results)
         for measure in ("right", "variety"):
-            rows = {label: scores(found["records"], label, measure) for label in OBJECTIVES}
+            rows = {label: scores(found["records"], label, measure) for label in pictures.COMPARED}
             print(kept.table(measure, [f"N = {n}" for n in STEPS], rows), flush=True)
 
 

@@ -46,6 +46,7 @@ OBJECTIVES = {
     "k = 0": GOALS["Eq. 19, k = 0"],
     "Eq. 18": GOALS["Eq. 18, classifier only"],
 }
+COMPARED = ("flow matching", "control, Delta = 0", "classifier only", "k = 0.9")  # with trained networks
 
 
 class Map(NamedTuple):
@@ -82,7 +83,7 @@ MAPS = {
         prompts=12,
         judged=72,
         by_tag=True,
-        objectives=tuple(OBJECTIVES)[:4],
+        objectives=COMPARED,
     ),
 }
 SETTINGS = [dict(guidance=w, s_rule=r) for w, r in itertools.product((1.0, 2.0), (0.0, 0.5))]
