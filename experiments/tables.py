@@ -36,8 +36,12 @@ QUICK = "--data scenes --side 24 --txt-len 12 --steps 4 --batch-size 8 --grid-ev
 
 
 def run_of(row: str, share: float, seed: int, runs: Path) -> Path:
-    """The folder of a row's run, which rows of the same flags share."""
-    owner = next(name for name in ROWS if ROWS[name].flags == ROWS[row].flags)
+    """The folder of a row's run, which rows that train alike share."""
+
+    def training(name: str) -> tuple:
+        return ROWS[name].flags, ROWS[name].iterations
+
+    owner = next(name for name in ROWS if training(name) == training(row))
     return runs / f"{share:g}" / f"{owner}-{seed}"
 
 
@@ -45,8 +49,10 @@ def train(row: str, share: float, seed: int, run: Path, budget: str) -> None:
     """A run of train.py, or the rest of one that was stopped. Raises KeyboardInterrupt when it is stopped again."""
     flags = ["--resume"]
     if not checkpoint.complete_states(run):
-        flags = [*budget.split(), "--wrong-captions", f"{share:g}", "--seed", str(seed)]
-        flags += ROWS[row].flags.split()
+        words = budget.split()
+        at = words.index("--steps") + 1
+        words[at] = str(round(ROWS[row].iterations * int(words[at])))
+        flags = [*words, "--wrong-captions", f"{share:g}", "--seed", str(seed), *ROWS[row].flags.split()]
     elif finished(run):
         return
     process = subprocess.Popen([sys.executable, "train.py", *flags, "--out", str(run)])

@@ -145,7 +145,8 @@ def command(folder, *arguments):
 @pytest.mark.slow
 def test_the_quick_form_makes_every_file_and_goes_on_where_it_stopped(tmp_path):
     def measure(*seeds):
-        wanted = ["--quick", "--steps", 1, 2, "--rows", "flow_matching", "self_e", "--wrong-captions", 0, 0.3]
+        rows = ["flow_matching", "flow_matching_half", "self_e"]
+        wanted = ["--quick", "--steps", 1, 2, "--rows", *rows, "--wrong-captions", 0, 0.3]
         process = command(tmp_path, *wanted, "--seeds", *seeds)
         return process.communicate()[1], process.returncode
 
@@ -159,6 +160,7 @@ def test_the_quick_form_makes_every_file_and_goes_on_where_it_stopped(tmp_path):
     assert row["wrong_captions"] == 0.3
     assert row["training"]["steps"] == 4 and row["training"]["wrong_captions"] == 0.3
     assert set(row["steps"]) == {"1", "2"} and set(row["steps"]["2"]["tags"]) == set(data.TAGS)
+    assert checkpoint.read_json(out / "0/flow_matching_half-2.json")["training"]["steps"] == 2
     flow = checkpoint.read_json(out / "0/flow_matching-2.json")
     assert {s["settings"]["s_rule"] for s in flow["steps"].values()} == {1.0}
     searched = checkpoint.read_json(out / "0/self_e-search.json")["steps"]["2"]
