@@ -423,12 +423,12 @@ class SelfE(nn.Module):
     ) -> tuple[Tensor, dict]:
         """The loss of one micro-batch, per value of x0, and statistics for the log.
 
-        x0 [B, ...] fp32. c, null and fake are prompts as the network takes them, tuples of tensors with leading dimension
-        B: the caption of each sample (for pictures its text tokens and pooled vector, encoders.py), the empty prompt,
-        and the prompt of generated pictures (read only with aux). is_null [B] bool, where c is the null prompt. tau in [0, 1] (s.13) and mu (s.12) shape the
-        distribution of (t, s); aux switches the auxiliary term on. Returns the scalar loss and a dict of detached
-        tensors: t, s, loss [B]; where some s < t delta_norm and lam [n], with aux fake_loss [n]; n is the number of
-        positions in draws.below.
+        x0 [B, ...] fp32. c, null and fake are prompts as the network takes them, tuples of tensors with leading
+        dimension B: the caption of each sample (for pictures its text tokens and pooled vector, encoders.py), the empty
+        prompt, and the prompt of generated pictures (read only with aux). is_null [B] bool, where c is the null prompt.
+        tau in [0, 1] (s.13) and mu (s.12) shape the distribution of (t, s); aux switches the auxiliary term on. Returns
+        the scalar loss and a dict of detached tensors: t, s, loss [B]; where some s < t delta_norm and lam [n], with
+        aux fake_loss [n]; n is the number of positions in draws.below.
         """
         t, s = sample_times(draws.z, draws.u, draws.below, mu, tau)  # [B] s.11-s.13
         x_t = add_noise(x0, t, draws.eps)  # [B, ...] Eq. 1
