@@ -55,7 +55,7 @@ class Objective(NamedTuple):
     derives: bool = False  # the target holds a time derivative of the network: exact, or a difference in fp32
     other_draw: Callable | None = None  # instead of losses.draw
     trajectory: Callable = sampler.trajectory  # from noise to data
-    choices: tuple[str, ...] = ("guidance", "eta", "s_rule", "space", "mu")  # that its sampler takes
+    choices: tuple[str, ...] = ("guidance", "eta", "s_rule", "space", "t_max", "mu")  # that its sampler takes
 
     def draw(self, *arguments, **more):
         """The random numbers of a micro-batch; arguments as for losses.draw, but for the share of s = t."""

@@ -36,6 +36,7 @@ SETTINGS = {
         aux_from=1.0,
         micro_batch=None,
         guidance=1.5,
+        t_max=0.94,
         data=("one-shape",),
         text="words",
         txt_len=14,
@@ -104,6 +105,7 @@ class Recipe:
     # Pictures a process computes at once, at most, at the first stage's first side; None: all of its own
     micro_batch: int | None
     guidance: float  # of the picture grids and the checkpoint's default
+    t_max: float = 1.0  # the same; at which time at most the network is asked (sampler.py)
     data: tuple[str, ...] = ()  # what --data takes; the big sizes have no data of their own
     text: str = "flux"  # encoders.py
     txt_len: int = 256

@@ -90,7 +90,7 @@ class Stopped(Exception):
     """Sampling was asked to stop before it was done."""
 
 
-def choose(config: dict, *, guidance=None, eta=None, s_rule=None, space=None) -> dict:
+def choose(config: dict, *, guidance=None, eta=None, s_rule=None, space=None, t_max=None) -> dict:
     """How a model is sampled: what is asked for, else (None) what its config.json says; arguments of its own sampler.
 
     Raises UserError for what the model has not learned: flow matching anything but s_k = t_k; an objective with a
@@ -99,8 +99,10 @@ def choose(config: dict, *, guidance=None, eta=None, s_rule=None, space=None) ->
     objective, name = objectives.OBJECTIVES[config["objective"]], config["objective"]
     guidance = config["guidance"] if guidance is None else guidance
     if "eta" not in objective.choices:
-        if (eta, s_rule, space) != (None, None, None):
-            raise errors.UserError(f"{name} has its own sampler, without --eta, --s-rule and --space")
+        if (eta, s_rule, space, t_max) != (None,) * 4:
+            raise errors.UserError(
+                f"{name} has its own sampler, without --eta, --s-rule, --space and --t-max"
+            )
         return {"guidance": guidance}
     if objective.s_rules == (1.0,):
         if s_rule not in (None, 1):
@@ -111,6 +113,7 @@ def choose(config: dict, *, guidance=None, eta=None, s_rule=None, space=None) ->
         "eta": config["eta"] if eta is None else eta,
         "s_rule": config["s_rule"] if s_rule is None else s_rule,
         "space": space or config["guidance_space"],
+        "t_max": config["t_max"] if t_max is None else t_max,
         "mu": config["mu"],
     }
 
@@ -201,11 +204,12 @@ def sampling_flags(parser: argparse.ArgumentParser) -> None:
     a("--eta", metavar="X", type=eta, help='0 deterministic .. 1 ancestral, or "renoise"')
     a("--s-rule", metavar="X", type=rule, help='second time: "next" (t_k+1), "same" (t_k) or a fraction')
     a("--space", choices=("v", "x0"), help="what keeps its norm under guidance: velocity or prediction")
+    a("--t-max", metavar="X", type=float, help="the network is asked at no later time")
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
 
 
 def choices_of(args: argparse.Namespace) -> dict:
-    return {name: getattr(args, name) for name in ("guidance", "eta", "s_rule", "space")}
+    return {name: getattr(args, name) for name in ("guidance", "eta", "s_rule", "space", "t_max")}
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -245,7 +249,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.error(f"{args.prompts} is empty")
     args.prompt = list(map(files.well_formed, args.prompt))  # the shell may hand over what is not UTF-8
     numbers = {"images": (1, 10**6), "scale": (0, 64), "seed": (0, 2**63 - 1)}
-    parser.check_ranges(args, steps=(1, 10**6), guidance=(0, 100), **numbers)
+    parser.check_ranges(args, steps=(1, 10**6), guidance=(0, 100), t_max=(0.01, 1), **numbers)
     return args
 
 

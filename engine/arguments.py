@@ -231,6 +231,7 @@ def config_of(args: argparse.Namespace, plan: recipe.Recipe, sizes: dict, precis
         "eta": 1.0,  # S.2
         "guidance": plan.guidance,
         "guidance_space": "v",
+        "t_max": plan.t_max,
         "steps": plan.steps,
         "batch_size": plan.stages[0].batch_size,
         "lr": plan.lr,

@@ -136,7 +136,8 @@ def read_config(folder: Path) -> dict:
     """What config.json says of a model. Raises CheckpointError."""
     if not folder.is_dir():
         raise CheckpointError(f"no such checkpoint folder: {folder}")
-    return read_checked(folder / "config.json", CONFIG)
+    # Models of before there was t_max are sampled as they were
+    return {"t_max": 1.0} | read_checked(folder / "config.json", CONFIG)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -212,7 +212,7 @@ def parse_arguments() -> argparse.Namespace:
     sample.sampling_flags(parser)
     args = parser.parse_args()
     numbers = {"images": (1, 10**4), "per_tag": (1, 10**6), "seed": (0, 2**63 - 1), "guidance": (0, 100)}
-    parser.check_ranges(args, steps=(1, 10**6), **numbers)
+    parser.check_ranges(args, steps=(1, 10**6), t_max=(0.01, 1), **numbers)
     return args
 
 

@@ -90,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     sample.sampling_flags(parser)
     args = parser.parse_args()
     sizes = {"steps": (1, 10**6), "images": (1, 10**4), "batch_size": (1, 2**16)}
-    parser.check_ranges(args, **sizes, seed=(0, 2**63 - 1), guidance=(0, 100))
+    parser.check_ranges(args, **sizes, seed=(0, 2**63 - 1), guidance=(0, 100), t_max=(0.01, 1))
     return args
 
 

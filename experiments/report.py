@@ -30,8 +30,9 @@ time. Test prompts; a score is the share of right pictures of a kind of prompt, 
 over seeds, ± half the 95% interval over seeds (Student's t). After a score, where prompts leave colours or places open:
 their effective number in right pictures, and in samples of the data as large (`experiments/diversity.py`); differences
 are of their ratios. Settings were chosen on validation prompts: w, the scale of guidance, and what keeps its norm; eta;
-s, how far back s_k lies from t_(k+1), 0, to t_k, 1. "_64" has twice the batch: at s = t it sees as many pictures as
-flow matching. "_16" has half of it: as many as Self-E at s = t.
+s, how far back s_k lies from t_(k+1), 0, to t_k, 1; t, the latest time at which the network is asked, where it is not
+1. "_64" has twice the batch: at s = t it sees as many pictures as flow matching. "_16" has half of it: as many as
+Self-E at s = t.
 """
 PAPER = """## The paper
 
@@ -130,7 +131,8 @@ def differences_of(rows: Rows, a: str, b: str, tags: list[str], steps: list[int]
 
 def words(settings: dict) -> str:
     """The sampler's settings in a cell; one that has a guidance alone says no more."""
-    names = {"guidance": "w", "space": "", "eta": "eta", "s_rule": "s"}
+    names = {"guidance": "w", "space": "", "eta": "eta", "s_rule": "s", "t_max": "t"}
+    settings = {name: value for name, value in settings.items() if (name, value) != ("t_max", 1.0)}
     return ", ".join(f"{names[key]} {value}".strip() for key, value in settings.items())
 
 

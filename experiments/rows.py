@@ -100,8 +100,8 @@ def guidances(objective: str, eta: float | str = 1.0) -> list[dict]:
     A sampler of the objective's own has a guidance alone to choose; it gets as many values of it as others settings.
     """
     if "eta" not in OBJECTIVES[objective].choices:
-        return [{"guidance": round(float(w), 3)} for w in np.geomspace(1, GUIDANCE[-1], 18)]
-    common = {"eta": eta, "s_rule": OBJECTIVES[objective].s_rules[0]}
+        return [{"guidance": round(float(w), 3)} for w in np.geomspace(1, GUIDANCE[-1], 19)]
+    common = {"eta": eta, "s_rule": OBJECTIVES[objective].s_rules[0], "t_max": 1.0}
     # Without guidance the spaces are alike.
     spaces = [(w, space) for w in GUIDANCE for space in ("v", "x0") if (w, space) != (1, "x0")]
     return [{"guidance": w, "space": space} | common for w, space in spaces]

@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import recipe
 import sample
 from engine import checkpoint, errors, machine
 from experiments import diversity, evaluate, report
@@ -116,8 +117,8 @@ def tune(chosen: dict, n: int, measure: Callable[[dict], dict], key: str, object
     """Put into chosen[str(n)] the settings tried at n steps, the best of them, and the seconds that it took.
 
     measure(settings) gives a record, and record[key] says which is best. First guidance and its space are tried, then
-    at the best of them eta and the rule for s_k. At 50 steps, which cost as much as all the others, eta and the rule
-    are those chosen for the last step count before.
+    at the best of them eta and the rule for s_k, then the recipe's t_max. At 50 steps, which cost as much as all the
+    others, eta and the rule are those chosen for the last step count before.
     """
     began, before, tried = time.perf_counter(), {}, []
 
@@ -133,6 +134,8 @@ def tune(chosen: dict, n: int, measure: Callable[[dict], dict], key: str, object
     if n < LONG:
         more = [first["settings"] | way for way in ways(objective, eta)]
         first = try_all([choice for choice in more if choice != first["settings"]])
+    if "t_max" in first["settings"]:
+        first = try_all([first["settings"] | {"t_max": recipe.RECIPES["laptop"].t_max}])
     chosen[str(n)] = {"best": first, "tried": tried, "seconds": round(time.perf_counter() - began, 1)}
 
 

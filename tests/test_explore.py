@@ -187,7 +187,7 @@ def test_a_trajectory_is_that_of_the_sampler(eta):
     for choices in (
         dict(s_rule=0.0, guidance=1.0, mu=0.0, space="v"),
         dict(s_rule=0.3, guidance=2.5, mu=0.4, space="v"),
-        dict(s_rule=1.0, guidance=2.0, mu=0.4, space="x0"),
+        dict(s_rule=1.0, guidance=2.0, mu=0.4, space="x0", t_max=0.9),
     ):
         found = node(
             """const V = (x, t, s, c) => x.map(([u, w]) => [u * (1 + c) + t - 2 * s, w * (1 + c) + t * s * (c - 1.5)]);

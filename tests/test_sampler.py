@@ -37,15 +37,34 @@ class Spy:
         return torch.tanh(x + c[0]) * (1 + t) - s * x + c[1]
 
 
-SENSELESS = [dict(steps=0), dict(eta=1.01), dict(eta=math.nan), dict(s_rule=1.5)]
+SENSELESS = [dict(steps=0), dict(eta=1.01), dict(eta=math.nan), dict(s_rule=1.5), dict(t_max=0.0)]
 SENSELESS += [dict(space="eps"), dict(space="eps", guidance=2.0)]
 
 
 @pytest.mark.parametrize("choices", SENSELESS, ids=str)
 def test_what_makes_no_sense_is_refused(choices):
     """Above 1 the fresh noise alone would be more than sigma_s allows; an s_k off the step is no level of it."""
-    with pytest.raises(ValueError, match="at least 1|eta must be .* s_rule in|space must be"):
+    with pytest.raises(ValueError, match="at least 1|eta must be .* s_rule in|space must be|t_max in"):
         sampler.sample(Spy(), normal(2, 3), *prompts(2, 3), **{"steps": 2} | choices)
+
+
+def test_the_network_is_asked_at_no_later_time_than_t_max():
+    """From pure noise at t = 1 on, its prediction is Eq. 6 at t_max; the steps themselves are those of the whole grid."""
+    noise, (c, null) = normal(2, 3), prompts(2, 3)
+    seen = []
+
+    def V(x, t, s, *c):
+        seen.append((t[0].item(), s[0].item()))
+        return Spy()(x, t, s, *c)
+
+    choices = dict(steps=3, eta=0.0, s_rule=0.5)
+    (first, x, x0_hat), *_ = sampler.trajectory(V, noise, c, null, t_max=0.7, **choices)
+    grid = [1, 2 / 3, 1 / 3, 0]
+    halves = [(a + b) / 2 for a, b in zip(grid, grid[1:])]
+    assert seen == pytest.approx([pytest.approx(pair) for pair in ((0.7, 0.7), *zip(grid[1:3], halves[1:]))])
+    at = torch.full((2,), 0.7, dtype=F64)
+    assert torch.allclose(x0_hat, noise - 0.7 * Spy()(noise, at, at, *c)) and first == pytest.approx(2 / 3)
+    assert torch.allclose(x, x0_hat / 3 + noise * 2 / 3)
 
 
 @pytest.mark.parametrize("t, s", [(0.9, 0.4), (0.5, 0.49), (1.0, 0.6)])

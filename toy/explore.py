@@ -124,7 +124,7 @@ def pictures(*folders: Path) -> dict:
         before = draw(model, captions[:12])
         model.network.load_state_dict(packed[name][1])
         off.append(np.abs(draw(model, captions[:12]) - before))
-    copied = ("model", "side", "mu", "txt_len", "guidance", "guidance_space", "eta", "s_rule")
+    copied = ("model", "side", "mu", "txt_len", "guidance", "guidance_space", "eta", "s_rule", "t_max")
     return {
         "note": f"The pictures' weights are rounded, most rows to {2 * finest + 1} values. Over 12 training captions in "
         f"1, 2, 4 and 8 steps, a value of a picture moves by {np.mean(off):.1f} of 255 in the mean, "

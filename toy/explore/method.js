@@ -133,11 +133,12 @@ function update(x_t, x0_hat, t, t_next, eta, noise) {
  * Yield {t, s, x_t, x0_hat, t_next, x} for each of `steps` evaluations, from the samples x at time 1; the last x is the
  * result. s_rule says where s_k lies, from t_(k+1) (0, the paper) to t_k (1). draw_noise(k) is the noise of step k.
  */
-async function* trajectory(V, x, c, c_null, { steps, mu = 0, s_rule = 0, eta = 1, guidance = 1, space, draw_noise }) {
+async function* trajectory(V, x, c, c_null, choices) {
+  const { steps, mu = 0, s_rule = 0, eta = 1, guidance = 1, space, t_max = 1, draw_noise } = choices;
   const grid = time_grid(steps, mu);
   for (let k = 0; k < steps; k++) {
     const t = grid[k], t_next = grid[k + 1], s = t_next + s_rule * (t - t_next), x_t = x;
-    const x0_hat = await predict(V, x_t, t, s, c, c_null, guidance, space);
+    const x0_hat = await predict(V, x_t, Math.min(t, t_max), Math.min(s, t_max), c, c_null, guidance, space);
     const noise = eta !== 0 && t_next > 0 ? draw_noise(k) : [];
     x = x_t.map((point, n) => update(point, x0_hat[n], t, t_next, eta, noise[n]));
     yield { t, s, x_t, x0_hat, t_next, x };

@@ -16,10 +16,10 @@ async function picture_model({ config, weights }) {
 
 /** The steps of one picture, with the noise of sample.generate's first one; the last x0_hat is the picture. */
 async function* draw_picture({ config, network, text }, prompt, { seed, ...choices }, breathe = () => {}) {
-  const { side, mu, guidance_space: space } = config, n = network.size.channels * side * side;
+  const { side, mu, t_max, guidance_space: space } = config, n = network.size.channels * side * side;
   const V = async ([x_t], t, s, cond) => [await denoiser.velocity(network, x_t, t, s, cond, breathe)];
   const draw_noise = (k) => [random.normal(seed, "sampling", [k + 1, 0], n)];
-  const path = trajectory(V, draw_noise(-1), text(prompt), text(""), { mu, space, draw_noise, ...choices });
+  const path = trajectory(V, draw_noise(-1), text(prompt), text(""), { mu, space, t_max, draw_noise, ...choices });
   for await (const { t, s, x_t, x0_hat } of path) yield { t, s, x_t: x_t[0], x0_hat: x0_hat[0] };
 }
 
