@@ -94,7 +94,7 @@ sampler:
     old noise kept in full | ** 2 - std**2, 0.0) | ** 2 - 0 * std**2, 0.0)
     fresh noise at the scale of its variance | return x_next + std * noise | return x_next + std**2 * noise
     s_rule reversed | s_k = t_next + s_rule * (t - t_next) | s_k = t - s_rule * (t - t_next)
-    s_k ignored | for value in (t, s_k)] | for value in (t, t)]
+    s_k ignored | for time in (t, s_k)] | for time in (t, t)]
     noise at the last step | fresh = eta != 0 and t_next > 0 | fresh = eta != 0 and t_next >= 0
     the same fresh noise at every step | (draw_noise(k) if | (draw_noise(0) if
     next step starts from x0_hat | x = update(x, x0_hat, t, t_next, eta, noise) | x = update(x0_hat, x0_hat, t, t_next, eta, noise)
