@@ -437,17 +437,20 @@ class SelfE(nn.Module):
         D = x0[0].numel()  # the paper sums over values; divided by D, losses read the same at every size
         stats = {"t": t, "s": s}
 
-        half = draws.below  # [n] the positions with s < t; flow matching has none
-        loss_fake = t.new_zeros(len(half))  # [n] s.8
-        if len(half):
-            prompts = rows(c, half), rows(null, half), rows(fake, half) if aux else None
+        below = draws.below  # [n] the positions with s < t; flow matching has none
+        loss_fake = t.new_zeros(len(below))  # [n] s.8
+        if len(below):
+            prompts = rows(c, below), rows(null, below)
+            fakes = rows(fake, below) if aux else None
             # Delta [n, ...] and the loss of the fake branch [n]: Eq. 8, s.6, s.8
             Delta, loss_fake = self.self_evaluate(
-                x0_hat[half], s[half], *prompts, is_null[half], draws.eps_s[half]
+                x0_hat[below], s[below], *prompts, fakes, is_null[below], draws.eps_s[below]
             )
-            x_self = pseudo_target(x0_hat[half], Delta)  # [n, ...] Eq. 14
-            lam = self.weigh(t[half], s[half], is_null[half], aux)  # [n] Eq. 17
-            loss = loss.index_put((half,), self.regress(x0_hat[half], x0[half], x_self, lam))  # Eq. 16, 18-20
+            x_self = pseudo_target(x0_hat[below], Delta)  # [n, ...] Eq. 14
+            lam = self.weigh(t[below], s[below], is_null[below], aux)  # [n] Eq. 17
+            loss = loss.index_put(
+                (below,), self.regress(x0_hat[below], x0[below], x_self, lam)
+            )  # Eq. 16, 18-20
             stats |= {"lam": lam, "delta_norm": (squared_norm(Delta) / D).sqrt()}
             stats |= {"fake_loss": loss_fake.detach() / D} if aux else {}
 

@@ -196,18 +196,18 @@ class DoubleBlock(nn.Module):
         self.txt_mlp = nn.Sequential(nn.Linear(width, 4 * width), GELU(), nn.Linear(4 * width, width))
 
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-        i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = self.img_mod(vec)
-        t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = self.txt_mod(vec)
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
 
-        i_q, i_k, i_v = self.img_attn.project(modulate(img, i_shift1, i_scale1))
-        t_q, t_k, t_v = self.txt_attn.project(modulate(txt, t_shift1, t_scale1))
-        q, k, v = (torch.cat(pair, dim=2) for pair in ((t_q, i_q), (t_k, i_k), (t_v, i_v)))
-        t_out, i_out = attention(q, k, v, rope).split([txt.shape[1], img.shape[1]], dim=1)
+        img_q, img_k, img_v = self.img_attn.project(modulate(img, img_shift1, img_scale1))
+        txt_q, txt_k, txt_v = self.txt_attn.project(modulate(txt, txt_shift1, txt_scale1))
+        q, k, v = (torch.cat(pair, dim=2) for pair in ((txt_q, img_q), (txt_k, img_k), (txt_v, img_v)))
+        txt_out, img_out = attention(q, k, v, rope).split([txt.shape[1], img.shape[1]], dim=1)
 
-        img = img + i_gate1 * self.img_attn.proj(i_out)
-        img = img + i_gate2 * self.img_mlp(modulate(img, i_shift2, i_scale2))
-        txt = txt + t_gate1 * self.txt_attn.proj(t_out)
-        txt = txt + t_gate2 * self.txt_mlp(modulate(txt, t_shift2, t_scale2))
+        img = img + img_gate1 * self.img_attn.proj(img_out)
+        img = img + img_gate2 * self.img_mlp(modulate(img, img_shift2, img_scale2))
+        txt = txt + txt_gate1 * self.txt_attn.proj(txt_out)
+        txt = txt + txt_gate2 * self.txt_mlp(modulate(txt, txt_shift2, txt_scale2))
         return img, txt
 
 
@@ -322,14 +322,14 @@ class Denoiser(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, s: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
         """x_t [B, C, H, W], t and s [B], txt [B, L, d_txt], vec [B, d_vec] -> V [B, C, H, W] in fp32 (Eq. 6).
 
-        H and W must be multiples of the patch side. Eq. s.9-s.10 are the lines that make `vec`.
+        H and W must be multiples of the patch side.
         """
         p, rows, cols = self.patch, x_t.shape[2] // self.patch, x_t.shape[3] // self.patch
         with torch.autocast(x_t.device.type, enabled=False):  # in fp32, whatever the caller's context says
-            # Eq. s.9, then Eq. s.10: the combined embedding e_t + e_s stands wherever FLUX has e_t
-            e_t = self.time_in(sinusoid(t, factor=self.time_factor))  # [B, d]
+            e_t = self.time_in(sinusoid(t, factor=self.time_factor))  # [B, d] Eq. s.9
             e_s = self.gap_in(sinusoid(t - s, factor=self.time_factor))
-            vec = e_t + e_s + self.vector_in(vec.float())
+            e = e_t + e_s  # Eq. s.10: it stands wherever FLUX has e_t
+            vec = e + self.vector_in(vec.float())  # [B, d] from here on, with the pooled text in it
         rope = rope_table(txt.shape[1], rows, cols, self.axes, x_t.device)
 
         # Autocast begins and ends inside this call. Its cache of cast weights therefore never outlives one forward

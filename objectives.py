@@ -87,7 +87,9 @@ def mean_flow(network, ema, flags, improved: bool) -> meanflow.MeanFlow:
     return meanflow.MeanFlow(network, flags.train_guidance, improved, flags.derivative, flags.loss_power)
 
 
-SELF_E = Objective(self_e, 0.5, 2, flags=("target", "k", "delta_scale", "null_branch", "aux_from"))
+SELF_E = Objective(
+    self_e, below=0.5, evaluations=2, flags=("target", "k", "delta_scale", "null_branch", "aux_from")
+)
 VARIANTS = {  # Self-E with something exchanged: questions of experiments/rows.py
     "self_e_literal_null": SELF_E._replace(build=variant(null_target="literal")),
     "self_e_quarter_lambda": SELF_E._replace(build=variant(lam_scale=0.25)),
@@ -122,8 +124,12 @@ OBJECTIVES = {
         trajectory=shortcut.trajectory,
         choices=("guidance",),
     ),
-    "meanflow": Objective(functools.partial(mean_flow, improved=False), 0.25, 2, group=4, **MEANFLOW),
-    "improved_meanflow": Objective(functools.partial(mean_flow, improved=True), 0.5, 3, **MEANFLOW),
+    "meanflow": Objective(
+        functools.partial(mean_flow, improved=False), below=0.25, evaluations=2, group=4, **MEANFLOW
+    ),
+    "improved_meanflow": Objective(
+        functools.partial(mean_flow, improved=True), below=0.5, evaluations=3, **MEANFLOW
+    ),
     "tim": Objective(
         lambda network, ema, flags: tim.TiM(network, ema, flags.train_guidance, flags.loss_power),
         below=0.5,

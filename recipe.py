@@ -31,7 +31,6 @@ SETTINGS = {
         steps=5200,
         stages=((0, (16,), 32),),  # (begin, as a share of the run; sides of the pictures; batch)
         lr=5e-3,
-        lr_end=1e-5,
         tau_until=TAU_UNTIL,
         aux_from=1.0,
         micro_batch=None,
@@ -45,36 +44,17 @@ SETTINGS = {
     ),
     # One GPU, one night: a quarter of the paper's batch, its schedules in proportion, at 256 pixels alone. Not yet run.
     "0.1b": dict(
-        steps=150_000,
-        stages=((0, (256,), 256),),
-        lr=3e-4,
-        lr_end=1e-5,
-        tau_until=TAU_UNTIL,
-        aux_from=AUX_FROM,
-        micro_batch=64,
-        guidance=5.0,
+        steps=150_000, stages=((0, (256,), 256),), tau_until=TAU_UNTIL, aux_from=AUX_FROM, micro_batch=64
     ),
     # Sec. 4.2: 300k iterations, other settings as in Sec. 4.1: tau rises over all of them, and they end before the
     # iteration at which the auxiliary term would join.
-    "0.5b": dict(
-        steps=300_000,
-        stages=((0, (256,), 1024),),
-        lr=3e-4,
-        lr_end=1e-5,
-        tau_until=1.0,
-        aux_from=1.0,
-        micro_batch=64,
-        guidance=5.0,
-    ),
+    "0.5b": dict(steps=300_000, stages=((0, (256,), 1024),), tau_until=1.0, aux_from=1.0, micro_batch=64),
     "2b": dict(
         steps=710_000,
         stages=((0, (256,), 1024), (LARGER_FROM, (256, 512), 768)),
-        lr=3e-4,
-        lr_end=1e-5,
         tau_until=TAU_UNTIL,
         aux_from=AUX_FROM,
         micro_batch=16,
-        guidance=5.0,
     ),
 }
 
@@ -98,13 +78,13 @@ class Recipe:
 
     steps: int  # iterations
     stages: tuple[Stage, ...]
-    lr: float  # peak learning rate, reached after the warm-up,
-    lr_end: float  # and where its linear decay ends
     tau_until: float  # share of the run over which tau rises from 0 to 1 (s.13)
     aux_from: float  # share of the run after which the auxiliary term joins (S.1.2); 1 is never
     # Pictures a process computes at once, at most, at the first stage's first side; None: all of its own
     micro_batch: int | None
-    guidance: float  # of the picture grids and the checkpoint's default
+    lr: float = 3e-4  # peak learning rate, reached after the warm-up,
+    lr_end: float = 1e-5  # and where its linear decay ends
+    guidance: float = 5.0  # of the picture grids and the checkpoint's default
     t_max: float = 1.0  # the same; at which time at most the network is asked (sampler.py)
     data: tuple[str, ...] = ()  # what --data takes; the big sizes have no data of their own
     text: str = "flux"  # encoders.py

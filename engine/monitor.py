@@ -6,8 +6,7 @@ name               what it is                                                   
 loss               mean over the batch, per value of x0                              falls; never NaN
 loss_t0 .. loss_t3 the same by quarters of t, from data to noise                     all fall; both ends are largest
 share_jump         share of samples with s < t                                       0 at tau = 0, then 0.5
-lambda             geometric mean of Eq. 17 over them                                grows with tau
-w                  mean of lambda / (1 + lambda), the share of x_self         grows with tau, stays below 1
+w                  mean of lambda / (1 + lambda) over them, the share of x_self      grows with tau, stays below 1
 delta_norm         root mean square of Delta per value, the self-evaluation signal   some % of the data's size
 fake_loss          s.8, in the auxiliary stage                                       near the loss at small t
 grad_norm          before clipping, mean                                             steady; peaks are clipped
@@ -20,7 +19,6 @@ nonfinite          iterations whose update was left out so far                  
 """
 
 import json
-import math
 import time
 from pathlib import Path
 
@@ -39,7 +37,7 @@ class Meter:
     An iteration's micro-batches are `add`ed, and then counted by `keep` or forgotten by `drop`.
     """
 
-    NAMES = "n loss below log_lambda evaluated mix delta_norm fakes fake_loss".split()
+    NAMES = "n loss below evaluated mix delta_norm fakes fake_loss".split()
     NAMES += [f"{kind}_t{b}" for b in range(BINS) for kind in ("n", "loss")]
     NAMES += ["flops", "iterations", "grad_norm"]
 
@@ -56,13 +54,13 @@ class Meter:
         """
         t, s, loss = stats["t"], stats["s"], stats["loss"]
         evaluated, fakes = stats.get("delta_norm", t[:0]), stats.get("fake_loss", t[:0])
-        lam = stats.get("lam", t[:0]).clamp_min(1e-12)
+        lam = stats.get("lam", t[:0])
 
         def count(x: Tensor) -> Tensor:  # len(x), already on the device
             return torch.ones_like(x).sum()
 
-        row = [count(t), loss.sum(), (s < t).sum(), lam.log().sum()]
-        row += [count(evaluated), (lam / (1 + lam)).sum(), evaluated.sum(), count(fakes), fakes.sum()]
+        row = [count(t), loss.sum(), (s < t).sum(), count(evaluated)]
+        row += [(lam / (1 + lam)).sum(), evaluated.sum(), count(fakes), fakes.sum()]
         for b in range(BINS):
             inside = (t >= b / BINS) & ((t < (b + 1) / BINS) | (b == BINS - 1))
             row += [inside.sum(), torch.where(inside, loss, 0.0).sum()]
@@ -101,7 +99,6 @@ class Meter:
         result = {"loss": v["loss"] / v["n"], "share_jump": v["below"] / v["n"]}
         result |= {f"loss_t{b}": v[f"loss_t{b}"] / v[f"n_t{b}"] for b in range(BINS) if v[f"n_t{b}"]}
         if v["evaluated"]:
-            result["lambda"] = math.exp(v["log_lambda"] / v["evaluated"])
             result |= {"w": v["mix"] / v["evaluated"], "delta_norm": v["delta_norm"] / v["evaluated"]}
         if v["fakes"]:
             result["fake_loss"] = v["fake_loss"] / v["fakes"]

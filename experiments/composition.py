@@ -137,6 +137,7 @@ def main() -> None:
     device = machine.pick_device()
     result = machine.provenance(device) | {"steps": args.steps, "worlds": {}, "models": {}}
     worlds, models = {}, {}
+    args.out.mkdir(parents=True, exist_ok=True)
     for run in args.runs:
         loaded = tables.load(run, device, compiled=False)
         source = emoji_table.source_of(loaded.config)

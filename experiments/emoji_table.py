@@ -90,8 +90,9 @@ def search(loaded: sample.Loaded, scores: Scores, out: Path, args: argparse.Name
 def score(row: str, seed: int, run: Path, args: argparse.Namespace, device) -> None:
     """Write OUT/ROW-SEED.json."""
     searched = args.out / f"{row}-search.json"
-    if seed != SEEDS[0] and not searched.exists():
-        raise errors.UserError(f"{searched} is missing: run seed {SEEDS[0]} of {row} first")
+    known = checkpoint.read_json(searched)["kinds"] if searched.exists() else {kind: {} for kind in KINDS}
+    if seed != SEEDS[0] and any(not set(map(str, args.steps)) <= set(known[kind]) for kind in KINDS):
+        raise errors.UserError(f"{searched} is not complete: run seed {SEEDS[0]} of {row} first")
     began = time.perf_counter()
     loaded = tables.load(run, device, "--no-compile" not in args.budget)
     scores = Scores(source_of(loaded.config), args.prompts)

@@ -200,7 +200,10 @@ def main() -> None:
     machine.keep_freed_memory()
     device = machine.pick_device()
     if args.search:
-        search(load(args.search, device, compiled=not args.quick), 1.0, args.out, args, device)
+        loaded = load(args.search, device, compiled=not args.quick)
+        if args.out.exists() and checkpoint.read_json(args.out).get("train") != loaded.config["command"]:
+            raise errors.UserError(f"{args.out} is not of {args.search}: choose another --out")
+        search(loaded, 1.0, args.out, args, device)
         return
     if not args.report:
         settings = {name: getattr(args, name) for name in ("budget", "steps", "per_tag", "images")}

@@ -85,11 +85,11 @@ class MeanFlow(nn.Module):
             if self.guidance != 1:  # a dropped prompt is the null prompt, and its v stays
                 u_c, u_null = self.network(x_t, t, t, *c), self.network(x_t, t, t, *null)
                 v_w = guided_velocity(v, u_c, u_null, self.guidance)
-            half = draws.below  # where r = t the derivative has no weight
-            x_j, v_j, t_j, r_j, c_j = x_t[half], v_w[half], t[half], r[half], rows(c, half)
+            below = draws.below  # where r = t the derivative has no weight
+            x_j, v_j, t_j, r_j, c_j = x_t[below], v_w[below], t[below], r[below], rows(c, below)
             along = self.network(x_j, t_j, t_j, *c_j) if self.improved else v_j
             du_dt = self.derivative(self.network, x_j, along, t_j, r_j, c_j)
-            u_target = v_w.index_put((half,), target(v_j, t_j, r_j, du_dt))
+            u_target = v_w.index_put((below,), target(v_j, t_j, r_j, du_dt))
         error = squared_norm(u - u_target)  # [B]
         loss = error / (error.detach() + FLOOR) ** self.power
         return loss.mean(), {"t": t, "s": r, "loss": error.detach() / x0[0].numel()}

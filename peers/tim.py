@@ -122,9 +122,9 @@ class TiM(nn.Module):
         F = self.network(x_t, t, r, *c)  # the only pass with gradient
         with torch.no_grad():
             v_w = self.guided(x_t, v, t, c, null)
-            half = draws.below  # where r = t the derivative has no weight
-            dF_dt = path_difference(self.network, x_t[half], v[half], t[half], r[half], rows(c, half))
-            F_target = v_w.index_put((half,), target(v_w[half], t[half], r[half], dF_dt))
+            below = draws.below  # where r = t the derivative has no weight
+            dF_dt = path_difference(self.network, x_t[below], v[below], t[below], r[below], rows(c, below))
+            F_target = v_w.index_put((below,), target(v_w[below], t[below], r[below], dF_dt))
         error = squared_norm(F - F_target) / x0[0].numel()  # [B]
         loss = time_weight(t, r) * error / (error.detach() + FLOOR) ** self.power
         return loss.mean(), {"t": t, "s": r, "loss": error.detach()}

@@ -58,12 +58,12 @@ losses:
     prediction detached | x0_hat = G(self.network, x_t, t, s, c) | x0_hat = G(self.network, x_t, t, s, c).detach()
     noised to another level | add_noise(x0_hat, s, eps_s) | add_noise(x0_hat, s / 2, eps_s)
     evaluation lets gradient through | x_s_hat = add_noise(x0_hat, s, eps_s).detach() | x_s_hat = add_noise(x0_hat, s, eps_s)
-    evaluates the data, not the sample | x0_hat[half], s[half], *prompts | x0[half], s[half], *prompts
+    evaluates the data, not the sample | x0_hat[below], s[below], *prompts | x0[below], s[below], *prompts
     EMA for online: the null branch | G_null = G(self.unconditional, | G_null = G(self.ema,
     online for EMA: the conditional branch | G_c = G(self.ema, | G_c = G(self.network,
     conditional branch told another time | G_c = G(self.ema, x_s_hat, s, s, | G_c = G(self.ema, x_s_hat, s / 2, s,
     null branch sees the condition | x_s_hat, s, s, null) | x_s_hat, s, s, c)
-    evaluated at t instead of s | x0_hat[half], s[half], *prompts | x0_hat[half], t[half], *prompts
+    evaluated at t instead of s | x0_hat[below], s[below], *prompts | x0_hat[below], t[below], *prompts
     fake branch sees the real prompt | s, s, *fake) | s, s, *c)
     null prompts keep EMA - online | torch.where(like(is_null, G_c), G_null, G_c) | torch.where(like(is_null, G_c), G_c, G_c)
     Delta := 0 | Delta = self.delta_scale * self_evaluation( | Delta = 0 * self_evaluation(
@@ -113,11 +113,11 @@ peers.tim:
     no weight of time | loss = time_weight(t, r) * error | loss = error
     not divided by itself | error / (error.detach() + FLOOR) ** self.power | error
     told t twice | F = self.network(x_t, t, r, *c) | F = self.network(x_t, t, t, *c)
-    derivative along another path | x_t[half], v[half], t[half] | x_t[half], v_w[half], t[half]
+    derivative along another path | x_t[below], v[below], t[below] | x_t[below], v_w[below], t[below]
 peers.meanflow:
     derivative at fixed x | (v, torch.ones_like(t)))[1] | (torch.zeros_like(v), torch.ones_like(t)))[1]
     derivative at fixed t | (v, torch.ones_like(t)))[1] | (v, torch.zeros_like(t)))[1]
-    unguided path | x_t[half], v_w[half], t[half] | x_t[half], v[half], t[half]
+    unguided path | x_t[below], v_w[below], t[below] | x_t[below], v[below], t[below]
     always improved | if self.improved else v_j | if not self.improved else v_j
     velocity at r | self.network(x_j, t_j, t_j, *c_j) | self.network(x_j, t_j, r_j, *c_j)
     other times | P_MEAN, P_STD = -0.4, 1.0 | P_MEAN, P_STD = 0.0, 1.0
