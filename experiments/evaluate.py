@@ -201,8 +201,8 @@ def table(by_steps: dict[int, dict]) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = errors.Parser("-m experiments.evaluate", "Score a model of the built-in shapes per step count.")
     a = parser.add_argument_group("what").add_argument
-    laptop, split = Path("checkpoints/laptop"), ["test", "pairs"]
-    a("--checkpoint", metavar="DIR", type=Path, default=laptop, help=f"folder of a run ({laptop})")
+    scenes, split = Path("checkpoints/scenes"), ["test", "pairs"]
+    a("--checkpoint", metavar="DIR", type=Path, default=scenes, help=f"folder of a run ({scenes})")
     a("--split", nargs="+", metavar="SPLIT", choices=SPLITS, default=split, help=f"of {', '.join(SPLITS)}")
     a("--steps", metavar="N", type=int, nargs="+", default=list(sample.STEP_COUNTS), help="(1 2 4 8 50)")
     a("--per-tag", metavar="N", type=int, default=24, help="prompts of each tag, cycling (default: 24)")

@@ -244,7 +244,7 @@ def test_the_settings_of_the_optimizer_are_the_recipes(tmp_path):
     assert (group["lr"], group["betas"], group["maximize"]) == (1e-3, (0.9, 0.999), False)
 
 
-GOOD = json.loads((Path(__file__).parent.parent / "checkpoints/laptop/config.json").read_text())
+GOOD = json.loads((Path(__file__).parent.parent / "checkpoints/scenes/config.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_a_config_of_another_form_is_refused(tmp_path, name, value):
     (tmp_path / "config.json").write_text(json.dumps(changed))
     with pytest.raises(errors.UserError, match=name):
         checkpoint.read_config(tmp_path)
-    assert checkpoint.read_checked(Path("checkpoints/laptop/config.json"), checkpoint.CONFIG) == GOOD
+    assert checkpoint.read_checked(Path("checkpoints/scenes/config.json"), checkpoint.CONFIG) == GOOD
 
 
 # --- Models to give away ------------------------------------------------------------------------------------
