@@ -30,8 +30,7 @@ from torch.utils.checkpoint import checkpoint
 # The numbers of `0.5b` and `2b` are from S.2 (a)-(d); `laptop` and `0.1b` are ours. `double` and `single` count the
 # blocks; `axes` are the RoPE dimensions over (frame, y, x) and sum to the head size d / heads. `patch` is the side of a
 # patch, so a token holds channels * patch^2 values: 16 * 2^2 = 64 for FLUX latents. V has to carry a token's noise
-# through the width, so width must exceed that number: 8 x 8 RGB patches (192 values) at width 128 leave every picture
-# grainy.
+# through the width, so width must exceed that number; 8 x 8 RGB patches (192 values) are too many for width 128.
 FLUX = dict(double=8, single=16, channels=16, patch=2, txt_dim=4096, vec_dim=768)
 PIXELS = dict(double=2, single=4, channels=3, patch=4, txt_dim=256, vec_dim=256)
 SIZES = {

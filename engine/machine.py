@@ -93,8 +93,7 @@ def compile_works(device: torch.device) -> tuple[bool, str]:
 def keep_freed_memory() -> None:
     """Linux: let malloc keep freed blocks instead of handing them back to the kernel after every tensor.
 
-    glibc maps each large tensor afresh, so every step pays for zeroed pages again. Keeping them made a step of the
-    laptop model about three times faster in eager mode.
+    glibc maps each large tensor afresh, so every step pays for zeroed pages again.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

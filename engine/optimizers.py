@@ -5,9 +5,9 @@
 
 Muon (Keller Jordan, 2024, https://kellerjordan.github.io/posts/muon/) moves a weight matrix along its momentum with all
 singular values made equal. It serves the matrices inside the blocks; what reads or writes data (patches, tokens,
-times, output) and all vectors stay with Adam. torch has one from 2.9 on, which takes its products in bf16 everywhere:
-on a processor without bf16 instructions that made an iteration five times as long. This one takes them in the network's
-precision, and in bf16 its steps are torch's to the last bit (tests/test_optimizers.py).
+times, output) and all vectors stay with Adam. torch has one from 2.9 on, which takes its products in bf16 everywhere,
+and that is slow on a processor without bf16 instructions. This one takes them in the network's precision, and in bf16
+its steps are torch's to the last bit (tests/test_optimizers.py).
 """
 
 import math
@@ -53,7 +53,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            alike = {}  # matrices of one shape, multiplied together: a fifth faster than one by one
+            alike = {}  # matrices of one shape, multiplied together, faster than one by one
             for p in (p for p in group["params"] if p.grad is not None):
                 alike.setdefault(p.shape, []).append(p)
             for shape, matrices in alike.items():

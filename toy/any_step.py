@@ -1,7 +1,7 @@
 """Any-step sampling in 2-D: seven objectives compared on one small network and one budget.
 
     python -m toy.any_step                        # the kept tables, and figures: 2 to 10 minutes
-    python -m toy.any_step --seed 1 --out runs/x  # train and measure again, with another seed: 5 to 20 minutes
+    python -m toy.any_step --seed 1 --out runs/x  # train and measure again, with another seed: 10 to 150 minutes
     python -m toy.any_step --layout far --seed 1 --out runs/far
     python -m toy.any_step --study list           # the paper's open questions (toy/studies.py)
     python -m toy.any_step --study s_rule         # one of them, three seeds, kept in toy/results/s_rule.json

@@ -1,6 +1,6 @@
 """What the objective asks for on emoji: perfect evaluators, by kind of prompt. No network.
 
-    python -m toy.emoji_world                               # toy/results/emoji_world.json; half an hour of one core
+    python -m toy.emoji_world                               # toy/results/emoji_world.json; 50 minutes of one core
     python -m toy.emoji_world --data emoji-few --side 24    # toy/results/emoji_world-few.json; minutes
 
 The pictures of training, unmoved, are the whole data set, so posterior means are exact:

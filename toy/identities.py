@@ -1,6 +1,6 @@
 """The equations of the paper, checked in numbers: losses.py and sampler.py as they are, closed forms for the network.
 
-    python -m toy.identities                 # a few seconds; a table, and exit code 1 if a line fails
+    python -m toy.identities                 # half a minute; a table, and exit code 1 if a line fails
     python -m toy.identities --only 19       # the lines whose equation contains "19"
 
 Each line of the table is a check, a function in toy/checks/, one file for each part of the paper. It computes something
