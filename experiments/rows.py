@@ -35,6 +35,7 @@ ROWS = {
     "flow_matching_half": Row(
         "flow matching, half the iterations", "--objective flow_matching", iterations=0.5
     ),
+    "flow_matching_64": Row("flow matching at twice the batch", "--objective flow_matching --batch-size 64"),
     "control_64": Row("control at twice the batch", f"{SELF_E} --delta-scale 0 --batch-size 64"),
     "self_e_64": Row("Self-E at twice the batch", f"{SELF_E} --batch-size 64"),
     # The paper's ablations (Table 2).
@@ -68,7 +69,7 @@ ROWS = {
 NAMES = list(ROWS)
 GROUPS = {
     "main": NAMES[:3],
-    "batches": NAMES[3:7],
+    "batches": NAMES[3:8],
     "ablations": NAMES[NAMES.index("eq16") : NAMES.index("self_e_ema")],
     "silences": NAMES[NAMES.index("self_e_ema") : NAMES.index("fed_share")],
     "fed": NAMES[NAMES.index("fed_share") : NAMES.index("matching")],
@@ -84,6 +85,7 @@ DIFFERENCES = (
     ("self_e", "flow_matching_half"),
     ("self_e_64", "flow_matching"),
     ("self_e_64", "control_64"),
+    ("self_e_64", "flow_matching_64"),
     *((name, "self_e") for name in NAMES[NAMES.index("eq16") : NAMES.index("matching")]),
     *((name, "flow_matching") for name in GROUPS["fed"]),
 )

@@ -51,6 +51,8 @@ def train(row: str, share: float, seed: int, run: Path, budget: str) -> None:
     flags = ["--resume"]
     if not checkpoint.complete_states(run):
         words = budget.split()
+        if "--steps" not in words:
+            raise errors.UserError("--budget must have --steps, of which rows take a share")
         at = words.index("--steps") + 1
         words[at] = str(round(ROWS[row].iterations * int(words[at])))
         flags = [*words, "--wrong-captions", f"{share:g}", "--seed", str(seed), *ROWS[row].flags.split()]
