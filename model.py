@@ -321,13 +321,15 @@ class Denoiser(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, s: Tensor, txt: Tensor, vec: Tensor) -> Tensor:
         """x_t [B, C, H, W], t and s [B], txt [B, L, d_txt], vec [B, d_vec] -> V [B, C, H, W] in fp32 (Eq. 6).
 
-        H and W must be multiples of the patch side.
+        H and W must be multiples of the patch side. Eq. s.9 and s.10 are the lines that make `e`.
         """
         p, rows, cols = self.patch, x_t.shape[2] // self.patch, x_t.shape[3] // self.patch
         with torch.autocast(x_t.device.type, enabled=False):  # in fp32, whatever the caller's context says
-            e_t = self.time_in(sinusoid(t, factor=self.time_factor))  # [B, d] Eq. s.9
+            # Eq. s.9
+            e_t = self.time_in(sinusoid(t, factor=self.time_factor))  # [B, d]
             e_s = self.gap_in(sinusoid(t - s, factor=self.time_factor))
-            e = e_t + e_s  # Eq. s.10: it stands wherever FLUX has e_t
+            # Eq. s.10: the combined embedding stands wherever FLUX has e_t
+            e = e_t + e_s
             vec = e + self.vector_in(vec.float())  # [B, d] from here on, with the pooled text in it
         rope = rope_table(txt.shape[1], rows, cols, self.axes, x_t.device)
 

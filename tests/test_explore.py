@@ -340,6 +340,7 @@ def small_model(size: dict, **config) -> tuple[sample.Loaded, dict]:
         "model": size,
         "side": 6,
         "txt_len": 5,
+        "t_max": 0.9,
         **config,
     }
     text = encoders.text_encoder("words", config["txt_len"])
