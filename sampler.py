@@ -26,7 +26,7 @@ s_k, the network's second time (S.3.1), lies the fraction s_rule of the way back
 t_max: the network is asked at min(t, t_max). Sampling begins at t = 1, where training (s.11, s.12) hardly ever is: t > 0.99
 comes once in 70,000 pictures of the laptop model. Its answer there is a guess, and little in training holds that in
 place. At t_max = 0.94, which one picture in a hundred exceeds, it has learned what to say of noise. The default, 1, is
-the paper's, whose 2B run sees 9,000 pictures above 0.99.
+the paper's, whose 2B run sees some 13,000 pictures above 0.99.
 
 "N steps" means N evaluations of the network (with guidance, of both branches), N + 1 grid points. (The paper's
 {t_1 .. t_N} makes N - 1 moves.)

@@ -91,7 +91,7 @@ def score(row: str, seed: int, run: Path, args: argparse.Namespace, device) -> N
     """Write OUT/ROW-SEED.json."""
     searched = args.out / f"{row}-search.json"
     known = checkpoint.read_json(searched)["kinds"] if searched.exists() else {kind: {} for kind in KINDS}
-    if seed != SEEDS[0] and any(not set(map(str, args.steps)) <= set(known[kind]) for kind in KINDS):
+    if seed != SEEDS[0] and any(tables.lacks(known[kind], args.steps) for kind in KINDS):
         raise errors.UserError(f"{searched} is not complete: run seed {SEEDS[0]} of {row} first")
     began = time.perf_counter()
     loaded = tables.load(run, device, "--no-compile" not in args.budget)

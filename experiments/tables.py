@@ -115,6 +115,11 @@ def best(searched: dict, steps: list[int]) -> dict[int, dict]:
     return {n: searched[str(n)]["best"]["settings"] for n in steps}
 
 
+def lacks(searched: dict, steps: list[int]) -> bool:
+    """Whether `tune` has some of these step counts still to search."""
+    return not set(map(str, steps)) <= searched.keys()
+
+
 def tune(chosen: dict, n: int, measure: Callable[[dict], dict], key: str, objective: str, eta=1.0) -> None:
     """Put into chosen[str(n)] the settings tried at n steps, the best of them, and the seconds that it took.
 
@@ -154,7 +159,7 @@ def score(row: str, share: float, seed: int, run: Path, args: argparse.Namespace
     folder = args.out / f"{share:g}"
     searched = folder / f"{row}-search.json"
     known = checkpoint.read_json(searched)["steps"] if searched.exists() else {}
-    if seed != SEEDS[0] and not set(map(str, args.steps)) <= set(known):
+    if seed != SEEDS[0] and lacks(known, args.steps):
         raise errors.UserError(f"{searched} is not complete: run seed {SEEDS[0]} of {row} first")
     began = time.perf_counter()
     loaded = load(run, device, "--no-compile" not in args.budget)
