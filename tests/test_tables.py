@@ -134,6 +134,8 @@ def test_paired_differences_against_students_t():
     mean, half = report.interval(report.paired(of, "a", "b", lambda score: score))
     assert mean == pytest.approx(0.3) and half == pytest.approx(4.303 * 0.2 / 3**0.5)
     assert report.interval([0.5])[1] == np.inf
+    many = report.interval([0.0, 1.0] * 6)[1]
+    assert many == pytest.approx(2.365 * (3 / 11 / 12) ** 0.5)
 
 
 def command(folder, *arguments):
