@@ -196,8 +196,10 @@ def test_the_map_of_pictures_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert {"command", "commit", "hardware", "seconds"} <= set(once) and len(once["records"]) == 2 * 6 * 2 * 2
     assert {record["world"] for record in once["records"]} == set(tags)
     path.write_text(json.dumps(once | {"records": once["records"][:28]}))  # of twelve objectives seven
+    monkeypatch.setitem(pictures.MAPS, "shapes", small._replace(judged=12))
     with pytest.raises(errors.UserError, match="other settings"):
-        run(monkeypatch, pictures, "--out", tmp_path, "--shares", 0.1)
+        run(monkeypatch, pictures, "--out", tmp_path)
+    monkeypatch.setitem(pictures.MAPS, "shapes", small)
     run(monkeypatch, pictures, "--out", tmp_path)
     again = json.loads(path.read_text())
     assert again["records"] == once["records"] and again["worlds"] == once["worlds"]

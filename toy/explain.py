@@ -208,7 +208,7 @@ FIGURES = {
 def main() -> None:
     parser = errors.Parser("-m toy.explain", __doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="folder of the PNGs (toy/results)")
-    out = kept.folder(parser.parse_args().out, usual=True)
+    out = kept.folder(parser.parse_args().out)
     for name, draw in FIGURES.items():
         draw(out / f"{name}.png")
     print(f"{', '.join(name + '.png' for name in FIGURES)} in {out}")

@@ -116,7 +116,7 @@ def distance(x: Tensor, y: Tensor, s: float, seed: int) -> float:
 def main() -> None:
     parser = errors.Parser("-m toy.ideal", __doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="folder (toy/results)")
-    out = kept.folder(parser.parse_args().out, usual=True)
+    out = kept.folder(parser.parse_args().out)
     torch.set_num_threads(1)
     start, records, first = time.perf_counter(), [], {}
     for layout in LAYOUTS:

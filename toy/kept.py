@@ -14,7 +14,7 @@ from engine import checkpoint, errors
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def folder(out: Path | None, usual: bool) -> Path:
+def folder(out: Path | None, usual: bool = True) -> Path:
     """Where results go: `out`; else toy/results, or runs/toy-results where the settings are not those that pages show.
 
     Raises UserError for a file.

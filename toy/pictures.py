@@ -309,13 +309,10 @@ def run(name: str, size: Map, path: Path) -> dict:
 def main() -> None:
     parser = errors.Parser("-m toy.pictures", __doc__.split("\n")[0])
     parser.add_argument("--world", default="shapes", choices=list(MAPS), help="of data.SETS (shapes)")
-    parser.add_argument("--shares", type=float, nargs="+", help="of wrong captions (the world's own)")
-    parser.add_argument("--out", type=Path, help="folder (toy/results, or runs/toy-results with --shares)")
+    parser.add_argument("--out", type=Path, help="folder (toy/results)")
     args = parser.parse_args()
-    parser.check_ranges(args, shares=(0, 1))
     size, name = MAPS[args.world], "pictures" if args.world == "shapes" else f"pictures-{args.world}"
-    out = kept.folder(args.out, usual=not args.shares or tuple(args.shares) == size.shares)
-    size = size._replace(shares=tuple(args.shares or size.shares))
+    out = kept.folder(args.out)
     torch.set_num_threads(1)
     results = run(args.world, size, out / f"{name}.json")
 
