@@ -169,18 +169,23 @@ def write_page(doses: dict[str, Rows], out: Path, steps: list[int], tags: list[s
 
 
 def draw_scores(doses: dict[str, Rows], path: Path, steps: list[int], tags: list[str]) -> None:
-    """A panel per share of wrong captions and tag; a line per row of the main group, its band from seed to seed."""
-    size = {"figsize": (1.6 * len(tags), 1.9 * len(doses) + 0.6), "squeeze": False}
-    figure, panels = plt.subplots(len(doses), len(tags), sharex=True, sharey=True, **size)
+    """A panel per tag, for each share of wrong captions and each batch; bands from seed to seed."""
+    lines = []
+    for share, rows in doses.items():
+        wrong = f"{float(share):.0%} wrong captions"
+        for group, label in (("main", wrong), ("twice", f"{wrong},\ntwice the batch")):
+            if found := [(i, row, rows[row]) for i, row in enumerate(GROUPS[group]) if row in rows]:
+                lines.append((label, found))
+    size = {"figsize": (1.6 * len(tags), 1.9 * len(lines) + 0.6), "squeeze": False}
+    figure, panels = plt.subplots(len(lines), len(tags), sharex=True, sharey=True, **size)
     places = range(len(steps))
-    for line, (share, rows) in zip(panels, doses.items()):
-        line[0].set_ylabel(f"{float(share):.0%} wrong captions")
+    for line, (label, found) in zip(panels, lines):
+        line[0].set_ylabel(label)
         for panel, tag in zip(line, tags):
-            for i, row in enumerate(GROUPS["main"]):
-                if row in rows:
-                    values = np.array([[score(r, n, tag) for n in steps] for r in rows[row].values()])
-                    panel.plot(places, values.mean(0), ".-", color=f"C{i}", label=ROWS[row].title)
-                    panel.fill_between(places, values.min(0), values.max(0), color=f"C{i}", alpha=0.2)
+            for i, row, seeds in found:
+                values = np.array([[score(r, n, tag) for n in steps] for r in seeds.values()])
+                panel.plot(places, values.mean(0), ".-", color=f"C{i}", label=ROWS[row].title)
+                panel.fill_between(places, values.min(0), values.max(0), color=f"C{i}", alpha=0.2)
             panel.set(xticks=places, xticklabels=steps, ylim=(0, 1))
             panel.set_title(tag.replace("_", " "), fontsize=10)
             panel.grid(alpha=0.3)

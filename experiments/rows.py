@@ -70,6 +70,7 @@ NAMES = list(ROWS)
 GROUPS = {
     "main": NAMES[:3],
     "batches": NAMES[3:8],
+    "twice": [f"{name}_64" for name in NAMES[:3]],
     "ablations": NAMES[NAMES.index("eq16") : NAMES.index("self_e_ema")],
     "silences": NAMES[NAMES.index("self_e_ema") : NAMES.index("fed_share")],
     "fed": NAMES[NAMES.index("fed_share") : NAMES.index("matching")],
