@@ -26,9 +26,8 @@ def test_the_meter_says_what_the_samples_say():
         inside = (t >= b / 4) & ((t < (b + 1) / 4) | (b == 3))
         assert record[f"loss_t{b}"] == pytest.approx(loss[inside].mean().item())
     assert record["mfu"] * 1e12 / record["iterations_per_s"] == pytest.approx(5e9)
-    expected = dict(
-        loss=loss.mean().item(), share_jump=0.5, grad_norm=2, w=0.25, delta_norm=3
-    )  # w of lam 1/3
+    # w is a quarter where lambda is a third
+    expected = dict(loss=loss.mean().item(), share_jump=0.5, grad_norm=2, w=0.25, delta_norm=3)
     assert {name: record[name] for name in expected} == pytest.approx(expected)
     assert "fake_loss" not in record
     assert meter.sums.sum() == 0 and meter.record(1, 1e12, 0.0) == {}
