@@ -2,7 +2,6 @@
 
     python bench.py                                                                     # the laptop model
     python bench.py --size 2b --batch 48 --compile --objectives self_e --out 2b.json    # on a GPU
-    python bench.py --size 0.5b --blocks 1 1 --batch 8 --objectives self_e              # two blocks, on a CPU
 
 A step is that of train.py but for the data: loss, gradient, clipping, Adam and moving average, on noise in place of
 pictures and prompts, with tau = 1, all in one precision (train.py takes fp32 for finite differences). Objectives take
@@ -14,8 +13,6 @@ measured; each is the median of the rounds' own ratios.
               recomputation is not counted as work
     kept      what autograd keeps for the backward pass, each tensor once; on CUDA `peak` has all memory of a step
     parts     taken in rounds of their own, because each is waited for
-
-Where diffusers is installed, forward + backward of the network are set beside its FluxTransformer2DModel.
 """
 
 import argparse
@@ -28,7 +25,6 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from einops import rearrange
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -199,57 +195,6 @@ def measure(steps: dict[str, Step], picture_flops: float, repeats: int) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The network beside diffusers' FLUX
-# ------------------------------------------------------------------------------------------------------------
-def diffusers_flux(size: dict, device: torch.device, compiled: bool) -> nn.Module:
-    """diffusers' transformer of the same size. Raises ImportError without diffusers."""
-    from diffusers import FluxTransformer2DModel
-
-    with device:
-        flux = FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=size["channels"] * size["patch"] ** 2,
-            num_layers=size["double"],
-            num_single_layers=size["single"],
-            attention_head_dim=size["width"] // size["heads"],
-            num_attention_heads=size["heads"],
-            joint_attention_dim=size["txt_dim"],
-            pooled_projection_dim=size["vec_dim"],
-            axes_dims_rope=size["axes"],
-        )
-    for block in [*flux.transformer_blocks, *flux.single_transformer_blocks] if compiled else []:
-        block.compile(dynamic=False)
-    return flux
-
-
-def both_ways(network: model.Denoiser, flux: nn.Module, batch: tuple) -> dict[str, Callable]:
-    """Forward + backward of our network and of diffusers', on the same numbers."""
-    x, (txt, vec), *_ = batch
-    device, p, precision = x.device, network.patch, network.precision
-    t = torch.rand(len(x), device=device)
-    rows, columns = (torch.arange(float(side // p)) for side in x.shape[2:])
-    theirs = {
-        "hidden_states": rearrange(x, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=p, pw=p),
-        "encoder_hidden_states": txt,
-        "pooled_projections": vec,
-        "timestep": t,
-        "img_ids": torch.cartesian_prod(torch.zeros(1), rows, columns).to(device),  # (0, y, x), row by row
-        "txt_ids": torch.zeros(txt.shape[1], 3, device=device),
-    }
-
-    def end(out, net):
-        out.float().square().mean().backward()
-        net.zero_grad(set_to_none=True)
-
-    def diffusers():
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            out = flux(**theirs, return_dict=False)[0]
-        end(out, flux)
-
-    return {"ours": lambda: end(network(x, t, t, txt, vec), network), "diffusers": diffusers}
-
-
-# ------------------------------------------------------------------------------------------------------------
 # The command
 # ------------------------------------------------------------------------------------------------------------
 def parse_arguments() -> argparse.Namespace:
@@ -257,7 +202,6 @@ def parse_arguments() -> argparse.Namespace:
     a = parser.add_argument
     names, papers = list(OBJECTIVES), [name for name in OBJECTIVES if name not in VARIANTS]
     a("--size", default="laptop", choices=list(model.SIZES), help="which model")
-    a("--blocks", metavar="N", type=int, nargs=2, help="double and single blocks instead of the size's own")
     a("--batch", metavar="N", type=int, default=32, help="pictures a step")
     a("--side", metavar="N", type=int, help="side of the pictures in pixels (default: the recipe's)")
     a("--objectives", metavar="NAME", nargs="+", choices=names, default=papers, help="(default: all papers')")
@@ -268,17 +212,14 @@ def parse_arguments() -> argparse.Namespace:
     a("--device", metavar="NAME", default="auto", help="cuda, mps, cpu (default: the best there is)")
     a("--out", metavar="FILE", type=errors.file_to_write, help="write the figures as JSON")
     args = parser.parse_args()
-    ranges = {"batch": (2, 2**20), "blocks": (0, 2**8), "side": (1, 2**13), "repeats": (1, 10**6)}
+    ranges = {"batch": (2, 2**20), "side": (1, 2**13), "repeats": (1, 10**6)}
     parser.check_ranges(args, **ranges, recompute=(0, 10**6))
     plan, size = recipe.RECIPES[args.size], model.SIZES[args.size]
     args.side = args.side or plan.stages[0].sides[0]
-    args.blocks = args.blocks or [size["double"], size["single"]]
     group = math.lcm(*(OBJECTIVES[name].group for name in args.objectives))
     for name, unit in (("batch", group), ("side", size["patch"] * plan.factor())):
         if getattr(args, name) % unit:
             parser.error(f"--{name} must be a multiple of {unit}")
-    if not any(args.blocks):
-        parser.error("--blocks: there must be a block")
     return args
 
 
@@ -286,8 +227,8 @@ def show(report: dict) -> None:
     def line(first: str, *cells: str) -> None:
         print(f"{first:26}" + "".join(f"{cell:>17}" for cell in cells))
 
-    tokens, blocks = f"{report['image_tokens']} + {report['text_tokens']} tokens", report["blocks"]
-    print(f"{report['size']}, {blocks[0]} + {blocks[1]} blocks, batch {report['batch']}, {tokens}")
+    tokens = f"{report['image_tokens']} + {report['text_tokens']} tokens"
+    print(f"{report['size']}, batch {report['batch']}, {tokens}")
     print(f"{report['precision']}{', compiled' * report['compile']}, on {report['hardware']}")
     print(f"a large matrix product: {report['peak_tflops']:.2f} TFLOP/s\n")
     line("step", "ms", "x flow matching", "pictures/s", "passes", "TFLOP/s", "MFU", "memory")
@@ -299,11 +240,6 @@ def show(report: dict) -> None:
     line("its parts", *PARTS)
     for name, row in report["rows"].items():
         line(name, *(f"{seconds / sum(row['parts'].values()):.1%}" for seconds in row["parts"].values()))
-    if pair := report.get("forward_backward"):
-        ours, theirs = (f"{1e3 * pair[name]:.1f} ms" for name in ("ours", "diffusers"))
-        print(f"\nforward + backward: {ours}, diffusers' FLUX {theirs} (ratio {pair['ratio']:.2f})")
-    else:
-        print("\ndiffusers is not installed: the network is not set beside its FLUX")
 
 
 def main() -> None:
@@ -313,7 +249,7 @@ def main() -> None:
     plan, device = recipe.RECIPES[args.size], machine.pick_device(args.device)
     named = {"fp32": torch.float32, "bf16": torch.bfloat16}
     precision = named.get(args.precision) or machine.pick_precision(device)
-    size = model.SIZES[args.size] | dict(zip(("double", "single"), args.blocks))
+    size = model.SIZES[args.size]
     side = args.side // plan.factor()
     tokens = (side // size["patch"]) ** 2
 
@@ -326,13 +262,6 @@ def main() -> None:
     settings |= {"precision": str(precision).removeprefix("torch.")}
     report = machine.provenance(device) | settings | {"image_tokens": tokens, "text_tokens": plan.txt_len}
     report |= measure(steps, price.forward_flops(size, tokens, plan.txt_len), args.repeats)
-
-    del steps, ema, adam  # they make room for the other network
-    with contextlib.suppress(ImportError):
-        flux = diffusers_flux(size, device, args.compile)
-        seconds = in_turns(both_ways(network, flux, batch), args.repeats)
-        pair = {name: median(values) for name, values in seconds.items()}
-        report["forward_backward"] = pair | {"ratio": ratio(seconds["ours"], seconds["diffusers"])}
     show(report)
     if args.out:
         checkpoint.write_json(args.out, report)

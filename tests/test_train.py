@@ -269,8 +269,7 @@ BAD = {
     shards: "absent new; absent new --per-shard 10001",
     cache: """absent new --side 32 --text words --autoencoder pixels; absent new --side 64 --part 2/2;
         new x --side 0""",
-    bench: """--batch 12; --side 18; --side 1099511627776; --blocks 0 0; --objectives telepathy;
-        --out /dev/null/a.json""",
+    bench: "--batch 12; --side 18; --side 1099511627776; --objectives telepathy; --out /dev/null/a.json",
     evaluate: "--per-tag 0; --checkpoint absent; --steps 0; --out absent/a.json",
     export: "--prompts absent.jsonl --checkpoint c --out out",
     tables: "--seeds -1",
