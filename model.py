@@ -3,7 +3,6 @@
     import model
     V = model.Denoiser(**model.SIZES["laptop"])        # v = V(x_t, t, s, txt, vec)
     x0_hat = losses.G(V, x_t, t, s, (txt, vec))        # Eq. 6
-    python model.py                                    # prints the size table with parameter counts
 
 Symbols, as in the paper
     x_t     [B, C, H, W]  noisy picture or latent, x_t = (1 - t) x0 + t eps                      Eq. 1
@@ -353,14 +352,3 @@ def count_parameters(size: dict) -> int:
     """The parameters of a Denoiser, from the entries of `SIZES`; nothing is allocated."""
     with torch.device("meta"):
         return sum(p.numel() for p in Denoiser(**size).parameters())
-
-
-def main() -> None:
-    print(f"{'size':8}{'width':>7}{'heads':>7}{'blocks':>9}{'parameters':>14}")
-    for name, size in SIZES.items():
-        blocks = f"{size['double']} + {size['single']}"
-        print(f"{name:8}{size['width']:7}{size['heads']:7}{blocks:>9}{count_parameters(size):14,}")
-
-
-if __name__ == "__main__":
-    main()

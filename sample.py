@@ -67,8 +67,6 @@ def load(folder: Path, device: torch.device, precision: torch.dtype | None = Non
     """
     if folder.name == "model.safetensors":
         folder = folder.parent
-    if not folder.is_dir():
-        raise CheckpointError(f"no such checkpoint folder: {folder}")
     config = checkpoint.read_config(folder)
     if precision is None:
         precision = torch.float32 if device.type == "cpu" else getattr(torch, config["precision"])

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import losses
 import model
 import sampler
-from engine import checkpoint, machine
+from engine import checkpoint
 
 ROOT = Path(__file__).parent.parent
 NAME = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -123,9 +123,3 @@ def test_what_does_not_fit_is_one_line_before_the_first_iteration(tmp_path):
     done = call("train.py", *flags, tmp_path / "r", code=2)
     assert "do not fit into the device's memory: a smaller --micro-batch" in done.stderr
     assert done.stderr.count("\n") == 1
-
-
-def test_the_precision_chosen_is_one_that_works_there():
-    device = machine.pick_device(NAME)
-    assert machine.pick_precision(device) in (torch.bfloat16, torch.float32)
-    assert machine.peak_flops(device, torch.float32) > 0

@@ -12,16 +12,8 @@ ROOT = Path(__file__).parent.parent
 TRACKED = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
 PROGRAMS = [name for name in TRACKED if not name.startswith("tests/") and (ROOT / name).exists()]
 OURS = {name.removesuffix(".py").replace("/", "."): (ROOT / name).read_text("utf-8") for name in PROGRAMS}
-PAGES = [
-    "README.md",
-    "EQUATIONS.md",
-    "SILENCES.md",
-    "EXERCISES.md",
-    "DATA.md",
-    "LONG_RUN.md",
-    "results/README.md",
-]
-PAGES += [f"{folder}/README.md" for folder in ("engine", "experiments", "toy")]
+PAGES = ["README.md", "EQUATIONS.md", "SILENCES.md", "EXERCISES.md", "DATA.md", "LONG_RUN.md"]
+PAGES += [f"{folder}/README.md" for folder in ("engine", "experiments", "peers", "results", "toy")]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,17 +1,11 @@
-"""Several processes, stops at any moment, a bad sample on one process: nothing is lost and nothing goes wrong silently.
+"""Several processes, stops at any moment, a bad sample on one process: nothing is lost and nothing goes wrong silently."""
 
-The long form of the kills:  python tests/test_processes.py --times 50 --steps 160 --out results/kill.json
-"""
-
-import argparse
-import json
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -26,7 +20,7 @@ from ranks import train as run_train
 
 import sample
 import train
-from engine import checkpoint, errors, machine, processes
+from engine import checkpoint, errors, processes
 from scale import shards
 
 ROOT = Path(__file__).parent.parent
@@ -323,23 +317,3 @@ def test_one_bad_sample_on_one_process_leaves_the_update_out_on_all(tmp_path):
         "shapes-0-11",
     ]  # the second process's half
     assert records(tmp_path / "r")[-1]["nonfinite"] == 1 and "update is left out" in results[0][2]
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Kill a run at random moments, resume it, compare its end.")
-    parser.add_argument("--times", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        run_train(1, "--steps", args.steps, "--out", Path(folder) / "straight", *SMALL, script=TRAIN)
-        found = killed_and_resumed(Path(folder) / "killed", args.steps, args.times, args.seed)
-        equal = same(Path(folder) / "straight", Path(folder) / "killed")
-    report = machine.provenance(torch.device("cpu")) | {"seed": args.seed, "iterations": args.steps}
-    report |= {"kills": len(found), "in_the_middle_of_a_save": sum("save" in state for state in found)}
-    report |= {"found": found, "same_end_bit_for_bit": equal}
-    print(json.dumps(report, indent=1))
-    if args.out:
-        checkpoint.write_json(args.out, report)
-    sys.exit(0 if equal else 1)
