@@ -4,11 +4,11 @@
     python sample.py --checkpoint runs/laptop --prompt "a photo of a ring" --prompt "a photo of a cross" --steps 1 2 4 8
     python sample.py --checkpoint runs/mine --prompts prompts.txt --shape 24x40 --out-dir pictures/
 
-By default eta = 1 and s_k = t_{k+1}, with the checkpoint's own guidance (its config.json). One prompt at one step count
-gives that picture; more give a labelled sheet, prompts in rows and steps in columns. Each
-PNG tells in its text how it was made (exiftool, or Image.open(path).text). The same seed gives the same picture,
-whatever else is sampled with it, up to rounding: matrix products of another batch size may differ in the last digit,
-which occasionally changes a value by one of its 256 steps.
+By default eta = 1 and s_k = t_{k+1}, with the guidance and the t_max of the checkpoint's config.json. One prompt at
+one step count gives that picture; more give a labelled sheet, prompts in rows and steps in columns. Each PNG tells in
+its text how it was made (exiftool, or Image.open(path).text). The same seed gives the same picture, whatever else is
+sampled with it, up to rounding: matrix products of another batch size may differ in the last digit, which
+occasionally changes a value by one of its 256 steps.
 """
 
 import argparse

@@ -5,6 +5,7 @@
     RUN/state/step_00002000/            one complete training state (--resume), itself a folder that sample.py can load
         config.json  model.safetensors (EMA)  network.safetensors  adam.pt  state.json
     RUN/metrics.jsonl  RUN/grids/       what happened on the way
+    RUN/lock                            held while a process trains here
 
     python -m engine.checkpoint runs/laptop model/ --dtype fp16   # the part of a run worth giving away
 

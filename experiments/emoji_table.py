@@ -67,7 +67,7 @@ class Scores:
         return emoji_judge.summary(self.source, texts, verdicts)
 
 
-def search(loaded: sample.Loaded, scores: Scores, out: Path, args: argparse.Namespace, device) -> dict:
+def search(loaded: sample.Loaded, scores: Scores, eta: float | str, out: Path, args, device) -> dict:
     """kind -> step count -> the best settings on validation prompts; kept in `out` with every score."""
     result = machine.provenance(device) | {
         "train": loaded.config["command"],
@@ -82,7 +82,7 @@ def search(loaded: sample.Loaded, scores: Scores, out: Path, args: argparse.Name
     for kind, n in itertools.product(KINDS, args.steps):
         if str(n) not in result["kinds"][kind]:
             here = functools.partial(measure, kind, n)
-            tables.tune(result["kinds"][kind], n, here, "score", loaded.config["objective"])
+            tables.tune(result["kinds"][kind], n, here, "score", loaded.config["objective"], eta)
             checkpoint.write_json(out, result)
     return {kind: tables.best(searched, args.steps) for kind, searched in result["kinds"].items()}
 
@@ -96,7 +96,7 @@ def score(row: str, seed: int, run: Path, args: argparse.Namespace, device) -> N
     began = time.perf_counter()
     loaded = tables.load(run, device, "--no-compile" not in args.budget)
     scores = Scores(source_of(loaded.config), args.prompts)
-    chosen = search(loaded, scores, searched, args, device)
+    chosen = search(loaded, scores, ROWS[row].eta, searched, args, device)
     head, training = tables.about(loaded, run, row, seed, device)
     result = head | training | {"pictures": args.pictures, "kinds": {}}
     for kind, settings in chosen.items():
@@ -211,11 +211,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--seeds", metavar="N", type=int, nargs="+", default=list(SEEDS[:2]), help="of the runs (2 3)")
     a("--budget", metavar="FLAGS", default=BUDGET, help="flags of train.py for every row")
     a("--steps", metavar="N", type=int, nargs="+", default=list(sample.STEP_COUNTS), help="step counts")
-    a("--out", metavar="DIR", type=Path, default=Path("results/emoji-few"), help="where results go")
-    a("--runs", metavar="DIR", type=Path, default=Path("runs/emoji-few"), help="where runs go")
+    a("--out", metavar="DIR", type=Path, help="(results/emoji-few)")
+    a("--runs", metavar="DIR", type=Path, help="(runs/emoji-few)")
     a("--report", action="store_true", help="only the page, from what has been measured")
-    a("--quick", action="store_true", help="tiny budgets, to check the path")
+    a("--quick", action="store_true", help="tiny budgets, to check the path (runs/quick)")
     args = parser.parse_args(argv)
+    tables.choose_folders(args, "emoji-few")
     # Of each kind; as many prompts as in toy/emoji_world.py
     args.prompts, args.pictures, args.search_pictures = 35, 280, 70
     if args.quick:
@@ -236,7 +237,7 @@ def main() -> None:
         for seed, row in itertools.product(args.seeds, args.rows):
             if (args.out / f"{row}-{seed}.json").exists():
                 continue  # measured, perhaps on another machine
-            run = args.runs / f"{row}-{seed}"
+            run = tables.run_of(row, seed, args.runs)
             tables.train(row, 0.0, seed, run, args.budget)
             score(row, seed, run, args, device)
     write_page(args.out)

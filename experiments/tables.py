@@ -36,14 +36,14 @@ LONG = 50  # from so many steps on only guidance is searched; the rest stays as 
 QUICK = "--data scenes --side 24 --txt-len 12 --steps 4 --batch-size 8 --grid-every 0 --no-compile"
 
 
-def run_of(row: str, share: float, seed: int, runs: Path) -> Path:
-    """The folder of a row's run, which rows that train alike share."""
+def run_of(row: str, seed: int, runs: Path) -> Path:
+    """The folder of a row's run in `runs`; rows that train alike share it."""
 
     def training(name: str) -> tuple:
         return ROWS[name].flags, ROWS[name].iterations
 
     owner = next(name for name in ROWS if training(name) == training(row))
-    return runs / f"{share:g}" / f"{owner}-{seed}"
+    return runs / f"{owner}-{seed}"
 
 
 def train(row: str, share: float, seed: int, run: Path, budget: str) -> None:
@@ -187,12 +187,15 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--wrong-captions", metavar="X", type=float, nargs="+", default=[0.0], help="shares of them (0)")
     a("--budget", metavar="FLAGS", default=BUDGET, help=f'flags of train.py for every row ("{BUDGET}")')
     a("--steps", metavar="N", type=int, nargs="+", default=list(sample.STEP_COUNTS), help="(1 2 4 8 50)")
-    a("--out", metavar="DIR", type=Path, default=Path("results/scenes"), help="(results/scenes)")
-    a("--runs", metavar="DIR", type=Path, default=Path("runs/scenes"), help="(runs/scenes)")
+    a("--out", metavar="DIR", type=Path, help="(results/scenes)")
+    a("--runs", metavar="DIR", type=Path, help="(runs/scenes)")
     a("--search", metavar="RUN", type=Path, help="only search the settings of this run; --out is a file")
     a("--report", action="store_true", help="only the page and its figures, from what has been measured")
-    a("--quick", action="store_true", help="tiny budgets, to check the path")
+    a("--quick", action="store_true", help="tiny budgets, to check the path (runs/quick)")
     args = parser.parse_args(argv)
+    if args.search and not args.out:
+        parser.error("--search needs --out, the file that its scores go to")
+    choose_folders(args, "scenes")
     args.per_tag, args.images, args.search_images = 36, 8, 2  # prompts of each tag, pictures of each prompt
     if args.quick:
         args.budget, args.per_tag, args.images, args.search_images = QUICK, 1, 1, 1
@@ -200,6 +203,12 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     args.steps = sorted(args.steps)
     args.rows = list(itertools.chain(*(GROUPS.get(name, [name]) for name in args.rows)))
     return args
+
+
+def choose_folders(args: argparse.Namespace, world: str) -> None:
+    """Where results and runs go, if the user does not say. Those of --quick are kept apart."""
+    args.out = args.out or Path("runs/quick/results" if args.quick else "results", world)
+    args.runs = args.runs or Path("runs/quick" if args.quick else "runs", world)
 
 
 def main() -> None:
@@ -220,7 +229,7 @@ def main() -> None:
             folder.mkdir(exist_ok=True)
             if (folder / f"{row}-{seed}.json").exists():
                 continue  # measured, perhaps on another machine
-            run = run_of(row, share, seed, args.runs)
+            run = run_of(row, seed, args.runs / f"{share:g}")
             train(row, share, seed, run, args.budget)
             score(row, share, seed, run, args, device)
     report.report(args.out, args.runs)

@@ -15,7 +15,8 @@ processes sees one sequence.
 
 A batch is one tensor, so its pictures have one size: each aligned block of batch_size consecutive g has one bucket.
 
-    buckets     (height, width), multiples of 16 (`multiple`; 4 for laptop), areas near side^2, 1:2 to 2:1 (S.2)
+    buckets     (height, width), multiples of 16 (`multiple`; 4 for laptop), areas near side^2, 1:2 to 2:1; S.2 says
+                only "varying aspect-ratio"
     a picture   goes to the bucket of nearest log aspect ratio, is resized to cover it (Lanczos) and cropped centrally
     an epoch    takes from a bucket of n pictures as many blocks as n fills, and shuffles the blocks of all buckets
     the rest    of a bucket is neither dropped nor doubled: it opens that bucket's first block of the next epoch

@@ -88,8 +88,10 @@ def test_settings_are_chosen_for_each_kind_by_their_score(source, tmp_path, monk
     args = emoji_table.parse_arguments(["--steps", "50", "2"])
     loaded = SimpleNamespace(config={"objective": "self_e", "command": "python train.py"})
     monkeypatch.setattr(emoji_table.machine, "provenance", lambda device: {})
-    chosen = emoji_table.search(loaded, judged, tmp_path / "search.json", args, None)
+    chosen = emoji_table.search(loaded, judged, 1.0, tmp_path / "search.json", args, None)
     assert chosen["tag"][2]["guidance"] == 3 and chosen["tag"][2]["eta"] == 0.0
     assert chosen["tag"][50]["guidance"] == 3 and chosen["tag"][50]["eta"] == 0.0  # those of two steps
-    again = emoji_table.search(loaded, None, tmp_path / "search.json", args, None)  # nothing is tried twice
+    again = emoji_table.search(
+        loaded, None, 1.0, tmp_path / "search.json", args, None
+    )  # nothing is tried twice
     assert again == chosen

@@ -122,6 +122,13 @@ def test_every_row_has_equally_many_settings_to_choose_from():
         assert len(tried(row)) == len({tuple(sorted(map(str, x.items()))) for x in tried(row)}) == 19, row
 
 
+@pytest.mark.parametrize("program", [tables, emoji_table])
+def test_the_quick_form_leaves_what_was_measured_alone(program):
+    quick, full = program.parse_arguments(["--quick"]), program.parse_arguments([])
+    assert full.out.parts[0] == "results" and full.runs.parts[0] == "runs" and full.runs.name == full.out.name
+    assert quick.out.parts[:2] == quick.runs.parts[:2] == ("runs", "quick") and quick.out != quick.runs
+
+
 @pytest.mark.parametrize("budget", [rows.BUDGET, emoji_table.BUDGET])
 def test_train_takes_the_flags_of_every_row(budget):
     for row in rows.ROWS.values():

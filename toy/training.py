@@ -68,7 +68,7 @@ class Net(nn.Module):
 
 
 PAPER = dict(
-    objective="self_e",  # or another of objectives.OBJECTIVES; the choices down to null_target belong to self_e
+    objective="self_e",  # or another of objectives.OBJECTIVES; tau_over to null_target are choices of self_e
     p_equal=0.5,  # share of s = t
     tau_over=0.42,  # share of the training over which tau rises from 0 to 1 (s.13); 0 starts at 1
     aux_from=None,  # share of the training after which the auxiliary term is on; None: never
