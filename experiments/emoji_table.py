@@ -119,8 +119,8 @@ Made by `python -m experiments.emoji_table --report` from the files beside it, e
 and time. Test prompts; the share of right pictures, and the variety of the right ones (`experiments/emoji_judge.py`);
 means over seeds, ± half the 95% interval over seeds (Student's t). "predicted" is what perfect evaluators have
 (`toy/emoji_world.py`), who know no held-out pairs. Settings were chosen on validation prompts: w, the scale of
-guidance, and what keeps its norm; eta; s, how far back s_k lies from t_(k+1), 0, to t_k, 1; t, the latest time at which
-the network is asked, where it is not 1."""
+guidance, and what keeps its norm; eta; s = 0, where s_k = t_(k+1), to s = 1, where s_k = t_k; t, the latest time at
+which the network is asked, where it is not 1."""
 
 
 def predictions(name: str) -> dict:

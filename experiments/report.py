@@ -30,7 +30,7 @@ time. Test prompts; a score is the share of right pictures of a kind of prompt, 
 over seeds, ± half the 95% interval over seeds (Student's t). After a score, where prompts leave colours or places open:
 their effective number in right pictures, and in samples of the data as large (`experiments/diversity.py`); differences
 are of their ratios. Settings were chosen on validation prompts: w, the scale of guidance, and what keeps its norm; eta;
-s, how far back s_k lies from t_(k+1), 0, to t_k, 1; t, the latest time at which the network is asked, where it is not
+s = 0, where s_k = t_(k+1), to s = 1, where s_k = t_k; t, the latest time at which the network is asked, where it is not
 1. "_64" has twice the batch: at s = t it sees as many pictures as flow matching. "_16" has half of it: as many as
 Self-E at s = t.
 """
@@ -151,15 +151,13 @@ def write_page(doses: dict[str, Rows], out: Path, steps: list[int], tags: list[s
     lines = [HEAD]
     for share, rows in doses.items():
         lines += [f"## {float(share):.0%} of captions wrong"]
-        main = {name: rows[name] for name in GROUPS["main"] + GROUPS["batches"] if name in rows}
         for tag in tags:
-            lines += ["", f"### {tag}", *scores_of(rows if tag == "overall" else main, tag, steps)]
+            lines += ["", f"### {tag}", *scores_of(rows, tag, steps)]
         lines += ["", "### Settings", *settings_of(rows, steps)]
         lines += ["", "### Differences, paired by seed"]
         for a, b in DIFFERENCES:
             if set(rows.get(a, ())) & set(rows.get(b, ())):
-                parts = tags if {a, b} <= set(main) else ["overall"]
-                lines += differences_of(rows, a, b, parts, steps)
+                lines += differences_of(rows, a, b, tags, steps)
         lines += [""]
     papers = [[row.title, *(f"{x:.3f}" for x in row.paper)] for row in ROWS.values() if row.paper]
     lines += [PAPER, *table(["row", 2, 4, 8, 50], papers)]
