@@ -1,29 +1,14 @@
-"""The house rules that a machine can check: what may import what, how long running text is."""
+"""The house rules that a machine can check: what may import what."""
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 TRACKED = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
 PROGRAMS = [name for name in TRACKED if not name.startswith("tests/") and (ROOT / name).exists()]
 OURS = {name.removesuffix(".py").replace("/", "."): (ROOT / name).read_text("utf-8") for name in PROGRAMS}
-PAGES = ["README.md", "EQUATIONS.md", "SILENCES.md", "EXERCISES.md", "DATA.md", "LONG_RUN.md"]
-PAGES += [f"{folder}/README.md" for folder in ("engine", "experiments", "peers", "results", "toy")]
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_running_text_is_short(page):
-    """Lines of at most 120 characters, outside tables and code; the targets of links do not count."""
-    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.S)
-    text = re.sub(r"\n\n(    .*\n)+", "\n\n", text)
-    running = [line for line in text.splitlines() if not re.match(r"\s*(\||!\[|`[^`]*`$)", line)]
-    long = [line for line in running if len(re.sub(r"\]\([^)]*\)", "]", line)) > 120]
-    assert not long, long
 
 
 def imports(source: str) -> set[str]:

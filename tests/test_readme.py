@@ -15,7 +15,17 @@ import losses
 ROOT = Path(__file__).parent.parent
 LISTED = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
 PAGES = [page for page in LISTED if not page.endswith("table.md")]  # tables are generated
-TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
+TEXTS = {page: (ROOT / page).read_text("utf-8") for page in PAGES}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_running_text_is_short(page):
+    """Lines of at most 120 characters, outside tables and code; the targets of links do not count."""
+    text = re.sub(r"```.*?```", "", TEXTS[page], flags=re.S)
+    text = re.sub(r"\n\n(    .*\n)+", "\n\n", text)
+    running = [line for line in text.splitlines() if not re.match(r"\s*(\||!\[|`[^`]*`$)", line)]
+    long = [line for line in running if len(re.sub(r"\]\([^)]*\)", "]", line)) > 120]
+    assert not long, long
 
 
 def commands() -> list[tuple[str, str]]:
@@ -50,7 +60,7 @@ def test_the_program_and_its_flags_exist(page, command, monkeypatch, capsys):
     program = re.search(r"(?:\S*python|torchrun\b.*?) ([\w/]+\.py)", command)[1]
     known = help_of(program, monkeypatch, capsys)  # seen from the repository's folder, in every page
     for flag in re.findall(r"(?<=\s)--[a-z][\w-]*", command.split(program)[1]):
-        assert re.search(rf"{flag}\b", known), f"{page}: {program} has no {flag}"
+        assert re.search(rf"{flag}(?![\w-])", known), f"{page}: {program} has no {flag}"
 
 
 def anchors(text: str) -> set[str]:
