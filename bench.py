@@ -1,4 +1,4 @@
-"""What a training step costs on this machine: time, its parts, arithmetic, memory (S.2).
+"""What a training step costs on this machine: time, arithmetic, memory (S.2).
 
     python bench.py                                                                     # the laptop model
     python bench.py --size 2b --batch 48 --compile --objectives self_e --out 2b.json    # on a GPU
@@ -8,24 +8,20 @@ pictures and prompts, with tau = 1, all in one precision (train.py takes fp32 fo
 turns, so that the machine's moods hit all alike, and medians count. Ratios are to flow matching, which is always
 measured; each is the median of the rounds' own ratios.
 
-    passes    forward passes of the whole batch, counted as they happen; one with a backward pass counts 3
+    passes    forward passes of the whole batch; one with a backward pass counts 3
     MFU       passes x price.forward_flops, by the best rate of a large matrix product in the same rounds;
               recomputation is not counted as work
-    kept      what autograd keeps for the backward pass, each tensor once; on CUDA `peak` has all memory of a step
-    parts     taken in rounds of their own, because each is waited for
+    peak      all memory of a step, on CUDA
 """
 
 import argparse
-import contextlib
 import copy
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from statistics import median
 
 import torch
-from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import losses
@@ -36,7 +32,6 @@ from engine.run import made_up_batch
 from objectives import OBJECTIVES, VARIANTS
 
 WARM_UP = 2  # rounds that are not counted
-PARTS = ("forward", "evaluations", "backward", "targets and loss", "clipping", "Adam", "EMA")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -63,20 +58,6 @@ def in_turns(works: dict[str, Callable], repeats: int) -> dict[str, list[float]]
 
 def ratio(seconds: list[float], others: list[float]) -> float:
     return median(a / b for a, b in zip(seconds, others, strict=True))
-
-
-def kept_bytes(forward: Callable, network: nn.Module) -> int:
-    """What the loss that `forward` returns keeps for its backward pass, the network's weights not counted."""
-    kept = {}
-
-    def keep(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        forward()
-    weights = {weight.untyped_storage().data_ptr() for weight in network.parameters()}
-    return sum(size for place, size in kept.items() if place not in weights)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -114,63 +95,31 @@ class Step:
         name, flags, aux = kind
         (self.network, self.ema), self.optimizer, x0 = networks, optimizer, batch[0]
         self.device, objective = x0.device, OBJECTIVES[name]
+        self.passes = objective.forwards(aux, guided=bool(flags))
         self.objective = objective.build(*networks, arguments.parse(["--objective", name, *flags]))
         mu = losses.mu_of_length(self.network.tokens(x0))
         draws = objective.draw(0, 0, list(range(len(x0))), x0.shape[1:], device=self.device)
         self.inputs = (*batch, draws, 1.0, mu, aux)
 
-    def loss(self) -> torch.Tensor:
-        return self.objective(*self.inputs)[0]
-
-    def __call__(self, lap: Callable = lambda part: None) -> None:
-        loss = self.loss()
-        lap("targets and loss")
-        loss.backward()
-        lap("backward")
+    def __call__(self) -> None:
+        self.objective(*self.inputs)[0].backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), recipe.Recipe.clip)
-        lap("clipping")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
-        lap("Adam")
         average = get_ema_multi_avg_fn(recipe.Recipe.ema)
         average(list(self.ema.parameters()), list(self.network.parameters()), 0)
-        lap("EMA")
 
-    def taken_apart(self) -> tuple[dict[str, float], float]:
-        """Seconds of each part of a step, no second in two of them, and its forward passes of the whole batch."""
-        parts, samples, last = Counter(), [], now()
-
-        def lap(part):
-            nonlocal last
-            before, last = last, now()
-            parts[part] += last - before
-
-        def enter(network, inputs):
-            lap("targets and loss")
-
-        def leave(network, inputs, out):
-            samples.append(len(out) * (3 if out.requires_grad else 1))
-            lap("forward" if out.requires_grad else "evaluations")
-
-        with contextlib.ExitStack() as hooks:
-            for network in (self.network, self.ema):
-                hooks.enter_context(network.register_forward_pre_hook(enter))
-                hooks.enter_context(network.register_forward_hook(leave))
-            self(lap)
-        return parts, sum(samples) / len(self.inputs[0])
-
-    def memory(self) -> dict[str, float]:
-        kept = {"kept_mib": kept_bytes(self.loss, self.network) / 2**20}
+    def peak(self) -> dict[str, float]:
         if self.device.type != "cuda":
-            return kept
+            return {}
         torch.cuda.reset_peak_memory_stats(self.device)
         self()
-        return kept | {"peak_gib": torch.cuda.max_memory_allocated(self.device) / 2**30}
+        return {"peak_gib": torch.cuda.max_memory_allocated(self.device) / 2**30}
 
 
 def measure(steps: dict[str, Step], picture_flops: float, repeats: int) -> dict:
     """The machine's peak, and a row for each kind of step. `picture_flops`: a forward pass of one picture."""
-    memory, rates = {name: step.memory() for name, step in steps.items()}, []
+    peaks, rates = {name: step.peak() for name, step in steps.items()}, []
     one = steps["flow_matching"]
     batch, device, precision = len(one.inputs[0]), one.device, one.network.precision
 
@@ -179,18 +128,16 @@ def measure(steps: dict[str, Step], picture_flops: float, repeats: int) -> dict:
 
     seconds, rows = in_turns(steps | {"matrix product": matrix_product}, repeats), {}
     for name, step in steps.items():
-        apart = [step.taken_apart() for _ in range(repeats)]
-        typical, passes = median(seconds[name]), apart[0][1]
-        rate = passes * batch * picture_flops / typical
+        typical = median(seconds[name])
+        rate = step.passes * batch * picture_flops / typical
         rows[name] = {
             "seconds": typical,
             "ratio": ratio(seconds[name], seconds["flow_matching"]),
             "pictures_per_s": batch / typical,
-            "passes": passes,
+            "passes": step.passes,
             "tflops": rate / 1e12,
             "mfu": rate / max(rates),
-            "parts": {part: median(parts[part] for parts, _ in apart) for part in PARTS},
-        } | memory[name]
+        } | peaks[name]
     return {"peak_tflops": max(rates) / 1e12, "rows": rows}
 
 
@@ -231,15 +178,11 @@ def show(report: dict) -> None:
     print(f"{report['size']}, batch {report['batch']}, {tokens}")
     print(f"{report['precision']}{', compiled' * report['compile']}, on {report['hardware']}")
     print(f"a large matrix product: {report['peak_tflops']:.2f} TFLOP/s\n")
-    line("step", "ms", "x flow matching", "pictures/s", "passes", "TFLOP/s", "MFU", "memory")
+    line("step", "ms", "x flow matching", "pictures/s", "passes", "TFLOP/s", "MFU", "peak")
     for name, row in report["rows"].items():
-        memory = f"{row['peak_gib']:.1f} GiB peak" if "peak_gib" in row else f"{row['kept_mib']:.1f} MiB kept"
+        peak = f"{row['peak_gib']:.1f} GiB" if "peak_gib" in row else ""
         cells = f"{1e3 * row['seconds']:.1f}", f"{row['ratio']:.2f}", f"{row['pictures_per_s']:.1f}"
-        line(name, *cells, f"{row['passes']:.2f}", f"{row['tflops']:.3f}", f"{row['mfu']:.1%}", memory)
-    print()
-    line("its parts", *PARTS)
-    for name, row in report["rows"].items():
-        line(name, *(f"{seconds / sum(row['parts'].values()):.1%}" for seconds in row["parts"].values()))
+        line(name, *cells, f"{row['passes']:.2f}", f"{row['tflops']:.3f}", f"{row['mfu']:.1%}", peak)
 
 
 def main() -> None:
