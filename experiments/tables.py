@@ -2,7 +2,6 @@
 
     taskset -c 0 python -m experiments.tables --rows flow_matching self_e --seeds 2     # one core; others beside it
     python -m experiments.tables --rows main --wrong-captions 0.15 0.3                  # a dose of wrong captions
-    python -m experiments.tables --search runs/mine --steps 50 --out mine.json          # one run's settings, no more
     python -m experiments.tables --report                                               # the page and its figures
 
 A row and seed (rows.py) are a run of train.py under one budget, RUNS/SHARE/ROW-SEED, and its scores on test prompts,
@@ -189,12 +188,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     a("--steps", metavar="N", type=int, nargs="+", default=list(sample.STEP_COUNTS), help="(1 2 4 8 50)")
     a("--out", metavar="DIR", type=Path, help="(results/scenes)")
     a("--runs", metavar="DIR", type=Path, help="(runs/scenes)")
-    a("--search", metavar="RUN", type=Path, help="only search the settings of this run; --out is a file")
     a("--report", action="store_true", help="only the page and its figures, from what has been measured")
     a("--quick", action="store_true", help="tiny budgets, to check the path (runs/quick)")
     args = parser.parse_args(argv)
-    if args.search and not args.out:
-        parser.error("--search needs --out, the file that its scores go to")
     choose_folders(args, "scenes")
     args.per_tag, args.images, args.search_images = 36, 8, 2  # prompts of each tag, pictures of each prompt
     if args.quick:
@@ -215,12 +211,6 @@ def main() -> None:
     args = parse_arguments()
     machine.keep_freed_memory()
     device = machine.pick_device()
-    if args.search:
-        loaded = load(args.search, device, compiled=not args.quick)
-        if args.out.exists() and checkpoint.read_json(args.out).get("train") != loaded.config["command"]:
-            raise errors.UserError(f"{args.out} is not of {args.search}: choose another --out")
-        search(loaded, 1.0, args.out, args, device)
-        return
     if not args.report:
         settings = {name: getattr(args, name) for name in ("budget", "steps", "per_tag", "images")}
         checkpoint.keep_settings(args.out, {"shapes": data.VERSION} | settings, "choose another --out")
