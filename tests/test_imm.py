@@ -2,11 +2,9 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
-import sampler
 from peers import imm
 from rng import rng
 
@@ -102,21 +100,6 @@ def test_draws_belong_to_the_global_index():
             imm.draw(3, 7, cut, (2,))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_the_sampler_pushes_forward_on_a_linear_grid(steps):
-    calls = []
-
-    def V(x, t, s, c):
-        calls.append((t[0].item(), s[0].item()))
-        return (x - c) / t[:, None]  # exact for data that is the point c
-
-    x, c = torch.randn(3, 2), torch.tensor([[1.0, -2.0]]).repeat(3, 1)
-    *_, (_, end) = imm.trajectory(V, x, (c,), steps=steps)
-    assert torch.allclose(end, c, atol=1e-5)
-    grid = np.linspace(0.994, 0, steps + 1)
-    assert np.allclose(calls, list(zip(grid[:-1], grid[1:])))
-
-
 def test_guidance_is_linear_in_the_velocity():
     def V(x, t, s, c):
         return c
@@ -126,15 +109,6 @@ def test_guidance_is_linear_in_the_velocity():
     assert torch.allclose(end, -0.994 * (null + 2.5 * (c - null)))
     with pytest.raises(ValueError, match="at least 1"):
         next(imm.trajectory(V, c, (c,), steps=0))
-
-
-def test_its_jump_is_the_deterministic_step_of_the_sampler():
-    """f_{s,t}(x_t) is Eq. 22 with s_k = s, so one network serves both samplers."""
-    x, c = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
-    network, (t, s) = Field(), torch.tensor([[0.8] * 2, [0.3] * 2], dtype=torch.float64)
-    with torch.no_grad():
-        expected = sampler.update(x, x - 0.8 * network(x, t, s, c), 0.8, 0.3, 0.0, None)
-        assert torch.allclose(imm.jump(network, x, t, s, (c,)), expected)
 
 
 @pytest.mark.parametrize("k", [12, 8, 6])

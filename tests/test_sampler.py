@@ -78,13 +78,6 @@ def test_minfms_rule_keeps_the_marginals_and_its_share_of_the_old_noise(t, s):
     assert by_noise == pytest.approx((s**2 - old**2) ** 0.5, abs=1e-12)
 
 
-@pytest.mark.parametrize("eta", ETAS)
-@pytest.mark.parametrize("t", [1.0, 1e-3])
-def test_the_last_step_returns_the_prediction_itself(t, eta):
-    x_t, x0_hat = normal(3, 2, 4), normal(3, 2, 4, seed=1)
-    assert torch.equal(sampler.update(x_t, x0_hat, t, 0.0, eta, None), x0_hat)
-
-
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_n_steps_cost_n_evaluations(steps, guidance):

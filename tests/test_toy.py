@@ -14,7 +14,7 @@ import losses
 from engine import errors
 from toy import any_step, ideal, identities, measures, pictures, studies, training
 from toy.mixture import LAYOUTS, Mixture
-from toy.training import STEPS, Member, Net, batches, train
+from toy.training import STEPS, Member, batches, train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,10 +69,18 @@ def test_training_repeats_itself_and_moves():
     assert all(torch.equal(first[k], again[k]) for k in first) and not torch.equal(first["x"], other["x"])
 
 
-def test_the_network_of_fake_prompts_is_not_that_of_real_ones():
-    c = torch.tensor([0, 4, 3, 7])  # a condition, its fake prompt, null, its fake prompt
-    rows = Net(0, 3).prompt[c]
-    assert len(rows.unique(dim=0)) == 4
+def test_each_fake_prompt_has_a_row_of_its_own(monkeypatch):
+    seen, step_of = [], training.step_of
+
+    def watched(*networks):
+        step = step_of(*networks)
+        return lambda *a: seen.append(a[1:4]) or step(*a)
+
+    monkeypatch.setattr(training, "step_of", watched)
+    train(Member("between", 0), 2, aux_from=0.0)  # three conditions; a fourth prompt is the null prompt
+    rows = {(c, fake) for (c,), _, (fake,) in seen for c, fake in zip(c.tolist(), fake.tolist())}
+    assert [c for c, _ in sorted(rows)] == [0, 1, 2, 3]
+    assert len({fake for _, fake in rows} - {0, 1, 2, 3}) == 4
 
 
 @pytest.fixture

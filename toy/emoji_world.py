@@ -63,7 +63,7 @@ def draw(world: World, judge: emoji_judge.Judge, label: str, n: int, settings: d
 def run(source: emoji.Emoji, path: Path) -> None:
     """Measure what PATH lacks, which is written after each objective; print a table for each kind of prompt."""
     settings = {"scale": encoders.PIXEL_SCALE, "side": source.side}
-    settings |= {"rounds": ROUNDS, "prompts": PROMPTS, "images": IMAGES}
+    settings |= {"rounds": ROUNDS, "prompts": PROMPTS, "images": IMAGES, "steps": STEPS, "seeds": SEEDS}
     results = machine.provenance(torch.device("cpu")) | {"seconds": 0.0, "kinds": {}}
     results |= kept.opened(path, **settings)
     judge = emoji_judge.Judge(source)

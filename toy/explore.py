@@ -86,7 +86,7 @@ def layouts() -> dict:
 
 
 def networks() -> dict:
-    """The plane's networks, from runs/toy or trained now, and where they come from."""
+    """The plane's networks, trained now, and where they come from."""
     weights = {layout: {} for layout in LAYOUTS}
     settings = {label: studies.STUDIES["objectives"].settings[label] for label in OBJECTIVES}
     for label, (training, _) in settings.items():

@@ -30,14 +30,13 @@ const SYMBOLS = {
   w: { base: "w" },
   origin: { base: "0", role: "given" },
 };
-const OPERATORS = { "-": "−", "<=": "≤", "*": "·" };
+const OPERATORS = { "-": "−" };
 
 /** MathML of one token of a formula. */
 function token_math(token) {
   if (!(token in SYMBOLS)) {
     if (/^[\d.]+$/.test(token)) return `<mn>${token}</mn>`;
-    if (/^[A-Za-z]$/.test(token)) return `<mi>${token}</mi>`;
-    if (/^[A-Za-z]/.test(token)) return `<mi>${token}</mi>`; // log
+    if (/^[A-Za-z]/.test(token)) return `<mi>${token}</mi>`;
     return `<mo>${(OPERATORS[token] ?? token).replace("<", "&lt;")}</mo>`;
   }
   const { base, hat, sub, role } = SYMBOLS[token];

@@ -19,7 +19,7 @@ const QUANTITIES = [
   { key: "mix", equation: "not the paper’s", meaning: "share", part: 7 },
   { key: "x_tar", equation: "Eq. 18", meaning: "target", part: 7, shape: "square", filled: false },
   { key: "x_renorm", equation: "Eq. 19", meaning: "at the norm of x0", part: 8, shape: "square", filled: true },
-  { key: "loss", equation: "Eq. 20", meaning: "loss", part: 9 },
+  { key: "loss", equation: "Eq. 20-21", meaning: "loss", part: 9 },
 ];
 
 // Lines between quantities, shown in the parts from .. to.
