@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -401,8 +401,7 @@ class WrongCaptions:
 
 def enlarged(picture: np.ndarray, scale: int) -> Image.Image:
     """A uint8 picture [H, W, 3], each pixel as `scale` x `scale`."""
-    height, width = picture.shape[:2]
-    return Image.fromarray(picture).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+    return ImageOps.scale(Image.fromarray(picture), scale, Image.Resampling.NEAREST)
 
 
 def label_grid(rows: list[list[np.ndarray]], columns: list[str], captions: list[str], scale=1) -> Image.Image:

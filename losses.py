@@ -448,9 +448,8 @@ class SelfE(nn.Module):
             )
             x_self = pseudo_target(x0_hat[below], Delta)  # [n, ...] Eq. 14
             lam = self.weigh(t[below], s[below], is_null[below], aux)  # [n] Eq. 17
-            loss = loss.index_put(
-                (below,), self.regress(x0_hat[below], x0[below], x_self, lam)
-            )  # Eq. 16, 18-20
+            regressed = self.regress(x0_hat[below], x0[below], x_self, lam)  # [n] Eq. 16, 18-20
+            loss = loss.index_put((below,), regressed)
             stats |= {"lam": lam, "delta_norm": (squared_norm(Delta) / D).sqrt()}
             stats |= {"fake_loss": loss_fake.detach() / D} if aux else {}
 

@@ -108,7 +108,7 @@ class GELU(nn.Module):
     """GELU in its tanh form, 0.5 x (1 + tanh u) with u = sqrt(2 / pi) (x + 0.044715 x^3)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":  # 0.5 (1 + tanh u) is sigmoid(2 u), which compiles to much faster code
+        if x.device.type == "cpu":  # 0.5 (1 + tanh u) is sigmoid(2 u), which compiles to faster code
             y = x.float()
             return (y * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))).to(x.dtype)
         return F.gelu(x, approximate="tanh")
@@ -273,7 +273,7 @@ class Denoiser(nn.Module):
             raise ValueError(
                 f"RoPE axes {axes} must be three even numbers that sum to the head size {width} / {heads}"
             )
-        self.axes, self.patch, self.channels, self.precision = tuple(axes), patch, channels, precision
+        self.axes, self.patch, self.precision = tuple(axes), patch, precision
         self.time_factor = time_factor
         # The first so many blocks keep no activations: the backward pass computes them again
         self.recompute = 0

@@ -54,8 +54,12 @@ class Objective(NamedTuple):
     time_factor: float = 1000.0
     derives: bool = False  # the target holds a time derivative of the network: exact, or a difference in fp32
     other_draw: Callable | None = None  # instead of losses.draw
-    trajectory: Callable = sampler.trajectory  # from noise to data
-    choices: tuple[str, ...] = ("guidance", "eta", "s_rule", "space", "t_max", "mu")  # that its sampler takes
+    trajectory: Callable = sampler.trajectory  # from noise to data; another one has guidance alone to choose
+
+    @property
+    def walks_as_the_paper(self) -> bool:
+        """Whether its sampler is sampler.py, with eta, s_rule, space, t_max and mu."""
+        return self.trajectory is sampler.trajectory
 
     def draw(self, *arguments, **more):
         """The random numbers of a micro-batch; arguments as for losses.draw, but for the share of s = t."""
@@ -96,8 +100,8 @@ VARIANTS = {  # Self-E with something exchanged: questions of experiments/rows.p
     "self_e_middle_lambda": SELF_E._replace(build=variant(lam_time="middle")),
     "self_e_mostly_equal": SELF_E._replace(below=0.25, group=4),  # three quarters learn from data alone
 }
-PUSHFORWARD = dict(trajectory=functools.partial(imm.trajectory, start=1.0), choices=("guidance",))
-DERIVES = dict(**PUSHFORWARD, guided=2.0, time_factor=1.0, derives=True)
+PUSHFORWARD = functools.partial(imm.trajectory, start=1.0)
+DERIVES = dict(trajectory=PUSHFORWARD, guided=2.0, time_factor=1.0, derives=True)
 MEANFLOW = dict(**DERIVES, flags=("train_guidance", "derivative", "loss_power"))
 
 OBJECTIVES = {
@@ -111,7 +115,6 @@ OBJECTIVES = {
         flags=("imm_k",),
         other_draw=imm.draw,
         trajectory=imm.trajectory,
-        choices=("guidance",),
     ),
     "shortcut": Objective(
         lambda network, ema, flags: shortcut.Shortcut(network, ema, flags.train_guidance),
@@ -122,7 +125,6 @@ OBJECTIVES = {
         flags=("train_guidance",),
         time_factor=1.0,
         trajectory=shortcut.trajectory,
-        choices=("guidance",),
     ),
     "meanflow": Objective(
         functools.partial(mean_flow, improved=False), below=0.25, evaluations=2, group=4, **MEANFLOW

@@ -120,13 +120,10 @@ class Recipe:
         Samples are counted through all stages. A new stage begins at the next multiple of its batch size, because data
         in buckets is arranged in aligned blocks of one batch.
         """
-        g, begins = 0, self.begins()
-        for stage, begin, end in zip(self.stages, begins, begins[1:]):
-            g = -(-g // stage.batch_size) * stage.batch_size
-            if step < end or end == self.steps:
-                return g + (step - begin) * stage.batch_size
-            g += (end - begin) * stage.batch_size
-        raise AssertionError("the last stage ends with the run")
+        g, number, begins = 0, self.stage_number(step), self.begins()
+        for stage, begin, end in zip(self.stages, begins, [*begins[1 : number + 1], step]):
+            g = (-(-g // stage.batch_size) + end - begin) * stage.batch_size
+        return g
 
     def side(self, step: int) -> int:
         """The side of the (square) pictures of iteration `step`: the sides of a stage take turns."""
@@ -134,7 +131,7 @@ class Recipe:
         return stage.sides[self.first(step) // stage.batch_size % len(stage.sides)]
 
     def factor(self) -> int:
-        """What the auto-encoder shrinks sides by, known without loading it: 8 for all but the pictures themselves."""
+        """What the auto-encoder shrinks sides by, for --dry-run and bench.py, which load none; kl:A may have another."""
         return 1 if self.autoencoder == "pixels" else 8
 
     def warmup_steps(self) -> int:
@@ -173,6 +170,8 @@ class Recipe:
 
     def check_division(self, world: int, micro_batch: int | None = None) -> None:
         """Raise UserError unless every stage's batch divides into `world` processes and equal micro-batches."""
+        if micro_batch and micro_batch % self.group:
+            raise errors.UserError(f"--micro-batch must be a multiple of {self.group}, not {micro_batch}")
         unit = world * math.lcm(self.group, micro_batch or 1)
         for stage in self.stages:
             if stage.batch_size % unit:
@@ -180,8 +179,6 @@ class Recipe:
                     f"a batch of {stage.batch_size} does not divide into {world} processes and equal micro-batches: "
                     f"--batch-size must be a multiple of {unit} here, such as {unit * max(1, stage.batch_size // unit)}"
                 )
-            if micro_batch and micro_batch % self.group:
-                raise errors.UserError(f"--micro-batch must be a multiple of {self.group}, not {micro_batch}")
 
 
 RECIPES = {

@@ -1,4 +1,4 @@
-"""Every random number of data, training and sampling, as a function of what it is for.
+"""Every random number of data, training and sampling but the first weights, as a function of what it is for.
 
     rng(seed, "noise", step, index).standard_normal((3, 32, 32))
 

@@ -55,7 +55,7 @@ class Loaded:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(height, width) in pixels of the pictures that the model has seen most."""
+        """(height, width) in pixels: the commonest shape of its training's last stage, at that stage's largest side."""
         side = self.config["side"]
         return tuple(self.config.get("buckets", [[side, side]])[0][:2])
 
@@ -65,8 +65,6 @@ def load(folder: Path, device: torch.device, precision: torch.dtype | None = Non
 
     precision None takes fp32 on the CPU and what the run was trained in elsewhere.
     """
-    if folder.name == "model.safetensors":
-        folder = folder.parent
     config = checkpoint.read_config(folder)
     if precision is None:
         precision = torch.float32 if device.type == "cpu" else getattr(torch, config["precision"])
@@ -88,15 +86,17 @@ class Stopped(Exception):
     """Sampling was asked to stop before it was done."""
 
 
-def choose(config: dict, *, guidance=None, eta=None, s_rule=None, space=None, t_max=None) -> dict:
-    """How a model is sampled: what is asked for, else (None) what its config.json says; arguments of its own sampler.
+def choose(loaded: Loaded, shape, *, guidance=None, eta=None, s_rule=None, space=None, t_max=None) -> dict:
+    """How pictures of `shape` are sampled: what is asked for, else (None) what config.json says; arguments of the model's
+    own sampler.
 
     Raises UserError for what the model has not learned: flow matching anything but s_k = t_k; an objective with a
     sampler of its own any choice but guidance.
     """
-    objective, name = objectives.OBJECTIVES[config["objective"]], config["objective"]
+    config, name = loaded.config, loaded.config["objective"]
+    objective = objectives.OBJECTIVES[name]
     guidance = config["guidance"] if guidance is None else guidance
-    if "eta" not in objective.choices:
+    if not objective.walks_as_the_paper:
         if (eta, s_rule, space, t_max) != (None,) * 4:
             raise errors.UserError(
                 f"{name} has its own sampler, without --eta, --s-rule, --space and --t-max"
@@ -112,7 +112,7 @@ def choose(config: dict, *, guidance=None, eta=None, s_rule=None, space=None, t_
         "s_rule": config["s_rule"] if s_rule is None else s_rule,
         "space": space or config["guidance_space"],
         "t_max": config["t_max"] if t_max is None else t_max,
-        "mu": config["mu"],
+        "mu": mu_of(loaded, shape),
     }
 
 
@@ -129,7 +129,7 @@ def generate(
     """One uint8 picture [H, W, 3] per prompt. The noise of picture i depends on the seed, keys[i] (a tuple of integers)
     and its shape alone, never on the batch.
 
-    shapes are (height, width) in pixels, by default of what the model has seen most; `how` is that of `draw_batch`.
+    shapes are (height, width) in pixels, by default those of `loaded`; `how` is that of `draw_batch`.
     """
     shapes, pictures = shapes or [loaded.shape] * len(prompts), {}
     for shape in dict.fromkeys(shapes):
@@ -146,7 +146,7 @@ def draw_batch(
 ) -> list[np.ndarray]:
     """Pictures of one shape. `negative` is the prompt of the branch that guidance leads away from; `choices` are those
     of `choose`. `stop` is asked after every evaluation; when it answers true, Stopped is raised."""
-    choices = choose(loaded.config, **choices)
+    choices = choose(loaded, shape, **choices)
     latent = (loaded.autoencoder.channels, *(side // loaded.autoencoder.factor for side in shape))
     device = next(loaded.network.parameters()).device
     null = tuple(a.expand(len(prompts), *a.shape[1:]) for a in loaded.text([negative]))
@@ -155,10 +155,8 @@ def draw_batch(
     def draw_noise(k: int) -> torch.Tensor:
         return normal(seed, "sampling", [(k + 1, *key) for key in keys], latent).to(device)
 
-    objective = objectives.OBJECTIVES[loaded.config["objective"]]
-    if "mu" in objective.choices:
-        choices["mu"] = mu_of(loaded, shape)
-    walk = objective.trajectory(loaded.network, draw_noise(-1), draw_noise=draw_noise, **batch, **choices)
+    trajectory = objectives.OBJECTIVES[loaded.config["objective"]].trajectory
+    walk = trajectory(loaded.network, draw_noise(-1), draw_noise=draw_noise, **batch, **choices)
     for _, x, *_ in walk:
         if stop():
             raise Stopped
@@ -195,7 +193,7 @@ def shape_of(text: str) -> tuple[int, int]:
 
 
 def sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """How to sample; what is left open (None) is the checkpoint's own choice (`choices_of`)."""
+    """How to sample; what is left open (None) is the checkpoint's own choice (`choose`)."""
     a = parser.add_argument_group("how (default: as the checkpoint says)").add_argument
     eta, rule = fraction_or_name({"renoise": "renoise"}), fraction_or_name(S_RULES)
     a("--guidance", metavar="X", type=float, help="scale of energy-preserving guidance; 1 is off")
@@ -214,11 +212,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = errors.Parser("sample.py", "Make pictures from prompts.")
     a = parser.add_argument_group("what").add_argument
     emoji = Path("checkpoints/emoji")
-    a("--checkpoint", metavar="DIR", type=Path, default=emoji, help=f"folder of a run (default: {emoji})")
+    a("--checkpoint", metavar="DIR", type=errors.model, default=emoji, help=f"a run (default: {emoji})")
     a("--prompt", action="append", default=[], help="what to draw; may be given several times")
     a("--prompts", metavar="FILE", type=Path, help="a text file with one prompt per line")
     a("--images", metavar="N", type=int, default=1, help="pictures per prompt (default: 1)")
-    a("--shape", metavar="HxW", type=shape_of, help="in pixels (default: what the model has seen most)")
+    a("--shape", metavar="HxW", type=shape_of, help="in pixels (default: the commonest of training)")
     a("--seed", metavar="N", type=int, default=0, help="same seed, same picture (default: 0)")
     a("--out", metavar="FILE", type=errors.file_to_write, default="samples.png", help="a PNG")
     a("--out-dir", metavar="DIR", type=Path, help="one PNG a picture, in this folder, instead of a sheet")
@@ -230,7 +228,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.prompt and not args.prompts:
         # Included checkpoints have some
-        args.prompts = Path(errors.model(str(args.checkpoint)), "prompts.txt")
+        args.prompts = args.checkpoint / "prompts.txt"
         args.steps = args.steps or [1, 2, 4, 8]
         if not args.prompts.is_file():
             parser.error("give at least one --prompt, or --prompts FILE")
@@ -256,7 +254,7 @@ def check_request(args: argparse.Namespace, loaded: Loaded, shape: tuple[int, in
     height, width = shape
     if height % loaded.unit or width % loaded.unit:
         raise errors.UserError(f"--shape must be of multiples of {loaded.unit}, not {height}x{width}")
-    if args.negative and choose(loaded.config, guidance=args.guidance)["guidance"] == 1:
+    if args.negative and choose(loaded, shape, guidance=args.guidance)["guidance"] == 1:
         raise errors.UserError("--negative is what guidance leads away from: give a --guidance other than 1")
     pixels = len(args.prompt) * args.images * len(args.steps) * height * width * scale**2
     if not args.out_dir and pixels > SHEET:
@@ -288,9 +286,7 @@ def main() -> None:
     check_request(args, loaded, shape, scale)
     how = choices_of(args)
     facts = {"seed": args.seed, "checkpoint": args.checkpoint, "shape": f"{shape[0]}x{shape[1]}"}
-    facts |= choose(loaded.config, **how) | ({"negative": args.negative} if args.negative else {})
-    if "mu" in facts:
-        facts["mu"] = mu_of(loaded, shape)
+    facts |= choose(loaded, shape, **how) | ({"negative": args.negative} if args.negative else {})
     # Picture i of every prompt starts from the same noise, at every step count, so that columns compare.
     prompts, keys = zip(*[(prompt, (i,)) for prompt in args.prompt for i in range(args.images)])
     how |= {"shapes": [shape] * len(prompts), "seed": args.seed, "negative": args.negative}

@@ -23,10 +23,11 @@ s_k, the network's second time (S.3.1), lies the fraction s_rule of the way back
     s_rule = 1         s_k = t_k        as in flow matching; the only choice for a flow matching model
     s_rule = 0.5       half-way, good for one step without guidance (Fig. S.4)
 
-t_max: the network is asked at min(t, t_max). Sampling begins at t = 1, where training (s.11, s.12) hardly ever is: t > 0.99
-comes once in 70,000 pictures of the laptop model. Its answer there is a guess, and little in training holds that in
-place. At t_max = 0.94, which one picture in a hundred exceeds, it has learned what to say of noise. The default, 1, is
-the paper's, whose 2B run sees some 13,000 pictures above 0.99.
+t_max: the network is asked at min(t, t_max), which is also the t of Eq. 6; the step keeps the grid's t. Sampling begins
+at t = 1, where training (s.11, s.12) hardly ever is: t > 0.99 comes once in 70,000 pictures of the laptop model. Its
+answer there is a guess, and little in training holds that in place. At t_max = 0.94, which one picture in a hundred
+exceeds, it has learned what to say of noise. The default, 1, is the paper's, whose 2B run sees some 13,000 pictures
+above 0.99.
 
 "N steps" means N evaluations of the network (with guidance, of both branches), N + 1 grid points. (The paper's
 {t_1 .. t_N} makes N - 1 moves.)

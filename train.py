@@ -65,7 +65,7 @@ def train(
     network = model.Denoiser(**sizes, precision=precision).to(device)
     network.recompute = args.recompute
     if args.init and not args.resume:
-        checkpoint.load_init(Path(args.init), network, codec)
+        checkpoint.load_init(args.init, network, codec)
     ema = copy.deepcopy(network).requires_grad_(False)
     objective = entry.build(network, ema, args)  # losses.SelfE, or the module of another --objective
 
@@ -96,7 +96,7 @@ def train(
     step, stopping, saved_at = start, False, time.perf_counter()
     while step < plan.steps and not stopping:
         if step == start or step in plan.begins():  # a checkpoint draws at its stage's resolution
-            config |= run.pictures_of_stage(step)
+            run.config.update(run.pictures_of_stage(step))
         with run.stop.held():
             # The first iterations run uncompiled, so a first picture grid comes before the compiler's minute.
             if step == max(start, EAGER_STEPS):
@@ -122,7 +122,8 @@ def train(
         # No update from a loss or gradient that is not finite, on any process.
         nonfinite = ~torch.isfinite(loss) | ~torch.isfinite(norm)
         late = args.save_every is None and time.perf_counter() - saved_at > SAVE_SECONDS
-        bad, stopping, late = ranks.any(nonfinite, *torch.tensor([bool(run.stop), late], device=device))
+        signals = torch.tensor([bool(run.stop), late], device=device)
+        bad, stopping, late = ranks.any(nonfinite, *signals)
         if bad:
             stopping |= watch.left_out(step + 1, loss.item(), norm.item(), keys)
         else:
@@ -151,7 +152,7 @@ def train(
             if zero:
                 optimizer.consolidate_state_dict(to=0)
             if ranks.is_first:
-                checkpoint.save_state(folder, network, ema, optimizer, config, watch.state(step), args)
+                checkpoint.save_state(folder, network, ema, optimizer, run.config, watch.state(step), args)
             ranks.barrier()  # no process leaves before the state is on disk: a launcher may end all with the first
             saved_at = time.perf_counter()
     watch.conclude(step)

@@ -146,7 +146,7 @@ def value_of(args: argparse.Namespace, name: str):
 
 def take_from_init(args: argparse.Namespace) -> None:
     """A new run has the side, text length and encoders of the weights that it begins with, unless others are given."""
-    config, keys = checkpoint.read_config(Path(args.init)), {"txt_len": "txt_len", "text": "text_encoder"}
+    config, keys = checkpoint.read_config(args.init), {"txt_len": "txt_len", "text": "text_encoder"}
     keys |= {"autoencoder": "autoencoder"}
     if len(recipe.RECIPES[args.size].stages[-1].sides) == 1:  # a recipe of several sides keeps them
         keys |= {"side": "side"}
@@ -215,6 +215,8 @@ def config_of(args: argparse.Namespace, plan: recipe.Recipe, sizes: dict, precis
     if args.data:  # a run may be resumed from another folder
         full = [os.path.abspath(name) if os.path.exists(name) or "{" in name else name for name in args.data]
         arguments["data"] = full
+    if args.init:
+        arguments["init"] = str(args.init)
     return {
         "format": 1,
         "size": args.size,

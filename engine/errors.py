@@ -37,10 +37,10 @@ def name(text: str) -> str:
     return text
 
 
-def model(text: str) -> str:
+def model(text: str) -> Path:
     """The type of flags that name the folder of a model, which its file of weights may stand for."""
     path = Path(name(text))
-    return str(path.parent) if path.name == "model.safetensors" else text
+    return path.parent if path.name == "model.safetensors" else path
 
 
 def file_to_write(text: str) -> Path:

@@ -202,7 +202,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = errors.Parser("-m experiments.evaluate", "Score a model of the built-in shapes per step count.")
     a = parser.add_argument_group("what").add_argument
     scenes, split = Path("checkpoints/scenes"), ["test", "pairs"]
-    a("--checkpoint", metavar="DIR", type=Path, default=scenes, help=f"folder of a run ({scenes})")
+    a("--checkpoint", metavar="DIR", type=errors.model, default=scenes, help=f"folder of a run ({scenes})")
     a("--split", nargs="+", metavar="SPLIT", choices=SPLITS, default=split, help=f"of {', '.join(SPLITS)}")
     a("--steps", metavar="N", type=int, nargs="+", default=list(sample.STEP_COUNTS), help="(1 2 4 8 50)")
     a("--per-tag", metavar="N", type=int, default=24, help="prompts of each tag, cycling (default: 24)")
@@ -228,7 +228,7 @@ def main() -> None:
     out = args.out or args.checkpoint / "evaluation.json"
     results = machine.provenance(device) | {"checkpoint": str(args.checkpoint), "seed": args.seed}
     results |= {"images": args.images, "per_tag": args.per_tag}
-    results |= {"choices": sample.choose(loaded.config, **choices), "splits": {}}
+    results |= {"choices": sample.choose(loaded, loaded.shape, **choices), "splits": {}}
     began = time.perf_counter()
     for split in args.split:
         asked, by_steps = prompts(split, args.per_tag, world), {}

@@ -74,17 +74,12 @@ def parse_arguments() -> argparse.Namespace:
     a = parser.add_argument_group("what").add_argument
     metadata = "GenEval's evaluation_metadata.jsonl, or like it"
     folder = "of the pictures, one for each step count"
-    a("--checkpoint", metavar="DIR", type=Path, required=True, help="folder of a run")
+    a("--checkpoint", metavar="DIR", type=errors.model, required=True, help="folder of a run")
     a("--prompts", metavar="FILE", type=Path, required=True, help=metadata)
     a("--out", metavar="DIR", type=Path, required=True, help=folder)
     a("--steps", metavar="N", type=int, default=2, help="evaluations of the network (default: 2)")
     a("--images", metavar="N", type=int, default=4, help="pictures per prompt (default: 4)")
-    a(
-        "--shape",
-        metavar="HxW",
-        type=sample.shape_of,
-        help="in pixels (default: what the model has seen most)",
-    )
+    a("--shape", metavar="HxW", type=sample.shape_of, help="in pixels (default: the commonest of training)")
     a("--seed", metavar="N", type=int, default=0, help="of the noise (default: 0)")
     a("--batch-size", metavar="N", type=int, default=8, help="pictures at once (default: 8)")
     sample.sampling_flags(parser)
@@ -106,7 +101,7 @@ def main() -> None:
     settings = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in read.items()}
     settings |= {"steps": args.steps, "seed": args.seed, "precision": str(loaded.network.precision)}
     shape = args.shape or loaded.shape
-    settings |= sample.choose(loaded.config, **choices) | {"shape": list(shape)}
+    settings |= sample.choose(loaded, shape, **choices) | {"shape": list(shape)}
     checkpoint.keep_settings(args.out, settings, "choose another --out")
 
     def draw(jobs):

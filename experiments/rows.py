@@ -102,7 +102,7 @@ def guidances(objective: str, eta: float | str = 1.0) -> list[dict]:
 
     A sampler of the objective's own has a guidance alone to choose; it gets as many values of it as others settings.
     """
-    if "eta" not in OBJECTIVES[objective].choices:
+    if not OBJECTIVES[objective].walks_as_the_paper:
         return [{"guidance": round(float(w), 3)} for w in np.geomspace(1, GUIDANCE[-1], 19)]
     common = {"eta": eta, "s_rule": OBJECTIVES[objective].s_rules[0], "t_max": 1.0}
     # Without guidance the spaces are alike.
@@ -114,7 +114,7 @@ def ways(objective: str, eta: float | str = 1.0) -> list[dict]:
     """Six ways to take a step, tried at the best guidance: two eta with three rules for s_k each; for a network that
     knows s = t alone, six eta."""
     s_rules = OBJECTIVES[objective].s_rules
-    if "eta" not in OBJECTIVES[objective].choices:
+    if not OBJECTIVES[objective].walks_as_the_paper:
         return []
     if len(s_rules) == 1:
         return [{"eta": x} for x in (0.0, 0.25, 0.5, 0.75, 1.0, "renoise")]

@@ -11,6 +11,7 @@ from programs import TINY, refused, run
 from test_tables import draw_objects
 
 import data
+import losses
 import model
 from engine import checkpoint, errors
 from experiments import evaluate, export
@@ -132,6 +133,12 @@ def test_the_command_prints_the_table_and_writes_json(tiny, tmp_path, monkeypatc
     assert set(results["splits"]["pairs"]["1"]["tags"]) == {"colors", "position", "color_attr"}
 
 
+def test_the_file_of_weights_stands_for_its_folder(tiny, monkeypatch):
+    few = ("--split", "pairs", "--steps", 1, "--per-tag", 1, "--images", 1)
+    run(monkeypatch, evaluate, "--device", "cpu", "--checkpoint", tiny / "model.safetensors", *few)
+    (tiny / "evaluation.json").unlink()
+
+
 BAD_FILES = [("", "is empty"), ('{"tag": 1}\n', 'with a "prompt"'), ("{\n", "line 1")]
 
 
@@ -155,9 +162,10 @@ def read_like_geneval(folder):
 def test_an_export_is_what_geneval_reads_and_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch, capsys):
     asked, prompts, out = evaluate.prompts("test", 1)[:3], tmp_path / "prompts.jsonl", tmp_path / "out"
     prompts.write_text("".join(json.dumps(m) + "\n" for m in asked))
-    words = ("--device", "cpu", "--checkpoint", tiny, "--steps", 2, "--images", 2)
-    words += ("--prompts", prompts, "--out", out)
+    words = ("--device", "cpu", "--checkpoint", tiny / "model.safetensors", "--steps", 2, "--images", 2)
+    words += ("--shape", "16x24", "--prompts", prompts, "--out", out)
     run(monkeypatch, export, *words)
+    assert checkpoint.read_json(out / "settings.json")["mu"] == losses.mu_of_length(2 * 3)
     assert read_like_geneval(out) == {i: (m, ["0000.png", "0001.png"]) for i, m in enumerate(asked)}
     before = {f: f.read_bytes() for f in sorted(out.rglob("*.png"))}
     assert len(set(before.values())) == 6  # every picture has its own noise

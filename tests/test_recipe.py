@@ -141,6 +141,11 @@ def test_a_refusal_names_a_batch_that_divides(size, world, micro, batch, group):
     recipe.make(size, batch_size=near, group=group).check_division(world, micro)
 
 
+def test_a_micro_batch_that_no_batch_suits_is_refused_itself():
+    with pytest.raises(errors.UserError, match="--micro-batch must be a multiple of 2, not 3"):
+        recipe.make("laptop", batch_size=32).check_division(1, 3)
+
+
 @pytest.mark.parametrize("world", [1, 8, 16, 32, 64])
 def test_the_2b_batch_divides_over_the_usual_numbers_of_gpus(world):
     plan = recipe.RECIPES["2b"]

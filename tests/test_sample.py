@@ -46,7 +46,7 @@ def test_a_run_on_buckets_names_them_and_draws_them(run):
     size = 5 * (scale * 20 + 6) + 6, sum(scale * h + 21 for h, _ in shapes.values()) + 24
     for grid in (run / "grids").iterdir():
         assert Image.open(grid).size == size
-    loaded = sample.load(run / "model.safetensors", CPU)
+    loaded = sample.load(run, CPU)
     (drawing,) = sample.generate(loaded, ["number 3"], [(0,)])
     assert loaded.shape == drawing.shape[:2] == WIDE
 
