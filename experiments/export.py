@@ -6,11 +6,9 @@ Writes 00000/metadata.jsonl, 00000/samples/0000.png, ..., as the scorer reads th
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
@@ -39,14 +37,6 @@ def read_prompts(path: Path) -> list[dict]:
     return found
 
 
-@contextlib.contextmanager
-def put(path: Path) -> Iterator[Path]:
-    """Where to write a file, in one piece. The name until then begins with a dot: GenEval reads what begins like 0000.png."""
-    partial = path.with_name(f".{path.name}.partial")
-    yield partial
-    os.replace(partial, path)
-
-
 def export(folder: Path, asked: list[dict], images: int, batch_size: int, draw: Callable) -> int:
     """Write the pictures that are not there yet; returns how many were made.
 
@@ -56,14 +46,14 @@ def export(folder: Path, asked: list[dict], images: int, batch_size: int, draw: 
     for i, metadata in enumerate(asked):
         samples = folder / f"{i:05}" / "samples"
         samples.mkdir(parents=True, exist_ok=True)
-        with put(samples.parent / "metadata.jsonl") as partial:
+        with checkpoint.in_one_piece(samples.parent / "metadata.jsonl") as partial:
             partial.write_text(json.dumps(metadata), encoding="utf-8")
         jobs += [(i, j) for j in range(images) if not (samples / f"{j:04}.png").exists()]
     with tqdm(total=len(jobs), unit=" pictures", disable=None) as bar:
         for start in range(0, len(jobs), batch_size):
             part = jobs[start : start + batch_size]
             for (i, j), picture in zip(part, draw(part), strict=True):
-                with put(folder / f"{i:05}" / "samples" / f"{j:04}.png") as partial:
+                with checkpoint.in_one_piece(folder / f"{i:05}" / "samples" / f"{j:04}.png") as partial:
                     Image.fromarray(picture).save(partial, format="PNG")
             bar.update(len(part))
     return len(jobs)

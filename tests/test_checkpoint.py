@@ -125,11 +125,13 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "replace", named)
     save(tmp_path, 7)
     there = order.index(("name", "step_00000007"))
-    before = {name.removesuffix(".partial") for what, name in order[:there] if what == "sync"}
+    before = {
+        name.removeprefix(".").removesuffix(".partial") for what, name in order[:there] if what == "sync"
+    }
     assert before >= FILES | {"step_00000007"} and ("sync", "state") in order[there:]
-    for name in FILES - {"adam.pt"}:  # written as NAME.partial
-        assert order.index(("sync", f"{name}.partial")) < order.index(("name", name)) < there
-    assert order[-2:] == [("sync", "model.safetensors.partial"), ("name", "model.safetensors")]
+    for name in FILES - {"adam.pt"}:  # written as .NAME.partial
+        assert order.index(("sync", f".{name}.partial")) < order.index(("name", name)) < there
+    assert order[-2:] == [("sync", ".model.safetensors.partial"), ("name", "model.safetensors")]
 
 
 def test_a_failing_save_leaves_no_partial(tmp_path, monkeypatch):
