@@ -55,8 +55,8 @@ def in_one_piece(path: Path, shared: bool = False):
     """A path beside `path` to write a file to, renamed to it when the block ends well and removed when it does not.
 
     `shared` is for a file that several processes may write at the same time: each has its own partial file, and the
-    last rename wins. Otherwise the name is fixed, and what a killed process left there is written over. It begins with a
-    dot: GenEval's scorer reads whatever begins like 0000.png.
+    last rename wins. Otherwise the name is fixed, and what a killed process left there is written over. Both begin with
+    a dot: GenEval's scorer reads whatever begins like 0000.png.
     """
     unique = f".{uuid.uuid4().hex}" if shared else ""
     partial = path.with_name(f".{path.name}{unique}.partial")

@@ -186,7 +186,11 @@ def main() -> None:
     parser.add_argument("--out", type=errors.file_to_write, default=PAGE, help="the page (toy/explore.html)")
     parser.add_argument("--networks", action="store_true", help="train the plane's networks anew (minutes)")
     parser.add_argument(
-        "--pictures", type=Path, nargs="+", metavar="FOLDER", help="models: Self-E's, then flow matching's"
+        "--pictures",
+        type=errors.model,
+        nargs="+",
+        metavar="FOLDER",
+        help="models: Self-E's, then flow matching's",
     )
     args = parser.parse_args()
     if len(args.pictures or []) > 2:
