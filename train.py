@@ -65,7 +65,7 @@ def train(
     network = model.Denoiser(**sizes, precision=precision).to(device)
     network.recompute = args.recompute
     if args.init and not args.resume:
-        checkpoint.load_init(args.init, network, codec)
+        checkpoint.load_init(args.init, network, sizes, codec)
     ema = copy.deepcopy(network).requires_grad_(False)
     objective = entry.build(network, ema, args)  # losses.SelfE, or the module of another --objective
 

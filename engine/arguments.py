@@ -192,9 +192,10 @@ def plan_of(args: argparse.Namespace) -> recipe.Recipe:
 
 
 def sizes_of(args: argparse.Namespace) -> dict:
-    """The entries of model.SIZES of a run, and the time features that its objective needs."""
+    """The entries of model.SIZES of a run, as JSON has them, and the time features that its objective needs."""
     factor = OBJECTIVES[args.objective].time_factor
-    return SIZES[args.size] | ({"time_factor": factor} if factor != 1000 else {})  # FLUX's is Denoiser's own
+    others = {"time_factor": factor} if factor != 1000 else {}  # FLUX's is Denoiser's own
+    return SIZES[args.size] | {"axes": list(SIZES[args.size]["axes"])} | others
 
 
 def precision_of(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> torch.dtype:

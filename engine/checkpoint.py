@@ -313,18 +313,28 @@ def save_state(run: Path, network, ema, optimizer, config: dict, state: dict, ar
     return folder
 
 
-def load_init(folder: Path, network: nn.Module, codec) -> None:
-    """Load another run's moving average into a new network. Raises CheckpointError for one of another model or encoder."""
+def another_model(theirs: dict, ours: dict) -> str:
+    """Where two networks' entries of model.SIZES differ, in words."""
+    differ = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
+    return (
+        f"another model ({', '.join(f'{name} {theirs.get(name)}, not {ours.get(name)}' for name in differ)})"
+    )
+
+
+def load_init(folder: Path, network: nn.Module, sizes: dict, codec) -> None:
+    """Load another run's moving average into a new network of `sizes`. Raises CheckpointError for one of another model or
+    encoder."""
     config = read_config(folder)
-    axes, factor = config["model"]["axes"], config["model"].get("time_factor", 1000)
-    # What the shapes of weights do not show: encoders, how heads see places, the scale of times (objectives.py).
-    pairs = [("axes", list(axes), list(network.axes)), ("time factor", factor, network.time_factor)]
-    encoders = {"text_encoder": codec.text, "autoencoder": codec.autoencoder}
-    pairs += [(name, config[name], encoder.name) for name, encoder in encoders.items() if encoder]
-    for name, theirs, ours in pairs:
-        if theirs != ours:
+    if config["model"] != sizes:
+        raise CheckpointError(
+            f"--init {folder} is {another_model(config['model'], sizes)}: choose its --size, and an --objective with its "
+            "time_factor, or leave out --init"
+        )
+    for name, encoder in {"text_encoder": codec.text, "autoencoder": codec.autoencoder}.items():
+        if encoder and config[name] != encoder.name:
             raise CheckpointError(
-                f"--init {folder} was trained with the {name} {theirs}, not {ours}: choose that, or leave out --init"
+                f"--init {folder} was trained with the {name} {config[name]}, not {encoder.name}: choose that, or leave out "
+                "--init"
             )
     load_weights(folder / "model.safetensors", network)
 
@@ -340,10 +350,11 @@ def load_state(states: list[Path], network: nn.Module, ema: nn.Module, optimizer
     run = folder.parents[1]
     try:
         state = read_checked(folder / "state.json", STATE)
-        begun = {"objective": read_config(folder)["objective"]} | state
+        begun = read_config(folder) | state
+        others = {"data": "other data", "model": another_model(begun["model"], continuity["model"])}
         for name, now in continuity.items():
             if begun[name] != now:
-                what = "other data" if name == "data" else f"--{name} {begun[name]}"
+                what = others.get(name, f"--{name} {begun[name]}")
                 raise errors.UserError(  # no damage, for which an older state would be better
                     f"{run} was begun with {what}: restore that, or begin a new run with these weights (--init {run} "
                     "--out NEW)"

@@ -49,7 +49,8 @@ class Run(NamedTuple):
 
     def continuity(self) -> dict:
         """What the next samples follow from: a run that is resumed must find it unchanged."""
-        fixed = {"seed": self.args.seed, "data": self.feed.fingerprints(), "objective": self.args.objective}
+        fixed = {"seed": self.args.seed, "data": self.feed.fingerprints()}
+        fixed |= {name: self.config[name] for name in ("objective", "model")}
         if len(self.plan.stages) > 1:  # the number of iterations moves them
             fixed["steps"] = self.plan.steps
         return fixed

@@ -92,6 +92,13 @@ def test_a_run_goes_on_as_what_it_was(copy, flags, complaint, monkeypatch, capsy
     assert (copy / "metrics.jsonl").read_bytes() == metrics
 
 
+def test_a_run_goes_on_as_the_network_that_it_was(copy, monkeypatch, capsys):
+    """Weights of other axes have the same shapes; no older state would help."""
+    monkeypatch.setitem(model.SIZES, "laptop", model.SIZES["laptop"] | {"axes": (4, 2, 2)})
+    line = refused(monkeypatch, capsys, train, "--resume", "--out", "r", "--steps", 8, "--device", "cpu")
+    assert "another model (axes [2, 2, 4], not [4, 2, 2])" in line and "delete" not in line
+
+
 def test_a_state_of_another_objective_is_refused(copy, monkeypatch, capsys):
     """What the state says of itself decides, whatever the folder's config.json says."""
     state = last(copy) / "state.json"
@@ -208,13 +215,21 @@ def test_a_run_begins_with_anothers_average(trained, copy, tmp_path, monkeypatch
     assert checkpoint.read_json(Path("n/config.json"))["s_rule"] == 1.0
 
 
-@pytest.mark.parametrize("flags", ["--objective meanflow", "--autoencoder pixels"])
-def test_weights_for_other_times_or_another_autoencoder_are_refused(flags, copy, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        ("--objective meanflow", "another model (time_factor None, not 1.0)"),
+        ("--autoencoder pixels", "was trained with the autoencoder kl:elsewhere"),
+    ],
+)
+def test_weights_for_other_times_or_another_autoencoder_are_refused(
+    flags, complaint, copy, monkeypatch, capsys
+):
     config = checkpoint.read_json(copy / "config.json")
     if "pixels" in flags:
         checkpoint.write_json(copy / "config.json", config | {"autoencoder": "kl:elsewhere"})
     words = ["--steps", 1, "--out", "n", "--init", "r", *QUICK, *flags.split()]
-    assert "was trained with" in refused(monkeypatch, capsys, train, *words)
+    assert complaint in refused(monkeypatch, capsys, train, *words)
     assert not Path("n").exists()
 
 
