@@ -3,13 +3,14 @@
     objective = objectives.OBJECTIVES["self_e"]
     module = objective.build(network, ema, flags)        # one nn.Module, called like losses.SelfE
     draws = objective.draw(seed, step, index, shape)     # its random numbers
-    for t, x, *_ in objective.trajectory(network, noise, cond, null, steps=4): ...
+    for t, x, *_ in objective.trajectory(network, noise, cond, null, steps=4, guidance=1.5, draw_noise=fresh): ...
 
 To add one, write its module and give it an entry here; flags of its own stand in FLAGS. The module is called as
 
     loss, stats = module(x0, c, null, fake, is_null, draws, tau, mu, aux)
 
-stats holds what engine/monitor.py watches: t, s and loss, one value per sample (IMM: per group), all detached.
+stats holds what engine/monitor.py watches: t, s and loss, one value per sample (IMM: per group), all detached. What is
+trained and saved is the network; a module has no parameters of its own.
 """
 
 import functools
@@ -20,7 +21,7 @@ import losses
 import sampler
 from peers import imm, meanflow, shortcut, tim, variants
 
-# Choices of one objective or of some, as argparse takes them, and the least and the most of numbers.
+# Choices of one objective or of some, words or numbers, as argparse takes them; `range` is the least and the most.
 FLAGS = {
     "target": dict(default="renorm", choices=("renorm", "tar", "sum"), help="Eq. 20, Eq. 18 or Eq. 16"),
     "delta_scale": dict(default=1.0, range=(0, 100), help="times the self-evaluation; 0 is the control"),

@@ -4,11 +4,12 @@
     python sample.py --checkpoint runs/laptop --prompt "a photo of a ring" --prompt "a photo of a cross" --steps 1 2 4 8
     python sample.py --checkpoint runs/mine --prompts prompts.txt --shape 24x40 --out-dir pictures/
 
-By default eta = 1 and s_k = t_{k+1}, with the guidance and the t_max of the checkpoint's config.json. One prompt at
-one step count gives that picture; more give a labelled sheet, prompts in rows and steps in columns. Each PNG tells in
-its text how it was made (exiftool, or Image.open(path).text). The same seed gives the same picture, whatever else is
-sampled with it, up to rounding: matrix products of another batch size may differ in the last digit, which
-occasionally changes a value by one of its 256 steps.
+How it samples, unless flags say otherwise, stands in the checkpoint's config.json: train.py writes eta = 1 and
+s_k = t_{k+1} there (flow matching has s_k = t_k), and the recipe's guidance and t_max. One prompt at one step count
+gives that picture; more give a labelled sheet, prompts in rows and steps in columns. Each PNG tells in its text how it
+was made (exiftool, or Image.open(path).text). The same seed gives the same picture, whatever else is sampled with it,
+up to rounding: matrix products of another batch size may differ in the last digit, which occasionally changes a value
+by one of its 256 steps.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import files
 import losses
 import model
 import objectives
+import sampler
 from engine import checkpoint, errors, machine
 from engine.checkpoint import CheckpointError
 from rng import normal
@@ -69,6 +71,7 @@ def load(folder: Path, device: torch.device, precision: torch.dtype | None = Non
     if precision is None:
         precision = torch.float32 if device.type == "cpu" else getattr(torch, config["precision"])
     try:
+        sampler.check_choices(*(config[name] for name in ("s_rule", "eta", "guidance", "t_max")))
         with torch.device("meta"):  # no memory is taken before the weights' file is seen to hold this model
             network = model.Denoiser(**config["model"], precision=precision)
     except (TypeError, ValueError) as error:
@@ -150,13 +153,13 @@ def draw_batch(
     latent = (loaded.autoencoder.channels, *(side // loaded.autoencoder.factor for side in shape))
     device = next(loaded.network.parameters()).device
     null = tuple(a.expand(len(prompts), *a.shape[1:]) for a in loaded.text([negative]))
-    batch = {"cond": loaded.text(prompts), "null": null, "steps": steps}
 
     def draw_noise(k: int) -> torch.Tensor:
         return normal(seed, "sampling", [(k + 1, *key) for key in keys], latent).to(device)
 
     trajectory = objectives.OBJECTIVES[loaded.config["objective"]].trajectory
-    walk = trajectory(loaded.network, draw_noise(-1), draw_noise=draw_noise, **batch, **choices)
+    given = loaded.network, draw_noise(-1), loaded.text(prompts), null
+    walk = trajectory(*given, steps=steps, draw_noise=draw_noise, **choices)
     for _, x, *_ in walk:
         if stop():
             raise Stopped

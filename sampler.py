@@ -121,6 +121,16 @@ def update(
     return x_next + std * noise if std > 0 else x_next
 
 
+def check_choices(s_rule: float, eta: float | str, guidance: float, t_max: float) -> None:
+    """Raise ValueError unless s_rule is in [0, 1], eta in [0, 1], "renoise" or "public", guidance >= 0, t_max in (0, 1]."""
+    if not (eta in ("renoise", "public") or 0 <= eta <= 1) or not 0 <= s_rule <= 1:
+        raise ValueError(
+            f'eta must be "renoise", "public" or in [0, 1], s_rule in [0, 1]; they are {eta!r} and {s_rule!r}'
+        )
+    if not guidance >= 0 or not 0 < t_max <= 1:
+        raise ValueError(f"guidance must be at least 0, t_max in (0, 1]; they are {guidance!r} and {t_max!r}")
+
+
 @torch.no_grad()
 def trajectory(
     V: Callable,
@@ -142,14 +152,9 @@ def trajectory(
     V(x_t, t, s, *cond) is the network; x [B, ...] standard normal, fp32 or fp64; cond and null tuples of tensors with
     leading dimension B. draw_noise(k), k = 0 .. steps - 2, gives the fresh noise of each step but the last, like x;
     None draws it from torch's global generator.
-    s_rule in [0, 1], eta in [0, 1], "renoise" or "public", guidance >= 0, t_max in (0, 1].
+    s_rule, eta, guidance and t_max are as in `check_choices`.
     """
-    if not (eta in ("renoise", "public") or 0 <= eta <= 1) or not 0 <= s_rule <= 1:
-        raise ValueError(
-            f'eta must be "renoise", "public" or in [0, 1], s_rule in [0, 1]; they are {eta!r} and {s_rule!r}'
-        )
-    if not guidance >= 0 or not 0 < t_max <= 1:
-        raise ValueError(f"guidance must be at least 0, t_max in (0, 1]; they are {guidance!r} and {t_max!r}")
+    check_choices(s_rule, eta, guidance, t_max)
     grid = time_grid(steps, mu)
     for k, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
         s_k = t_next + s_rule * (t - t_next)

@@ -128,8 +128,9 @@ def read_checked(path: Path, kinds: dict) -> dict:
         value = found.get(name) if isinstance(found, dict) else None
         types = (int, float) if kind is float else kind
         if value not in kind if isinstance(kind, tuple) else value is None or not isinstance(value, types):
+            words = f", only {', '.join(kind)}" if isinstance(kind, tuple) else ""
             raise CheckpointError(
-                f"{path}: {name} cannot be {reprlib.repr(value)}: it is damaged, or another program's"
+                f"{path}: {name} cannot be {reprlib.repr(value)}{words}: it is damaged, or another program's"
             )
     return found
 

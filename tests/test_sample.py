@@ -1,5 +1,7 @@
 """sample.py: pictures in the shapes that a model was trained on, files that tell how they were made, and what is refused."""
 
+import math
+
 import numpy as np
 import programs
 import pytest
@@ -107,6 +109,16 @@ def test_without_prompts_a_checkpoint_draws_its_own(run, place, tmp_path, monkey
     (run / "prompts.txt").unlink()
     text = Image.open(tmp_path / "a.png").text
     assert text["prompt"] == "number 1\nnumber 2" and text["steps"] == "1 2 4 8"
+
+
+NONSENSE = [{"t_max": 7}, {"t_max": "high"}, {"eta": "ancestral"}, {"s_rule": 2}, {"guidance": math.nan}]
+
+
+@pytest.mark.parametrize("entry", [*NONSENSE, {"objective": "mine"}], ids=str)
+def test_a_config_that_was_edited_into_nonsense_is_refused(run, tmp_path, entry):
+    checkpoint.write_json(tmp_path / "config.json", checkpoint.read_json(run / "config.json") | entry)
+    with pytest.raises(checkpoint.CheckpointError, match="config.json"):
+        sample.load(tmp_path, CPU)
 
 
 def test_nothing_is_overwritten(run, tmp_path, monkeypatch, capsys):

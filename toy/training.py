@@ -68,7 +68,7 @@ class Net(nn.Module):
 
 
 PAPER = dict(
-    objective="self_e",  # or another of objectives.OBJECTIVES; tau_over to null_target are choices of self_e
+    objective="self_e",  # or a peer's of objectives.OBJECTIVES; tau_over to null_target are choices of self_e
     p_equal=0.5,  # share of s = t
     tau_over=0.42,  # share of the training over which tau rises from 0 to 1 (s.13); 0 starts at 1
     aux_from=None,  # share of the training after which the auxiliary term is on; None: never
@@ -121,6 +121,8 @@ def step_of(net: Net, ema: Net, o: dict) -> nn.Module:
 
 def train(member: Member, steps: int = STEPS, **changes) -> Net:
     """Train a network; `changes` are departures from PAPER. Returns the moving average of the weights."""
+    if unknown := changes.keys() - PAPER.keys():
+        raise TypeError(f"PAPER has no {', '.join(unknown)}")
     o, C = PAPER | changes, member.q.C
     net, ema = (Net(member.seed, C) for _ in range(2))
     ema.requires_grad_(False)
