@@ -11,15 +11,12 @@ from pathlib import Path
 
 import torch
 
-import data
-import emoji
 import losses
 import model
 from engine import arguments, checkpoint, optimizers
-from engine.feed import check_sides
 from objectives import OBJECTIVES
 from recipe import Recipe, Stage
-from scale import shards
+from scale.shards import check_sides
 
 H100_FLOPS = 989e12  # dense bf16, NVIDIA's data sheet
 ASSUMED_MFU = 0.40
@@ -111,7 +108,7 @@ def stage_in_words(size: dict, plan: Recipe, stage: Stage, factor: int, world: i
 
 
 def dry_run(args: argparse.Namespace, plan: Recipe, world: int) -> None:
-    """Print what a run will be, hold and cost; no encoder is loaded and nothing is written. Raises DataError."""
+    """Print what a run will be, hold and cost; no data are read, no encoder is loaded and nothing is written."""
     size, factor, gib = arguments.sizes_of(args), plan.factor(), 2**30
     states = checkpoint.complete_states(Path(args.out)) if args.resume else []
     start = checkpoint.step_of(states[-1]) if states else 0
@@ -131,13 +128,6 @@ def dry_run(args: argparse.Namespace, plan: Recipe, world: int) -> None:
     milestones = f", and one every {args.milestone_every:,} iterations" if args.milestone_every else ""
     on_disk = 4 * (2 * parameters + moments) / gib
     print(f"each saved state: {on_disk:.2f} GiB on disk; {args.keep} are kept{milestones}")
-    for name in plan.data:
-        if (
-            name not in (*data.SETS, *emoji.SETS)
-            and not Path(name).exists()
-            and not shards.find_tars(name)[0]
-        ):
-            raise data.DataError(f"no such folder: {name}")
     tell_price(run_flops(size, plan, args.objective, factor, start, args.train_guidance != 1), start)
 
 

@@ -275,7 +275,7 @@ BAD = {
         --aux-from 2; --device abacus; --resume --out absent; --out /dev/null/run; --side 30; --dry-run --side 6; --init absent;
         --text telepathy; --autoencoder kl:./absent; --lr nan; --seed 99999999999999999999999; --micro-batch 3 --batch-size 36;
         --objective telepathy; --objective flow_matching --target tar; --objective imm --aux-from 0; --k 0.5;
-        --objective imm --micro-batch 2; --objective tim --derivative forward; --dry-run --data absent; --zero --optimizer muon;
+        --objective imm --micro-batch 2; --objective tim --derivative forward; --zero --optimizer muon;
         --wrong-captions -0.1; --wrong-captions nan; --objective meanflow --derivative forward --compile; --objective meanflow --precision bf16""",
     sample: """--checkpoint absent --prompt x; --prompt x --scale 200000; --prompt x --steps 0; --prompt x --guidance nan;
         --prompt x --eta 1.5; --prompt x --s-rule before; --prompt x --out /dev/null/x.png; --prompt x --out x.txt;
