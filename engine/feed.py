@@ -97,12 +97,7 @@ class Mixed:
 
     def __init__(self, sources: list, batch_size: int):
         self.sources, self.batch_size = sources, batch_size
-        self.name = " + ".join(source.name for source in sources)
         self.fingerprint = " ".join(source.fingerprint for source in sources)
-        self.buckets = {}
-        for part in sources:
-            for bucket, share in part.buckets.items():
-                self.buckets[bucket] = self.buckets.get(bucket, 0.0) + share / len(sources)
 
     def locate(self, g: int):
         """(the source of g, g's index in it)"""
@@ -207,7 +202,7 @@ class Feed:
             line = getattr(part, "summary", "")
             if isinstance(part, data.ImageFolder) and text:
                 cut = sum(map(text.cuts, itertools.chain.from_iterable(part.captions)))
-                line += f"; {cut:,} captions are longer than --txt-len {text.txt_len} reads" if cut else ""
+                line += f"; captions longer than --txt-len {text.txt_len} reads: {cut:,}" if cut else ""
             lines.append(line)
         return list(dict.fromkeys(filter(None, lines)))
 
@@ -307,7 +302,14 @@ def main() -> None:
     parser = errors.Parser("-m engine.feed", "Say what data hold, and draw a sheet of samples.")
     a = parser.add_argument
     one = ["one-shape"]
-    a("--data", metavar="DIR", nargs="+", type=errors.name, default=one, help="as for train.py (one-shape)")
+    a(
+        "--data",
+        metavar="DIR",
+        nargs="+",
+        type=errors.name,
+        default=one,
+        help="as for train.py (default: one-shape)",
+    )
     a("--caption-key", metavar="NAME", help=files.KEY_HELP)
     a("--index", metavar="DIR", type=errors.name, help="folder of the index of tars (default: beside them)")
     a("--workers", metavar="N", type=int, default=1, help="processes that index tars (default: 1)")
@@ -317,7 +319,7 @@ def main() -> None:
     a("--out", type=errors.file_to_write, default="data.png", help="the sheet to write (default: data.png)")
     args = parser.parse_args()
     parser.check_ranges(args, side=(1, 2**13), multiple=(1, 2**13), seed=(0, 2**63 - 1), workers=(1, 1024))
-    if args.workers > 1:
+    if args.workers > 1 and any(shards.find_tars(name)[0] for name in args.data):
         shards.read_index(args.data, args.index, args.caption_key, args.workers)
     reading = Reading(1, args.index, args.caption_key)
     source = open_source(tuple(args.data), Stage(0, (args.side,), 1), args.multiple, reading)

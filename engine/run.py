@@ -66,7 +66,7 @@ class Run(NamedTuple):
         """torch.compile the blocks of both networks where it works and pays; returns what was done, in words."""
         if self.args.compile is False:
             return "eager (--no-compile)"
-        buckets = sum(len(source.buckets) for source in self.feed.sources.values())
+        buckets = sum(len(part.buckets) for part in self.feed.parts())
         if self.args.compile is None and self.codec.device.type == "cpu" and buckets > 4:
             return f"eager ({buckets} picture sizes: compiling would take longer than it saves)"
         works, why_not = machine.compile_works(self.codec.device)

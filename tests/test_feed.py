@@ -3,7 +3,6 @@
 import functools
 import itertools
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -192,7 +191,7 @@ def test_each_source_is_told_in_a_line(tars, tmp_path):
     ]
     assert [feed_of(plan).tell() for plan in plans] == [
         [f"{tars / 'tars'}: 16 pictures in 4 tars, 16 captions"],
-        [f"{tmp_path / 'pictures'}: 16 pictures, 16 captions; 1 captions are longer than --txt-len 12 reads"],
+        [f"{tmp_path / 'pictures'}: 16 pictures, 16 captions; captions longer than --txt-len 12 reads: 1"],
     ]
     assert feed_of(plan_of((0, (24,), 4))).tell() == []
 
@@ -286,9 +285,3 @@ def test_an_error_on_a_thread_reaches_the_loop(monkeypatch):
     monkeypatch.setattr(data.Shapes, "sample", broken)
     with pytest.raises(data.DataError, match="the disk is gone"):
         list(itertools.islice(stream, 20))
-
-
-def test_a_bucket_of_two_sides_has_the_shares_of_both():
-    small, large = (SimpleNamespace(name="", fingerprint="") for _ in range(2))
-    small.buckets, large.buckets = {(16, 16): 0.5, (8, 24): 0.5}, {(16, 16): 1.0}
-    assert feed.Mixed([small, large], 4).buckets == {(16, 16): 0.75, (8, 24): 0.25}
