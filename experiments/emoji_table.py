@@ -90,9 +90,6 @@ def search(loaded: sample.Loaded, scores: Scores, eta: float | str, out: Path, a
 def score(row: str, seed: int, run: Path, args: argparse.Namespace, device) -> None:
     """Write OUT/ROW-SEED.json."""
     searched = args.out / f"{row}-search.json"
-    known = checkpoint.read_json(searched)["kinds"] if searched.exists() else {kind: {} for kind in KINDS}
-    if seed != SEEDS[0] and any(tables.lacks(known[kind], args.steps) for kind in KINDS):
-        raise errors.UserError(f"{searched} is not complete: run seed {SEEDS[0]} of {row} first")
     began = time.perf_counter()
     loaded = tables.load(run, device, "--no-compile" not in args.budget)
     scores = Scores(source_of(loaded.config), args.prompts)
@@ -207,10 +204,24 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = errors.Parser("-m experiments.emoji_table", "Train, search and score rows on emoji.")
     a = parser.add_argument
     rows = ["flow_matching", "flow_matching_16", "control", "self_e", "meanflow"]
-    a("--rows", metavar="ROW", nargs="+", choices=ROWS, default=rows, help="of rows.py")
-    a("--seeds", metavar="N", type=int, nargs="+", default=list(SEEDS[:2]), help="of the runs (2 3)")
+    a(
+        "--rows",
+        metavar="ROW",
+        nargs="+",
+        choices=ROWS,
+        default=rows,
+        help=f"of rows.py (default: {' '.join(rows)})",
+    )
+    a("--seeds", metavar="N", type=int, nargs="+", default=list(SEEDS[:2]), help="of the runs (default: 2 3)")
     a("--budget", metavar="FLAGS", default=BUDGET, help="flags of train.py for every row")
-    a("--steps", metavar="N", type=int, nargs="+", default=list(sample.STEP_COUNTS), help="step counts")
+    a(
+        "--steps",
+        metavar="N",
+        type=int,
+        nargs="+",
+        default=list(sample.STEP_COUNTS),
+        help="(default: 1 2 4 8 50)",
+    )
     a("--out", metavar="DIR", type=Path, help="(results/emoji-few)")
     a("--runs", metavar="DIR", type=Path, help="(runs/emoji-few)")
     a("--report", action="store_true", help="only the page, from what has been measured")
@@ -237,6 +248,7 @@ def main() -> None:
         for seed, row in itertools.product(args.seeds, args.rows):
             if (args.out / f"{row}-{seed}.json").exists():
                 continue  # measured, perhaps on another machine
+            tables.check_order(args.out / f"{row}-search.json", row, seed, args.steps)
             run = tables.run_of(row, seed, args.runs)
             tables.train(row, 0.0, seed, run, args.budget)
             score(row, seed, run, args, device)

@@ -174,6 +174,8 @@ def draw_scores(doses: dict[str, Rows], path: Path, steps: list[int], tags: list
         for group, label in (("main", wrong), ("twice", f"{wrong},\ntwice the batch")):
             if found := [(i, row, rows[row]) for i, row in enumerate(GROUPS[group]) if row in rows]:
                 lines.append((label, found))
+    if not lines:
+        return
     size = {"figsize": (1.6 * len(tags), 1.9 * len(lines) + 0.6), "squeeze": False}
     figure, panels = plt.subplots(len(lines), len(tags), sharex=True, sharey=True, **size)
     places = range(len(steps))
@@ -243,7 +245,7 @@ def draw_runs(
 def draw_samples(rows: Rows, out: Path, runs: Path, steps: list[int]) -> None:
     """OUT/samples.png: the first test prompt of each kind, drawn by the main rows' first seeds at their settings."""
     shown = {row: runs / f"{row}-{SEEDS[0]}" for row in GROUPS["main"] if SEEDS[0] in rows.get(row, ())}
-    if not all_here(shown):
+    if not shown or not all_here(shown):
         return
     measured = {row: rows[row][SEEDS[0]] for row in shown}
     world = evaluate.world_of(next(iter(measured.values()))["training"])

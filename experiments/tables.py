@@ -114,9 +114,14 @@ def best(searched: dict, steps: list[int]) -> dict[int, dict]:
     return {n: searched[str(n)]["best"]["settings"] for n in steps}
 
 
-def lacks(searched: dict, steps: list[int]) -> bool:
-    """Whether `tune` has some of these step counts still to search."""
-    return not set(map(str, steps)) <= searched.keys()
+def check_order(searched: Path, row: str, seed: int, steps: list[int]) -> None:
+    """Raise UserError where a row's settings, which the run of the first seed decides, are still to be searched."""
+    if seed == SEEDS[0]:
+        return
+    found = checkpoint.read_json(searched) if searched.exists() else {"steps": {}}
+    parts = found["kinds"].values() if "kinds" in found else [found["steps"]]  # emoji_table.py has kinds
+    if any(set(map(str, steps)) - part.keys() for part in parts):
+        raise errors.UserError(f"{searched} is not complete: run seed {SEEDS[0]} of {row} first")
 
 
 def tune(chosen: dict, n: int, measure: Callable[[dict], dict], key: str, objective: str, eta=1.0) -> None:
@@ -157,9 +162,6 @@ def score(row: str, share: float, seed: int, run: Path, args: argparse.Namespace
     """Scores and diversity on test prompts at the best settings, written to OUT/SHARE/ROW-SEED.json."""
     folder = args.out / f"{share:g}"
     searched = folder / f"{row}-search.json"
-    known = checkpoint.read_json(searched)["steps"] if searched.exists() else {}
-    if seed != SEEDS[0] and lacks(known, args.steps):
-        raise errors.UserError(f"{searched} is not complete: run seed {SEEDS[0]} of {row} first")
     began = time.perf_counter()
     loaded = load(run, device, "--no-compile" not in args.budget)
     chosen = search(loaded, ROWS[row].eta, searched, args, device)
@@ -180,12 +182,26 @@ def score(row: str, share: float, seed: int, run: Path, args: argparse.Namespace
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = errors.Parser("-m experiments.tables", "Train, search and score the rows of the table.")
     a = parser.add_argument
-    names = f"{', '.join(GROUPS)} (main), or of {', '.join(ROWS)}"
+    names = f"{', '.join(GROUPS)} (default: main), or of {', '.join(ROWS)}"
     a("--rows", metavar="ROW", nargs="+", choices=[*ROWS, *GROUPS], default=["main"], help=names)
-    a("--seeds", metavar="N", type=int, nargs="+", default=list(SEEDS), help="of the runs (2 3 4)")
-    a("--wrong-captions", metavar="X", type=float, nargs="+", default=[0.0], help="shares of them (0)")
-    a("--budget", metavar="FLAGS", default=BUDGET, help=f'flags of train.py for every row ("{BUDGET}")')
-    a("--steps", metavar="N", type=int, nargs="+", default=list(sample.STEP_COUNTS), help="(1 2 4 8 50)")
+    a("--seeds", metavar="N", type=int, nargs="+", default=list(SEEDS), help="of the runs (default: 2 3 4)")
+    a(
+        "--wrong-captions",
+        metavar="X",
+        type=float,
+        nargs="+",
+        default=[0.0],
+        help="shares of them (default: 0)",
+    )
+    a("--budget", metavar="FLAGS", default=BUDGET, help="flags of train.py for every row")
+    a(
+        "--steps",
+        metavar="N",
+        type=int,
+        nargs="+",
+        default=list(sample.STEP_COUNTS),
+        help="(default: 1 2 4 8 50)",
+    )
     a("--out", metavar="DIR", type=Path, help="(results/scenes)")
     a("--runs", metavar="DIR", type=Path, help="(runs/scenes)")
     a("--report", action="store_true", help="only the page and its figures, from what has been measured")
@@ -219,6 +235,7 @@ def main() -> None:
             folder.mkdir(exist_ok=True)
             if (folder / f"{row}-{seed}.json").exists():
                 continue  # measured, perhaps on another machine
+            check_order(folder / f"{row}-search.json", row, seed, args.steps)
             run = run_of(row, seed, args.runs / f"{share:g}")
             train(row, share, seed, run, args.budget)
             score(row, share, seed, run, args, device)

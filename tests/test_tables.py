@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import data
-from engine import arguments, checkpoint
+from engine import arguments, checkpoint, errors
 from experiments import diversity, emoji_table, evaluate, report, rows, tables
 from rng import rng
 
@@ -127,6 +127,15 @@ def test_the_quick_form_leaves_what_was_measured_alone(program):
     quick, full = program.parse_arguments(["--quick"]), program.parse_arguments([])
     assert full.out.parts[0] == "results" and full.runs.parts[0] == "runs" and full.runs.name == full.out.name
     assert quick.out.parts[:2] == quick.runs.parts[:2] == ("runs", "quick") and quick.out != quick.runs
+
+
+@pytest.mark.parametrize("program", [tables, emoji_table])
+def test_a_later_seed_waits_for_the_first_to_decide_its_settings(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "train", lambda *_: pytest.fail("trained a run that cannot be scored"))
+    words = ["--rows", "imm", "--seeds", "3", "--out", tmp_path / "out", "--runs", tmp_path / "runs"]
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, words)])
+    with pytest.raises(errors.UserError, match="run seed 2 of imm first"):
+        program.main()
 
 
 @pytest.mark.parametrize("budget", [rows.BUDGET, emoji_table.BUDGET])
