@@ -125,7 +125,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = errors.Parser("-m experiments.composition", "Held-out pairs: concept and maker apart.")
     a = parser.add_argument
     a("runs", metavar="RUN", type=Path, nargs="+", help="runs of train.py on emoji")
-    a("--steps", metavar="N", type=int, default=4, help="of the sampler (4)")
+    a("--steps", metavar="N", type=int, default=4, help="of the sampler")
     a("--out", metavar="DIR", type=Path, default=Path("results/emoji"), help="where results go")
     args = parser.parse_args(argv)
     parser.check_ranges(args, steps=(1, 10**6))
@@ -148,7 +148,7 @@ def main() -> None:
         found = measure(loaded, pairs, args.steps)
         training = {"train": loaded.config["command"], "training": loaded.config}
         result["models"][str(run)] = found | training
-        label = f"{source.name.removeprefix('emoji-')}, {loaded.config['objective']}"
+        label = f"{source.name.removeprefix('emoji-')}, {loaded.config['objective']}, seed {loaded.config['seed']}"
         models[label] = loaded, pairs, found["guidance"]
         print(run, {name: round(value, 3) for name, value in found.items()}, flush=True)
     for name, references in result["worlds"].items():

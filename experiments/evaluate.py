@@ -70,8 +70,8 @@ def prompts(split: str, per_tag: int | None = None, world: data.World = data.SET
     "train", "validation" and "test" ask GenEval's six kinds of prompt, those of the position tag without colours. A tag
     that has fewer than two prompts of its own in the split (data.split_of gives all one-object prompts to training)
     asks training prompts too. "pairs" asks for what was held out of every training picture, in the tags that can:
-    colors, position (with colours) and color_attr. "fixed" are 64: the 41 single_object and colors prompts
-    of training, cycling.
+    colors, position (with colours), color_attr and, where numbers come with colours, counting. "fixed" are 64: the 41
+    single_object and colors prompts of training, cycling.
 
     per_tag: so many of each tag, cycling if there are fewer; None gives every prompt once.
     """
@@ -202,9 +202,23 @@ def parse_arguments() -> argparse.Namespace:
     parser = errors.Parser("-m experiments.evaluate", "Score a model of the built-in shapes per step count.")
     a = parser.add_argument_group("what").add_argument
     scenes, split = Path("checkpoints/scenes"), ["test", "pairs"]
-    a("--checkpoint", metavar="DIR", type=errors.model, default=scenes, help=f"folder of a run ({scenes})")
-    a("--split", nargs="+", metavar="SPLIT", choices=SPLITS, default=split, help=f"of {', '.join(SPLITS)}")
-    a("--steps", metavar="N", type=int, nargs="+", default=list(sample.STEP_COUNTS), help="(1 2 4 8 50)")
+    a("--checkpoint", metavar="DIR", type=errors.model, default=scenes, help="folder of a run")
+    a(
+        "--split",
+        nargs="+",
+        metavar="SPLIT",
+        choices=SPLITS,
+        default=split,
+        help=f"of {', '.join(SPLITS)} (default: test pairs)",
+    )
+    a(
+        "--steps",
+        metavar="N",
+        type=int,
+        nargs="+",
+        default=list(sample.STEP_COUNTS),
+        help="(default: 1 2 4 8 50)",
+    )
     a("--per-tag", metavar="N", type=int, default=24, help="prompts of each tag, cycling (default: 24)")
     a("--images", metavar="N", type=int, default=4, help="pictures per prompt (default: 4)")
     a("--seed", metavar="N", type=int, default=0, help="of the noise (default: 0)")

@@ -200,8 +200,8 @@ def find_tars(name: str) -> tuple[dict[str, Path], dict[str, str]]:
 def read_index(names, folder: str | None = None, caption_key: str | None = None, workers: int = 1) -> Index:
     """The index of all tars that `names` mean, kept in a folder of its own, or (None) beside the tars.
 
-    Raises DataError for the first tar that cannot be used. Processes that start together on tars without an index each
-    read them all, so look at them (engine/feed.py) before a long run.
+    Raises DataError for the first tar that cannot be used. Commands that start together on tars without an index, such as
+    parts of a cache, each read them all: look at them (engine/feed.py) first.
     """
     tars, skipped = {}, {}
     for name in map(str, [names] if isinstance(names, (str, Path)) else names):

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--study", default="objectives", help="the question; list names them all")
     parser.add_argument("--layout", choices=list(LAYOUTS), help="one layout only (all of the study's)")
     parser.add_argument("--seed", type=int, help="one seed only (0, 1 and 2)")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps ({STEPS})")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
     parser.add_argument("--out", type=Path, help="folder (toy/results; runs/toy-results with other flags)")
     args = parser.parse_args()
     parser.check_ranges(args, steps=(1, 10**9), seed=(0, 2**63 - 1))

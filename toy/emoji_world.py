@@ -102,8 +102,8 @@ def scores(records: list[dict], label: str, measure: str) -> list[list[float]]:
 
 def main() -> None:
     parser = errors.Parser("-m toy.emoji_world", __doc__.split("\n")[0])
-    parser.add_argument("--data", choices=emoji.SETS, default="emoji", help="which emoji (emoji)")
-    parser.add_argument("--side", type=int, default=32, help="of the pictures, in pixels (32)")
+    parser.add_argument("--data", choices=emoji.SETS, default="emoji", help="which emoji")
+    parser.add_argument("--side", type=int, default=32, help="of the pictures, in pixels")
     args = parser.parse_args()
     parser.check_ranges(args, side=(8, emoji.TILE))
     torch.set_num_threads(1)

@@ -183,7 +183,9 @@ def build(page: Path, **changes: dict) -> None:
 
 def main() -> None:
     parser = errors.Parser("-m toy.explore", __doc__.split("\n")[0])
-    parser.add_argument("--out", type=errors.file_to_write, default=PAGE, help="the page (toy/explore.html)")
+    parser.add_argument(
+        "--out", type=errors.file_to_write, default=PAGE, help="the page (default: toy/explore.html)"
+    )
     parser.add_argument("--networks", action="store_true", help="train the plane's networks anew (minutes)")
     parser.add_argument(
         "--pictures",

@@ -308,7 +308,7 @@ def run(name: str, size: Map, path: Path) -> dict:
 
 def main() -> None:
     parser = errors.Parser("-m toy.pictures", __doc__.split("\n")[0])
-    parser.add_argument("--world", default="shapes", choices=list(MAPS), help="of data.SETS (shapes)")
+    parser.add_argument("--world", default="shapes", choices=list(MAPS), help="of data.SETS")
     parser.add_argument("--out", type=Path, help="folder (toy/results)")
     args = parser.parse_args()
     size, name = MAPS[args.world], "pictures" if args.world == "shapes" else f"pictures-{args.world}"

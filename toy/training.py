@@ -82,7 +82,7 @@ PAPER = dict(
     labels=True,  # False: no condition is ever shown
     wrong_labels=0.0,  # share of samples that are shown with the condition of another one
     train_guidance=1.0,  # of the targets of peers/; 1 is off
-    imm_k=6,  # IMM's steps of the range of times, as a power of two
+    imm_k=6,  # IMM's steps of the range of times, as a power of two; its paper has 12
     derivative="forward",  # of MeanFlow's target
     loss_power=1.0,  # of its own that MeanFlow and TiM divide each error by
 )
