@@ -190,8 +190,7 @@ def main() -> None:
     machine.keep_freed_memory()
     torch.manual_seed(0)
     plan, device = recipe.RECIPES[args.size], machine.pick_device(args.device)
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    precision = named.get(args.precision) or machine.pick_precision(device)
+    precision = checkpoint.DTYPES.get(args.precision) or machine.pick_precision(device)
     size = model.SIZES[args.size]
     side = args.side // plan.factor()
     tokens = (side // size["patch"]) ** 2

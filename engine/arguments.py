@@ -202,7 +202,7 @@ def precision_of(args: argparse.Namespace, device: torch.device, ranks: Ranks) -
     """What --precision says; "auto" is measured once, and kept when the run is resumed. It is fp32 where the objective
     takes a finite difference, which bf16 would drown in rounding."""
     if args.precision != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
+        return checkpoint.DTYPES[args.precision]
     if args.resume:
         return getattr(torch, checkpoint.read_config(Path(args.out))["precision"])
     if OBJECTIVES[args.objective].derives and args.derivative == "difference":

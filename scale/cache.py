@@ -86,7 +86,7 @@ def make(names, out: Path, side: int, frozen: tuple, settings: Settings = Settin
     spec |= {"side": side, "source": source.fingerprint}
     spec["buckets"] = [[h, w, len(members)] for (h, w), members in zip(source.sides, source.members)]
     begin(out, spec)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[settings.tokens]
+    dtype = checkpoint.DTYPES[settings.tokens]
     if not (out / "null.safetensors").exists():
         save_shard(out / "null.safetensors", encode_text(text, [""], 1, dtype, fake=True))
     plan = list(shard_plan(out, spec))[part[0] :: part[1]]
