@@ -317,9 +317,8 @@ def save_state(run: Path, network, ema, optimizer, config: dict, state: dict, ar
 def another_model(theirs: dict, ours: dict) -> str:
     """Where two networks' entries of model.SIZES differ, in words."""
     differ = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
-    return (
-        f"another model ({', '.join(f'{name} {theirs.get(name)}, not {ours.get(name)}' for name in differ)})"
-    )
+    pairs = [f"{name} {theirs.get(name)}, not {ours.get(name)}" for name in differ]
+    return f"another model ({', '.join(pairs)})"
 
 
 def load_init(folder: Path, network: nn.Module, sizes: dict, codec) -> None:

@@ -55,8 +55,11 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Every flag says its default, where it has one."""
 
     def _get_help_string(self, action) -> str:
-        silent = action.default in (None, False) or "(default" in action.help
-        return action.help if silent else super()._get_help_string(action)
+        if action.default in (None, False) or "(default" in action.help:
+            return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

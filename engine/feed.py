@@ -301,15 +301,7 @@ class Feed:
 def main() -> None:
     parser = errors.Parser("-m engine.feed", "Say what data hold, and draw a sheet of samples.")
     a = parser.add_argument
-    one = ["one-shape"]
-    a(
-        "--data",
-        metavar="DIR",
-        nargs="+",
-        type=errors.name,
-        default=one,
-        help="as for train.py (default: one-shape)",
-    )
+    a("--data", metavar="DIR", nargs="+", type=errors.name, default=["one-shape"], help="as for train.py")
     a("--caption-key", metavar="NAME", help=files.KEY_HELP)
     a("--index", metavar="DIR", type=errors.name, help="folder of the index of tars (default: beside them)")
     a("--workers", metavar="N", type=int, default=1, help="processes that index tars (default: 1)")

@@ -204,24 +204,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = errors.Parser("-m experiments.emoji_table", "Train, search and score rows on emoji.")
     a = parser.add_argument
     rows = ["flow_matching", "flow_matching_16", "control", "self_e", "meanflow"]
-    a(
-        "--rows",
-        metavar="ROW",
-        nargs="+",
-        choices=ROWS,
-        default=rows,
-        help=f"of rows.py (default: {' '.join(rows)})",
-    )
-    a("--seeds", metavar="N", type=int, nargs="+", default=list(SEEDS[:2]), help="of the runs (default: 2 3)")
+    a("--rows", metavar="ROW", nargs="+", choices=ROWS, default=rows, help="of rows.py")
+    a("--seeds", metavar="N", type=int, nargs="+", default=list(SEEDS[:2]), help="of the runs")
     a("--budget", metavar="FLAGS", default=BUDGET, help="flags of train.py for every row")
-    a(
-        "--steps",
-        metavar="N",
-        type=int,
-        nargs="+",
-        default=list(sample.STEP_COUNTS),
-        help="(default: 1 2 4 8 50)",
-    )
+    a("--steps", metavar="N", type=int, nargs="+", default=list(sample.STEP_COUNTS), help="step counts")
     a("--out", metavar="DIR", type=Path, help="(results/emoji-few)")
     a("--runs", metavar="DIR", type=Path, help="(runs/emoji-few)")
     a("--report", action="store_true", help="only the page, from what has been measured")

@@ -203,22 +203,8 @@ def parse_arguments() -> argparse.Namespace:
     a = parser.add_argument_group("what").add_argument
     scenes, split = Path("checkpoints/scenes"), ["test", "pairs"]
     a("--checkpoint", metavar="DIR", type=errors.model, default=scenes, help="folder of a run")
-    a(
-        "--split",
-        nargs="+",
-        metavar="SPLIT",
-        choices=SPLITS,
-        default=split,
-        help=f"of {', '.join(SPLITS)} (default: test pairs)",
-    )
-    a(
-        "--steps",
-        metavar="N",
-        type=int,
-        nargs="+",
-        default=list(sample.STEP_COUNTS),
-        help="(default: 1 2 4 8 50)",
-    )
+    a("--split", nargs="+", metavar="SPLIT", choices=SPLITS, default=split, help=f"of {', '.join(SPLITS)}")
+    a("--steps", metavar="N", type=int, nargs="+", default=list(sample.STEP_COUNTS), help="step counts")
     a("--per-tag", metavar="N", type=int, default=24, help="prompts of each tag, cycling (default: 24)")
     a("--images", metavar="N", type=int, default=4, help="pictures per prompt (default: 4)")
     a("--seed", metavar="N", type=int, default=0, help="of the noise (default: 0)")

@@ -182,26 +182,12 @@ def score(row: str, share: float, seed: int, run: Path, args: argparse.Namespace
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = errors.Parser("-m experiments.tables", "Train, search and score the rows of the table.")
     a = parser.add_argument
-    names = f"{', '.join(GROUPS)} (default: main), or of {', '.join(ROWS)}"
+    names = f"{', '.join(GROUPS)}, or of {', '.join(ROWS)}"
     a("--rows", metavar="ROW", nargs="+", choices=[*ROWS, *GROUPS], default=["main"], help=names)
-    a("--seeds", metavar="N", type=int, nargs="+", default=list(SEEDS), help="of the runs (default: 2 3 4)")
-    a(
-        "--wrong-captions",
-        metavar="X",
-        type=float,
-        nargs="+",
-        default=[0.0],
-        help="shares of them (default: 0)",
-    )
+    a("--seeds", metavar="N", type=int, nargs="+", default=list(SEEDS), help="of the runs")
+    a("--wrong-captions", metavar="X", type=float, nargs="+", default=[0.0], help="shares of them")
     a("--budget", metavar="FLAGS", default=BUDGET, help="flags of train.py for every row")
-    a(
-        "--steps",
-        metavar="N",
-        type=int,
-        nargs="+",
-        default=list(sample.STEP_COUNTS),
-        help="(default: 1 2 4 8 50)",
-    )
+    a("--steps", metavar="N", type=int, nargs="+", default=list(sample.STEP_COUNTS), help="step counts")
     a("--out", metavar="DIR", type=Path, help="(results/scenes)")
     a("--runs", metavar="DIR", type=Path, help="(runs/scenes)")
     a("--report", action="store_true", help="only the page and its figures, from what has been measured")
