@@ -55,7 +55,10 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Every flag says its default, where it has one."""
 
     def _get_help_string(self, action) -> str:
-        if action.default in (None, False) or "(default" in action.help:
+        silent = (
+            action.default in (None, "") or action.default is False
+        )  # 0 is a default, though it equals False
+        if silent or "(default" in action.help:
             return action.help
         if isinstance(action.default, list):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"

@@ -456,7 +456,7 @@ def main() -> None:
     a = parser.add_argument
     a("folder", metavar="FOLDER", type=errors.name, help="pictures with captions, see files.py")
     a("out", metavar="OUT", type=errors.name, help="a new folder for the tars")
-    a("--per-shard", metavar="N", type=int, default=1000, help="pictures a tar (default: 1000)")
+    a("--per-shard", metavar="N", type=int, default=1000, help="pictures a tar")
     a("--caption-key", metavar="NAME", help=files.KEY_HELP)
     args = parser.parse_args()
     parser.check_ranges(args, per_shard=(1, 10**4))  # a key has four digits for the place in its tar

@@ -29,9 +29,7 @@ from toy.checks.inference import BUDGETS, ETAS, std_of_the_sampler  # isort: ski
 def main() -> int:
     """The exit code: 1 where a line fails. Raises UserError."""
     parser = errors.Parser("-m toy.identities", __doc__.split("\n")[0])
-    parser.add_argument(
-        "--only", default="", help="the lines whose equation contains this text (default: all)"
-    )
+    parser.add_argument("--only", default="", help="only the lines whose equation contains this text")
     parser.add_argument("--seed", type=int, default=0, help="other points and samples for every line")
     parser.add_argument("--out", type=errors.file_to_write, help="write the table as JSON, too")
     args = parser.parse_args()
