@@ -148,7 +148,7 @@ def main() -> None:
         found = measure(loaded, pairs, args.steps)
         training = {"train": loaded.config["command"], "training": loaded.config}
         result["models"][str(run)] = found | training
-        label = f"{source.name.removeprefix('emoji-')}, {loaded.config['objective']}, seed {loaded.config['seed']}"
+        label = f"{source.name.removeprefix('emoji-')}, {loaded.config['objective']} {loaded.config['seed']}"
         models[label] = loaded, pairs, found["guidance"]
         print(run, {name: round(value, 3) for name, value in found.items()}, flush=True)
     for name, references in result["worlds"].items():
